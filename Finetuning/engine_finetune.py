@@ -1,0 +1,85 @@
+"""One epoch of finetuning, and evaluation."""
+
+import argparse
+
+import torch
+from timm.data import Mixup
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from util.dist import reduce_sum, world_size
+from util.metrics import RunLog, ScreenLog, SilentLog
+from util.train_loop import autocast, train_epoch
+
+
+def train_one_epoch(
+    model: nn.Module,
+    criterion: nn.Module,
+    loader: DataLoader,
+    optimizer: Optimizer,
+    epoch: int,
+    args: argparse.Namespace,
+    device: torch.device,
+    log: RunLog | SilentLog,
+    mixup: Mixup | None = None,
+    ema: ModelEmaV3 | None = None,
+) -> dict[str, float]:
+    """Train the classifier on labelled images.
+
+    `criterion` takes logits and labels, or logits and class probabilities where `mixup` mixes images and labels;
+    `ema`, a `timm.utils.ModelEmaV3`, follows every update. For the rest see `util.train_loop.train_epoch`.
+    """
+
+    def compute_loss(imgs: Tensor, labels: Tensor) -> Tensor:
+        if mixup is not None:
+            imgs, labels = mixup(imgs, labels)
+        return criterion(model(imgs), labels)
+
+    def after_update() -> None:
+        if ema is not None:
+            ema.update(getattr(model, "module", model))
+
+    return train_epoch(model, loader, compute_loss, optimizer, epoch, args, device, log, after_update)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, loader: DataLoader, device: torch.device, log: ScreenLog | SilentLog, title: str = "eval"
+) -> dict[str, float]:
+    """Accuracy over every image once.
+
+    Args:
+        model: the bare classifier; processes may have unequal shares.
+        loader: its sampler has `distributed`, which says whether each process has a share or all of the images.
+        device: of the model.
+        log: of this rank.
+        title: of the progress.
+
+    Returns:
+        `acc1`, `acc5` in percent, `loss` (cross-entropy, mean) and `images`, their exact number.
+    """
+    model.eval()
+    progress = log.progress(title, len(loader))
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # correct, correct among five, loss, images
+    processes = world_size() if loader.sampler.distributed else 1
+    for imgs, labels in loader:
+        imgs, labels = imgs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        with autocast(device):
+            logits = model(imgs)
+        logits = logits.float()
+        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, hits.new_tensor(len(labels), dtype=torch.int64)])
+        progress.update(len(labels) * processes)
+    progress.close()
+    if loader.sampler.distributed:
+        reduce_sum(sums)
+    correct, correct5, loss, images = sums.tolist()
+    return {
+        "acc1": 100 * correct / images,
+        "acc5": 100 * correct5 / images,
+        "loss": loss / images,
+        "images": int(images),
+    }

@@ -1,0 +1,266 @@
+"""Finetuning of a pretrained ARM encoder as a four-direction classifier, and evaluation.
+
+    torchrun --standalone --nproc_per_node 8 main_finetune.py --batch_size 128 --model arm_base_pz16 \
+        --finetune ./checkpoint-1599.pth --epochs 100 --global_pool True --blr 5e-4 --layer_decay 0.65 \
+        --ema_decay 0.99992 --weight_decay 0.05 --drop_path 0.1 --reprob 0.25 --mixup 0.8 --cutmix 1.0 \
+        --dist_eval --data_path /path/to/ImageNet --output_dir ./out_finetune_b
+
+The paper reports 83.2 % top-1 on ImageNet-1k for this run.
+
+    python main_finetune.py --eval --resume ./out_finetune_b/checkpoint-best.pth --data_path /path/to/ImageNet
+
+prints top-1, top-5, loss and the number of images, for the weights and for their EMA.
+
+Writes checkpoint-last.pth after every epoch, checkpoint-{epoch}.pth every --save_freq epochs and after the last,
+checkpoint-best.pth and checkpoint-best-ema.pth whenever the top-1 accuracy of the weights or of their EMA rises,
+log.txt and TensorBoard files.
+"""
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from engine_finetune import evaluate, train_one_epoch
+from timm.data import Mixup
+from timm.layers import trunc_normal_
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
+from torchvision.datasets import ImageFolder
+
+import models_arm
+from ops import BackendUnavailable
+from util import checkpoint, cli
+from util.datasets import eval_loader, eval_transform, finetune_transform, image_folder, train_loader
+from util.dist import distribute, init_device, is_main, seed_everything
+from util.errors import UserError
+from util.lr_decay import param_groups_layer_decay
+from util.metrics import RunLog, ScreenLog, SilentLog
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line; defaults are those of the published base recipe."""
+    parser = cli.Parser("main_finetune.py", description=__doc__.splitlines()[0])
+    cli.add_shared_arguments(parser)
+    group = parser.add_argument_group("finetuning")
+    group.add_argument("--finetune", metavar="FILE", help="start from these weights, of pretraining or finetuning")
+    group.add_argument(
+        "--model_key", choices=("model", "model_ema"), help="which weights of --finetune (default: model)"
+    )
+    group.add_argument("--nb_classes", type=int, help="number of classes (default: 1000)")
+    group.add_argument(
+        "--global_pool",
+        type=cli.boolean,
+        nargs="?",
+        const=True,
+        default=True,
+        help="classify the mean of the patches (default), or with False the class token",
+    )
+    group.add_argument("--cls_token", action="store_false", dest="global_pool", help="the same as --global_pool False")
+    group.add_argument("--drop_path", type=cli.rate, default=0.1, help="stochastic depth rate (default: %(default)s)")
+    group.add_argument("--layer_decay", type=float, default=0.65, help="lr factor per layer (default: %(default)s)")
+    group.add_argument("--ema_decay", type=float, help="also keep a moving average of the weights, with this decay")
+
+    group = parser.add_argument_group("augmentation")
+    group.add_argument("--color_jitter", type=float, help="strength; only where --aa is none")
+    group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm policy, or none (default: %(default)s)")
+    group.add_argument("--smoothing", type=cli.rate, default=0.1, help="label smoothing (default: %(default)s)")
+    group.add_argument("--reprob", type=cli.rate, default=0.25, help="random erasing rate (default: %(default)s)")
+    group.add_argument("--remode", default="pixel", help="random erasing mode (default: %(default)s)")
+    group.add_argument("--recount", type=int, default=1, help="random erasing count (default: %(default)s)")
+    group.add_argument("--mixup", type=float, default=0.0, help="alpha; 0 is off (default: %(default)s)")
+    group.add_argument("--cutmix", type=float, default=0.0, help="alpha; 0 is off (default: %(default)s)")
+    group.add_argument("--cutmix_minmax", type=float, nargs=2, help="size range of the cut, instead of alpha")
+    group.add_argument("--mixup_prob", type=cli.rate, default=1.0, help="rate of mixed batches (default: %(default)s)")
+    group.add_argument("--mixup_switch_prob", type=cli.rate, default=0.5, help="rate of cutmix among them")
+    group.add_argument(
+        "--mixup_mode", choices=("batch", "pair", "elem"), default="batch", help="what shares one lambda"
+    )
+
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--eval", action="store_true", help="only evaluate --resume (or --finetune)")
+    group.add_argument(
+        "--dist_eval", action="store_true", help="each process evaluates a share; the result is the same"
+    )
+    group.add_argument(
+        "--eval_resize",
+        choices=("square", "shorter"),
+        default="square",
+        help="resize images to a square as the released code does, or their shorter side (default: %(default)s)",
+    )
+    parser.set_defaults(epochs=100, warmup_epochs=5, blr=5e-4, min_lr=1e-6, scale=[0.08, 1.0])
+    return parser
+
+
+def build_classifier(args: argparse.Namespace, content: dict | None) -> models_arm.ARMClassifier:
+    """The classifier that the command line and the checkpoint ask for.
+
+    What the command line leaves open comes from the checkpoint: width, depth and patch size; for evaluation also
+    input size and classes; else it is base at 224 pixels with 1000 classes.
+
+    Raises:
+        UserError: sizes that do not fit together, or a checkpoint that is not one of ARM.
+    """
+    sizes = {}
+    if content is not None:
+        sizes = checkpoint.classifier_sizes(checkpoint.weights(content), checkpoint.saved_grid(content))
+        if args.model is not None:
+            del sizes["embed_dim"], sizes["depth"]
+        if not args.eval:
+            sizes.pop("img_size", None)
+            sizes.pop("num_classes", None)
+    sizes |= cli.given(args, "patch_size", "embed_dim", "depth")
+    if args.input_size is not None:
+        sizes["img_size"] = cli.image_size(args)
+    if args.nb_classes is not None:
+        sizes["num_classes"] = args.nb_classes
+    try:
+        return models_arm.create_classifier(
+            args.model or "arm_base_pz16",
+            drop_path_rate=args.drop_path,
+            global_pool=args.global_pool,
+            scan_backend=args.scan_backend,
+            **sizes,
+        )
+    except (ValueError, BackendUnavailable) as error:
+        raise UserError(error) from error
+
+
+def main(args: argparse.Namespace) -> None:
+    """Finetune, or evaluate with `--eval`.
+
+    Raises:
+        UserError: something that was asked for cannot be; no training has started then.
+    """
+    cli.check_arguments(args)
+    seed_everything(args.seed)
+    if args.finetune and args.resume:
+        raise UserError("--finetune starts a run and --resume goes on with one: give one of them")
+    source = args.resume or args.finetune
+    if args.eval and not source:
+        raise UserError("--eval needs a checkpoint: --resume FILE")
+    content = checkpoint.read(source) if source else None
+    model = build_classifier(args, content)
+    args.input_size = [side * model.patch_size for side in model.grid_size]
+    args.nb_classes = model.head.out_features
+
+    val = image_folder(args.data_path, "val", eval_transform(cli.image_size(args), args.eval_resize))
+    check_labels(val, args.nb_classes)
+    if args.eval:
+        evaluate_checkpoint(args, content, model, val)
+    else:
+        finetune(args, content, model, val)
+
+
+def check_labels(dataset: ImageFolder, nb_classes: int) -> None:
+    """Refuse labels beyond the classifier's outputs.
+
+    Raises:
+        UserError: there are more class folders than outputs.
+    """
+    if len(dataset.classes) > nb_classes:
+        raise UserError(f"{dataset.root} has {len(dataset.classes)} classes, the classifier {nb_classes}: --nb_classes")
+
+
+def evaluate_checkpoint(
+    args: argparse.Namespace, content: dict, model: models_arm.ARMClassifier, val: ImageFolder
+) -> None:
+    """Print the accuracy of a checkpoint's weights and of its EMA weights.
+
+    Raises:
+        UserError: the checkpoint has no classifier head, or does not fit.
+    """
+    keys = [key for key in ("model", "model_ema") if content.get(key) is not None] or [None]
+    if checkpoint.is_pretrained(checkpoint.weights(content, keys[0])):
+        raise UserError(f"{args.resume or args.finetune} comes from pretraining and has no head: finetune it first")
+    device = init_device(args.device)
+    log = ScreenLog() if is_main() else SilentLog()
+    loader = eval_loader(val, args, device)
+    model.to(device)
+    for key in keys:
+        checkpoint.load_into_classifier(content, model, key)
+        result = evaluate(model, loader, device, log)
+        log.say(f"{key or 'weights'}: {in_words(result)}")
+
+
+def in_words(result: dict[str, float]) -> str:
+    return (
+        f"top-1 {result['acc1']:.2f} %, top-5 {result['acc5']:.2f} %, loss {result['loss']:.4f} "
+        f"on {result['images']} images"
+    )
+
+
+def finetune(args: argparse.Namespace, content: dict | None, model: models_arm.ARMClassifier, val: ImageFolder) -> None:
+    """Train, evaluate after every epoch, keep the best.
+
+    Raises:
+        UserError: something that was asked for cannot be; no training has started then.
+    """
+    output_dir = cli.output_folder(args.output_dir)
+    train = image_folder(args.data_path, "train", finetune_transform(cli.image_size(args), args))
+    if train.classes != val.classes:
+        differing = sorted(set(train.classes) ^ set(val.classes))
+        raise UserError(f"{args.data_path}: train and val differ in their class folders: {', '.join(differing[:5])}")
+    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    if mixes and args.batch_size % 2:
+        raise UserError(f"--batch_size {args.batch_size}: mixup and cutmix pair images and need an even batch")
+    device = init_device(args.device)
+    loader, val_loader = train_loader(train, args, device), eval_loader(val, args, device)
+    if args.finetune and not checkpoint.load_into_classifier(content, model, args.model_key, keep_head=False):
+        trunc_normal_(model.head.weight, std=2e-5)
+    model.to(device)
+    ema = ModelEmaV3(model, decay=args.ema_decay) if args.ema_decay is not None else None
+    optimizer = torch.optim.AdamW(param_groups_layer_decay(model, args.weight_decay, args.layer_decay), lr=args.lr)
+    start_epoch, best, best_ema = args.start_epoch or 0, -math.inf, -math.inf
+    if args.resume:
+        start_epoch = checkpoint.resume(args, content, model, optimizer)
+        best, best_ema = content.get("max_accuracy", best), content.get("ema_max_accuracy", best_ema)
+        if ema is not None:
+            checkpoint.load(ema.module, checkpoint.weights(content, "model_ema"))
+    wrapped = distribute(model, device)
+
+    mixup = None
+    if mixes:
+        mixup = Mixup(
+            mixup_alpha=args.mixup,
+            cutmix_alpha=args.cutmix,
+            cutmix_minmax=args.cutmix_minmax,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+            label_smoothing=args.smoothing,
+            num_classes=args.nb_classes,
+        )
+    criterion = SoftTargetCrossEntropy() if mixes else LabelSmoothingCrossEntropy(args.smoothing)
+
+    log = RunLog(output_dir, args.log_dir) if is_main() else SilentLog()
+    log.say(cli.describe(args, model, len(train), device))
+    start = time.monotonic()
+    for epoch in range(start_epoch, args.epochs):
+        stats = train_one_epoch(wrapped, criterion, loader, optimizer, epoch, args, device, log, mixup, ema)
+        result = evaluate(model, val_loader, device, log)
+        stats |= {f"test_{name}": value for name, value in result.items()}
+        log.say(f"epoch {epoch}: loss {stats['train_loss']:.4f}, {in_words(result)}, {time.monotonic() - start:.0f} s")
+        improved, best = result["acc1"] > best, max(best, result["acc1"])
+        more = {"max_accuracy": best}
+        if ema is not None:
+            result = evaluate(ema.module, val_loader, device, log, "eval of the EMA")
+            stats |= {f"ema_test_{name}": value for name, value in result.items()}
+            log.say(f"epoch {epoch}: EMA {in_words(result)}")
+            improved_ema, best_ema = result["acc1"] > best_ema, max(best_ema, result["acc1"])
+            more |= {"model_ema": ema.module.state_dict(), "ema_max_accuracy": best_ema}
+
+        checkpoint.save_epoch(output_dir, args, epoch, model, optimizer, **more)
+        if improved:
+            checkpoint.save(output_dir / "checkpoint-best.pth", model, optimizer, epoch, args, **more)
+        if ema is not None and improved_ema:
+            checkpoint.save(output_dir / "checkpoint-best-ema.pth", model, optimizer, epoch, args, **more)
+        log.epoch(**stats, epoch=epoch, n_parameters=sum(p.numel() for p in model.parameters()))
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser())

@@ -1,0 +1,168 @@
+"""The bricks of the encoder: patch embedding, Mamba mixer with one or four scan directions, SwiGLU, block."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from timm.layers.weight_init import lecun_normal_
+from torch import Tensor, nn
+
+from ops import causal_conv1d, check_backend, selective_scan
+
+# Suffixes of the parameters that each scan direction owns; the names are those of the published checkpoints.
+ONE_DIRECTION = ("",)  # row-major forward
+FOUR_DIRECTIONS = ("", "_b", "_c", "_c_b")  # row-major forward, backward, column-major forward, backward
+
+
+def scan_orders(grid: tuple[int, int]) -> Tensor:
+    """Token order of the four directions over a grid with a class token in the middle of its sequence.
+
+    The class token stands at index M // 2 of the row-major sequence of M = rows * columns patches, and keeps
+    that index in the column-major one. A backward direction reads the whole forward sequence reversed.
+
+    Args:
+        grid: rows and columns of patches.
+
+    Returns:
+        (4, M + 1) int64; entry [k, t] is the row-major index of the token that direction k reads at step t, with
+        the directions in the order of `FOUR_DIRECTIONS`.
+    """
+    rows, columns = grid
+    middle = rows * columns // 2
+    patches = torch.arange(rows * columns)
+    patches += patches >= middle  # the class token takes index `middle`
+    row_major = patches
+    column_major = patches.view(rows, columns).t().flatten()  # (rows, columns) -> (columns * rows,)
+    forward = [torch.cat([p[:middle], torch.tensor([middle]), p[middle:]]) for p in (row_major, column_major)]
+    return torch.stack([forward[0], forward[0].flip(0), forward[1], forward[1].flip(0)])
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches, linearly embedded: (B, 3, H, W) -> (B, H / p, W / p, C)."""
+
+    def __init__(self, patch_size: int, embed_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+        lecun_normal_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, imgs: Tensor) -> Tensor:
+        return self.proj(imgs).permute(0, 2, 3, 1)  # (B, C, h, w) -> (B, h, w, C)
+
+
+class Mixer(nn.Module):
+    """Mamba mixer (Gu & Dao 2023) with expansion 1 and one selective scan per direction.
+
+    All directions share `in_proj`, the gate and `out_proj`; each owns its convolution, its projections, A and D.
+    The gate of a token is the same in every direction, so gating the mean of the directions once is exact.
+
+    Args:
+        dim: channels C.
+        out_scale: factor on the initial `out_proj` weight (1 / sqrt(depth) in ARM).
+        directions: parameter suffixes, `ONE_DIRECTION` or `FOUR_DIRECTIONS`.
+        scan_backend: see `ops.choose_backend`.
+        d_state: states N per channel.
+        d_conv: width of the causal convolution.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out_scale: float = 1.0,
+        directions: tuple[str, ...] = ONE_DIRECTION,
+        scan_backend: str = "auto",
+        d_state: int = 16,
+        d_conv: int = 4,
+    ) -> None:
+        super().__init__()
+        check_backend(scan_backend)
+        self.directions, self.scan_backend, self.d_state = directions, scan_backend, d_state
+        self.dt_rank = math.ceil(dim / 16)
+        # Registration order is that of the published code: optimizer states are stored by it.
+        for s in directions:
+            a_log = torch.arange(1, d_state + 1, dtype=torch.float32).log().repeat(dim, 1)  # (C, N)
+            self.register_parameter(f"A{s}_log", nn.Parameter(a_log))
+            self.register_parameter(f"D{s}", nn.Parameter(torch.ones(dim)))
+        self.in_proj = nn.Linear(dim, 2 * dim, bias=False)
+        for s in directions:
+            self.add_module(f"conv1d{s}", nn.Conv1d(dim, dim, d_conv, groups=dim))
+            self.add_module(f"x_proj{s}", nn.Linear(dim, self.dt_rank + 2 * d_state, bias=False))
+            self.add_module(f"dt_proj{s}", nn.Linear(self.dt_rank, dim))
+            dt_proj = self.get_submodule(f"dt_proj{s}")
+            nn.init.uniform_(dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+            if s == "":
+                dt = torch.empty(dim).uniform_(math.log(0.001), math.log(0.1)).exp().clamp(min=1e-4)
+                with torch.no_grad():
+                    dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+            else:
+                nn.init.zeros_(dt_proj.bias)  # as the published code leaves it; a pretrained scan overwrites it
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+        with torch.no_grad():
+            self.out_proj.weight.mul_(out_scale)
+
+    def _stacked(self, name: str) -> Tensor:
+        """The parameter `name` (with {} for the suffix) of all K directions: (K, *shape)."""
+        return torch.stack([self.get_parameter(name.format(s)) for s in self.directions])
+
+    def forward(self, x: Tensor, order: Tensor | None = None) -> Tensor:
+        """Mix tokens along each direction and average the directions.
+
+        Args:
+            x: (B, L, C).
+            order: (K, L) int64 as from `scan_orders`; None means left to right in every direction.
+
+        Returns:
+            (B, L, C).
+        """
+        x, z = self.in_proj(x).chunk(2, dim=-1)  # (B, L, C) each
+        u = causal_conv1d(
+            x, self._stacked("conv1d{}.weight").squeeze(2), self._stacked("conv1d{}.bias"), order, self.scan_backend
+        )  # (K, B, L, C)
+        K, B, L, C = u.shape
+        projected = u.flatten(1, 2) @ self._stacked("x_proj{}.weight").mT  # (K, B * L, R + 2N)
+        dt, b, c = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt = dt @ self._stacked("dt_proj{}.weight").mT  # (K, B * L, C)
+        y = selective_scan(
+            u,
+            dt.view(K, B, L, C),
+            -self._stacked("A{}_log").exp(),
+            b.unflatten(1, (B, L)),  # (K, B * L, N) -> (K, B, L, N)
+            c.unflatten(1, (B, L)),
+            self._stacked("D{}"),
+            self._stacked("dt_proj{}.bias"),
+            order,
+            self.scan_backend,
+        )  # (K, B, L, C)
+        return self.out_proj(y.mean(dim=0) * F.silu(z))
+
+
+class SwiGLU(nn.Module):
+    """w3(SiLU(w1 x) * w2 x) with hidden width 2/3 of 4 C (Shazeer 2020): (..., C) -> (..., C)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        hidden = dim * 4 * 2 // 3
+        self.w1, self.w2, self.w3 = nn.Linear(dim, hidden), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        for w in (self.w1, self.w2, self.w3):
+            nn.init.zeros_(w.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: mixer, then SwiGLU: (B, L, C) -> (B, L, C)."""
+
+    def __init__(
+        self, dim: int, depth: int, directions: tuple[str, ...], scan_backend: str, drop_path: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.mixer = Mixer(dim, depth**-0.5, directions, scan_backend)
+        self.mlp = SwiGLU(dim)
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, h: Tensor, order: Tensor | None = None) -> Tensor:
+        h = h + self.drop_path(self.mixer(self.norm1(h), order))
+        return h + self.drop_path(self.mlp(self.norm2(h)))

@@ -1,0 +1,327 @@
+"""ARM: autoregressive pretraining of a Mamba encoder and its classifier (Ren et al., ICLR 2025, arXiv 2406.07537).
+
+model = create_pretrain_model("arm_base_pz16", norm_pix_loss=True)
+loss = model(imgs).mean()
+
+classifier = create_classifier("arm_base_pz16", num_classes=1000)
+logits = classifier(imgs)
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp, trunc_normal_
+from torch import Tensor, nn
+
+from mamba import FOUR_DIRECTIONS, ONE_DIRECTION, Block, PatchEmbed, scan_orders
+from util.pos_embed import sincos_pos_embed
+
+SIZES = {
+    # published (paper, section 4.1)
+    "arm_base_pz16": {"embed_dim": 768, "depth": 12, "dec_embed_dim": 512},
+    "arm_large_pz16": {"embed_dim": 1024, "depth": 24, "dec_embed_dim": 512},
+    "arm_huge_pz16": {"embed_dim": 1536, "depth": 24, "dec_embed_dim": 512},
+    # ours, for small experiments: the decoder is no wider than the encoder
+    "arm_tiny_pz16": {"embed_dim": 192, "depth": 12, "dec_embed_dim": 192},
+    "arm_small_pz16": {"embed_dim": 384, "depth": 12, "dec_embed_dim": 384},
+}
+
+
+def create_pretrain_model(name: str, **overrides: object) -> "ARMPretrain":
+    """The pretraining model of a published or own size (`SIZES`).
+
+    Args:
+        name: key of `SIZES`.
+        **overrides: keyword arguments of `ARMPretrain` that replace the values of that size.
+
+    Raises:
+        ValueError: unknown name, or sizes that do not fit together; the message names values that do.
+    """
+    return ARMPretrain(**{**_size(name), **overrides})
+
+
+def create_classifier(name: str, **overrides: object) -> "ARMClassifier":
+    """The classifier of a published or own size (`SIZES`).
+
+    Args:
+        name: key of `SIZES`.
+        **overrides: keyword arguments of `ARMClassifier` that replace the values of that size.
+
+    Raises:
+        ValueError: unknown name, or sizes that do not fit together; the message names values that do.
+    """
+    size = _size(name)
+    del size["dec_embed_dim"]
+    return ARMClassifier(**{**size, **overrides})
+
+
+def _size(name: str) -> dict[str, int]:
+    if name not in SIZES:
+        raise ValueError(f"unknown model {name!r}; choose from {', '.join(SIZES)}")
+    return dict(SIZES[name])
+
+
+def _grid(img_size: int | tuple[int, int], unit: int, what: str) -> tuple[int, int]:
+    """Rows and columns of `unit`-pixel squares in an image; ValueError with the nearest sizes if it does not divide."""
+    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    for pixels in size:
+        if pixels <= 0 or pixels % unit:
+            below = pixels // unit * unit
+            nearest = " or ".join(str(s) for s in (below, below + unit) if s > 0)
+            raise ValueError(f"image size {pixels} does not divide into {what} of {unit} pixels; nearest: {nearest}")
+    return size[0] // unit, size[1] // unit
+
+
+def _zero_bias(module: nn.Module) -> None:
+    for m in module.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.zeros_(m.bias)
+
+
+def _xavier(module: nn.Module) -> None:
+    for m in module.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.xavier_uniform_(m.weight)
+    _zero_bias(module)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of queries (B, n, C) over context (B, n, C), heads of 64 channels."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.num_heads = dim // 64
+        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+
+    def forward(self, queries: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, n, C) -> (B, heads, n, 64)
+
+        k, v = self.kv(context).chunk(2, dim=-1)
+        q = heads(self.q(queries))
+        out = F.scaled_dot_product_attention(q, heads(k), heads(v), attn_mask=mask.to(q.dtype))
+        return self.proj(out.transpose(1, 2).flatten(2))  # (B, heads, n, 64) -> (B, n, C)
+
+
+class DecoderBlock(nn.Module):
+    """Cross-attention to the latents, then MLP; the queries never attend to each other."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.attn2 = CrossAttention(dim)
+        self.norm2_1, self.norm2_2, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, 4 * dim)
+
+    def forward(self, queries: Tensor, latents: Tensor, mask: Tensor) -> Tensor:
+        queries = queries + self.attn2(self.norm2_1(queries), self.norm2_2(latents), mask)
+        return queries + self.mlp(self.norm2(queries))
+
+
+class ARMPretrain(nn.Module):
+    """Predicts the pixels of each cluster of patches from the clusters before it.
+
+    The grid of patches is cut into clusters of `cluster_size` x `cluster_size` patches. The sequence runs over
+    clusters in raster order and, inside a cluster, over patches in raster order. The encoder reads every cluster
+    but the last (n tokens) and the decoder predicts every cluster but the first (n positions).
+
+    Args:
+        img_size: pixels, one side or (height, width).
+        patch_size: pixels a side, p.
+        cluster_size: patches a side.
+        embed_dim: encoder channels C.
+        depth: encoder blocks.
+        dec_embed_dim: decoder channels Cd, a multiple of 64 (one attention head each).
+        dec_depth: decoder blocks; block j reads the encoder after the j-th of `taps`.
+        norm_pix_loss: standardise the target pixels of each patch.
+        scan_backend: see `ops.choose_backend`.
+
+    Raises:
+        ValueError: sizes that do not fit together; the message names values that do.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 192,
+        patch_size: int = 16,
+        cluster_size: int = 4,
+        embed_dim: int = 768,
+        depth: int = 12,
+        dec_embed_dim: int = 512,
+        dec_depth: int = 4,
+        norm_pix_loss: bool = False,
+        scan_backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        clusters = _grid(img_size, patch_size * cluster_size, f"{cluster_size} x {cluster_size}-patch clusters")
+        if clusters == (1, 1):
+            raise ValueError(f"image size {img_size} holds a single cluster: there is no next one to predict")
+        if dec_embed_dim % 64 or dec_embed_dim <= 0:
+            raise ValueError(f"decoder width {dec_embed_dim} is not a multiple of 64, the width of a head")
+        self.patch_size, self.cluster_size, self.norm_pix_loss = patch_size, cluster_size, norm_pix_loss
+        self.grid_size = (clusters[0] * cluster_size, clusters[1] * cluster_size)
+        self.taps = decoder_taps(depth, dec_depth)
+        self.dec_depth = dec_depth
+        num_patches, per_cluster = self.grid_size[0] * self.grid_size[1], cluster_size**2
+
+        # Registration order is that of the published code: optimizer states are stored by it.
+        self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, self.grid_size), requires_grad=False)
+        self.ar_token = nn.Parameter(torch.zeros(1, 1, dec_embed_dim))
+        self.dec_pos_embed = nn.Parameter(sincos_pos_embed(dec_embed_dim, self.grid_size), requires_grad=False)
+        cluster = torch.arange(num_patches - per_cluster) // per_cluster
+        visible = cluster[:, None] >= cluster[None, :]  # the queries of cluster i + 1 see clusters 0..i
+        self.register_buffer("mask", torch.zeros(visible.shape).masked_fill(~visible, float("-inf")))
+        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.layers = nn.ModuleList(Block(embed_dim, depth, ONE_DIRECTION, scan_backend) for _ in range(depth))
+        self.enc2dec = nn.Linear(embed_dim * dec_depth, dec_embed_dim * dec_depth)
+        self.dec_block = nn.ModuleList(DecoderBlock(dec_embed_dim) for _ in range(dec_depth))
+        for j in range(1, dec_depth + 1):
+            self.add_module(f"norm_{j}", nn.LayerNorm(embed_dim))
+        self.ar_norm = nn.LayerNorm(dec_embed_dim)
+        self.ar_pred = nn.Linear(dec_embed_dim, 3 * patch_size**2)
+
+        trunc_normal_(self.ar_token, std=0.02)
+        _zero_bias(self.enc2dec)
+        _zero_bias(self.ar_pred)
+        _xavier(self.dec_block)
+        self.register_load_state_dict_pre_hook(_supply_mask)
+
+    def to_clusters(self, patches: Tensor) -> Tensor:
+        """Raster order -> cluster order: (B, rows * columns, X) -> (B, clusters, patches of a cluster, X)."""
+        c, (rows, columns) = self.cluster_size, self.grid_size
+        x = patches.unflatten(1, (rows // c, c, columns // c, c))  # (B, R, c, S, c, X)
+        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, R, S, c, c, X) -> (B, R * S, c * c, X)
+
+    def patchify(self, imgs: Tensor) -> Tensor:
+        """Pixels of each patch in (row, column, channel) order: (B, 3, H, W) -> (B, rows * columns, 3 * p * p)."""
+        p = self.patch_size
+        x = imgs.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, 3, rows, p, columns, p)
+        return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # (B, rows, columns, p, p, 3) -> (B, M, 3pp)
+
+    def forward_encoder(self, imgs: Tensor) -> Tensor:
+        """Encode every cluster but the last: (B, 3, H, W) -> latents (B, n, Cd, dec_depth), one for each block."""
+        x = self.patch_embed(imgs).flatten(1, 2) + self.pos_embed  # (B, rows, columns, C) -> (B, M, C)
+        h = self.to_clusters(x)[:, :-1].flatten(1, 2)  # (B, clusters - 1, c * c, C) -> (B, n, C)
+        taps = []
+        for i, layer in enumerate(self.layers, start=1):
+            h = layer(h)
+            if i in self.taps:
+                taps.append(self.get_submodule(f"norm_{len(taps) + 1}")(h))
+        latents = self.enc2dec(torch.cat(taps, dim=-1))  # (B, n, dec_depth * C) -> (B, n, dec_depth * Cd)
+        return latents.unflatten(-1, (-1, self.dec_depth))  # channel c * dec_depth + j belongs to block j
+
+    def forward_decoder(self, latents: Tensor) -> Tensor:
+        """Predict the pixels of every cluster but the first: (B, n, Cd, dec_depth) -> (B, n, 3 * p * p)."""
+        queries = self.to_clusters(self.ar_token + self.dec_pos_embed)[:, 1:].flatten(1, 2)  # (1, n, Cd)
+        queries = queries.expand(latents.shape[0], -1, -1)  # (B, n, Cd)
+        for block, context in zip(self.dec_block, latents.unbind(-1), strict=True):
+            queries = block(queries, context, self.mask)
+        return self.ar_pred(self.ar_norm(queries))
+
+    def target(self, imgs: Tensor) -> Tensor:
+        """What `forward_decoder` should predict: (B, 3, H, W) -> (B, n, 3 * p * p)."""
+        target = self.to_clusters(self.patchify(imgs))[:, 1:].flatten(
+            1, 2
+        )  # (B, clusters - 1, c * c, 3pp) -> (B, n, 3pp)
+        if self.norm_pix_loss:
+            var, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased
+            target = (target - mean) / (var + 1e-6).sqrt()
+        return target
+
+    def forward_loss(self, imgs: Tensor, pred: Tensor) -> Tensor:
+        """Squared error per predicted position, averaged over batch and pixels: (n,)."""
+        return (pred - self.target(imgs)).square().mean(dim=(0, 2))
+
+    def forward(self, imgs: Tensor) -> Tensor:
+        """Loss per predicted position (n,); the training loss is its mean."""
+        return self.forward_loss(imgs, self.forward_decoder(self.forward_encoder(imgs)))
+
+
+def decoder_taps(depth: int, dec_depth: int) -> list[int]:
+    """After how many encoder blocks each decoder block reads: linspace(depth / 2, depth, dec_depth), rounded.
+
+    A single decoder block reads the last encoder block.
+
+    Raises:
+        ValueError: no block, or a depth too small for distinct taps.
+    """
+    if depth < 1 or dec_depth < 1:
+        raise ValueError(f"encoder and decoder need at least one block each, not {depth} and {dec_depth}")
+    taps = [round(t) for t in torch.linspace(depth, depth / 2, dec_depth, dtype=torch.float64, device="cpu").tolist()][
+        ::-1
+    ]
+    if len(set(taps)) < dec_depth or taps[0] < 1:
+        raise ValueError(f"depth {depth} is too small for {dec_depth} decoder blocks: they would share encoder blocks")
+    return taps
+
+
+def _supply_mask(model: ARMPretrain, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """A checkpoint may lack the attention mask, which the sizes determine."""
+    state_dict.setdefault(f"{prefix}mask", model.mask)
+
+
+class ARMClassifier(nn.Module):
+    """Four-direction Mamba encoder with a class token in the middle of the sequence, and a linear head.
+
+    Args:
+        img_size: pixels, one side or (height, width).
+        patch_size: pixels a side.
+        num_classes: outputs of the head.
+        drop_path_rate: stochastic depth; block i drops with element i of [0] + linspace(0, rate, depth).
+        global_pool: pool the mean over both halves of the patches around the class token; else the class token.
+        embed_dim: channels C.
+        depth: blocks.
+        scan_backend: see `ops.choose_backend`.
+
+    Raises:
+        ValueError: sizes that do not fit together; the message names values that do.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        num_classes: int = 1000,
+        drop_path_rate: float = 0.0,
+        global_pool: bool = True,
+        embed_dim: int = 768,
+        depth: int = 12,
+        scan_backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.grid_size = _grid(img_size, patch_size, "patches")
+        self.patch_size, self.global_pool = patch_size, global_pool
+        num_patches = self.grid_size[0] * self.grid_size[1]
+        if num_patches < 2:
+            raise ValueError(f"image size {img_size} holds a single patch: both halves around the class token need one")
+        self.middle = num_patches // 2  # where the class token stands
+        drop_path = [0.0, *torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()][:depth]
+
+        # Registration order is that of the published code: optimizer states are stored by it.
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_patches + 1, embed_dim))
+        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.head = nn.Linear(embed_dim, num_classes)
+        self.layers = nn.ModuleList(
+            Block(embed_dim, depth, FOUR_DIRECTIONS, scan_backend, drop_path[i]) for i in range(depth)
+        )
+        self.norm_f = nn.LayerNorm(embed_dim)
+        self.register_buffer("order", scan_orders(self.grid_size), persistent=False)
+
+        for parameter in (self.cls_token, self.pos_embed, self.head.weight):
+            trunc_normal_(parameter, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward_features(self, imgs: Tensor) -> Tensor:
+        """Pooled features: (B, 3, H, W) -> (B, C)."""
+        x = self.patch_embed(imgs).flatten(1, 2)  # (B, rows, columns, C) -> (B, M, C)
+        cls_token = self.cls_token.expand(x.shape[0], -1, -1)
+        h = torch.cat([x[:, : self.middle], cls_token, x[:, self.middle :]], dim=1) + self.pos_embed  # (B, M + 1, C)
+        for layer in self.layers:
+            h = layer(h, self.order)
+        h = self.norm_f(h)
+        if not self.global_pool:
+            return h[:, self.middle]
+        return (h[:, : self.middle].mean(dim=1) + h[:, self.middle + 1 :].mean(dim=1)) / 2
+
+    def forward(self, imgs: Tensor) -> Tensor:
+        """Logits: (B, 3, H, W) -> (B, num_classes)."""
+        return self.head(self.forward_features(imgs))

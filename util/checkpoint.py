@@ -1,0 +1,295 @@
+"""Checkpoint files: safe reading, atomic writing, and what becomes of a state dict in another model.
+
+A file is a dict with `model`, `optimizer`, `epoch`, `scaler` and `args` (an argparse.Namespace); a finetuning file
+adds `model_ema`, `max_accuracy` and `ema_max_accuracy`. Files of the released code have this form, or are a bare
+state dict; both are read.
+"""
+
+import argparse
+import math
+import os
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from util.dist import is_main
+from util.errors import UserError
+from util.pos_embed import resize_pos_embed
+
+StateDict = dict[str, Tensor]
+
+# Parameters that each scan direction owns, in a one-direction checkpoint.
+_SCAN = re.compile(r"^(layers\.\d+\.mixer\.)(A|D|conv1d|x_proj|dt_proj)(_log)?(\.weight|\.bias)?$")
+# What pretraining has and the classifier has not.
+_DECODER = re.compile(r"^(ar_token|dec_pos_embed|mask|enc2dec\.|dec_block\.|norm_\d+\.|ar_norm\.|ar_pred\.)")
+# What the classifier has and pretraining has not.
+NEW_IN_CLASSIFIER = {"cls_token", "norm_f.weight", "norm_f.bias", "head.weight", "head.bias"}
+
+
+def read(path: str | os.PathLike) -> dict:
+    """Load a checkpoint file onto the CPU without executing anything in it.
+
+    Raises:
+        UserError: no such file, not a checkpoint, or a type inside other than tensors, plain values and a Namespace.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint file {path}")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        unknown = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = (
+            f"it holds a {unknown[1]}, and only tensors, plain values and a Namespace are loaded"
+            if unknown
+            else ("it is no file that torch.save wrote")
+        )
+        raise UserError(f"refused checkpoint {path}: {reason}") from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise UserError(f"unreadable checkpoint {path}: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no checkpoint: it holds a {type(content).__name__}, not a dict")
+    return content
+
+
+def weights(content: dict, key: str | None = None) -> StateDict:
+    """The state dict of a checkpoint: `model`, else `model_ema`, else the content itself as a bare state dict.
+
+    Args:
+        content: as `read` returns it.
+        key: ask for `model` or `model_ema`.
+
+    Raises:
+        UserError: `key` is not there, or what is there is not a state dict of ARM.
+    """
+    present = [k for k in ("model", "model_ema") if k in content]
+    if key is not None and key not in present:
+        raise UserError(f"the checkpoint has no {key}; it has {', '.join(present) or 'a bare state dict'}")
+    state_dict = content[key or present[0]] if present else content
+    state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}  # saved from inside DDP
+    if (
+        not all(isinstance(value, Tensor) for value in state_dict.values())
+        or "patch_embed.proj.weight" not in state_dict
+    ):
+        raise UserError(
+            "the checkpoint is not one of ARM: it has no patch_embed.proj.weight, or values besides tensors"
+        )
+    if "layers.0.mixer.A_log" not in state_dict:
+        raise UserError("the checkpoint is not one of ARM: it has no layers.0.mixer.A_log")
+    return state_dict
+
+
+def is_pretrained(state_dict: StateDict) -> bool:
+    """Whether a state dict comes from pretraining: one scan direction, no class token."""
+    return "cls_token" not in state_dict
+
+
+def classifier_sizes(state_dict: StateDict, grid: tuple[int, int] | None = None) -> dict:
+    """Keyword arguments of the `ARMClassifier` that a state dict belongs to, read off its shapes.
+
+    Args:
+        state_dict: of a pretraining model or a classifier.
+        grid: rows and columns of its patches; a square where they are not known.
+
+    Returns:
+        `embed_dim`, `depth` and `patch_size`; for a classifier also `img_size` and `num_classes`.
+    """
+    embed_dim, _, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
+    sizes = {
+        "embed_dim": embed_dim,
+        "depth": 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith("layers.")),
+        "patch_size": patch_size,
+    }
+    if not is_pretrained(state_dict):
+        rows, columns = grid or _square(state_dict["pos_embed"].shape[1] - 1)
+        sizes["img_size"] = (rows * patch_size, columns * patch_size)
+        sizes["num_classes"] = state_dict["head.weight"].shape[0]
+    return sizes
+
+
+def saved_grid(content: dict) -> tuple[int, int] | None:
+    """Rows and columns of patches, from the input size among the arguments saved in a checkpoint, if it has them."""
+    size = getattr(content.get("args"), "input_size", None)
+    if size is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else (size[0], size[-1])
+    patch_size = weights(content)["patch_embed.proj.weight"].shape[-1]
+    return height // patch_size, width // patch_size
+
+
+def pretrain_to_classifier(state_dict: StateDict, model: nn.Module, grid: tuple[int, int] | None = None) -> StateDict:
+    """The state dict to load into a classifier, from pretraining or from a classifier of another resolution.
+
+    From pretraining: every scan parameter goes to all four directions; the position embedding is interpolated to
+    the model's grid and gets a zero row for the class token; the decoder is dropped; class token, `norm_f` and
+    head are not in the result. From a classifier: the patch rows of the position embedding are interpolated, the
+    row of the class token stays.
+
+    Args:
+        state_dict: as `weights` returns it; left unchanged.
+        model: the `ARMClassifier` to load into.
+        grid: rows and columns of the patches of `state_dict`; a square where they are not given.
+
+    Raises:
+        UserError: the number of position rows is no square and `grid` is not given, or differs from `grid`.
+    """
+    state_dict = {name: value for name, value in state_dict.items() if not _DECODER.match(name)}
+    pos_embed = state_dict["pos_embed"]
+    if is_pretrained(state_dict):
+        suffixes = model.layers[0].mixer.directions
+        for name in list(state_dict):
+            if match := _SCAN.match(name):
+                layer, parameter, log, kind = match[1], match[2], match[3] or "", match[4] or ""
+                for s in suffixes:
+                    state_dict[f"{layer}{parameter}{s}{log}{kind}"] = state_dict[name].clone()
+        patches, token = pos_embed, torch.zeros_like(pos_embed[:, :1])
+    else:
+        middle = (pos_embed.shape[1] - 1) // 2
+        patches = torch.cat([pos_embed[:, :middle], pos_embed[:, middle + 1 :]], dim=1)  # (1, M, C)
+        token = pos_embed[:, middle : middle + 1]
+    grid = grid or _square(patches.shape[1])
+    if grid[0] * grid[1] != patches.shape[1]:
+        raise UserError(f"the position embedding has {patches.shape[1]} patches, not {grid[0]} x {grid[1]}")
+    patches = resize_pos_embed(patches, grid, model.grid_size)
+    state_dict["pos_embed"] = torch.cat([patches[:, : model.middle], token, patches[:, model.middle :]], dim=1)
+    return state_dict
+
+
+def _square(patches: int) -> tuple[int, int]:
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise UserError(
+            f"the position embedding has {patches} patches, which is no square, and nothing tells its shape"
+        )
+    return side, side
+
+
+def load(model: nn.Module, state_dict: StateDict, allow_missing: set[str] = frozenset()) -> None:
+    """Load a state dict whose every key and shape must fit.
+
+    Args:
+        model: the model to load into.
+        state_dict: its parameters and buffers.
+        allow_missing: keys that may be absent and then keep their present value.
+
+    Raises:
+        UserError: lists, key by key, what did not fit; the model is unchanged then.
+    """
+    own = model.state_dict()
+    optional = allow_missing | {"mask"}
+    problems = [f"missing {k}" for k in own if k not in state_dict and k not in optional]
+    problems += [f"unexpected {k}" for k in state_dict if k not in own]
+    problems += [
+        f"{k} has shape {tuple(v.shape)}, the model {tuple(own[k].shape)}"
+        for k, v in state_dict.items()
+        if k in own and v.shape != own[k].shape
+    ]
+    if problems:
+        raise UserError("the checkpoint does not fit the model: " + "; ".join(problems))
+    model.load_state_dict(state_dict, strict=not allow_missing)
+
+
+def load_into_classifier(content: dict, model: nn.Module, key: str | None = None, keep_head: bool = True) -> bool:
+    """Load a checkpoint, from pretraining or finetuning, into a classifier.
+
+    Args:
+        content: as `read` returns it.
+        model: an `ARMClassifier` of the checkpoint's width, depth and patch size, at any resolution.
+        key: `model` or `model_ema`; see `weights`.
+        keep_head: the head of the checkpoint must fit; otherwise one of another size is left out.
+
+    Returns:
+        Whether the head came from the checkpoint.
+
+    Raises:
+        UserError: lists, key by key, what did not fit.
+    """
+    state_dict = pretrain_to_classifier(weights(content, key), model, saved_grid(content))
+    new = set() if "cls_token" in state_dict else NEW_IN_CLASSIFIER
+    if not keep_head and "head.weight" in state_dict and state_dict["head.weight"].shape != model.head.weight.shape:
+        del state_dict["head.weight"], state_dict["head.bias"]
+        new = {"head.weight", "head.bias"}
+    load(model, state_dict, new)
+    return not new
+
+
+def resume(args: argparse.Namespace, content: dict, model: nn.Module, optimizer: Optimizer) -> int:
+    """Load weights and optimizer to go on with a run.
+
+    Args:
+        args: of the run; `resume`, `start_epoch` and `epochs` count.
+        content: of the file `args.resume`.
+        model: the bare model.
+        optimizer: its optimizer.
+
+    Returns:
+        The epoch to start with: `args.start_epoch` where given, else the one after the checkpoint's.
+
+    Raises:
+        UserError: the file is no full checkpoint or does not fit, the run is complete, or the file holds an epoch
+            that no run has (the released code wrote -1, -10 and -20 into its latest and best files) while
+            `args.start_epoch` is not given.
+    """
+    absent = [k for k in ("model", "optimizer", "epoch") if k not in content]
+    if absent:
+        raise UserError(f"cannot resume from {args.resume}: it has no {', '.join(absent)}")
+    start_epoch = content["epoch"] + 1 if args.start_epoch is None else args.start_epoch
+    if args.start_epoch is None and content["epoch"] < 0:
+        raise UserError(
+            f"{args.resume} says epoch {content['epoch']}, which no run has: tell the true next one with --start_epoch"
+        )
+    if start_epoch >= args.epochs:
+        raise UserError(f"{args.resume} ends epoch {content['epoch']}: all {args.epochs} --epochs are done")
+    load(model, weights(content, "model"))
+    try:
+        optimizer.load_state_dict(content["optimizer"])
+    except (ValueError, KeyError) as error:
+        raise UserError(f"the optimizer state in {args.resume} does not fit this run: {error}") from error
+    return start_epoch
+
+
+def save(
+    path: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    epoch: int,
+    args: argparse.Namespace,
+    **more: object,
+) -> None:
+    """Write a checkpoint, on rank 0 only; the file is complete or absent at any moment.
+
+    Args:
+        path: file to write, replaced if it exists.
+        model: the bare model, not its wrapper.
+        optimizer: its optimizer.
+        epoch: the epoch that has just ended.
+        args: of the run.
+        **more: further entries.
+    """
+    if not is_main():
+        return
+    content = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "epoch": epoch,
+        # bf16 needs no loss scaling; tools of the MAE line expect a loadable state all the same
+        "scaler": torch.amp.GradScaler("cpu").state_dict(),
+        "args": args,
+        **more,
+    }
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def save_epoch(
+    folder: Path, args: argparse.Namespace, epoch: int, model: nn.Module, optimizer: Optimizer, **more: object
+) -> None:
+    """Write checkpoint-last.pth and, every `args.save_freq` epochs and after the last one, checkpoint-{epoch}.pth."""
+    save(folder / "checkpoint-last.pth", model, optimizer, epoch, args, **more)
+    if (epoch + 1) % args.save_freq == 0 or epoch + 1 == args.epochs:
+        save(folder / f"checkpoint-{epoch}.pth", model, optimizer, epoch, args, **more)

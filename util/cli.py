@@ -1,0 +1,180 @@
+"""What the command lines of both scripts share: arguments, checks before any work, the end of a run."""
+
+import argparse
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from util.dist import is_main, local_rank, world_size
+from util.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are `UserError`s, shown by `run`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of pretraining and finetuning alike; recipes differ by `parser.set_defaults`."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", metavar="NAME", help="one of models_arm.SIZES (default: %(default)s)")
+    group.add_argument(
+        "--input_size", type=positive, nargs="+", metavar="PX", help="side, or height and width, of the input"
+    )
+    group.add_argument("--patch_size", type=positive, help="pixels a side")
+    group.add_argument("--embed_dim", type=positive, help="channels, instead of the model's")
+    group.add_argument("--depth", type=positive, help="blocks, instead of the model's")
+    group.add_argument("--scan_backend", default="auto", help="auto, torch, cpu or mamba_ssm (default: %(default)s)")
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument(
+        "--batch_size", type=positive, default=64, help="images per process and step (default: %(default)s)"
+    )
+    group.add_argument("--accum_iter", type=positive, default=1, help="steps accumulated into one update")
+    group.add_argument("--epochs", type=positive, help="length of the run (default: %(default)s)")
+    group.add_argument(
+        "--warmup_epochs", type=natural, help="linear warm-up of the learning rate (default: %(default)s)"
+    )
+    group.add_argument("--lr", type=float, help="absolute learning rate, instead of --blr")
+    group.add_argument("--blr", type=float, help="learning rate for a total batch of 256 (default: %(default)s)")
+    group.add_argument("--min_lr", type=float, help="learning rate at the end (default: %(default)s)")
+    group.add_argument("--weight_decay", type=float, default=0.05, help="(default: %(default)s)")
+    group.add_argument("--clip_grad", type=float, help="largest gradient norm (default: %(default)s)")
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--data_path", required=True, help="folder with train/ and val/, one folder of images a class")
+    group.add_argument(
+        "--num_workers", type=natural, default=10, help="processes that load images (default: %(default)s)"
+    )
+    group.add_argument("--pin_mem", action="store_true", default=True, help="pin memory for the GPU (default)")
+    group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--output_dir", default="./output_dir", help="checkpoints and log.txt (default: %(default)s)")
+    group.add_argument("--log_dir", help="TensorBoard files (default: the output folder)")
+    group.add_argument(
+        "--save_freq", type=positive, default=20, help="epochs between kept checkpoints (default: %(default)s)"
+    )
+    group.add_argument("--resume", metavar="FILE", help="go on from this checkpoint of a run")
+    group.add_argument(
+        "--start_epoch", type=natural, help="first epoch (default: the one after the resumed checkpoint's)"
+    )
+    group.add_argument("--device", help="cuda or cpu (default: cuda where there is a GPU)")
+    group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+
+
+def boolean(text: str) -> bool:
+    """Argument type: true/false, yes/no, 1/0."""
+    if text.lower() in ("true", "yes", "1"):
+        return True
+    if text.lower() in ("false", "no", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def rate(text: str) -> float:
+    """Argument type: a number from 0 to 1."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return float(text)
+
+
+def positive(text: str) -> int:
+    """Argument type: a whole number of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """Argument type: a whole number of at least 0."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0")
+    return int(text)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse arguments that contradict each other, and derive `args.lr` from `args.blr` where it is not given.
+
+    Raises:
+        UserError: names the argument.
+    """
+    if args.input_size is not None and len(args.input_size) > 2:
+        raise UserError(f"--input_size takes one side, or height and width, not {len(args.input_size)} numbers")
+    if args.start_epoch is not None and args.start_epoch >= args.epochs:
+        raise UserError(f"--start_epoch {args.start_epoch}: the run has epochs 0 to {args.epochs - 1}")
+    if args.lr is None:
+        args.lr = args.blr * effective_batch_size(args) / 256
+
+
+def effective_batch_size(args: argparse.Namespace) -> int:
+    """Images per update over all processes."""
+    return args.batch_size * args.accum_iter * world_size()
+
+
+def image_size(args: argparse.Namespace) -> tuple[int, int]:
+    """Height and width of the input."""
+    return args.input_size[0], args.input_size[-1]
+
+
+def given(args: argparse.Namespace, *names: str) -> dict:
+    """Those of the named arguments that have a value."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def output_folder(path: str) -> Path:
+    """Make the output folder and prove that files can be written there.
+
+    Raises:
+        UserError: they cannot.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"--output_dir {path} cannot be written: {error.strerror}") from error
+    return folder
+
+
+def describe(args: argparse.Namespace, model: nn.Module, images: int, device: torch.device) -> str:
+    """What a run is about to do, in two lines."""
+    parameters = sum(p.numel() for p in model.parameters())
+    return (
+        f"{type(model).__name__}: {parameters / 1e6:.1f} M parameters, input {' x '.join(map(str, image_size(args)))}, "
+        f"{images} training images, {world_size()} x {device.type}\n"
+        f"batch {effective_batch_size(args)} = {args.batch_size} x {args.accum_iter} accumulated x {world_size()} "
+        f"processes, lr {args.lr:.3g}, {args.epochs} epochs"
+    )
+
+
+def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
+    """Parse the command line and run a script; a `UserError` becomes one line and exit status 2.
+
+    torchrun ends every process as soon as one has failed: so the first process of each machine states the mistake,
+    and the others, which found the same one, leave it the time to.
+    """
+    logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.INFO if is_main() else logging.ERROR)
+    try:
+        main(parser.parse_args())
+    except UserError as error:
+        if local_rank() == 0:
+            print(f"{parser.prog}: error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(5)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

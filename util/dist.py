@@ -1,0 +1,77 @@
+"""Processes: started by torchrun or alone, one device each."""
+
+import os
+import random
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from util.errors import UserError
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def init_device(name: str | None) -> torch.device:
+    """The device of this process, and the process group when torchrun started several.
+
+    Args:
+        name: "cuda", "cpu" or another torch device; None takes CUDA where there is a GPU, else the CPU.
+
+    Raises:
+        UserError: no such device, or fewer GPUs than processes on this machine.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: no such kind of device") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: this torch finds no GPU; leave --device out to train on the CPU")
+        if local_rank() >= torch.cuda.device_count():
+            raise UserError(
+                f"{local_rank() + 1} or more processes, but {torch.cuda.device_count()} GPUs on this machine"
+            )
+        device = torch.device("cuda", local_rank())
+        torch.cuda.set_device(device)
+    if world_size() > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every generator of this process, differently on every rank (drop path and mixup differ)."""
+    torch.manual_seed(seed + rank())
+    np.random.seed(seed + rank())
+    random.seed(seed + rank())
+
+
+def distribute(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model itself, or wrapped for several processes."""
+    if world_size() == 1:
+        return model
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+
+def reduce_sum(values: Tensor) -> Tensor:
+    """Element-wise sum over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values

@@ -1,0 +1,46 @@
+"""Layer-wise learning-rate decay of the classifier (BEiT, Bao et al. 2022; MAE, util/lr_decay.py)."""
+
+from torch import nn
+
+NO_WEIGHT_DECAY = ("cls_token", "pos_embed")
+
+
+def param_groups_layer_decay(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
+    """Optimizer groups by layer: the head and `norm_f` at full rate, each layer below at `layer_decay` times the next.
+
+    1-D parameters, biases, the class token and the position embedding do not decay. Groups stand in the order in
+    which the model names their first parameter, as in the published code: optimizer states are stored by it.
+
+    Args:
+        model: an `ARMClassifier`.
+        weight_decay: of every other parameter.
+        layer_decay: factor per layer; 1 switches it off.
+
+    Returns:
+        Groups with `params`, `weight_decay` and `lr_scale`.
+    """
+    last = len(model.layers) + 1
+    groups: dict[tuple[int, bool], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer = _layer_of(name, last)
+        decays = parameter.ndim > 1 and name not in NO_WEIGHT_DECAY
+        group = groups.setdefault(
+            (layer, decays),
+            {
+                "params": [],
+                "weight_decay": weight_decay if decays else 0.0,
+                "lr_scale": layer_decay ** (last - layer),
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def _layer_of(name: str, last: int) -> int:
+    if name.startswith(("cls_token", "pos_embed", "patch_embed")):
+        return 0
+    if name.startswith("layers."):
+        return int(name.split(".")[1]) + 1
+    return last

@@ -1,0 +1,84 @@
+"""What a run tells: a live bar on a terminal or plain lines elsewhere, log.txt and TensorBoard."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+LOG_EVERY = 20  # steps between two plain lines, and between two points in TensorBoard
+
+
+class Progress:
+    """One pass over data as rank 0 shows it: a bar on a terminal, a line every `LOG_EVERY` steps elsewhere."""
+
+    def __init__(self, title: str, steps: int) -> None:
+        self.title, self.steps, self.step, self.images = title, steps, 0, 0
+        self.start = time.monotonic()
+        self.bar = tqdm(total=steps, desc=title, dynamic_ncols=True, leave=True) if sys.stderr.isatty() else None
+
+    def update(self, images: int, **values: float) -> None:
+        """Count one step of `images` images (all processes together) and show `values`."""
+        self.step += 1
+        self.images += images
+        seconds = time.monotonic() - self.start
+        shown = {name: f"{value:.4g}" for name, value in values.items()} | {"img/s": f"{self.images / seconds:.0f}"}
+        if self.bar is not None:
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update()
+        elif self.step % LOG_EVERY == 0 or self.step == self.steps:
+            left = time.strftime("%H:%M:%S", time.gmtime(seconds / self.step * (self.steps - self.step)))
+            text = "  ".join(f"{name} {value}" for name, value in shown.items())
+            print(f"{self.title}  [{self.step}/{self.steps}]  {text}  left {left}", flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class ScreenLog:
+    """What rank 0 shows, without files."""
+
+    def progress(self, title: str, steps: int) -> Progress:
+        return Progress(title, steps)
+
+    def say(self, text: str) -> None:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+class RunLog(ScreenLog):
+    """What rank 0 shows and keeps: log.txt (one JSON object a line, as MAE's tools read it) and TensorBoard files.
+
+    Args:
+        output_dir: where log.txt grows; it is appended to.
+        log_dir: where the TensorBoard files go; `output_dir` if None.
+    """
+
+    def __init__(self, output_dir: Path, log_dir: str | None) -> None:
+        self.path = output_dir / "log.txt"
+        self.writer = SummaryWriter(log_dir=str(log_dir or output_dir))
+
+    def scalars(self, step: int, **values: float) -> None:
+        """Add one point to each TensorBoard curve."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def epoch(self, **values: float) -> None:
+        """Append one line to log.txt."""
+        self.writer.flush()
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+class SilentLog:
+    """Takes every call of a log and says nothing: the log of the other ranks."""
+
+    def progress(self, title: str, steps: int) -> "SilentLog":
+        return self
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
