@@ -9,6 +9,7 @@ logits = classifier(imgs)
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.layers import Mlp, trunc_normal_
 from torch import Tensor, nn
 
@@ -186,15 +187,19 @@ class ARMPretrain(nn.Module):
 
     def to_clusters(self, patches: Tensor) -> Tensor:
         """Raster order -> cluster order: (B, rows * columns, X) -> (B, clusters, patches of a cluster, X)."""
-        c, (rows, columns) = self.cluster_size, self.grid_size
-        x = patches.unflatten(1, (rows // c, c, columns // c, c))  # (B, R, c, S, c, X)
-        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, R, S, c, c, X) -> (B, R * S, c * c, X)
+        c, columns = self.cluster_size, self.grid_size[1]
+        return rearrange(patches, "b (R i S j) x -> b (R S) (i j) x", S=columns // c, i=c, j=c)
 
     def patchify(self, imgs: Tensor) -> Tensor:
         """Pixels of each patch in (row, column, channel) order: (B, 3, H, W) -> (B, rows * columns, 3 * p * p)."""
         p = self.patch_size
-        x = imgs.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, 3, rows, p, columns, p)
-        return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # (B, rows, columns, p, p, 3) -> (B, M, 3pp)
+        return rearrange(imgs, "b channel (h p) (w q) -> b (h w) (p q channel)", p=p, q=p)
+
+    def to_images(self, tokens: Tensor) -> Tensor:
+        """Undo `patchify` and `to_clusters`: (B, clusters, patches of a cluster, 3 * p * p) -> (B, 3, H, W)."""
+        c, p, columns = self.cluster_size, self.patch_size, self.grid_size[1]
+        pattern = "b (R S) (i j) (p q channel) -> b channel (R i p) (S j q)"
+        return rearrange(tokens, pattern, S=columns // c, i=c, j=c, p=p, q=p)
 
     def forward_encoder(self, imgs: Tensor) -> Tensor:
         """Encode every cluster but the last: (B, 3, H, W) -> latents (B, n, Cd, dec_depth), one for each block."""

@@ -25,7 +25,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from engine_finetune import evaluate, train_one_epoch
 from timm.data import Mixup
 from timm.layers import trunc_normal_
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -33,6 +32,7 @@ from timm.utils import ModelEmaV3
 from torchvision.datasets import ImageFolder
 
 import models_arm
+from engine_finetune import evaluate, train_one_epoch
 from ops import BackendUnavailable
 from util import checkpoint, cli
 from util.datasets import eval_loader, eval_transform, finetune_transform, image_folder, train_loader

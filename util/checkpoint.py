@@ -50,7 +50,8 @@ def read(path: str | os.PathLike) -> dict:
         )
         raise UserError(f"refused checkpoint {path}: {reason}") from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"unreadable checkpoint {path}: {str(error).splitlines()[0]}") from error
+        reason = next(iter(str(error).splitlines()), "it ends too early")
+        raise UserError(f"unreadable checkpoint {path}: {reason}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is no checkpoint: it holds a {type(content).__name__}, not a dict")
     return content

@@ -54,8 +54,13 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", required=True, help="folder with train/ and val/, one folder of images a class")
+    group.add_argument("--scale", type=rate, nargs=2, help="area of random crops (default: %(default)s)")
+    group.add_argument("--hflip", type=rate, default=0.5, help="rate of horizontal flips (default: %(default)s)")
     group.add_argument(
-        "--num_workers", type=natural, default=10, help="processes that load images (default: %(default)s)"
+        "--num_workers",
+        type=natural,
+        default=min(10, len(os.sched_getaffinity(0))),
+        help="processes that load images (default: 10, or the number of cores)",
     )
     group.add_argument("--pin_mem", action="store_true", default=True, help="pin memory for the GPU (default)")
     group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")

@@ -1,0 +1,18 @@
+PYTHON ?= python3
+
+.PHONY: demo test lint
+
+demo: .venv/installed
+	.venv/bin/python demo/demo.py
+
+test: .venv/installed
+	.venv/bin/python -m pytest
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --requirement requirements.txt
+	touch $@

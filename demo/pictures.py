@@ -1,0 +1,118 @@
+"""The demo's pictures: curves of the three runs, and images beside what the model predicts."""
+
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.patches import Rectangle
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from torchvision.datasets import ImageFolder
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import models_arm
+from util import checkpoint
+from util.datasets import eval_transform
+
+
+def draw_curves(logs: dict[str, list[dict]], path: Path) -> None:
+    """Pretraining loss on the left, accuracy of both finetuning runs on the right.
+
+    Args:
+        logs: lines of log.txt by run: pretrain, finetune, scratch.
+        path: PNG file to write.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    rows = logs["pretrain"]
+    left.plot([row["epoch"] + 1 for row in rows], [row["train_loss"] for row in rows], "o-", color="tab:blue")
+    left.set(title="autoregressive pretraining", xlabel="epoch", ylabel="loss on normalised pixels")
+    for run, name, colour in (
+        ("finetune", "from pretraining", "tab:blue"),
+        ("scratch", "from random weights", "tab:gray"),
+    ):
+        rows = logs[run]
+        epochs, accuracy = [row["epoch"] + 1 for row in rows], [row["test_acc1"] for row in rows]
+        right.plot(epochs, accuracy, "o-", color=colour, label=f"{name}: {accuracy[-1]:.1f} %")
+    right.set(title="finetuning", xlabel="epoch", ylabel="top-1 on held-out images (%)")
+    right.legend(loc="lower right")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+@torch.no_grad()
+def predicted_images(model: models_arm.ARMPretrain, imgs: Tensor) -> Tensor:
+    """Images whose first cluster is given and whose others are each predicted from the true clusters before it.
+
+    The model predicts standardised patches: mean and variance come from the true patch, as in MAE's pictures.
+
+    Args:
+        model: with `norm_pix_loss`.
+        imgs: (B, 3, H, W), normalised.
+
+    Returns:
+        (B, 3, H, W), normalised.
+    """
+    pred = model.forward_decoder(model.forward_encoder(imgs))  # (B, n, 3pp)
+    clusters = model.to_clusters(model.patchify(imgs))  # (B, clusters, c * c, 3pp)
+    pred = pred.unflatten(1, (-1, clusters.shape[2]))  # (B, n, 3pp) -> (B, clusters - 1, c * c, 3pp)
+    var, mean = torch.var_mean(clusters[:, 1:], dim=-1, keepdim=True)
+    pred = pred * (var + 1e-6).sqrt() + mean
+    return model.to_images(torch.cat([clusters[:, :1], pred], dim=1))
+
+
+def draw_predictions(path: Path, image_folder: Path, picture: Path) -> None:
+    """Original images above what a pretraining checkpoint predicts of them, one image of each class.
+
+    Args:
+        path: pretraining checkpoint.
+        image_folder: folder with one folder of images a class.
+        picture: PNG file to write.
+    """
+    content = checkpoint.read(path)
+    args = content["args"]
+    model = models_arm.create_pretrain_model(
+        args.model,
+        img_size=(args.input_size[0], args.input_size[-1]),
+        norm_pix_loss=True,
+        cluster_size=args.cluster_size,
+        dec_depth=args.dec_depth,
+        **{
+            name: getattr(args, name)
+            for name in ("patch_size", "embed_dim", "depth", "dec_embed_dim")
+            if getattr(args, name) is not None
+        },
+    ).eval()
+    checkpoint.load(model, checkpoint.weights(content))
+    height, width = model.grid_size[0] * model.patch_size, model.grid_size[1] * model.patch_size
+    dataset = ImageFolder(str(image_folder), eval_transform((height, width), "square"))
+    firsts = [dataset.targets.index(label) for label in range(len(dataset.classes))]
+    imgs = torch.stack([dataset[i][0] for i in firsts])
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    rows = [
+        (batch * std + mean).clamp(0, 1).permute(0, 2, 3, 1)  # (B, 3, H, W) -> (B, H, W, 3)
+        for batch in (imgs, predicted_images(model, imgs))
+    ]
+    side = model.cluster_size * model.patch_size
+    figure, axes = plt.subplots(2, len(imgs), figsize=(len(imgs), 2.6), layout="constrained")
+    for row, (images, name) in enumerate(zip(rows, ("image", "predicted"), strict=True)):
+        for column, image in enumerate(images):
+            axis = axes[row, column]
+            axis.imshow(image.numpy(), interpolation="nearest", extent=(0, width, height, 0))
+            axis.set(
+                xticks=range(0, width, side)[1:], yticks=range(0, height, side)[1:], xticklabels=[], yticklabels=[]
+            )
+            axis.grid(color="white", alpha=0.25, linewidth=0.6)
+            axis.tick_params(length=0)
+            if row == 1:
+                axis.add_patch(Rectangle((0, 0), side, side, fill=False, edgecolor="tab:orange", linewidth=2))
+        axes[row, 0].set_ylabel(name)
+    figure.suptitle("Each cluster predicted from the true ones before it; the first (orange) is given", fontsize=10)
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,77 @@
+"""What several tests share: golden values, a small folder of images, scripts run in this process."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+GOLDEN = REPOSITORY / "tests" / "golden"
+
+# A model of seconds: 3 x 2 clusters of 2 x 2 patches of 8 pixels.
+TINY = "--model arm_tiny_pz16 --embed_dim 32 --depth 4 --patch_size 8 --device cpu --num_workers 0".split()
+TINY_PRETRAIN = [*TINY, *"--input_size 48 32 --cluster_size 2 --dec_embed_dim 64 --dec_depth 2".split()]
+TINY_FINETUNE = [*TINY, *"--input_size 48 32 --nb_classes 3 --drop_path 0".split()]
+
+
+class Golden:
+    """An .npz file of golden values as tensors."""
+
+    def __init__(self, name: str) -> None:
+        self.file = np.load(GOLDEN / f"{name}.npz")
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        array = self.file[key]
+        return torch.from_numpy(array.astype(np.float64) if array.dtype.kind == "f" else array)
+
+    def under(self, prefix: str) -> dict[str, torch.Tensor]:
+        return {key.removeprefix(prefix): self[key] for key in self.file.files if key.startswith(prefix)}
+
+
+@pytest.fixture(scope="session")
+def golden():
+    return Golden
+
+
+def golden_json(name: str) -> dict:
+    return json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Largest difference as a fraction of the largest wanted value."""
+    return ((got - want).abs().max() / want.abs().max()).item()
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> Path:
+    """Three classes of coloured noise of odd sizes: 8 images each to train, 7 in all to validate."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, counts in (("train", (8, 8, 8)), ("val", (3, 2, 2))):
+        for label, count in enumerate(counts):
+            folder = root / split / f"class_{label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.normal(100 + 40 * label, 40, (37 + i, 53, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def run_script(monkeypatch):
+    """Run a main script in this process with a command line."""
+    from util import cli
+
+    def run(script, *argv: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, argv)])
+        cli.run(script.main, script.get_args_parser())
+
+    return run
+
+
+def read_log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]

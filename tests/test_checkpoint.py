@@ -1,0 +1,256 @@
+"""Checkpoint files: what is read, refused, converted and written."""
+
+import argparse
+import collections
+import os
+import pathlib
+
+import pytest
+import torch
+
+import models_arm
+from util import checkpoint
+from util.errors import UserError
+
+SIZES = {"patch_size": 8, "embed_dim": 32, "depth": 2}
+
+
+def classifier(img_size=(48, 32), num_classes=3):
+    torch.manual_seed(1)
+    return models_arm.create_classifier("arm_tiny_pz16", img_size=img_size, num_classes=num_classes, **SIZES)
+
+
+def pretrained(img_size=(48, 32)):
+    torch.manual_seed(2)
+    sizes = {**SIZES, "img_size": img_size, "cluster_size": 2, "dec_embed_dim": 64, "dec_depth": 1}
+    return models_arm.create_pretrain_model("arm_tiny_pz16", **sizes)
+
+
+def assert_equal_state(got, want):
+    assert set(got) == set(want)
+    for name, value in want.items():
+        assert torch.equal(got[name], value), name
+
+
+def write(path, content):
+    torch.save(content, path)
+    return path
+
+
+class Payload:
+    """Pickled code: loading it unsafely would create the file `target`."""
+
+    def __init__(self, target):
+        self.target = str(target)
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+def test_namespace_is_read(tmp_path):
+    args = argparse.Namespace(model="arm_base_pz16", input_size=224, cutmix_minmax=None)
+    path = write(tmp_path / "c.pth", {"model": {"w": torch.ones(2)}, "args": args, "epoch": 3})
+    content = checkpoint.read(path)
+    assert content["args"] == args
+    assert content["epoch"] == 3
+
+
+def test_other_types_are_refused_by_name_and_not_run(tmp_path):
+    path = write(tmp_path / "c.pth", {"model": {}, "args": Payload(tmp_path / "made")})
+    with pytest.raises(UserError, match=r"refused checkpoint .*c\.pth: it holds a posix\.mkdir"):
+        checkpoint.read(path)
+    assert not (tmp_path / "made").exists()
+    path = write(tmp_path / "d.pth", {"where": pathlib.PurePosixPath("a")})
+    with pytest.raises(UserError, match=r"pathlib\.PurePosixPath"):
+        checkpoint.read(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "unreadable|refused"), (b"not a checkpoint at all", "refused|unreadable"), (None, "no checkpoint file")],
+)
+def test_files_that_are_no_checkpoint(tmp_path, content, message):
+    path = tmp_path / "c.pth"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        checkpoint.read(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_truncated_file(tmp_path):
+    path = write(tmp_path / "c.pth", {"model": {"w": torch.ones(1000)}})
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(UserError, match="unreadable checkpoint"):
+        checkpoint.read(path)
+
+
+def test_file_of_a_list(tmp_path):
+    with pytest.raises(UserError, match="holds a list, not a dict"):
+        checkpoint.read(write(tmp_path / "c.pth", [1, 2]))
+
+
+def test_weights_are_found_in_every_form():
+    state = collections.OrderedDict(classifier().state_dict())
+    ema = {name: value + 1 for name, value in state.items()}
+    assert_equal_state(checkpoint.weights({"model": state, "model_ema": ema}), state)
+    assert_equal_state(checkpoint.weights({"model": state, "model_ema": ema}, "model_ema"), ema)
+    assert_equal_state(checkpoint.weights({"model_ema": ema}), ema)
+    assert_equal_state(checkpoint.weights(state), state)
+    assert_equal_state(checkpoint.weights({f"module.{name}": value for name, value in state.items()}), state)
+    with pytest.raises(UserError, match="no model_ema; it has model"):
+        checkpoint.weights({"model": state}, "model_ema")
+
+
+def test_foreign_checkpoints():
+    vit = {"cls_token": torch.ones(1), "patch_embed.proj.weight": torch.ones(4, 3, 2, 2), "blocks.0.w": torch.ones(1)}
+    with pytest.raises(UserError, match=r"not one of ARM: it has no layers\.0\.mixer\.A_log"):
+        checkpoint.weights({"model": vit})
+    with pytest.raises(UserError, match="not one of ARM"):
+        checkpoint.weights({"state": 1})
+
+
+def test_every_misfit_is_listed():
+    model = classifier()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = {name: value + 1 for name, value in before.items()}
+    del state["norm_f.bias"]
+    state["extra.weight"] = torch.ones(1)
+    state["head.weight"] = torch.ones(7, 32)
+    with pytest.raises(UserError) as caught:
+        checkpoint.load(model, state)
+    message = str(caught.value)
+    assert "missing norm_f.bias" in message
+    assert "unexpected extra.weight" in message
+    assert "head.weight has shape (7, 32), the model (3, 32)" in message
+    assert_equal_state(model.state_dict(), before)
+
+
+def test_scan_parameters_go_to_all_directions():
+    source, model = pretrained().state_dict(), classifier()
+    state = checkpoint.pretrain_to_classifier(source, model, (6, 4))
+    for layer in ("layers.0", "layers.1"):
+        for s in ("", "_b", "_c", "_c_b"):
+            for want, got in (
+                ("A_log", f"A{s}_log"),
+                ("D", f"D{s}"),
+                ("conv1d.weight", f"conv1d{s}.weight"),
+                ("conv1d.bias", f"conv1d{s}.bias"),
+                ("x_proj.weight", f"x_proj{s}.weight"),
+                ("dt_proj.weight", f"dt_proj{s}.weight"),
+                ("dt_proj.bias", f"dt_proj{s}.bias"),
+            ):
+                assert torch.equal(state[f"{layer}.mixer.{got}"], source[f"{layer}.mixer.{want}"]), got
+    patches = source["pos_embed"]
+    want = torch.cat([patches[:, :12], torch.zeros(1, 1, 32), patches[:, 12:]], dim=1)
+    assert torch.equal(state["pos_embed"], want)
+
+
+def test_finetuned_checkpoint_at_another_resolution():
+    """Only the grid rows are interpolated; the class token's row stays."""
+    source, model = classifier((48, 32)).state_dict(), classifier((96, 64))
+    state = checkpoint.pretrain_to_classifier(source, model, (6, 4))
+    pos = source["pos_embed"]
+    patches = torch.cat([pos[:, :12], pos[:, 13:]], dim=1).view(1, 6, 4, 32).permute(0, 3, 1, 2)
+    large = torch.nn.functional.interpolate(patches, size=(12, 8), mode="bicubic", align_corners=False)
+    large = large.permute(0, 2, 3, 1).flatten(1, 2)
+    assert torch.equal(state["pos_embed"], torch.cat([large[:, :48], pos[:, 12:13], large[:, 48:]], dim=1))
+    assert torch.equal(state["head.weight"], source["head.weight"])
+    same = checkpoint.pretrain_to_classifier(source, classifier((48, 32)), (6, 4))
+    assert torch.equal(same["pos_embed"], pos)
+
+
+def test_grid_must_be_known_where_it_is_no_square():
+    with pytest.raises(UserError, match="24 patches, which is no square"):
+        checkpoint.pretrain_to_classifier(pretrained().state_dict(), classifier())
+    with pytest.raises(UserError, match="24 patches, not 5 x 5"):
+        checkpoint.pretrain_to_classifier(pretrained().state_dict(), classifier(), (5, 5))
+
+
+@pytest.mark.parametrize(("size", "grid"), [(48, (6, 6)), ([48], (6, 6)), ([48, 32], (6, 4)), (None, None)])
+def test_grid_is_read_from_the_saved_arguments(size, grid):
+    args = argparse.Namespace(input_size=size)
+    assert checkpoint.saved_grid({"model": pretrained().state_dict(), "args": args}) == grid
+    assert checkpoint.saved_grid(pretrained().state_dict()) is None
+
+
+def test_only_a_head_of_another_size_is_left_out():
+    args = argparse.Namespace(input_size=[48, 32])
+    content = {"model": classifier(num_classes=7).state_dict(), "args": args}
+    model = classifier(num_classes=3)
+    head = model.head.weight.clone()
+    with pytest.raises(UserError, match=r"head\.weight has shape \(7, 32\)"):
+        checkpoint.load_into_classifier(content, model)
+    assert not checkpoint.load_into_classifier(content, model, keep_head=False)
+    assert torch.equal(model.head.weight, head)
+    assert torch.equal(model.layers[1].mlp.w1.weight, content["model"]["layers.1.mlp.w1.weight"])
+    fits = {"model": {n: v + 1 for n, v in classifier().state_dict().items()}, "args": args}
+    assert checkpoint.load_into_classifier(fits, model, keep_head=False)
+    assert torch.equal(model.head.weight, fits["model"]["head.weight"])
+
+
+def test_incomplete_pretraining_checkpoint_is_refused():
+    content = {"model": pretrained().state_dict(), "args": argparse.Namespace(input_size=[48, 32])}
+    del content["model"]["layers.1.mlp.w3.bias"]
+    with pytest.raises(UserError, match=r"does not fit the model: missing layers\.1\.mlp\.w3\.bias$"):
+        checkpoint.load_into_classifier(content, classifier(), keep_head=False)
+
+
+def test_sizes_are_read_off_the_shapes():
+    sizes = checkpoint.classifier_sizes(classifier().state_dict(), (6, 4))
+    assert sizes == {**SIZES, "img_size": (48, 32), "num_classes": 3}
+    assert checkpoint.classifier_sizes(pretrained().state_dict()) == SIZES
+
+
+def run_of(epoch, **more):
+    model = pretrained()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, **more}
+    return content, model, optimizer
+
+
+@pytest.mark.parametrize("epoch", [-1, -10, -20])
+def test_epochs_of_released_latest_and_best_files(epoch):
+    """The released code writes these numbers; going on from them would start at a wrong epoch with a negative lr."""
+    args = argparse.Namespace(resume="c.pth", start_epoch=None, epochs=100)
+    with pytest.raises(UserError, match=f"says epoch {epoch}, which no run has.*--start_epoch"):
+        checkpoint.resume(args, *run_of(epoch))
+    args.start_epoch = 42
+    assert checkpoint.resume(args, *run_of(epoch)) == 42
+
+
+def test_resume_starts_after_the_saved_epoch():
+    args = argparse.Namespace(resume="c.pth", start_epoch=None, epochs=100)
+    content, model, optimizer = run_of(7)
+    content["model"] = {name: value + 1 for name, value in content["model"].items()}
+    assert checkpoint.resume(args, content, model, optimizer) == 8
+    assert_equal_state(model.state_dict(), content["model"])
+    args.epochs = 8
+    with pytest.raises(UserError, match="all 8 --epochs are done"):
+        checkpoint.resume(args, content, model, optimizer)
+    del content["optimizer"]
+    with pytest.raises(UserError, match=r"cannot resume from c\.pth: it has no optimizer"):
+        checkpoint.resume(args, content, model, optimizer)
+
+
+def test_an_optimizer_of_another_model_does_not_fit():
+    content, model, _ = run_of(0)
+    args = argparse.Namespace(resume="c.pth", start_epoch=None, epochs=100)
+    with pytest.raises(UserError, match=r"optimizer state in c\.pth does not fit"):
+        checkpoint.resume(args, content, model, torch.optim.AdamW([torch.zeros(1)]))
+
+
+def test_saved_file(tmp_path):
+    """The form that the MAE line reads, complete or absent: a failing write leaves the older file."""
+    _, model, optimizer = run_of(0)
+    args = argparse.Namespace(model="m", input_size=[48, 32])
+    path = tmp_path / "checkpoint-last.pth"
+    checkpoint.save(path, model, optimizer, 5, args, max_accuracy=1.5)
+    content = checkpoint.read(path)
+    assert set(content) == {"model", "optimizer", "epoch", "scaler", "args", "max_accuracy"}
+    assert (content["epoch"], content["args"], content["max_accuracy"]) == (5, args, 1.5)
+    assert_equal_state(content["model"], model.state_dict())
+    torch.amp.GradScaler("cpu").load_state_dict(content["scaler"])
+    with pytest.raises(Exception, match="pickle"):
+        checkpoint.save(path, model, optimizer, 6, args, broken=lambda: None)
+    assert checkpoint.read(path)["epoch"] == 5

@@ -1,0 +1,261 @@
+"""The command lines: a frozen list of flags, every command of the README, and one line for each mistake."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import main_finetune
+import main_pretrain
+import models_arm
+from conftest import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN
+from util import cli
+from util.errors import UserError
+
+SHARED = """
+    model input_size patch_size embed_dim depth scan_backend
+    batch_size accum_iter epochs warmup_epochs lr blr min_lr weight_decay clip_grad
+    data_path scale hflip num_workers pin_mem no_pin_mem
+    output_dir log_dir save_freq resume start_epoch device seed
+"""
+PRETRAIN = SHARED + "cluster_size dec_embed_dim dec_depth norm_pix_loss"
+FINETUNE = (
+    SHARED
+    + """
+    finetune model_key nb_classes global_pool cls_token drop_path layer_decay ema_decay
+    color_jitter aa smoothing reprob remode recount
+    mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode
+    eval dist_eval eval_resize
+"""
+)
+SCRIPTS = {"main_pretrain.py": main_pretrain, "main_finetune.py": main_finetune}
+
+
+@pytest.mark.parametrize(("script", "flags"), [(main_pretrain, PRETRAIN), (main_finetune, FINETUNE)])
+def test_flags_are_frozen(script, flags):
+    """Others write job scripts against these: adding one is a decision, removing one breaks somebody."""
+    options = {o for action in script.get_args_parser()._actions for o in action.option_strings}
+    assert options == {f"--{flag}" for flag in flags.split()} | {"-h", "--help"}
+
+
+def readme_commands() -> list[str]:
+    text = (REPOSITORY / "README.md").read_text().replace("\\\n", " ")
+    return [line for line in text.splitlines() if re.search(r"main_(pretrain|finetune)\.py --", line)]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_readme_commands_parse(command):
+    words = shlex.split(command)
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    args = SCRIPTS[Path(words[at]).name].get_args_parser().parse_args(words[at + 1 :])
+    assert args.data_path
+    if args.model:
+        assert args.model in models_arm.SIZES
+
+
+def test_readme_has_the_four_recipes():
+    models = [re.search(r"--model (\w+)", command) for command in readme_commands()]
+    assert [m[1] for m in models if m].count("arm_base_pz16") >= 2
+    assert [m[1] for m in models if m].count("arm_large_pz16") >= 2
+
+
+def test_defaults_are_the_base_recipe():
+    args = main_pretrain.get_args_parser().parse_args(["--data_path", "x"])
+    assert (args.input_size, args.epochs, args.warmup_epochs, args.blr) == ([192], 1600, 40, 1.5e-4)
+    assert (args.min_lr, args.weight_decay, args.clip_grad, args.scale) == (0, 0.05, 3.0, [0.2, 1.0])
+    args = main_finetune.get_args_parser().parse_args(["--data_path", "x"])
+    assert (args.epochs, args.warmup_epochs, args.blr, args.min_lr) == (100, 5, 5e-4, 1e-6)
+    assert (args.layer_decay, args.drop_path, args.clip_grad, args.ema_decay) == (0.65, 0.1, None, None)
+    assert (args.aa, args.reprob, args.remode, args.smoothing) == ("rand-m9-mstd0.5-inc1", 0.25, "pixel", 0.1)
+    assert (args.global_pool, args.eval_resize) == (True, "square")
+
+
+@pytest.mark.parametrize(
+    ("words", "want"),
+    [
+        ("", True),
+        ("--global_pool", True),
+        ("--global_pool True", True),
+        ("--global_pool true", True),
+        ("--global_pool False", False),
+        ("--global_pool 0", False),
+        ("--cls_token", False),
+    ],
+)
+def test_global_pool(words, want):
+    """The released code parses `--global_pool False` as true."""
+    args = main_finetune.get_args_parser().parse_args(["--data_path", "x", *words.split()])
+    assert args.global_pool is want
+
+
+def test_global_pool_is_neither():
+    with pytest.raises(UserError, match="'maybe' is neither true nor false"):
+        main_finetune.get_args_parser().parse_args(["--data_path", "x", "--global_pool", "maybe"])
+
+
+def test_learning_rate_follows_the_effective_batch(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    words = "--data_path x --batch_size 32 --accum_iter 4 --blr 5e-4".split()
+    args = main_finetune.get_args_parser().parse_args(words)
+    cli.check_arguments(args)
+    assert args.lr == pytest.approx(5e-4 * 32 * 4 * 8 / 256)
+    args = main_finetune.get_args_parser().parse_args([*words, "--lr", "0.1"])
+    cli.check_arguments(args)
+    assert args.lr == 0.1
+
+
+# ---- mistakes: exit status 2, one line on stderr, before any training
+
+PRETRAIN_MISTAKES = {
+    "--batch_size 0": "argument --batch_size: 0 is not at least 1",
+    "--model arm_giant": "unknown model 'arm_giant'; choose from arm_base_pz16",
+    "--input_size 40 32": r"image size 40 does not divide .* nearest: 32 or 48",
+    "--input_size 1 2 3": "--input_size takes one side",
+    "--dec_embed_dim 65": "decoder width 65 is not a multiple of 64",
+    "--dec_depth 4": "depth 4 is too small for 4 decoder blocks",
+    "--scan_backend warp": "unknown backend 'warp'",
+    "--scan_backend mamba_ssm": "pip install --no-build-isolation -r requirements-cuda.txt",
+    "--data_path /nowhere": "--data_path /nowhere: no such folder",
+    "--accum_iter 25": "24 training images do not fill one update: batch size 4 x 1 processes x 25",
+    "--batch_size 25": "24 training images do not fill one update: batch size 25",
+    "--resume none.pth": "no checkpoint file none.pth",
+    "--start_epoch 9": "--start_epoch 9: the run has epochs 0 to 0",
+    "--device cuda": "finds no GPU",
+    "--device abacus": "no such kind of device",
+    "--unknown 1": "unrecognized arguments: --unknown 1",
+    "--scale 0.2 1.5": "1.5 is not between 0 and 1",
+}
+FINETUNE_MISTAKES = {
+    "--nb_classes 2": "has 3 classes, the classifier 2",
+    "--finetune none.pth": "no checkpoint file none.pth",
+    "--finetune a.pth --resume b.pth": "give one of them",
+    "--eval": "--eval needs a checkpoint",
+    "--input_size 50": "image size 50 does not divide into patches of 8 pixels; nearest: 48 or 56",
+    "--mixup 0.8 --batch_size 3": "need an even batch",
+    "--smoothing 2": "2 is not between 0 and 1",
+    "--drop_path -1": "-1 is not between 0 and 1",
+}
+MISTAKES = [(main_pretrain, TINY_PRETRAIN, *item) for item in PRETRAIN_MISTAKES.items()]
+MISTAKES += [(main_finetune, TINY_FINETUNE, *item) for item in FINETUNE_MISTAKES.items()]
+
+
+def assert_one_line(capsys, exit_info, message):
+    assert exit_info.value.code == 2
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"main_\w+\.py: error: .*\n", err), err
+    assert re.search(message, err), err
+    assert "epoch 0" not in out
+
+
+@pytest.mark.parametrize(("script", "tiny", "words", "message"), MISTAKES, ids=[m[2] for m in MISTAKES])
+def test_mistakes(run_script, image_folder, tmp_path, capsys, script, tiny, words, message):
+    if words == "--device cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    common = ["--data_path", image_folder, "--output_dir", tmp_path / "out", "--batch_size", 4, "--epochs", 1]
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(script, *tiny, *common, *words.split())
+    assert_one_line(capsys, exit_info, message)
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+def test_data_path_is_required(run_script, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(main_pretrain)
+    assert_one_line(capsys, exit_info, "required: --data_path")
+
+
+def damaged(folder: Path, damage: str) -> None:
+    if damage == "no train":
+        shutil.rmtree(folder / "train")
+    elif damage == "no val":
+        shutil.rmtree(folder / "val")
+    elif damage == "empty class":
+        (folder / "train" / "class_x").mkdir()
+    elif damage == "no class":
+        shutil.rmtree(folder / "train")
+        (folder / "train").mkdir()
+    elif damage == "other classes":
+        (folder / "val" / "class_2").rename(folder / "val" / "class_x")
+
+
+@pytest.mark.parametrize(
+    ("script", "tiny", "damage", "message"),
+    [
+        (main_pretrain, TINY_PRETRAIN, "no train", "there is no folder 'train'"),
+        (main_pretrain, TINY_PRETRAIN, "empty class", "no valid file for the classes class_x"),
+        (main_pretrain, TINY_PRETRAIN, "no class", "Couldn't find any class folder"),
+        (main_finetune, TINY_FINETUNE, "no train", "there is no folder 'train'"),
+        (main_finetune, TINY_FINETUNE, "no val", "there is no folder 'val'"),
+        (
+            main_finetune,
+            TINY_FINETUNE,
+            "other classes",
+            "train and val differ in their class folders: class_2, class_x",
+        ),
+    ],
+)
+def test_damaged_data_folder(run_script, image_folder, tmp_path, capsys, script, tiny, damage, message):
+    folder = tmp_path / "data"
+    shutil.copytree(image_folder, folder)
+    damaged(folder, damage)
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(script, *tiny, "--data_path", folder, "--output_dir", tmp_path / "out", "--epochs", 1)
+    assert_one_line(capsys, exit_info, message)
+
+
+def test_output_folder_that_cannot_be_written(run_script, image_folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(
+            main_pretrain, *TINY_PRETRAIN, "--data_path", image_folder, "--output_dir", tmp_path / "file" / "out"
+        )
+    assert_one_line(capsys, exit_info, "cannot be written: Not a directory")
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--finetune"])
+def test_checkpoint_that_is_foreign(run_script, image_folder, tmp_path, capsys, flag):
+    path = tmp_path / "vit.pth"
+    torch.save({"model": {"blocks.0.attn.qkv.weight": torch.ones(3)}}, path)
+    common = ["--data_path", image_folder, "--output_dir", tmp_path / "out", "--epochs", 1]
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(main_finetune, *TINY_FINETUNE, *common, flag, path)
+    assert_one_line(capsys, exit_info, "not one of ARM")
+
+
+def test_under_torchrun_one_process_speaks(image_folder):
+    """Several processes find the same mistake; it is stated once, and they all end with status 2."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [REPOSITORY / "main_pretrain.py", *TINY_PRETRAIN, "--data_path", image_folder, "--dec_depth", "4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.count("main_pretrain.py: error: depth 4 is too small") == 1
+    assert re.search(r"exitcode\s*: 2 ", done.stderr)
+    assert not re.search(r"^\[rank\d\]: Traceback", done.stderr, re.MULTILINE)
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main_finetune.get_args_parser().parse_args(["--help"])
+    assert exit_info.value.code == 0
+    assert "--layer_decay" in capsys.readouterr().out
+
+
+def test_images_of_any_mode_are_read(run_script, image_folder, tmp_path):
+    """Grey, palette and alpha images train like the others."""
+    folder = tmp_path / "data"
+    shutil.copytree(image_folder, folder)
+    for mode in ("L", "P", "RGBA", "1"):
+        Image.new(mode, (40, 30)).save(folder / "train" / "class_0" / f"mode_{mode}.png")
+    run_script(
+        main_pretrain, *TINY_PRETRAIN, "--data_path", folder, "--output_dir", tmp_path / "out", "--epochs", 1,
+        "--batch_size", 28, "--warmup_epochs", 0,
+    )  # fmt: skip
+    assert (tmp_path / "out" / "checkpoint-0.pth").exists()

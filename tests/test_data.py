@@ -1,0 +1,191 @@
+"""Transforms, samplers and the determinism of samples."""
+
+import argparse
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision.datasets import ImageFolder
+
+from util import datasets
+
+MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+
+
+def photograph(width, height):
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def by_hand(image, resized, size):
+    """Bicubic resize and centre crop in Pillow, then normalisation."""
+    image = image.resize(resized, Image.Resampling.BICUBIC)
+    left, top = (round((r - s) / 2) for r, s in zip(resized, size, strict=True))
+    image = image.crop((left, top, left + size[0], top + size[1]))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    return (pixels - MEAN) / STD
+
+
+@pytest.mark.parametrize(
+    ("size", "resize", "resized"),
+    [
+        ((224, 224), "square", (256, 256)),  # the aspect ratio is not kept
+        ((224, 224), "shorter", (341, 256)),
+        ((96, 96), "square", (109, 109)),
+        ((384, 384), "square", (384, 384)),  # larger than 224: no crop margin
+        ((384, 384), "shorter", (512, 384)),
+    ],
+)
+def test_evaluation_transform(size, resize, resized):
+    image = photograph(400, 300)
+    got = datasets.eval_transform(size, resize)(image)
+    assert torch.allclose(got, by_hand(image, resized, size[::-1]), atol=1e-6)
+
+
+def test_evaluation_transform_of_a_rectangle():
+    image = photograph(400, 300)
+    got = datasets.eval_transform((192, 224), "square")(image)
+    assert torch.allclose(got, by_hand(image, (256, 219), (224, 192)), atol=1e-6)
+    assert datasets.eval_transform((192, 224), "shorter")(image).shape == (3, 192, 224)
+
+
+def test_pretraining_crops_have_the_recipe_s_area_and_flip_rate():
+    """Crops of an image whose pixels are their own coordinates show where they were taken."""
+    side = 256
+    row, column = np.mgrid[0:side, 0:side].astype(np.uint8)
+    image = Image.fromarray(np.stack([row, column, row], axis=2))
+    args = argparse.Namespace(scale=[0.2, 1.0], hflip=0.5)
+    transform = datasets.pretrain_transform((64, 64), args)
+    torch.manual_seed(0)
+    areas, flips = [], 0
+    for _ in range(400):
+        pixels = (transform(image) * STD + MEAN) * 255
+        height = (pixels[0, -1] - pixels[0, 0]).mean().item() * 64 / 63
+        width = (pixels[1, :, -1] - pixels[1, :, 0]).mean().item() * 64 / 63
+        areas.append(abs(height * width) / side**2)
+        flips += width < 0
+    assert 0.18 < min(areas) < 0.25
+    assert 0.9 < max(areas) < 1.02
+    assert np.mean(areas) == pytest.approx(0.58, abs=0.04)  # 0.6, less the large crops that do not fit their ratio
+    assert flips / 400 == pytest.approx(0.5, abs=0.08)
+
+
+def finetune_args(**changes):
+    args = {"scale": [0.08, 1.0], "hflip": 0.5, "color_jitter": None, "aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25}
+    return argparse.Namespace(**{**args, "remode": "pixel", "recount": 1, **changes})
+
+
+def test_finetuning_transform_erases_at_its_rate():
+    """Erased pixels are normal noise; on a constant image nothing else varies inside a crop."""
+    image = Image.new("RGB", (64, 64), (124, 116, 104))
+    torch.manual_seed(0)
+    for rate in (0.25, 0.0):
+        transform = datasets.finetune_transform((32, 32), finetune_args(aa="none", reprob=rate))
+        erased = sum(transform(image).std() > 0.1 for _ in range(400))
+        assert erased / 400 == pytest.approx(rate, abs=0.07)
+
+
+def test_finetuning_transform_applies_randaugment():
+    """Every operation at every magnitude works with the installed Pillow (posterize keeps 0 bits at times)."""
+    transform = datasets.finetune_transform((32, 32), finetune_args(reprob=0.0))
+    plain = datasets.finetune_transform((32, 32), finetune_args(aa="none", reprob=0.0))
+    image = photograph(80, 60)
+    changed = 0
+    for seed in range(300):
+        with datasets._generators_seeded(seed):
+            augmented = transform(image)
+        with datasets._generators_seeded(seed):
+            changed += not torch.equal(augmented, plain(image))
+        assert torch.isfinite(augmented).all()
+    assert changed / 300 == pytest.approx(0.75, abs=0.08)  # two operations, each with probability 0.5
+
+
+@pytest.fixture
+def seeded(image_folder):
+    transform = datasets.finetune_transform((32, 32), finetune_args())
+    return datasets.SeededSamples(ImageFolder(str(image_folder / "train"), transform), seed=3)
+
+
+def test_samples_depend_on_seed_epoch_and_index_only(seeded):
+    first = seeded[0, 5][0]
+    torch.manual_seed(99)
+    np.random.seed(99)
+    state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    assert torch.equal(seeded[0, 5][0], first)
+    assert torch.equal(torch.get_rng_state(), state[0])  # the generators of the caller are left alone
+    assert (np.random.get_state()[1] == state[1]).all()
+    assert not torch.equal(seeded[1, 5][0], first)
+    assert not torch.equal(datasets.SeededSamples(seeded.dataset, seed=4)[0, 5][0], first)
+
+
+def batches(seeded, epoch, **changes):
+    args = {"batch_size": 4, "num_workers": 0, "pin_mem": True, "accum_iter": 1, "seed": 3}
+    loader = datasets.train_loader(seeded.dataset, argparse.Namespace(**{**args, **changes}), torch.device("cpu"))
+    loader.sampler.set_epoch(epoch)
+    return list(loader)
+
+
+def test_workers_do_not_change_the_samples(seeded):
+    for (imgs, labels), (imgs2, labels2) in zip(batches(seeded, 2), batches(seeded, 2, num_workers=2), strict=True):
+        assert torch.equal(imgs, imgs2)
+        assert torch.equal(labels, labels2)
+
+
+def test_epochs_differ_and_hold_every_image_once(seeded, image_folder):
+    seeded.dataset.transform = lambda image: torch.tensor(image.getpixel((0, 0)))
+    orders = []
+    for epoch in (0, 1):
+        pixels = torch.cat([imgs for imgs, _ in batches(seeded, epoch)])
+        assert len(pixels) == 24
+        assert len(torch.unique(pixels, dim=0)) == 24
+        orders.append(pixels)
+    assert not torch.equal(*orders)
+
+
+def test_two_processes_share_each_batch_of_one(seeded, monkeypatch):
+    """The batches of rank 0 and 1 together are the batch of twice their size that one process would draw."""
+    whole = [set(labels_and_pixels(b)) for b in batches(seeded, 0, batch_size=8)]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    halves = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        halves.append([set(labels_and_pixels(b)) for b in batches(seeded, 0, batch_size=4)])
+    assert [a | b for a, b in zip(*halves, strict=True)] == whole
+
+
+def labels_and_pixels(batch):
+    imgs, labels = batch
+    return [(label.item(), image.sum().item()) for image, label in zip(imgs, labels, strict=True)]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_evaluation_shares_hold_each_image_once(processes, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    seen = []
+    for rank in range(processes):
+        monkeypatch.setenv("RANK", str(rank))
+        sampler = datasets.ShareSampler(range(7), distributed=True)
+        assert len(list(sampler)) == len(sampler)
+        seen += sampler
+        assert list(datasets.ShareSampler(range(7), distributed=False)) == list(range(7))
+    assert sorted(seen) == list(range(7))
+
+
+def test_unpacked_digits(tmp_path):
+    """5,000 real digits as an ordinary image folder."""
+    from digits import unpack_digits
+
+    unpack_digits(tmp_path / "digits")
+    train, val = (ImageFolder(str(tmp_path / "digits" / split)) for split in ("train", "val"))
+    assert train.classes == val.classes == [str(d) for d in range(10)]
+    for dataset, count in ((train, 400), (val, 100)):
+        assert np.bincount(dataset.targets).tolist() == [count] * 10
+    pixels = {np.asarray(image).tobytes() for dataset in (train, val) for image, _ in dataset}
+    assert len(pixels) == 5000  # no image is in both splits
+    image = np.asarray(train[0][0])
+    assert image.shape == (28, 28, 3)
+    assert image.max() > 200
+    assert image[0].max() == 0

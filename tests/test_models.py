@@ -1,0 +1,205 @@
+"""The models beyond the golden values: which sizes fit, which grids, what sees what."""
+
+import math
+import re
+
+import pytest
+import torch
+
+import models_arm
+from conftest import relative_error
+from mamba import scan_orders
+
+SMALL = {"embed_dim": 32, "depth": 4, "dec_embed_dim": 64}
+
+
+def small_pretrain(**overrides):
+    torch.manual_seed(0)
+    sizes = {**SMALL, "img_size": (48, 32), "patch_size": 8, "cluster_size": 2, "dec_depth": 2, "norm_pix_loss": True}
+    model = models_arm.create_pretrain_model("arm_tiny_pz16", **{**sizes, **overrides})
+    return model.double()
+
+
+@pytest.mark.parametrize(
+    ("depth", "dec_depth", "taps"),
+    [(12, 4, [6, 8, 10, 12]), (24, 4, [12, 16, 20, 24]), (6, 4, [3, 4, 5, 6]), (6, 2, [3, 6]), (5, 1, [5])],
+)
+def test_taps(depth, dec_depth, taps):
+    assert models_arm.decoder_taps(depth, dec_depth) == taps
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"img_size": 200},
+            "image size 200 does not divide into 4 x 4-patch clusters of 64 pixels; nearest: 192 or 256",
+        ),
+        ({"img_size": (192, 30)}, "image size 30 .* nearest: 64"),
+        ({"img_size": 64}, "single cluster"),
+        ({"dec_embed_dim": 100}, "decoder width 100 is not a multiple of 64"),
+        ({"depth": 4, "dec_depth": 4}, "depth 4 is too small for 4 decoder blocks"),
+        ({"depth": 12, "dec_depth": 0}, "at least one block"),
+        ({"scan_backend": "fast"}, "unknown backend 'fast'"),
+    ],
+)
+def test_pretraining_sizes_that_do_not_fit(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        models_arm.create_pretrain_model("arm_base_pz16", **{**SMALL, "dec_depth": 2, **overrides})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"img_size": 225}, "image size 225 does not divide into patches of 16 pixels; nearest: 224 or 240"),
+        ({"img_size": 16}, "single patch"),
+    ],
+)
+def test_classifier_sizes_that_do_not_fit(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        models_arm.create_classifier("arm_tiny_pz16", embed_dim=32, depth=1, **overrides)
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown model 'arm_giant'.*arm_base_pz16.*arm_tiny_pz16"):
+        models_arm.create_pretrain_model("arm_giant")
+
+
+@pytest.mark.parametrize(("name", "width"), [("arm_tiny_pz16", 192), ("arm_small_pz16", 384)])
+def test_own_sizes(name, width):
+    with torch.device("meta"):
+        model = models_arm.create_pretrain_model(name)
+    assert model.pos_embed.shape == (1, 144, width)
+    assert len(model.layers) == 12
+
+
+def test_clusters_are_in_raster_order():
+    """Against indices worked out by hand: 2 x 2 clusters of 2 x 2 patches on a 4 x 4 grid."""
+    model = small_pretrain(img_size=32)
+    clusters = model.to_clusters(torch.arange(16).view(1, 16, 1))
+    want = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    assert clusters[0, :, :, 0].tolist() == want
+
+
+def test_images_come_back_from_clusters():
+    model = small_pretrain()
+    imgs = torch.randn(2, 3, 48, 32, dtype=torch.float64)
+    assert torch.equal(model.to_images(model.to_clusters(model.patchify(imgs))), imgs)
+
+
+def test_target_is_the_pixels_of_the_next_clusters():
+    model = small_pretrain(norm_pix_loss=False)
+    imgs = torch.randn(2, 3, 48, 32, dtype=torch.float64)
+    target = model.target(imgs)
+    # second token of the third cluster in raster order (row 1, column 0): patch row 2, column 1
+    patch = imgs[:, :, 16:24, 8:16]
+    assert torch.equal(target[:, 4 + 1], patch.permute(0, 2, 3, 1).flatten(1))  # cluster 0 is no target
+
+
+def test_norm_pix_loss_decides_about_normalisation():
+    plain, normalised = small_pretrain(norm_pix_loss=False), small_pretrain(norm_pix_loss=True)
+    normalised.load_state_dict(plain.state_dict())
+    imgs = 3 + 2 * torch.randn(2, 3, 48, 32, dtype=torch.float64)
+    target = plain.target(imgs)
+    want = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True, unbiased=True) + 1e-6).sqrt()
+    assert relative_error(normalised.target(imgs), want) < 1e-12
+    pred = plain.forward_decoder(plain.forward_encoder(imgs))
+    assert torch.allclose(plain(imgs), (pred - target).square().mean((0, 2)), rtol=1e-12)
+    assert torch.allclose(normalised(imgs), (pred - want).square().mean((0, 2)), rtol=1e-12)
+
+
+def test_no_prediction_sees_its_own_or_later_clusters():
+    """The gradient of a cluster's prediction is zero at its own pixels and later ones, and not at every earlier one."""
+    model = small_pretrain()
+    imgs = torch.randn(1, 3, 48, 32, dtype=torch.float64, requires_grad=True)
+    pred = model.forward_decoder(model.forward_encoder(imgs))  # (1, 5 clusters * 4, 3pp)
+    for target_cluster in range(1, 6):
+        tokens = pred[:, (target_cluster - 1) * 4 : target_cluster * 4]
+        (gradient,) = torch.autograd.grad(tokens.square().sum(), imgs, retain_graph=True)
+        seen = model.to_clusters(model.patchify(gradient)).abs().sum((0, 2, 3))  # (clusters,)
+        assert (seen[target_cluster:] == 0).all(), target_cluster
+        assert (seen[:target_cluster] > 0).all(), target_cluster
+
+
+def test_state_dict_without_mask_loads():
+    model = small_pretrain()
+    state = {name: value for name, value in model.state_dict().items() if name != "mask"}
+    other = small_pretrain()
+    assert not other.load_state_dict(state).missing_keys
+    assert torch.equal(other.mask, model.mask)
+    assert "mask" not in state
+
+
+def test_scan_orders_on_a_rectangle():
+    """2 x 3 patches, class token at index 3: rows read a b c T d e f, columns a d b T e c f by position."""
+    orders = scan_orders((2, 3))
+    assert orders.tolist() == [
+        [0, 1, 2, 3, 4, 5, 6],
+        [6, 5, 4, 3, 2, 1, 0],
+        [0, 4, 1, 3, 5, 2, 6],
+        [6, 2, 5, 3, 1, 4, 0],
+    ]
+
+
+@pytest.mark.parametrize("grid", [(1, 2), (4, 4), (3, 3), (5, 2), (14, 14)])
+def test_scan_orders_are_permutations(grid):
+    tokens = grid[0] * grid[1] + 1
+    for order in scan_orders(grid):
+        assert sorted(order.tolist()) == list(range(tokens))
+    middle = (tokens - 1) // 2  # the class token keeps its index in both forward orders
+    assert scan_orders(grid)[[0, 2], middle].tolist() == [middle, middle]
+
+
+def test_transposed_image_with_rows_and_columns_swapped():
+    """Rectangular grids are right: transposing everything and swapping row and column parameters changes nothing."""
+    torch.manual_seed(0)
+    sizes = {"patch_size": 8, "num_classes": 5, "embed_dim": 32, "depth": 2}
+    wide = models_arm.create_classifier("arm_tiny_pz16", img_size=(16, 32), **sizes).double()
+    tall = models_arm.create_classifier("arm_tiny_pz16", img_size=(32, 16), **sizes).double()
+    swapped = {
+        re.sub(
+            r"(mixer\.(?:A|D|conv1d|x_proj|dt_proj))(_c)?(?=_b|_log|\.|$)",
+            lambda match: match[1] + ("" if match[2] else "_c"),
+            name,
+        ): value
+        for name, value in wide.state_dict().items()
+    }
+    order = scan_orders((2, 4))[2]  # where each row-major token of the tall grid lies in the wide one
+    swapped["pos_embed"] = wide.pos_embed[:, order]
+    swapped["patch_embed.proj.weight"] = wide.patch_embed.proj.weight.mT
+    tall.load_state_dict(swapped)
+    imgs = torch.randn(2, 3, 16, 32, dtype=torch.float64)
+    assert relative_error(tall.eval()(imgs.mT), wide.eval()(imgs)) < 1e-12
+
+
+def test_bf16_autocast_keeps_the_recurrence_in_float32(monkeypatch):
+    """Under autocast A, D and dt's bias reach the scan in float32, the activations in bf16."""
+    import mamba
+
+    seen = {}
+
+    def spy(u, dt, A, B, C, D, dt_bias, order, backend):
+        seen.update(u=u.dtype, dt=dt.dtype, A=A.dtype, B=B.dtype, C=C.dtype, D=D.dtype, dt_bias=dt_bias.dtype)
+        return scan(u, dt, A, B, C, D, dt_bias, order, "torch")
+
+    scan = mamba.selective_scan
+    monkeypatch.setattr(mamba, "selective_scan", spy)
+    model = small_pretrain(scan_backend="torch").float()
+    imgs = torch.randn(2, 3, 48, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(imgs).mean()
+    assert {k for k, v in seen.items() if v == torch.float32} == {"A", "D", "dt_bias"}
+    assert {k for k, v in seen.items() if v == torch.bfloat16} == {"u", "dt", "B", "C"}
+    assert loss.item() == pytest.approx(model(imgs).mean().item(), rel=2e-2)
+
+
+def test_initial_step_sizes_lie_in_their_range():
+    """dt = softplus(bias) of the pretraining scan is log-uniform in [0.001, 0.1]."""
+    torch.manual_seed(0)
+    mixer = models_arm.Block(768, 1, models_arm.ONE_DIRECTION, "torch").mixer
+    dt = torch.nn.functional.softplus(mixer.dt_proj.bias).log()
+    low, high = math.log(0.001), math.log(0.1)
+    assert low - 1e-4 < dt.min()
+    assert dt.max() < high + 1e-4
+    assert dt.mean().item() == pytest.approx((low + high) / 2, abs=0.25)
+    assert torch.equal(mixer.A_log[5], torch.arange(1.0, 17.0).log())

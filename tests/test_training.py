@@ -1,0 +1,342 @@
+"""Whole runs of both scripts on real files: what is trained, written, resumed, evaluated and shown."""
+
+import argparse
+import fcntl
+import json
+import math
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+import torch
+from timm.utils import ModelEmaV3
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.tensorboard import SummaryWriter
+
+import engine_finetune
+import main_finetune
+import main_pretrain
+import models_arm
+from conftest import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN, read_log
+from util import checkpoint
+from util.metrics import SilentLog
+from util.train_loop import train_epoch
+
+FAST = "--warmup_epochs 0 --lr 1e-3 --epochs 2 --save_freq 1".split()
+FINETUNE = [*TINY_FINETUNE, "--reprob", "0"]  # random erasing draws once per image: it would be the same, only slower
+SCRIPTS = {
+    "pretrain": (main_pretrain, "main_pretrain.py", [*TINY_PRETRAIN, "--norm_pix_loss"]),
+    "finetune": (main_finetune, "Finetuning/main_finetune.py", FINETUNE),
+}
+
+
+def torchrun(script, *argv, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    done = subprocess.run(
+        [str(word) for word in (*command, REPOSITORY / script, *argv)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def final_weights(folder):
+    return checkpoint.read(folder / "checkpoint-last.pth")["model"]
+
+
+def assert_same_run(folder, reference, start):
+    """The runs end within 1 % of the distance that the reference has gone, and every logged loss within 1e-4.
+
+    AdamW divides by the gradient's size, so rounding noise becomes a step where the true gradient is zero (the keys'
+    bias): weights are therefore compared as one vector.
+    """
+    want, got, begin = (torch.cat([v.flatten() for v in w.values()]) for w in (reference[0], folder[0], start))
+    finite = torch.isfinite(want)  # the mask holds -inf
+    distance = (want - begin)[finite].norm()
+    assert distance > 0.1
+    assert (got - want)[finite].norm() < 0.01 * distance
+    for row, want_row in zip(folder[1], reference[1], strict=True):
+        assert row["train_loss"] == pytest.approx(want_row["train_loss"], rel=1e-4)
+        assert row["train_lr"] == want_row["train_lr"]
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def runs(request, image_folder, tmp_path_factory):
+    """The same run of two epochs with 8 images an update: at once, accumulated, on two processes."""
+    script, file, tiny = SCRIPTS[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    common = [*tiny, "--data_path", image_folder, *FAST]
+
+    def argv(name, *more):
+        return [str(w) for w in (*common, "--output_dir", folder / name, *more)]
+
+    def here(name, *more):
+        script.main(script.get_args_parser().parse_args(argv(name, *more)))
+        return final_weights(folder / name), read_log(folder / name)
+
+    torch.manual_seed(0)
+    start = here("start", "--batch_size", 8, "--lr", 0)[0]
+    whole = here("whole", "--batch_size", 8)
+    accumulated = here("accumulated", "--batch_size", 2, "--accum_iter", 4)
+    output = torchrun(file, *argv("two", "--batch_size", 4), processes=2)
+    two = final_weights(folder / "two"), read_log(folder / "two")
+    return argparse.Namespace(
+        kind=request.param, folder=folder, start=start, whole=whole, accumulated=accumulated, two=two,
+        output=output, here=here,
+    )  # fmt: skip
+
+
+def test_accumulation_equals_the_large_batch(runs):
+    assert_same_run(runs.accumulated, runs.whole, runs.start)
+
+
+def test_two_processes_equal_one(runs):
+    assert_same_run(runs.two, runs.whole, runs.start)
+
+
+def test_rank_0_alone_speaks(runs):
+    assert (
+        len(re.findall(r"^epoch 1  \[3/3\]  loss [\d.]+  lr [\d.e-]+  img/s \d+  left ", runs.output, re.MULTILINE))
+        == 1
+    )
+    assert runs.output.count("processes, lr 0.001, 2 epochs") == 1
+
+
+def test_resumed_run_equals_the_uninterrupted_one(runs):
+    """Between epochs, bitwise: samples depend on seed, epoch and index only."""
+    more = ["--batch_size", 8, "--resume", runs.folder / "whole" / "checkpoint-0.pth"]
+    state, log = runs.here("resumed", *more)
+    for name, value in runs.whole[0].items():
+        assert torch.equal(state[name], value), name
+    assert log == runs.whole[1][1:]
+
+
+def test_checkpoints_hold_their_true_epoch(runs):
+    """The released code writes epoch -1 into its latest file and -10 or -20 into its best ones."""
+    for name, epoch in (("checkpoint-0.pth", 0), ("checkpoint-1.pth", 1), ("checkpoint-last.pth", 1)):
+        content = checkpoint.read(runs.folder / "whole" / name)
+        assert content["epoch"] == epoch
+        assert content["args"].batch_size == 8
+
+
+def test_log_file(runs):
+    rows = runs.whole[1]
+    assert [row["epoch"] for row in rows] == [0, 1]
+    keys = {"train_loss", "train_lr", "epoch"}
+    if runs.kind == "finetune":
+        keys |= {"test_acc1", "test_acc5", "test_loss", "test_images", "n_parameters"}
+    assert set(rows[0]) == keys
+    last_update = 1 + 2 / 3  # of 3 updates an epoch
+    low = 1e-6 if runs.kind == "finetune" else 0
+    want = low + (1e-3 - low) * 0.5 * (1 + math.cos(math.pi * last_update / 2))
+    assert rows[1]["train_lr"] == pytest.approx(want)
+    assert list((runs.folder / "whole").glob("events.out.tfevents.*"))
+
+
+def test_pretrain_finetune_evaluate(image_folder, tmp_path, run_script, capsys):
+    """The path of a user: each script reads what the one before wrote; evaluation needs a checkpoint and data only."""
+    common = ["--data_path", image_folder, *FAST, "--batch_size", 8]
+    run_script(main_pretrain, *TINY_PRETRAIN, *common, "--output_dir", tmp_path / "pre")
+    pretrained = checkpoint.read(tmp_path / "pre" / "checkpoint-1.pth")["model"]
+    more = [
+        "--finetune",
+        tmp_path / "pre" / "checkpoint-1.pth",
+        "--ema_decay",
+        "0.5",
+        "--mixup",
+        "0.8",
+        "--cutmix",
+        "1",
+    ]
+    run_script(main_finetune, *FINETUNE, *common, *more, "--lr", 0, "--min_lr", 0, "--output_dir", tmp_path / "still")
+    still = checkpoint.read(tmp_path / "still" / "checkpoint-last.pth")["model"]
+    for suffix in ("", "_b", "_c", "_c_b"):  # at learning rate 0 the weights are those that were loaded
+        assert torch.equal(still[f"layers.3.mixer.x_proj{suffix}.weight"], pretrained["layers.3.mixer.x_proj.weight"])
+    assert still["head.weight"].std().item() == pytest.approx(2e-5, rel=0.3)
+
+    run_script(main_finetune, *FINETUNE, *common, *more, "--output_dir", tmp_path / "fine")
+    log = read_log(tmp_path / "fine")
+    content = checkpoint.read(tmp_path / "fine" / "checkpoint-best.pth")
+    best = max(log, key=lambda row: row["test_acc1"])  # the first of equals
+    assert content["epoch"] == best["epoch"]
+    assert content["max_accuracy"] == best["test_acc1"]  # the released code stores the accuracy before it
+    content = checkpoint.read(tmp_path / "fine" / "checkpoint-best-ema.pth")
+    best = max(log, key=lambda row: row["ema_test_acc1"])
+    assert (content["epoch"], content["ema_max_accuracy"]) == (best["epoch"], best["ema_test_acc1"])
+
+    capsys.readouterr()
+    last = tmp_path / "fine" / "checkpoint-last.pth"
+    run_script(
+        main_finetune, "--eval", "--resume", last, "--data_path", image_folder, "--num_workers", 0, "--device", "cpu"
+    )
+    out = capsys.readouterr().out
+    number = r"([\d.]+)"
+    for key, prefix in (("model", "test"), ("model_ema", "ema_test")):
+        found = re.search(rf"^{key}: top-1 {number} %, top-5 {number} %, loss {number} on 7 images$", out, re.MULTILINE)
+        want = [log[-1][f"{prefix}_{name}"] for name in ("acc1", "acc5", "loss")]
+        assert [float(x) for x in found.groups()] == pytest.approx(want, abs=0.006)
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(
+            main_finetune, "--eval", "--resume", tmp_path / "pre" / "checkpoint-1.pth", "--data_path", image_folder
+        )
+    assert exit_info.value.code == 2
+    assert "comes from pretraining and has no head" in capsys.readouterr().err
+
+
+def test_evaluation_counts_every_image_once(image_folder, tmp_path, run_script, capsys):
+    """7 images on 2 processes in batches of 2; a sampler that pads would count 8."""
+    common = ["--data_path", image_folder, *FAST, "--batch_size", 2]
+    run_script(main_finetune, *FINETUNE, *common, "--lr", 0.01, "--output_dir", tmp_path)  # no --ema_decay
+    assert "model_ema" not in checkpoint.read(tmp_path / "checkpoint-last.pth")
+    words = ["--eval", "--resume", tmp_path / "checkpoint-last.pth", "--device", "cpu", "--num_workers", 0]
+    words += ["--data_path", image_folder, "--batch_size", 2]
+    capsys.readouterr()
+    run_script(main_finetune, *words)
+    alone = capsys.readouterr().out.splitlines()[-1]
+    assert alone.endswith("on 7 images")
+    for more in (["--dist_eval"], []):
+        together = torchrun("Finetuning/main_finetune.py", *words, *more).splitlines()
+        assert [line for line in together if line.startswith("model: ")] == [alone]
+
+
+def test_bare_state_dict_is_evaluated(image_folder, tmp_path, run_script, capsys):
+    torch.manual_seed(0)
+    model = models_arm.create_classifier(
+        "arm_tiny_pz16", img_size=48, patch_size=8, embed_dim=32, depth=2, num_classes=3
+    )
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    words = ["--eval", "--finetune", tmp_path / "bare.pth", "--data_path", image_folder, "--num_workers", 0]
+    run_script(main_finetune, *words, "--device", "cpu")
+    assert re.search(r"^weights: top-1 .* on 7 images$", capsys.readouterr().out, re.MULTILINE)
+    run_script(main_finetune, *words, "--device", "cpu", "--input_size", 64, 48)
+    assert re.search(r"^weights: top-1 .* on 7 images$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_ema_is_the_recursion_over_updates():
+    """Two updates of two accumulated batches each, against the formula on the weights after each update."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    history = [model.weight.detach().clone()]
+    ema = ModelEmaV3(model, decay=0.9)
+    update = ema.update
+    ema.update = lambda m: (history.append(m.weight.detach().clone()), update(m))
+    loader = DataLoader(TensorDataset(torch.randn(8, 3), torch.randint(2, (8,))), batch_size=2)
+    loader.sampler.set_epoch = lambda epoch: None
+    args = argparse.Namespace(lr=0.1, min_lr=0, warmup_epochs=0, epochs=1, accum_iter=2, clip_grad=None, output_dir="")
+    optimizer = torch.optim.AdamW(model.parameters())
+    criterion = torch.nn.CrossEntropyLoss()
+    engine_finetune.train_one_epoch(
+        model, criterion, loader, optimizer, 0, args, torch.device("cpu"), SilentLog(), ema=ema
+    )
+    assert len(history) == 3
+    want = 0.9 * (0.9 * history[0] + 0.1 * history[1]) + 0.1 * history[2]
+    assert torch.allclose(ema.module.weight, want, rtol=1e-6)
+    assert not torch.equal(ema.module.weight, history[2])
+
+
+def one_weight_run(samples, **changes):
+    """Train weight w of loss = w * sample with plain SGD, which shows every gradient as it is."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(model.weight)
+    loader = DataLoader(TensorDataset(torch.tensor(samples, dtype=torch.float32)[:, None]), batch_size=1)
+    loader.sampler.set_epoch = lambda epoch: None
+    args = {"lr": 1.0, "min_lr": 1.0, "warmup_epochs": 0, "epochs": 1, "accum_iter": 1, "clip_grad": None}
+    args = argparse.Namespace(**{**args, "output_dir": "out", **changes})
+    optimizer = torch.optim.SGD(model.parameters())
+    stats = train_epoch(model, loader, lambda x: model(x).mean(), optimizer, 0, args, torch.device("cpu"), SilentLog())
+    return model.weight.item(), stats
+
+
+def test_gradients_are_neither_scaled_nor_clipped_by_default():
+    weight, stats = one_weight_run([5.0, 3.0])
+    assert weight == 1 - 5 - 3
+    assert stats["train_loss"] == (5 * 1 + 3 * (1 - 5)) / 2
+
+
+def test_gradient_clipping():
+    assert one_weight_run([5.0, -0.25], clip_grad=2.0)[0] == pytest.approx(1 - 2 + 0.25, abs=1e-5)
+
+
+def test_batches_that_fill_no_update_are_left_out():
+    weight, stats = one_weight_run([5.0, 3.0, 100.0], accum_iter=2)
+    assert weight == 1 - (5 + 3) / 2
+    assert stats["train_loss"] == (5 + 3) / 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_update():
+    with pytest.raises(RuntimeError, match=r"the loss is nan in epoch 0, batch 1; .*checkpoint-last\.pth"):
+        one_weight_run([5.0, math.nan])
+
+
+def test_pretraining_ignores_the_mixed_precision_scaler(monkeypatch, image_folder, tmp_path, run_script):
+    """bf16 needs none; the released code scales all the same."""
+
+    def scale(*_):
+        raise AssertionError("the loss was scaled")
+
+    monkeypatch.setattr(torch.amp.GradScaler, "scale", scale)
+    run_script(
+        main_pretrain, *TINY_PRETRAIN, "--data_path", image_folder, "--output_dir", tmp_path, "--batch_size", 8,
+        "--epochs", 1,
+    )  # fmt: skip
+    assert (tmp_path / "checkpoint-0.pth").exists()
+
+
+def test_loss_falls_on_what_can_be_learnt(image_folder, tmp_path, run_script):
+    """The three classes differ in brightness: a few epochs separate them."""
+    common = ["--data_path", image_folder, "--batch_size", 8, "--warmup_epochs", 1, "--epochs", 12, "--lr", 3e-3]
+    more = ["--smoothing", 0, "--aa", "none", "--layer_decay", 1, "--output_dir", tmp_path]
+    run_script(main_finetune, *FINETUNE, *common, *more)
+    log = read_log(tmp_path)
+    assert log[-1]["train_loss"] < 0.5 * log[0]["train_loss"]
+    assert log[-1]["test_acc1"] == 100
+
+
+def test_live_bar_on_a_terminal(image_folder, tmp_path):
+    """On a terminal a bar moves, with loss, lr and img/s; no plain progress lines."""
+    command = [sys.executable, REPOSITORY / "main_pretrain.py", *TINY_PRETRAIN, "--data_path", image_folder]
+    command += ["--output_dir", tmp_path, "--batch_size", 8, "--epochs", 1]
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    process = subprocess.Popen([str(w) for w in command], stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    try:
+        while chunk := os.read(ours, 4096):
+            shown += chunk
+    except OSError:  # the terminal closes with the process
+        pass
+    assert process.wait() == 0
+    text = shown.decode()
+    assert re.search(r"epoch 0: 100%\|█+\| 3/3 \[[\d:]+<00:00, .*loss=[\d.]+, lr=[\d.e+-]+, img/s=\d+\]", text)
+    assert "[3/3]" not in text
+
+
+def test_tensorboard_points(image_folder, tmp_path, run_script, monkeypatch):
+    points = []
+    monkeypatch.setattr(SummaryWriter, "add_scalar", lambda self, name, value, step: points.append((name, value, step)))
+    run_script(
+        main_pretrain, *TINY_PRETRAIN, "--data_path", image_folder, "--output_dir", tmp_path, "--batch_size", 8, *FAST
+    )
+    log = read_log(tmp_path)
+    losses = [(value, step) for name, value, step in points if name == "train_loss"]
+    assert [value for value, _ in losses] == pytest.approx([row["train_loss"] for row in log])
+    assert [step for _, step in losses] == [666, 1666]  # thousandths of epochs, at the last of 3 updates
+    assert {name for name, _, _ in points} == {"train_loss", "lr", "grad_norm"}
+
+
+def test_log_txt_is_appended_to_by_a_resumed_run(image_folder, tmp_path, run_script):
+    common = ["--data_path", image_folder, "--batch_size", 8, "--output_dir", tmp_path, "--save_freq", 1]
+    run_script(main_pretrain, *TINY_PRETRAIN, *common, "--epochs", 1)
+    run_script(main_pretrain, *TINY_PRETRAIN, *common, "--epochs", 2, "--resume", tmp_path / "checkpoint-last.pth")
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").read_text().splitlines()] == [0, 1]
