@@ -46,6 +46,26 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def build_model(args: argparse.Namespace) -> models_arm.ARMPretrain:
+    """The model that the command line, or the arguments saved in a checkpoint, ask for.
+
+    Raises:
+        UserError: sizes that do not fit together.
+    """
+    try:
+        return models_arm.create_pretrain_model(
+            args.model,
+            img_size=cli.image_size(args),
+            norm_pix_loss=args.norm_pix_loss,
+            scan_backend=args.scan_backend,
+            cluster_size=args.cluster_size,
+            dec_depth=args.dec_depth,
+            **cli.given(args, "patch_size", "embed_dim", "depth", "dec_embed_dim"),
+        )
+    except (ValueError, BackendUnavailable) as error:
+        raise UserError(error) from error
+
+
 def main(args: argparse.Namespace) -> None:
     """Pretrain.
 
@@ -58,18 +78,7 @@ def main(args: argparse.Namespace) -> None:
     device = init_device(args.device)
     loader = train_loader(dataset, args, device)
     seed_everything(args.seed)
-    try:
-        model = models_arm.create_pretrain_model(
-            args.model,
-            img_size=cli.image_size(args),
-            norm_pix_loss=args.norm_pix_loss,
-            scan_backend=args.scan_backend,
-            cluster_size=args.cluster_size,
-            dec_depth=args.dec_depth,
-            **cli.given(args, "patch_size", "embed_dim", "depth", "dec_embed_dim"),
-        ).to(device)
-    except (ValueError, BackendUnavailable) as error:
-        raise UserError(error) from error
+    model = build_model(args).to(device)
     optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.95))
     start_epoch = args.start_epoch or 0
     if args.resume:

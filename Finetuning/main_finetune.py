@@ -57,8 +57,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=cli.boolean,
         nargs="?",
         const=True,
-        default=True,
-        help="classify the mean of the patches (default), or with False the class token",
+        help="classify the mean of the patches, or with False the class token (default: True, or what --resume used)",
     )
     group.add_argument("--cls_token", action="store_false", dest="global_pool", help="the same as --global_pool False")
     group.add_argument("--drop_path", type=cli.rate, default=0.1, help="stochastic depth rate (default: %(default)s)")
@@ -100,7 +99,8 @@ def build_classifier(args: argparse.Namespace, content: dict | None) -> models_a
     """The classifier that the command line and the checkpoint ask for.
 
     What the command line leaves open comes from the checkpoint: width, depth and patch size; for evaluation also
-    input size and classes; else it is base at 224 pixels with 1000 classes.
+    input size, classes and pooling; else it is base at 224 pixels with 1000 classes, pooled globally. `args` gets
+    what was found.
 
     Raises:
         UserError: sizes that do not fit together, or a checkpoint that is not one of ARM.
@@ -118,8 +118,12 @@ def build_classifier(args: argparse.Namespace, content: dict | None) -> models_a
         sizes["img_size"] = cli.image_size(args)
     if args.nb_classes is not None:
         sizes["num_classes"] = args.nb_classes
+    if args.global_pool is None:
+        args.global_pool = (
+            getattr((content or {}).get("args"), "global_pool", True) if args.resume or args.eval else True
+        )
     try:
-        return models_arm.create_classifier(
+        model = models_arm.create_classifier(
             args.model or "arm_base_pz16",
             drop_path_rate=args.drop_path,
             global_pool=args.global_pool,
@@ -128,6 +132,9 @@ def build_classifier(args: argparse.Namespace, content: dict | None) -> models_a
         )
     except (ValueError, BackendUnavailable) as error:
         raise UserError(error) from error
+    args.input_size = [side * model.patch_size for side in model.grid_size]
+    args.nb_classes = model.head.out_features
+    return model
 
 
 def main(args: argparse.Namespace) -> None:
@@ -145,9 +152,6 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--eval needs a checkpoint: --resume FILE")
     content = checkpoint.read(source) if source else None
     model = build_classifier(args, content)
-    args.input_size = [side * model.patch_size for side in model.grid_size]
-    args.nb_classes = model.head.out_features
-
     val = image_folder(args.data_path, "val", eval_transform(cli.image_size(args), args.eval_resize))
     check_labels(val, args.nb_classes)
     if args.eval:
@@ -181,6 +185,8 @@ def evaluate_checkpoint(
     log = ScreenLog() if is_main() else SilentLog()
     loader = eval_loader(val, args, device)
     model.to(device)
+    pooling = "global pool" if args.global_pool else "class token"
+    log.say(f"{len(val)} images of {len(val.classes)} classes; {args.nb_classes} outputs, {pooling}")
     for key in keys:
         checkpoint.load_into_classifier(content, model, key)
         result = evaluate(model, loader, device, log)

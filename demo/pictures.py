@@ -16,6 +16,7 @@ from torchvision.datasets import ImageFolder
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models_arm
+from main_pretrain import build_model
 from util import checkpoint
 from util.datasets import eval_transform
 
@@ -76,35 +77,21 @@ def draw_predictions(path: Path, image_folder: Path, picture: Path) -> None:
         picture: PNG file to write.
     """
     content = checkpoint.read(path)
-    args = content["args"]
-    model = models_arm.create_pretrain_model(
-        args.model,
-        img_size=(args.input_size[0], args.input_size[-1]),
-        norm_pix_loss=True,
-        cluster_size=args.cluster_size,
-        dec_depth=args.dec_depth,
-        **{
-            name: getattr(args, name)
-            for name in ("patch_size", "embed_dim", "depth", "dec_embed_dim")
-            if getattr(args, name) is not None
-        },
-    ).eval()
+    model = build_model(content["args"]).eval()
     checkpoint.load(model, checkpoint.weights(content))
     height, width = model.grid_size[0] * model.patch_size, model.grid_size[1] * model.patch_size
     dataset = ImageFolder(str(image_folder), eval_transform((height, width), "square"))
     firsts = [dataset.targets.index(label) for label in range(len(dataset.classes))]
     imgs = torch.stack([dataset[i][0] for i in firsts])
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    rows = [
-        (batch * std + mean).clamp(0, 1).permute(0, 2, 3, 1)  # (B, 3, H, W) -> (B, H, W, 3)
-        for batch in (imgs, predicted_images(model, imgs))
-    ]
+    # Digits are grey: the mean over channels shows them without the colours of a misplaced normalised patch.
+    rows = [(batch * std + mean).mean(dim=1) for batch in (imgs, predicted_images(model, imgs))]  # (B, H, W)
     side = model.cluster_size * model.patch_size
     figure, axes = plt.subplots(2, len(imgs), figsize=(len(imgs), 2.6), layout="constrained")
     for row, (images, name) in enumerate(zip(rows, ("image", "predicted"), strict=True)):
         for column, image in enumerate(images):
             axis = axes[row, column]
-            axis.imshow(image.numpy(), interpolation="nearest", extent=(0, width, height, 0))
+            axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest", extent=(0, width, height, 0))
             axis.set(
                 xticks=range(0, width, side)[1:], yticks=range(0, height, side)[1:], xticklabels=[], yticklabels=[]
             )

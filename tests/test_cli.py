@@ -74,13 +74,13 @@ def test_defaults_are_the_base_recipe():
     assert (args.epochs, args.warmup_epochs, args.blr, args.min_lr) == (100, 5, 5e-4, 1e-6)
     assert (args.layer_decay, args.drop_path, args.clip_grad, args.ema_decay) == (0.65, 0.1, None, None)
     assert (args.aa, args.reprob, args.remode, args.smoothing) == ("rand-m9-mstd0.5-inc1", 0.25, "pixel", 0.1)
-    assert (args.global_pool, args.eval_resize) == (True, "square")
+    assert (args.global_pool, args.eval_resize) == (None, "square")
 
 
 @pytest.mark.parametrize(
     ("words", "want"),
     [
-        ("", True),
+        ("", None),  # True, or what the checkpoint was finetuned with
         ("--global_pool", True),
         ("--global_pool True", True),
         ("--global_pool true", True),
@@ -232,7 +232,16 @@ def test_checkpoint_that_is_foreign(run_script, image_folder, tmp_path, capsys, 
 def test_under_torchrun_one_process_speaks(image_folder):
     """Several processes find the same mistake; it is stated once, and they all end with status 2."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [REPOSITORY / "main_pretrain.py", *TINY_PRETRAIN, "--data_path", image_folder, "--dec_depth", "4"]
+    command += [
+        REPOSITORY / "main_pretrain.py",
+        *TINY_PRETRAIN,
+        "--data_path",
+        image_folder,
+        "--dec_depth",
+        "4",
+        "--batch_size",
+        "4",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode != 0

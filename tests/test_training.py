@@ -209,6 +209,20 @@ def test_evaluation_counts_every_image_once(image_folder, tmp_path, run_script, 
         assert [line for line in together if line.startswith("model: ")] == [alone]
 
 
+def test_evaluation_pools_as_the_checkpoint_was_finetuned(image_folder, tmp_path, run_script, capsys):
+    common = ["--data_path", image_folder, *FAST, "--batch_size", 2, "--lr", 0.01]
+    run_script(main_finetune, *FINETUNE, *common, "--global_pool", "False", "--output_dir", tmp_path)
+    want = read_log(tmp_path)[-1]
+    words = ["--eval", "--resume", tmp_path / "checkpoint-last.pth", "--data_path", image_folder, "--device", "cpu"]
+    losses = {}
+    for more in ([], ["--global_pool", "False"], ["--global_pool"]):
+        capsys.readouterr()
+        run_script(main_finetune, *words, "--num_workers", 0, *more)
+        losses[len(more)] = float(re.search(r"^model: .* loss ([\d.]+) on 7", capsys.readouterr().out, re.MULTILINE)[1])
+    assert losses[0] == losses[2] == pytest.approx(want["test_loss"], abs=6e-5)
+    assert losses[1] != losses[0]
+
+
 def test_bare_state_dict_is_evaluated(image_folder, tmp_path, run_script, capsys):
     torch.manual_seed(0)
     model = models_arm.create_classifier(

@@ -147,6 +147,14 @@ class ShareSampler(Sampler):
         return iter(self.indices)
 
 
+def _loading(args: argparse.Namespace, device: torch.device) -> dict:
+    return {
+        "num_workers": args.num_workers,
+        "persistent_workers": args.num_workers > 0,
+        "pin_memory": args.pin_mem and device.type == "cuda",
+    }
+
+
 def train_loader(dataset: Dataset, args: argparse.Namespace, device: torch.device) -> DataLoader:
     """Shuffled batches of `args.batch_size` a process; the incomplete last one is left out.
 
@@ -158,10 +166,8 @@ def train_loader(dataset: Dataset, args: argparse.Namespace, device: torch.devic
         dataset,
         batch_size=args.batch_size,
         sampler=EpochSampler(dataset, args.seed),
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem and device.type == "cuda",
-        persistent_workers=args.num_workers > 0,
         drop_last=True,
+        **_loading(args, device),
     )
     if len(loader) < args.accum_iter:
         raise UserError(
@@ -177,6 +183,5 @@ def eval_loader(dataset: Dataset, args: argparse.Namespace, device: torch.device
         dataset,
         batch_size=args.batch_size,
         sampler=ShareSampler(dataset, args.dist_eval),
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem and device.type == "cuda",
+        **_loading(args, device),
     )
