@@ -91,7 +91,9 @@ def draw_predictions(path: Path, image_folder: Path, picture: Path) -> None:
     for row, (images, name) in enumerate(zip(rows, ("image", "predicted"), strict=True)):
         for column, image in enumerate(images):
             axis = axes[row, column]
-            axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest", extent=(0, width, height, 0))
+            axis.imshow(
+                image.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest", extent=(0, width, height, 0)
+            )
             axis.set(
                 xticks=range(0, width, side)[1:], yticks=range(0, height, side)[1:], xticklabels=[], yticklabels=[]
             )

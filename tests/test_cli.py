@@ -60,6 +60,15 @@ def test_readme_commands_parse(command):
         assert args.model in models_arm.SIZES
 
 
+def test_readme_example_in_python_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert names["loss"].shape == (128,)
+    assert names["latents"].shape == (2, 128, 192, 4)
+    assert names["features"].shape == (2, 192)
+
+
 def test_readme_has_the_four_recipes():
     models = [re.search(r"--model (\w+)", command) for command in readme_commands()]
     assert [m[1] for m in models if m].count("arm_base_pz16") >= 2

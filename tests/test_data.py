@@ -172,20 +172,3 @@ def test_evaluation_shares_hold_each_image_once(processes, monkeypatch):
         seen += sampler
         assert list(datasets.ShareSampler(range(7), distributed=False)) == list(range(7))
     assert sorted(seen) == list(range(7))
-
-
-def test_unpacked_digits(tmp_path):
-    """5,000 real digits as an ordinary image folder."""
-    from digits import unpack_digits
-
-    unpack_digits(tmp_path / "digits")
-    train, val = (ImageFolder(str(tmp_path / "digits" / split)) for split in ("train", "val"))
-    assert train.classes == val.classes == [str(d) for d in range(10)]
-    for dataset, count in ((train, 400), (val, 100)):
-        assert np.bincount(dataset.targets).tolist() == [count] * 10
-    pixels = {np.asarray(image).tobytes() for dataset in (train, val) for image, _ in dataset}
-    assert len(pixels) == 5000  # no image is in both splits
-    image = np.asarray(train[0][0])
-    assert image.shape == (28, 28, 3)
-    assert image.max() > 200
-    assert image[0].max() == 0

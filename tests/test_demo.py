@@ -1,0 +1,61 @@
+"""The parts of the demo; `make demo` runs the whole."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+import main_pretrain
+from conftest import TINY_PRETRAIN
+from digits import unpack_digits
+from pictures import draw_curves, draw_predictions, predicted_images
+
+
+def test_unpacked_digits(tmp_path):
+    """5,000 real digits as an ordinary image folder."""
+    unpack_digits(tmp_path / "digits")
+    train, val = (ImageFolder(str(tmp_path / "digits" / split)) for split in ("train", "val"))
+    assert train.classes == val.classes == [str(d) for d in range(10)]
+    for dataset, count in ((train, 400), (val, 100)):
+        assert np.bincount(dataset.targets).tolist() == [count] * 10
+    pixels = {np.asarray(image).tobytes() for dataset in (train, val) for image, _ in dataset}
+    assert len(pixels) == 5000  # no image is in both splits
+    image = np.asarray(train[0][0])
+    assert image.shape == (28, 28, 3)
+    assert image.max() > 200
+    assert image[0].max() == 0
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    args = main_pretrain.get_args_parser().parse_args([*TINY_PRETRAIN, "--norm_pix_loss", "--data_path", "x"])
+    return main_pretrain.build_model(args)
+
+
+def test_a_perfect_prediction_gives_the_image_back(model, monkeypatch):
+    imgs = torch.randn(2, 3, 48, 32)
+    monkeypatch.setattr(model, "forward_decoder", lambda latents: model.target(imgs))
+    assert torch.allclose(predicted_images(model, imgs), imgs, atol=1e-5)
+
+
+def test_only_the_first_cluster_is_given(model):
+    imgs = torch.randn(2, 3, 48, 32)
+    shown = predicted_images(model, imgs)
+    assert torch.equal(shown[:, :, :16, :16], imgs[:, :, :16, :16])
+    different = (shown != imgs).float()
+    assert different[:, :, 16:].mean() > 0.99
+    assert different[:, :, :, 16:].mean() > 0.99
+
+
+def test_pictures_are_drawn(image_folder, tmp_path, run_script):
+    words = ["--data_path", image_folder, "--output_dir", tmp_path, "--batch_size", 8, "--epochs", 1, "--norm_pix_loss"]
+    run_script(main_pretrain, *TINY_PRETRAIN, *words)
+    draw_predictions(tmp_path / "checkpoint-0.pth", image_folder / "val", tmp_path / "predictions.png")
+    rows = [{"epoch": epoch, "train_loss": 1.0 / (epoch + 1), "test_acc1": 90.0 + epoch} for epoch in range(3)]
+    draw_curves({"pretrain": rows, "finetune": rows, "scratch": rows}, tmp_path / "curves.png")
+    for name in ("predictions.png", "curves.png"):
+        pixels = np.asarray(Image.open(tmp_path / name).convert("L"))
+        assert pixels.shape[1] > 300
+        assert pixels.std() > 10
