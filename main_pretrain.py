@@ -79,7 +79,8 @@ def main(args: argparse.Namespace) -> None:
     loader = train_loader(dataset, args, device)
     seed_everything(args.seed)
     model = build_model(args).to(device)
-    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.95))
+    groups = param_groups_weight_decay(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     start_epoch = args.start_epoch or 0
     if args.resume:
         start_epoch = checkpoint.resume(args, checkpoint.read(args.resume), model, optimizer)

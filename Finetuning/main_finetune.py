@@ -220,7 +220,8 @@ def finetune(args: argparse.Namespace, content: dict | None, model: models_arm.A
         trunc_normal_(model.head.weight, std=2e-5)
     model.to(device)
     ema = ModelEmaV3(model, decay=args.ema_decay) if args.ema_decay is not None else None
-    optimizer = torch.optim.AdamW(param_groups_layer_decay(model, args.weight_decay, args.layer_decay), lr=args.lr)
+    groups = param_groups_layer_decay(model, args.weight_decay, args.layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
     start_epoch, best, best_ema = args.start_epoch or 0, -math.inf, -math.inf
     if args.resume:
         start_epoch = checkpoint.resume(args, content, model, optimizer)

@@ -67,7 +67,8 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
     if world_size() == 1:
         return model
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    # buffers are constants of the sizes: the same everywhere, and no reason to send them with every batch
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def reduce_sum(values: Tensor) -> Tensor:
