@@ -1,0 +1,171 @@
+"""Selective scan and causal convolution: one public function each, one file per backend."""
+
+import importlib
+import logging
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "torch", "cpu", "mamba_ssm")
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was asked for by name and cannot work here."""
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f".{name}_backend", __package__)
+
+
+@cache
+def unavailable(name: str) -> str | None:
+    """Return why backend `name` cannot work on this machine, None if it can; tried once per process."""
+    try:
+        if name == "mamba_ssm":
+            _module(name)
+        elif name == "cpu":
+            _module(name).load()
+    except ImportError as error:
+        return f"{error}; to install it: pip install --no-build-isolation -r requirements-cuda.txt"
+    except BackendUnavailable as error:
+        return str(error)
+    return None
+
+
+def check_backend(name: str) -> None:
+    """Raise unless backend `name` exists and works on this machine; called when a model is built.
+
+    Raises:
+        ValueError: `name` is not one of `BACKENDS`.
+        BackendUnavailable: its compiler or package is missing; the message says which.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
+    if reason := unavailable(name):
+        raise BackendUnavailable(f"backend {name!r} is not available: {reason}")
+
+
+@cache
+def _log_once(level: int, message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        logging.getLogger("arm").log(level, message)
+
+
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Turn the requested backend into the one that computes; the only place where that is decided.
+
+    "auto" is mamba_ssm on CUDA and cpu for float32 on the CPU, where they work, and torch for everything else. It
+    logs each decision once per process (rank 0), as a warning where a C compiler would have made it much faster.
+
+    Args:
+        name: one of `BACKENDS`.
+        device: where the activations are.
+        dtype: of the activations.
+
+    Returns:
+        "torch", "cpu" or "mamba_ssm".
+
+    Raises:
+        ValueError, BackendUnavailable: see `check_backend`.
+        TypeError: the backend asked for does not compute this dtype on this device.
+    """
+    check_backend(name)
+    fitting = {"cpu": "cpu", "cuda": "mamba_ssm"}.get(device.type)
+    if (fitting == "cpu" and dtype != torch.float32) or dtype == torch.float64:
+        fitting = None
+    if name == "auto":
+        where = f"{dtype} on {device.type}"
+        if fitting is None:
+            _log_once(logging.INFO, f"scan backend for {where}: torch (no kernel for it)")
+            return "torch"
+        if reason := unavailable(fitting):
+            level = logging.WARNING if fitting == "cpu" else logging.INFO
+            _log_once(level, f"scan backend for {where}: torch, several times slower than {fitting} ({reason})")
+            return "torch"
+        _log_once(logging.INFO, f"scan backend for {where}: {fitting} (the fastest that works here)")
+        return fitting
+    if name not in ("torch", fitting):
+        raise TypeError(f"backend {name!r} does not compute {dtype} on {device.type}: use backend 'torch'")
+    return name
+
+
+def _check(device: torch.device, **tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Raise ValueError unless each tensor (None passes) has its shape and lies on `device`: kernels read by address."""
+    for name, (tensor, shape) in tensors.items():
+        if tensor is not None and (tensor.shape != shape or tensor.device != device):
+            found = f"{tuple(tensor.shape)} on {tensor.device}"
+            raise ValueError(f"{name} must have shape {shape} and be on {device}, got {found}")
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    order: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Selective scan (S6; Mamba, Gu & Dao 2023, algorithm 2) along K directions at once.
+
+    In each direction, with delta = softplus(dt + dt_bias) and no state before the first token:
+    h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t and y_t = <C_t, h_t> + D u_t. The state is float32 (float64 for
+    float64 inputs) whatever autocast says; each gradient has the dtype of its input.
+
+    Args:
+        u: (K, B, L, D) in token order, any strides, as `dt`, `B` and `C`; floating point.
+        dt: (K, B, L, D), step sizes before bias and softplus.
+        A: (K, D, N), negative.
+        B: (K, B, L, N).
+        C: (K, B, L, N).
+        D: (K, D).
+        dt_bias: (K, D).
+        order: (K, L) int64; direction k reads token order[k, t] at step t. A permutation; None is left to right.
+        backend: one of `BACKENDS`, see `choose_backend`.
+
+    Returns:
+        y (K, B, L, D) in token order, dtype of `u`.
+
+    Raises:
+        ValueError: a shape or a device does not fit, or see `choose_backend`.
+        IndexError: `order` names a token that does not exist (on CUDA as the device reports it).
+        BackendUnavailable, TypeError: see `choose_backend`.
+    """
+    K, batch, L, width = u.shape
+    N = A.shape[-1]
+    inputs, rows = (K, batch, L, width), (K, batch, L, N)
+    _check(u.device, dt=(dt, inputs), A=(A, (K, width, N)), B=(B, rows), C=(C, rows))
+    _check(u.device, D=(D, (K, width)), dt_bias=(dt_bias, (K, width)), order=(order, (K, L)))
+    return _module(choose_backend(backend, u.device, u.dtype)).selective_scan(u, dt, A, B, C, D, dt_bias, order)
+
+
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """Causal depthwise convolution and SiLU along K directions at once (Mamba, Gu & Dao 2023, section 3.4).
+
+    out[k, :, order[k, t]] = silu(bias[k] + sum_j weight[k, :, W - 1 - j] * x[:, order[k, t - j]]), where tokens before
+    the first count as 0.
+
+    Args:
+        x: (B, L, D), shared by all directions, any strides; floating point.
+        weight: (K, D, W).
+        bias: (K, D).
+        order: (K, L) int64 as in `selective_scan`.
+        backend: one of `BACKENDS`, see `choose_backend`.
+
+    Returns:
+        (K, B, L, D) in token order, dtype of `x`.
+
+    Raises:
+        ValueError, IndexError, BackendUnavailable, TypeError: as `selective_scan`.
+    """
+    _, L, width = x.shape
+    K, _, W = weight.shape
+    _check(x.device, weight=(weight, (K, width, W)), bias=(bias, (K, width)), order=(order, (K, L)))
+    return _module(choose_backend(backend, x.device, x.dtype)).causal_conv1d(x, weight, bias, order)

@@ -1,0 +1,48 @@
+"""Both ops on the kernels of the packages mamba-ssm and causal-conv1d (CUDA), one call per direction."""
+
+import torch
+from causal_conv1d import causal_conv1d_fn
+from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+from torch import Tensor
+
+from . import torch_backend
+
+
+def _to_time(x: Tensor, order: Tensor | None) -> Tensor:
+    """(B, L, D) in token order -> (B, D, L) in the order of reading, time contiguous."""
+    return (x if order is None else x.index_select(1, order)).mT.contiguous()
+
+
+def _to_tokens(x: Tensor, order: Tensor | None) -> Tensor:
+    """(B, D, L) in the order of reading -> (B, L, D) in token order."""
+    x = x.mT  # (B, L, D)
+    return x if order is None else torch.empty_like(x).index_copy_(1, order, x)
+
+
+def selective_scan(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, order: Tensor | None = None
+) -> Tensor:
+    """Selective scan of `ops.selective_scan`; args and result are the same, u in float32, bfloat16 or float16."""
+    # The kernel takes what varies in time in one dtype, and the parameters in float32.
+    dt, B, C = (x.to(u.dtype) for x in (dt, B, C))
+    A, D, dt_bias = (x.float() for x in (A, D, dt_bias))
+    directions = []
+    for k in range(len(u)):
+        path = None if order is None else order[k]
+        x, delta, b, c = (_to_time(tensor[k], path) for tensor in (u, dt, B, C))
+        y = selective_scan_fn(x, delta, A[k], b, c, D[k], delta_bias=dt_bias[k], delta_softplus=True)
+        directions.append(_to_tokens(y, path))
+    return torch.stack(directions)  # (K, B, L, D)
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None = None) -> Tensor:
+    """Causal depthwise convolution and SiLU of `ops.causal_conv1d`; args and result are the same."""
+    if not 2 <= weight.shape[-1] <= 4:  # all that the kernel knows
+        return torch_backend.causal_conv1d(x, weight, bias, order)
+    weight, bias = weight.float(), bias.float()
+    directions = []
+    for k in range(len(weight)):
+        path = None if order is None else order[k]
+        y = causal_conv1d_fn(_to_time(x, path), weight[k], bias[k], activation="silu")
+        directions.append(_to_tokens(y, path))
+    return torch.stack(directions)  # (K, B, L, D)

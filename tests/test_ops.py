@@ -1,0 +1,594 @@
+"""The backends of ops/ against the oracle in float64: outputs, every gradient, choosing, building, timing."""
+
+import contextlib
+import importlib.util
+import json
+import logging
+import multiprocessing
+import os
+import platform
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+import ops
+from benchmarks import bench_scan
+from ops import BackendUnavailable, cpu_backend, naive, torch_backend
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}
+KERNELS = [("torch", torch.float64), ("torch", torch.float32), ("cpu", torch.float32)]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """Fill torch.empty with NaN, so that a result left unwritten or a read of one shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """Forget what is known about backends, before and after a test that changes the machine."""
+
+    def forget():
+        for known in (ops.unavailable, ops._log_once, cpu_backend.load, cpu_backend._private_folder):
+            known.cache_clear()
+
+    monkeypatch.delenv("RANK", raising=False)
+    forget()
+    yield
+    monkeypatch.undo()
+    forget()
+
+
+def scan_inputs(K=4, batch=2, L=37, D=32, N=16, dtype=torch.float32, varying=None):
+    """Leaves of the scan; `varying` is the dtype of what has a time axis."""
+    torch.manual_seed(0)
+    u, dt, B, C = (torch.randn(K, batch, L, n, dtype=dtype).to(varying or dtype) for n in (D, D, N, N))
+    A, skip, bias = -torch.rand(K, D, N, dtype=dtype) * 4 - 0.1, torch.randn(K, D, dtype=dtype), torch.rand(K, D) - 3
+    tensors = {"u": u, "dt": dt, "A": A, "B": B, "C": C, "D": skip, "dt_bias": bias.to(dtype)}
+    return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+
+
+def conv_inputs(K=4, batch=2, L=37, D=32, W=4, dtype=torch.float32, varying=None):
+    torch.manual_seed(0)
+    x = torch.randn(batch, L, D, dtype=dtype).to(varying or dtype)
+    tensors = {"x": x, "weight": torch.randn(K, D, W, dtype=dtype), "bias": torch.randn(K, D, dtype=dtype)}
+    return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+
+
+def random_order(K, L, device="cpu"):
+    generator = torch.Generator().manual_seed(1)
+    return torch.stack([torch.randperm(L, generator=generator) for _ in range(K)]).to(device)
+
+
+@contextlib.contextmanager
+def threads(count):
+    """Run on `count` threads; the oracle's many small steps are fastest on one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(compute, leaves, order, views, dy):
+    y = compute(**views(leaves), order=order)
+    return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))]
+
+
+def assert_same(op, compute, leaves, order=None, views=lambda inputs: inputs, grad=torch.randn, tolerance=None):
+    """Compare `compute` with the float64 oracle `op` on the result and on the gradient of every leaf.
+
+    `views` makes the inputs from the leaves, `grad` the gradient of the result from its shape.
+    """
+    first = next(iter(leaves.values()))  # u or x
+    with torch.no_grad():
+        dy = grad(compute(**views(leaves), order=order).shape).to(first.device, first.dtype)
+    got = run(compute, leaves, order, views, dy)
+    exact = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
+    with threads(1):
+        want = run(getattr(naive, op), exact, order, views, dy)
+    for name, like, g, w in zip(["result", *leaves], [first, *leaves.values()], got, want, strict=True):
+        assert g.dtype == like.dtype, name
+        assert g.shape == w.shape, name
+        error = ((g - w).abs().max() / w.abs().max().clamp(min=1e-30)).item()
+        limit = tolerance or max(TOLERANCE[g.dtype], TOLERANCE[first.dtype])  # a bfloat16 y rounds every gradient
+        assert error < limit, f"{op}: {name} differs by {error:.1e}"
+
+
+def public(op, backend):
+    return lambda **inputs: getattr(ops, op)(**inputs, backend=backend)
+
+
+# ---- values ----
+
+
+@pytest.mark.parametrize(("backend", "dtype"), KERNELS)
+@pytest.mark.parametrize("D", [5, 8, 32, 100])
+@pytest.mark.parametrize("L", [1, 2, 3, 37, 63, 64])
+def test_scan(backend, dtype, L, D):
+    leaves = scan_inputs(L=L, D=D, dtype=dtype)
+    assert_same("selective_scan", public("selective_scan", backend), leaves, random_order(4, L))
+
+
+@pytest.mark.parametrize(("backend", "dtype"), KERNELS)
+@pytest.mark.parametrize("N", [4, 16])
+@pytest.mark.parametrize(("K", "ordered"), [(1, False), (1, True), (4, False), (4, True)])
+@pytest.mark.parametrize(("batch", "D"), [(1, 8), (3, 260)])
+def test_scan_directions_states_and_groups(backend, dtype, batch, D, K, ordered, N):
+    leaves = scan_inputs(K=K, batch=batch, L=19, D=D, N=N, dtype=dtype)
+    assert_same("selective_scan", public("selective_scan", backend), leaves, random_order(K, 19) if ordered else None)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), KERNELS)
+@pytest.mark.parametrize("ordered", [False, True])
+def test_scan_of_views(backend, dtype, ordered):
+    K, batch, L, D, N, R = 4, 2, 20, 24, 16, 3
+    torch.manual_seed(0)
+    shapes = {"u": (batch, L, D), "dt": (K, batch, D, L), "projected": (K, batch, L, R + 2 * N), "A": (K, N, D)}
+    leaves = {name: torch.randn(shape, dtype=dtype).requires_grad_() for name, shape in shapes.items()}
+    leaves |= {name: torch.randn(D, dtype=dtype).requires_grad_() for name in ("D", "dt_bias")}
+
+    def views(x):
+        _, B, C = x["projected"].split([R, N, N], dim=-1)
+        same = {name: x[name].expand(K, D) for name in ("D", "dt_bias")}
+        return {"u": x["u"].expand(K, batch, L, D), "dt": x["dt"].mT, "A": -x["A"].mT.exp(), "B": B, "C": C, **same}
+
+    order = random_order(K, L).T.contiguous().T if ordered else None  # strided too
+    assert_same("selective_scan", public("selective_scan", backend), leaves, order, views)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), KERNELS)
+@pytest.mark.parametrize("L", [1, 2, 3, 37, 64])
+@pytest.mark.parametrize(("D", "W"), [(5, 4), (32, 4), (300, 4), (8, 1), (8, 2), (8, 6)])
+def test_conv(backend, dtype, L, D, W):
+    leaves = conv_inputs(L=L, D=D, W=W, dtype=dtype)
+    assert_same("causal_conv1d", public("causal_conv1d", backend), leaves, random_order(4, L))
+
+
+@pytest.mark.parametrize(("backend", "dtype"), KERNELS)
+@pytest.mark.parametrize(("K", "ordered"), [(1, False), (1, True), (4, False)])
+def test_conv_directions_of_a_view(backend, dtype, K, ordered):
+    leaves = conv_inputs(K=K, batch=3, D=48, dtype=dtype)  # the mixer's x is one half of a projection
+    leaves["weight"] = leaves["weight"].detach()[:, :24].requires_grad_()
+    leaves["bias"] = leaves["bias"].detach()[:, :24].requires_grad_()
+
+    def views(leaves):
+        return {**leaves, "x": leaves["x"].chunk(2, dim=-1)[1]}
+
+    order = random_order(K, 37) if ordered else None
+    assert_same("causal_conv1d", public("causal_conv1d", backend), leaves, order, views)
+
+
+@pytest.mark.parametrize(("op", "inputs"), [("selective_scan", scan_inputs), ("causal_conv1d", conv_inputs)])
+@pytest.mark.parametrize(("backend", "dtype"), KERNELS)
+@pytest.mark.parametrize(
+    "grad",
+    [
+        lambda shape: torch.randn(1, *shape[1:]).expand(shape),
+        lambda shape: torch.randn(*shape[:2], shape[3], shape[2]).mT,
+        lambda shape: torch.ones(()).expand(shape),
+    ],
+    ids=["same in all directions", "transposed", "one number"],
+)
+def test_gradients_of_results_with_strides(op, inputs, backend, dtype, grad):
+    assert_same(op, public(op, backend), inputs(dtype=dtype), random_order(4, 37), grad=grad)
+
+
+@pytest.mark.parametrize(("op", "inputs"), [("selective_scan", scan_inputs), ("causal_conv1d", conv_inputs)])
+def test_bfloat16_activations_and_float32_parameters(op, inputs):
+    leaves = inputs(varying=torch.bfloat16)
+    assert leaves[{"selective_scan": "A", "causal_conv1d": "weight"}[op]].dtype == torch.float32
+    assert_same(op, public(op, "torch"), leaves, random_order(4, 37))
+
+
+@pytest.mark.parametrize(("op", "inputs"), [("selective_scan", scan_inputs), ("causal_conv1d", conv_inputs)])
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_autocast_changes_nothing(op, inputs, backend):
+    leaves, order = inputs(), random_order(4, 37)
+    runs = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            y = public(op, backend)(**leaves, order=order)
+            runs.append([y, *torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y))])
+    for name, a, b in zip(["result", *leaves], *runs, strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(("op", "inputs"), [("selective_scan", scan_inputs), ("causal_conv1d", conv_inputs)])
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_without_some_or_any_gradients(op, inputs, backend):
+    leaves, order = inputs(), random_order(4, 37)
+    y = public(op, backend)(**leaves, order=order)
+    grads = dict(zip(leaves, torch.autograd.grad(y.sum(), list(leaves.values())), strict=True))
+    with torch.no_grad():
+        assert torch.equal(public(op, backend)(**leaves, order=order), y)
+    for name, leaf in leaves.items():
+        alone = {other: tensor.detach() for other, tensor in leaves.items()} | {name: leaf}
+        (grad,) = torch.autograd.grad(public(op, backend)(**alone, order=order).sum(), [leaf])
+        assert torch.equal(grad, grads[name]), name
+
+
+@pytest.mark.parametrize(
+    ("op", "leaves"),
+    [
+        ("selective_scan", scan_inputs(K=2, batch=2, L=4, D=3, N=2, dtype=torch.float64)),
+        ("causal_conv1d", conv_inputs(K=2, batch=2, L=5, D=3, W=3, dtype=torch.float64)),
+    ],
+)
+def test_gradcheck(op, leaves):
+    order = random_order(2, 4 if op == "selective_scan" else 5)
+
+    def compute(*tensors):
+        return public(op, "torch")(**dict(zip(leaves, tensors, strict=True)), order=order)
+
+    assert torch.autograd.gradcheck(compute, tuple(leaves.values()))
+
+
+def test_cpu_results_are_reproducible_to_the_bit():
+    order, same = random_order(4, 37), lambda inputs: inputs
+    for op, leaves in (("selective_scan", scan_inputs(batch=3, D=200)), ("causal_conv1d", conv_inputs(batch=3, D=200))):
+        runs, dy = [], torch.randn(4, 3, 37, 200)
+        for count in (2, 2, 1, 3):
+            with threads(count):
+                runs.append(run(public(op, "cpu"), leaves, order, same, dy))
+        for other in runs[1:]:
+            for name, a, b in zip(["result", *leaves], runs[0], other, strict=True):
+                assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_extreme_steps_and_not_a_number(backend):
+    leaves = {name: leaf.detach() for name, leaf in scan_inputs(K=1, D=8).items()}
+    leaves["dt"][..., 0], leaves["dt"][..., 1] = 1e4, -1e4  # delta of 1e4 and of 0
+    y = public("selective_scan", backend)(**leaves)
+    want = naive.selective_scan(**{name: leaf.double() for name, leaf in leaves.items()})
+    assert ((y - want).abs().amax((0, 1, 2)) / want.abs().amax((0, 1, 2))).max() < 1e-5
+    leaves["u"][0, 0, 9, 3] = leaves["dt"][0, 1, 9, 3] = float("nan")
+    leaves["A"][0, 4, 2] = float("nan")
+    broken = public("selective_scan", backend)(**leaves).isnan()
+    assert broken[:, :, 9:, 3].all()  # from the token on, so that training can see it
+    assert broken[..., 4].all()
+    assert broken.sum() == broken[:, :, 9:, 3].sum() + broken[..., 4].sum()
+
+
+def test_cpu_exponential_and_softplus_number_by_number():
+    D, one_state = 5000, torch.eye(16)[:1]  # (1, N)
+    dt, x = torch.linspace(-3, 60, D), torch.linspace(-1, 0, D)
+    inputs = {"u": torch.ones(2, D), "dt": torch.stack([dt, torch.full((D,), 30.0)])}  # softplus(30) is 30
+    inputs["u"][1] = 0
+    inputs |= {"B": one_state.expand(2, 16), "C": one_state.expand(2, 16)}
+    inputs = {name: tensor[None, None] for name, tensor in inputs.items()}  # (L, .) -> (K, B, L, .)
+    zero = torch.zeros(1, D)
+    y = ops.selective_scan(**inputs, A=(x / 30).expand(1, 16, D).mT, D=zero, dt_bias=zero, backend="cpu")[0, 0]
+    softplus = torch.nn.functional.softplus(dt.double(), threshold=100)
+    assert (y[0] / softplus - 1).abs().max() < 5e-7
+    assert (y[1] / y[0] / x.double().exp() - 1).abs().max() < 5e-7
+
+
+# ---- arguments ----
+
+
+def test_poison_reaches_new_tensors():
+    assert torch.ones(1).new_empty(64).isnan().all()
+    assert torch.empty_like(torch.ones(64)).isnan().all()
+
+
+@pytest.mark.parametrize("name", ["dt", "A", "B", "C", "D", "dt_bias", "order"])
+def test_shapes_that_do_not_fit(name):
+    inputs = {**scan_inputs(), "order": random_order(4, 37)}
+    inputs[name] = inputs[name][..., :3] if name == "A" else inputs[name][:3]
+    wrong = "B" if name == "A" else name  # A tells N
+    with pytest.raises(ValueError, match=rf"^{wrong} must have shape \(4, .*, got \("):
+        ops.selective_scan(**inputs, backend="torch")
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("token", [37, -38])
+def test_order_out_of_range(backend, token):
+    order = random_order(4, 37)
+    order[2, 5] = token
+    with pytest.raises(IndexError):
+        ops.selective_scan(**scan_inputs(), order=order, backend=backend)
+    with pytest.raises(IndexError):
+        ops.causal_conv1d(**conv_inputs(), order=order, backend=backend)
+
+
+# ---- choosing ----
+
+
+def test_unknown_backend():
+    message = "unknown backend 'fast'; choose from auto, torch, cpu, mamba_ssm"
+    with pytest.raises(ValueError, match=message):
+        ops.check_backend("fast")
+    with pytest.raises(ValueError, match=message):
+        ops.selective_scan(**scan_inputs(), backend="fast")
+
+
+@pytest.mark.parametrize("package", ["mamba_ssm", "causal_conv1d"])
+def test_missing_cuda_packages(package, fresh, monkeypatch):
+    stand_in_packages(monkeypatch)
+    for name in list(sys.modules):
+        if name.split(".")[0] == package:
+            monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(BackendUnavailable, match=f"{package}.*pip install --no-build-isolation -r requirements-cuda"):
+        ops.check_backend("mamba_ssm")
+    ops.check_backend("auto")
+    ops.check_backend("torch")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("PATH", "", r"no C compiler found \(looked for cc, gcc, clang"),
+        ("CC", "no-such-cc -O1", r"looked for no-such-cc -O1"),
+        ("CC", "false", "`false -O3 .*`: exit status 1"),
+        ("NATIVE", "-march=no-such-cpu", "no-such-cpu"),
+    ],
+)
+def test_missing_compiler(name, value, message, fresh, monkeypatch, caplog):
+    monkeypatch.delenv("CC", raising=False)
+    if name == "NATIVE":
+        monkeypatch.setattr(cpu_backend, name, value)
+    else:
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BackendUnavailable, match=message) as error:
+        ops.check_backend("cpu")
+    assert "\n" not in str(error.value)
+    with pytest.raises(BackendUnavailable, match=message):
+        ops.causal_conv1d(**conv_inputs(), backend="cpu")
+    with caplog.at_level(logging.INFO, "arm"):
+        for _ in range(3):
+            assert ops.choose_backend("auto", torch.device("cpu"), torch.float32) == "torch"
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert ops.unavailable("cpu") in record.message
+
+
+@pytest.mark.parametrize(("rank", "logged"), [(None, 1), ("0", 1), ("1", 0)])
+def test_the_choice_is_logged_once_by_rank_0(rank, logged, fresh, monkeypatch, caplog):
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    with caplog.at_level(logging.INFO, "arm"):
+        for _ in range(3):
+            assert ops.choose_backend("auto", torch.device("cpu"), torch.float32) == "cpu"
+    assert [record.levelname for record in caplog.records] == ["INFO"] * logged
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "missing", "expected"),
+    [
+        ("cpu", torch.float32, None, "cpu"),
+        ("cpu", torch.float32, "missing", "torch"),
+        ("cpu", torch.float64, None, "torch"),
+        ("cpu", torch.bfloat16, None, "torch"),
+        ("cuda", torch.float32, None, "mamba_ssm"),
+        ("cuda", torch.bfloat16, None, "mamba_ssm"),
+        ("cuda", torch.bfloat16, "missing", "torch"),
+        ("cuda", torch.float64, None, "torch"),
+        ("mps", torch.float32, None, "torch"),
+    ],
+)
+def test_auto(device, dtype, missing, expected, fresh, monkeypatch):
+    monkeypatch.setattr(ops, "unavailable", {"cpu": missing, "mamba_ssm": missing}.get)
+    assert ops.choose_backend("auto", torch.device(device), dtype) == expected
+    assert ops.choose_backend("torch", torch.device(device), dtype) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype"),
+    [
+        ("cpu", "cpu", torch.float64),
+        ("cpu", "cpu", torch.bfloat16),
+        ("cpu", "cuda", torch.float32),
+        ("mamba_ssm", "cpu", torch.float32),
+        ("mamba_ssm", "cuda", torch.float64),
+    ],
+)
+def test_explicit_backend_for_other_tensors(backend, device, dtype, monkeypatch):
+    monkeypatch.setattr(ops, "unavailable", lambda name: None)
+    with pytest.raises(TypeError, match=f"'{backend}' does not compute {dtype} on {device}: use backend 'torch'"):
+        ops.choose_backend(backend, torch.device(device), dtype)
+
+
+def test_the_choice_is_made_in_one_place(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ops, "choose_backend", lambda *request: asked.append(request) or "torch")
+    monkeypatch.setattr(cpu_backend, "load", None)
+    ops.selective_scan(**scan_inputs(), backend="cpu")
+    ops.causal_conv1d(**conv_inputs())
+    assert asked == [(name, torch.device("cpu"), torch.float32) for name in ("cpu", "auto")]
+
+
+# ---- building the C kernels ----
+
+
+def load_at_once(barrier, results):
+    cpu_backend.load.cache_clear()
+    barrier.wait()
+    kernels = cpu_backend.load()
+    results.put((kernels._name, kernels.scan_chunks(17)))
+
+
+def test_concurrent_builds_give_one_file(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(4), context.Queue()
+    ranks = [context.Process(target=load_at_once, args=(barrier, results)) for _ in range(4)]
+    for rank in ranks:
+        rank.start()
+    found = {results.get(timeout=60) for _ in ranks}
+    for rank in ranks:
+        rank.join()
+    (library,) = (tmp_path / "arm-ops").iterdir()  # and no leftovers
+    assert found == {(str(library), 2)}
+    built = library.stat().st_mtime_ns
+    assert_same("selective_scan", public("selective_scan", "cpu"), scan_inputs())
+    assert library.stat().st_mtime_ns == built  # found in the cache, not built again
+
+
+def test_a_build_appears_in_one_move(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    run_here, built = cpu_backend._run, []
+
+    def compile_and_look(command):
+        output = run_here(command)
+        if "-o" in command:
+            assert not list((tmp_path / "arm-ops").glob("*.so"))
+            built.append(os.stat(command[command.index("-o") + 1]).st_ino)
+        return output
+
+    monkeypatch.setattr(cpu_backend, "_run", compile_and_look)
+    assert [os.stat(cpu_backend.load()._name).st_ino] == built  # the same file, renamed and not copied
+
+
+def test_cache_that_cannot_be_written(fresh, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    folder = cpu_backend._private_folder().name
+    assert cpu_backend.load()._name.startswith(folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert str(cpu_backend._cache_folder()) == folder
+
+
+def test_cache_tells_cpus_and_compilers_apart(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    run_here, here = cpu_backend._run, cpu_backend.load()._name
+    cpu_backend.load.cache_clear()
+    monkeypatch.setattr(
+        cpu_backend, "_run", lambda command: run_here(command) + (b"#define __OTHER__ 1" if "-dM" in command else b"")
+    )
+    assert cpu_backend.load()._name != here
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="x86-64 flags")
+@pytest.mark.parametrize("cpu", ["x86-64", "haswell"])
+def test_cpu_with_shorter_vectors(cpu, fresh, monkeypatch, tmp_path):
+    if cpu == "haswell" and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        pytest.skip("this CPU has no AVX2")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cpu_backend, "NATIVE", f"-march={cpu}")
+    for D in (3, 36):
+        order = random_order(4, 37)
+        assert_same("selective_scan", public("selective_scan", "cpu"), scan_inputs(D=D), order)
+        assert_same("causal_conv1d", public("causal_conv1d", "cpu"), conv_inputs(D=D), order)
+    assert len(list((tmp_path / "arm-ops").iterdir())) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_kernels_run_on_the_threads_of_torch():
+    script = """
+import os, torch, ops
+threads = lambda: len(os.listdir("/proc/self/task"))
+torch.set_num_threads(4)
+x = torch.ones(1, 8, 2, 16)
+before = threads()
+ops.causal_conv1d(x[0], torch.ones(1, 16, 4), torch.ones(1, 16), backend="cpu")
+kernel = threads()
+torch.ones(1 << 22).exp()
+print(kernel - before, threads() - kernel)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["3", "0"]  # three workers beside the caller, and torch uses the same
+
+
+# ---- the adapter to mamba-ssm, with stand-ins that insist on what the CUDA kernels insist on ----
+
+
+def stand_in_packages(monkeypatch):
+    def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):
+        assert u.dtype == delta.dtype == B.dtype == C.dtype
+        assert A.dtype == D.dtype == delta_bias.dtype == torch.float32
+        assert all(x.stride(-1) == 1 for x in (u, delta, B, C))
+        assert u.shape[1:] == (len(A), u.shape[-1])
+        assert B.shape == C.shape == (len(u), A.shape[1], u.shape[2])
+        assert z is None
+        assert delta_softplus
+        inputs = (x[None] for x in (u.mT, delta.mT, A, B.mT, C.mT, D, delta_bias))
+        return naive.selective_scan(*inputs)[0].mT
+
+    def causal_conv1d_fn(x, weight, bias=None, activation=None):
+        assert 2 <= weight.shape[1] <= 4
+        assert weight.dtype == bias.dtype
+        assert x.stride(-1) == 1
+        assert activation == "silu"
+        return naive.causal_conv1d(x.mT, weight[None], bias[None])[0].mT
+
+    scan = types.SimpleNamespace(selective_scan_fn=selective_scan_fn)
+    modules = {"mamba_ssm": types.ModuleType("mamba_ssm"), "mamba_ssm.ops": types.ModuleType("mamba_ssm.ops")}
+    modules["mamba_ssm.ops.selective_scan_interface"] = scan
+    modules["causal_conv1d"] = types.SimpleNamespace(causal_conv1d_fn=causal_conv1d_fn)
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "ops.mamba_ssm_backend", raising=False)
+
+
+@pytest.mark.parametrize(("K", "ordered"), [(1, False), (4, True)])
+@pytest.mark.parametrize("varying", [torch.float32, torch.bfloat16])
+def test_mamba_ssm_adapter(K, ordered, varying, fresh, monkeypatch):
+    stand_in_packages(monkeypatch)
+    adapter = importlib.import_module("ops.mamba_ssm_backend")
+    assert ops.unavailable("mamba_ssm") is None
+    order = random_order(K, 37) if ordered else None
+    scan = {**scan_inputs(K=K, varying=varying)}
+    if varying == torch.bfloat16:
+        scan["C"] = scan["C"].detach().float().requires_grad_()  # autocast may leave any mixture
+    assert_same("selective_scan", adapter.selective_scan, scan, order)
+    for W in (1, 2, 4, 5):
+        assert_same("causal_conv1d", adapter.causal_conv1d, conv_inputs(K=K, W=W, varying=varying), order)
+
+
+# ---- the benchmark ----
+
+
+def run_benchmark(*argv):
+    bench_scan.main(bench_scan.get_args_parser().parse_args(argv))
+
+
+def test_benchmark(tmp_path, capsys):
+    output = tmp_path / "new" / "scan.json"
+    run_benchmark("--sizes", "2,8,5,4", "1,3,1,16", "--repetitions", "1", "--output", str(output))
+    report, printed = json.loads(output.read_text()), capsys.readouterr().out
+    assert {"date", "torch", "cpu", "threads"} <= report.keys()
+    on_cpu = [result for result in report["results"] if result["device"] == "cpu"]
+    assert [result["size"] for result in on_cpu] == [
+        {"B": 2, "D": 8, "L": 5, "N": 4},
+        {"B": 1, "D": 3, "L": 1, "N": 16},
+    ]
+    names = {"reference loop", "torch", "cpu"} | ({"mambapy"} if importlib.util.find_spec("mambapy") else set())
+    for result in on_cpu:
+        assert result["milliseconds"].keys() == names
+        assert all(ms > 0 for ms in result["milliseconds"].values())
+        assert all(name in printed and f"{ms:.2f}" in printed for name, ms in result["milliseconds"].items())
+        for name, ratio in result["times_faster_than_mambapy"].items():
+            assert ratio == pytest.approx(result["milliseconds"]["mambapy"] / result["milliseconds"][name])
+
+
+def test_benchmark_without_mambapy(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mambapy", None)
+    run_benchmark("--sizes", "1,4,3,4", "--repetitions", "1", "--output", str(tmp_path / "scan.json"))
+    assert "pip install mambapy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["result", "gradient"])
+def test_benchmark_refuses_a_wrong_backend(name, tmp_path, monkeypatch):
+    right = torch_backend.selective_scan
+
+    def wrong(u, *rest):
+        y = right(u, *rest)
+        return y * 1.01 if name == "result" else y + 0 * u - (u - u.detach())
+
+    monkeypatch.setattr(torch_backend, "selective_scan", wrong)
+    with pytest.raises(RuntimeError, match=f"torch is wrong.*: {'y' if name == 'result' else 'u'} differs"):
+        run_benchmark("--sizes", "2,8,5,4", "--output", str(tmp_path / "scan.json"))
+
+
+@pytest.mark.parametrize("text", ["1,2,3", "1,2,3,0", "a,b,c,d"])
+def test_benchmark_sizes_that_are_none(text, capsys):
+    with pytest.raises(SystemExit):
+        bench_scan.get_args_parser().parse_args(["--sizes", text])
+    assert "--sizes" in capsys.readouterr().err
