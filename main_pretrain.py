@@ -16,12 +16,13 @@ from timm.optim import param_groups_weight_decay
 
 import models_arm
 from engine_pretrain import train_one_epoch
-from ops import BackendUnavailable
+from ops import BackendUnavailable, choose_backend
 from util import checkpoint, cli
 from util.datasets import image_folder, pretrain_transform, train_loader
-from util.dist import distribute, init_device, is_main, seed_everything
-from util.errors import UserError
-from util.metrics import RunLog, SilentLog
+from util.dist import distribute, init_device, seed_everything
+from util.errors import as_user_error
+from util.metrics import clock, open_log
+from util.train_loop import activation_dtype
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -52,7 +53,7 @@ def build_model(args: argparse.Namespace) -> models_arm.ARMPretrain:
     Raises:
         UserError: sizes that do not fit together.
     """
-    try:
+    with as_user_error(ValueError, BackendUnavailable):
         return models_arm.create_pretrain_model(
             args.model,
             img_size=cli.image_size(args),
@@ -62,8 +63,6 @@ def build_model(args: argparse.Namespace) -> models_arm.ARMPretrain:
             dec_depth=args.dec_depth,
             **cli.given(args, "patch_size", "embed_dim", "depth", "dec_embed_dim"),
         )
-    except (ValueError, BackendUnavailable) as error:
-        raise UserError(error) from error
 
 
 def main(args: argparse.Namespace) -> None:
@@ -73,9 +72,11 @@ def main(args: argparse.Namespace) -> None:
         UserError: something that was asked for cannot be; no training has started then.
     """
     cli.check_arguments(args)
-    output_dir = cli.output_folder(args.output_dir)
+    folders = cli.output_folders(args)
     dataset = image_folder(args.data_path, "train", pretrain_transform(cli.image_size(args), args))
     device = init_device(args.device)
+    with as_user_error(TypeError, ValueError, BackendUnavailable):
+        choose_backend(args.scan_backend, device, activation_dtype(device))
     loader = train_loader(dataset, args, device)
     seed_everything(args.seed)
     model = build_model(args).to(device)
@@ -86,14 +87,15 @@ def main(args: argparse.Namespace) -> None:
         start_epoch = checkpoint.resume(args, checkpoint.read(args.resume), model, optimizer)
     wrapped = distribute(model, device)
 
-    log = RunLog(output_dir, args.log_dir) if is_main() else SilentLog()
+    log = open_log(*folders)
     log.say(cli.describe(args, model, len(dataset), device))
     start = time.monotonic()
     for epoch in range(start_epoch, args.epochs):
         stats = train_one_epoch(wrapped, loader, optimizer, epoch, args, device, log)
-        checkpoint.save_epoch(output_dir, args, epoch, model, optimizer)
+        checkpoint.save_epoch(folders[0], args, epoch, model, optimizer)
         log.epoch(**stats, epoch=epoch)
-        log.say(f"epoch {epoch}: loss {stats['train_loss']:.4f}, {time.monotonic() - start:.0f} s since the start")
+        passed = clock(start, epoch + 1 - start_epoch, args.epochs - start_epoch)
+        log.say(f"epoch {epoch}: loss {stats['train_loss']:.4f}; {passed}")
 
 
 if __name__ == "__main__":

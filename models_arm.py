@@ -155,6 +155,8 @@ class ARMPretrain(nn.Module):
         clusters = _grid(img_size, patch_size * cluster_size, f"{cluster_size} x {cluster_size}-patch clusters")
         if clusters == (1, 1):
             raise ValueError(f"image size {img_size} holds a single cluster: there is no next one to predict")
+        if embed_dim % 4 or embed_dim <= 0:
+            raise ValueError(f"encoder width {embed_dim} is not a multiple of 4, as its position embedding needs")
         if dec_embed_dim % 64 or dec_embed_dim <= 0:
             raise ValueError(f"decoder width {dec_embed_dim} is not a multiple of 64, the width of a head")
         self.patch_size, self.cluster_size, self.norm_pix_loss = patch_size, cluster_size, norm_pix_loss

@@ -33,13 +33,16 @@ from torchvision.datasets import ImageFolder
 
 import models_arm
 from engine_finetune import evaluate, train_one_epoch
-from ops import BackendUnavailable
+from ops import BackendUnavailable, choose_backend
 from util import checkpoint, cli
 from util.datasets import eval_loader, eval_transform, finetune_transform, image_folder, train_loader
-from util.dist import distribute, init_device, is_main, seed_everything
-from util.errors import UserError
+from util.dist import distribute, init_device, seed_everything
+from util.errors import UserError, as_user_error
 from util.lr_decay import param_groups_layer_decay
-from util.metrics import RunLog, ScreenLog, SilentLog
+from util.metrics import clock, open_log
+from util.train_loop import activation_dtype
+
+LAYER_DECAY, SMOOTHING = cli.number(float, 0, 1, above=True), cli.number(float, 0, 0.999)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -49,9 +52,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("finetuning")
     group.add_argument("--finetune", metavar="FILE", help="start from these weights, of pretraining or finetuning")
     group.add_argument(
-        "--model_key", choices=("model", "model_ema"), help="which weights of --finetune (default: model)"
+        "--model_key", choices=("model", "model_ema"), help="which weights of --finetune, or to evaluate"
     )
-    group.add_argument("--nb_classes", type=int, help="number of classes (default: 1000)")
+    group.add_argument("--nb_classes", type=cli.positive, help="number of classes (default: 1000)")
     group.add_argument(
         "--global_pool",
         type=cli.boolean,
@@ -61,19 +64,29 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--cls_token", action="store_false", dest="global_pool", help="the same as --global_pool False")
     group.add_argument("--drop_path", type=cli.rate, default=0.1, help="stochastic depth rate (default: %(default)s)")
-    group.add_argument("--layer_decay", type=float, default=0.65, help="lr factor per layer (default: %(default)s)")
-    group.add_argument("--ema_decay", type=float, help="also keep a moving average of the weights, with this decay")
+    group.add_argument(
+        "--layer_decay",
+        type=cli.number(float, 0, 1, above=True),
+        default=0.65,
+        help="lr factor per layer (default: %(default)s)",
+    )
+    group.add_argument("--ema_decay", type=cli.rate, help="also keep a moving average of the weights, with this decay")
 
     group = parser.add_argument_group("augmentation")
-    group.add_argument("--color_jitter", type=float, help="strength; only where --aa is none")
+    group.add_argument("--color_jitter", type=cli.amount, help="strength; only where --aa is none")
     group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm policy, or none (default: %(default)s)")
-    group.add_argument("--smoothing", type=cli.rate, default=0.1, help="label smoothing (default: %(default)s)")
+    group.add_argument("--smoothing", type=SMOOTHING, default=0.1, help="label smoothing (default: %(default)s)")
     group.add_argument("--reprob", type=cli.rate, default=0.25, help="random erasing rate (default: %(default)s)")
-    group.add_argument("--remode", default="pixel", help="random erasing mode (default: %(default)s)")
-    group.add_argument("--recount", type=int, default=1, help="random erasing count (default: %(default)s)")
-    group.add_argument("--mixup", type=float, default=0.0, help="alpha; 0 is off (default: %(default)s)")
-    group.add_argument("--cutmix", type=float, default=0.0, help="alpha; 0 is off (default: %(default)s)")
-    group.add_argument("--cutmix_minmax", type=float, nargs=2, help="size range of the cut, instead of alpha")
+    group.add_argument(
+        "--remode",
+        choices=("const", "rand", "pixel"),
+        default="pixel",
+        help="random erasing mode (default: %(default)s)",
+    )
+    group.add_argument("--recount", type=cli.positive, default=1, help="random erasing count (default: %(default)s)")
+    group.add_argument("--mixup", type=cli.amount, default=0.0, help="alpha; 0 is off (default: %(default)s)")
+    group.add_argument("--cutmix", type=cli.amount, default=0.0, help="alpha; 0 is off (default: %(default)s)")
+    group.add_argument("--cutmix_minmax", type=cli.rate, nargs=2, help="size range of the cut, instead of alpha")
     group.add_argument("--mixup_prob", type=cli.rate, default=1.0, help="rate of mixed batches (default: %(default)s)")
     group.add_argument("--mixup_switch_prob", type=cli.rate, default=0.5, help="rate of cutmix among them")
     group.add_argument(
@@ -107,12 +120,16 @@ def build_classifier(args: argparse.Namespace, content: dict | None) -> models_a
     """
     sizes = {}
     if content is not None:
-        sizes = checkpoint.classifier_sizes(checkpoint.weights(content), checkpoint.saved_grid(content))
+        state_dict = checkpoint.weights(content, args.model_key)
+        if checkpoint.is_pretrained(state_dict) and (args.eval or args.resume):
+            raise UserError(f"{args.resume or args.finetune} comes from pretraining: --finetune it first")
+        sizes = checkpoint.classifier_sizes(state_dict)
         if args.model is not None:
             del sizes["embed_dim"], sizes["depth"]
         if not args.eval:
-            sizes.pop("img_size", None)
             sizes.pop("num_classes", None)
+        elif args.input_size is None:
+            sizes["img_size"] = checkpoint.image_size(state_dict, checkpoint.saved_size(content))
     sizes |= cli.given(args, "patch_size", "embed_dim", "depth")
     if args.input_size is not None:
         sizes["img_size"] = cli.image_size(args)
@@ -122,7 +139,7 @@ def build_classifier(args: argparse.Namespace, content: dict | None) -> models_a
         args.global_pool = (
             getattr((content or {}).get("args"), "global_pool", True) if args.resume or args.eval else True
         )
-    try:
+    with as_user_error(ValueError, BackendUnavailable):
         model = models_arm.create_classifier(
             args.model or "arm_base_pz16",
             drop_path_rate=args.drop_path,
@@ -130,8 +147,6 @@ def build_classifier(args: argparse.Namespace, content: dict | None) -> models_a
             scan_backend=args.scan_backend,
             **sizes,
         )
-    except (ValueError, BackendUnavailable) as error:
-        raise UserError(error) from error
     args.input_size = [side * model.patch_size for side in model.grid_size]
     args.nb_classes = model.head.out_features
     return model
@@ -145,19 +160,24 @@ def main(args: argparse.Namespace) -> None:
     """
     cli.check_arguments(args)
     seed_everything(args.seed)
-    if args.finetune and args.resume:
-        raise UserError("--finetune starts a run and --resume goes on with one: give one of them")
-    source = args.resume or args.finetune
+    if args.model_key and args.resume and not args.eval:
+        raise UserError("--model_key chooses among the weights of --finetune; --resume takes both")
+    if args.cutmix_minmax is not None and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
+        raise UserError("--cutmix_minmax: the smaller size comes first")
+    source = args.resume or args.finetune  # a run that goes on has left its --finetune behind
     if args.eval and not source:
         raise UserError("--eval needs a checkpoint: --resume FILE")
     content = checkpoint.read(source) if source else None
     model = build_classifier(args, content)
     val = image_folder(args.data_path, "val", eval_transform(cli.image_size(args), args.eval_resize))
     check_labels(val, args.nb_classes)
+    device = init_device(args.device)
+    with as_user_error(TypeError, ValueError, BackendUnavailable):
+        choose_backend(args.scan_backend, device, activation_dtype(device))
     if args.eval:
-        evaluate_checkpoint(args, content, model, val)
+        evaluate_checkpoint(args, content, model, val, device)
     else:
-        finetune(args, content, model, val)
+        finetune(args, content, model, val, device)
 
 
 def check_labels(dataset: ImageFolder, nb_classes: int) -> None:
@@ -171,18 +191,15 @@ def check_labels(dataset: ImageFolder, nb_classes: int) -> None:
 
 
 def evaluate_checkpoint(
-    args: argparse.Namespace, content: dict, model: models_arm.ARMClassifier, val: ImageFolder
+    args: argparse.Namespace, content: dict, model: models_arm.ARMClassifier, val: ImageFolder, device: torch.device
 ) -> None:
-    """Print the accuracy of a checkpoint's weights and of its EMA weights.
+    """Print the accuracy of a checkpoint's weights and of its EMA weights, or of `args.model_key`.
 
     Raises:
-        UserError: the checkpoint has no classifier head, or does not fit.
+        UserError: the checkpoint does not fit.
     """
-    keys = [key for key in ("model", "model_ema") if content.get(key) is not None] or [None]
-    if checkpoint.is_pretrained(checkpoint.weights(content, keys[0])):
-        raise UserError(f"{args.resume or args.finetune} comes from pretraining and has no head: finetune it first")
-    device = init_device(args.device)
-    log = ScreenLog() if is_main() else SilentLog()
+    keys = [args.model_key] if args.model_key else checkpoint.kinds(content) or [None]
+    log = open_log()
     loader = eval_loader(val, args, device)
     model.to(device)
     pooling = "global pool" if args.global_pool else "class token"
@@ -200,35 +217,52 @@ def in_words(result: dict[str, float]) -> str:
     )
 
 
-def finetune(args: argparse.Namespace, content: dict | None, model: models_arm.ARMClassifier, val: ImageFolder) -> None:
+def finetune(
+    args: argparse.Namespace,
+    content: dict | None,
+    model: models_arm.ARMClassifier,
+    val: ImageFolder,
+    device: torch.device,
+) -> None:
     """Train, evaluate after every epoch, keep the best.
 
     Raises:
         UserError: something that was asked for cannot be; no training has started then.
     """
-    output_dir = cli.output_folder(args.output_dir)
-    train = image_folder(args.data_path, "train", finetune_transform(cli.image_size(args), args))
+    folders = cli.output_folders(args)
+    with as_user_error(AssertionError, ValueError, KeyError, prefix=f"--aa {args.aa}: "):
+        transform = finetune_transform(cli.image_size(args), args)
+    train = image_folder(args.data_path, "train", transform)
     if train.classes != val.classes:
         differing = sorted(set(train.classes) ^ set(val.classes))
         raise UserError(f"{args.data_path}: train and val differ in their class folders: {', '.join(differing[:5])}")
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixes and args.batch_size % 2:
         raise UserError(f"--batch_size {args.batch_size}: mixup and cutmix pair images and need an even batch")
-    device = init_device(args.device)
     loader, val_loader = train_loader(train, args, device), eval_loader(val, args, device)
-    if args.finetune and not checkpoint.load_into_classifier(content, model, args.model_key, keep_head=False):
+    log = open_log(*folders)
+    if (
+        args.finetune
+        and not args.resume
+        and not checkpoint.load_into_classifier(content, model, args.model_key, keep_head=False)
+    ):
         trunc_normal_(model.head.weight, std=2e-5)
     model.to(device)
-    ema = ModelEmaV3(model, decay=args.ema_decay) if args.ema_decay is not None else None
     groups = param_groups_layer_decay(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
     start_epoch, best, best_ema = args.start_epoch or 0, -math.inf, -math.inf
     if args.resume:
         start_epoch = checkpoint.resume(args, content, model, optimizer)
         best, best_ema = content.get("max_accuracy", best), content.get("ema_max_accuracy", best_ema)
-        if ema is not None:
-            checkpoint.load(ema.module, checkpoint.weights(content, "model_ema"))
-    wrapped = distribute(model, device)
+    wrapped = distribute(model, device)  # from here on all processes have the weights of rank 0
+    resumed_ema = args.resume and "model_ema" in checkpoint.kinds(content)
+    if resumed_ema and args.ema_decay is None:
+        raise UserError(f"{args.resume} holds an EMA: say --ema_decay to go on with it")
+    ema = ModelEmaV3(model, decay=args.ema_decay) if args.ema_decay is not None else None
+    if resumed_ema:
+        checkpoint.load(ema.module, checkpoint.weights(content, "model_ema"))
+    elif args.resume and ema is not None:
+        log.say(f"{args.resume} holds no EMA: it starts from the weights")
 
     mixup = None
     if mixes:
@@ -244,14 +278,14 @@ def finetune(args: argparse.Namespace, content: dict | None, model: models_arm.A
         )
     criterion = SoftTargetCrossEntropy() if mixes else LabelSmoothingCrossEntropy(args.smoothing)
 
-    log = RunLog(output_dir, args.log_dir) if is_main() else SilentLog()
     log.say(cli.describe(args, model, len(train), device))
     start = time.monotonic()
     for epoch in range(start_epoch, args.epochs):
         stats = train_one_epoch(wrapped, criterion, loader, optimizer, epoch, args, device, log, mixup, ema)
         result = evaluate(model, val_loader, device, log)
         stats |= {f"test_{name}": value for name, value in result.items()}
-        log.say(f"epoch {epoch}: loss {stats['train_loss']:.4f}, {in_words(result)}, {time.monotonic() - start:.0f} s")
+        passed = clock(start, epoch + 1 - start_epoch, args.epochs - start_epoch)
+        log.say(f"epoch {epoch}: loss {stats['train_loss']:.4f}, {in_words(result)}; {passed}")
         improved, best = result["acc1"] > best, max(best, result["acc1"])
         more = {"max_accuracy": best}
         if ema is not None:
@@ -261,11 +295,11 @@ def finetune(args: argparse.Namespace, content: dict | None, model: models_arm.A
             improved_ema, best_ema = result["acc1"] > best_ema, max(best_ema, result["acc1"])
             more |= {"model_ema": ema.module.state_dict(), "ema_max_accuracy": best_ema}
 
-        checkpoint.save_epoch(output_dir, args, epoch, model, optimizer, **more)
+        checkpoint.save_epoch(folders[0], args, epoch, model, optimizer, **more)
         if improved:
-            checkpoint.save(output_dir / "checkpoint-best.pth", model, optimizer, epoch, args, **more)
+            checkpoint.save(folders[0] / "checkpoint-best.pth", model, optimizer, epoch, args, **more)
         if ema is not None and improved_ema:
-            checkpoint.save(output_dir / "checkpoint-best-ema.pth", model, optimizer, epoch, args, **more)
+            checkpoint.save(folders[0] / "checkpoint-best-ema.pth", model, optimizer, epoch, args, **more)
         log.epoch(**stats, epoch=epoch, n_parameters=sum(p.numel() for p in model.parameters()))
 
 

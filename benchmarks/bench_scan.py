@@ -1,6 +1,6 @@
 """Forward and backward of the selective scan: our backends beside mamba-ssm's reference loop and mambapy.
 
-    python -m benchmarks.bench_scan
+    python benchmarks/bench_scan.py
 
 Every contestant starts from the same u, dt, A, B, C, D, dt_bias and ends with y and all seven gradients; one that is
 wrong is not timed. mambapy (`pip install mambapy`) is the yardstick. Expected on 2 cores of an AMD EPYC (Zen 4): the
@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ops
 from ops import naive

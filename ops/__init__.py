@@ -28,7 +28,7 @@ def unavailable(name: str) -> str | None:
             _module(name)
         elif name == "cpu":
             _module(name).load()
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # not installed, or built for another torch or CUDA
         return f"{error}; to install it: pip install --no-build-isolation -r requirements-cuda.txt"
     except BackendUnavailable as error:
         return str(error)

@@ -103,11 +103,31 @@ def test_weights_are_found_in_every_form():
 
 
 def test_foreign_checkpoints():
-    vit = {"cls_token": torch.ones(1), "patch_embed.proj.weight": torch.ones(4, 3, 2, 2), "blocks.0.w": torch.ones(1)}
+    vit = {"cls_token": torch.ones(1), "patch_embed.proj.weight": torch.ones(4, 3, 2, 2), "pos_embed": torch.ones(1)}
     with pytest.raises(UserError, match=r"not one of ARM: it has no layers\.0\.mixer\.A_log"):
         checkpoint.weights({"model": vit})
     with pytest.raises(UserError, match="not one of ARM"):
         checkpoint.weights({"state": 1})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": 3},
+        {"model": {0: torch.ones(1)}},
+        {"model": {"patch_embed.proj.weight": 1}},
+        {"patch_embed.proj.weight": torch.ones(4, 4)},
+        {"pos_embed": None},
+        {"head.weight": None},
+        {"layers.0.mixer.A_log": None},
+    ],
+    ids=str,
+)
+def test_damaged_state_dicts(change):
+    state = {**classifier().state_dict(), **{k: v for k, v in change.items() if k != "model"}}
+    state = {name: value for name, value in state.items() if value is not None}
+    with pytest.raises(UserError, match="not one of ARM"):
+        checkpoint.weights({"model": change.get("model", state)})
 
 
 def test_every_misfit_is_listed():
@@ -128,7 +148,7 @@ def test_every_misfit_is_listed():
 
 def test_scan_parameters_go_to_all_directions():
     source, model = pretrained().state_dict(), classifier()
-    state = checkpoint.pretrain_to_classifier(source, model, (6, 4))
+    state = checkpoint.pretrain_to_classifier(source, model, (48, 32))
     for layer in ("layers.0", "layers.1"):
         for s in ("", "_b", "_c", "_c_b"):
             for want, got in (
@@ -149,29 +169,40 @@ def test_scan_parameters_go_to_all_directions():
 def test_finetuned_checkpoint_at_another_resolution():
     """Only the grid rows are interpolated; the class token's row stays."""
     source, model = classifier((48, 32)).state_dict(), classifier((96, 64))
-    state = checkpoint.pretrain_to_classifier(source, model, (6, 4))
+    state = checkpoint.pretrain_to_classifier(source, model, (48, 32))
     pos = source["pos_embed"]
     patches = torch.cat([pos[:, :12], pos[:, 13:]], dim=1).view(1, 6, 4, 32).permute(0, 3, 1, 2)
     large = torch.nn.functional.interpolate(patches, size=(12, 8), mode="bicubic", align_corners=False)
     large = large.permute(0, 2, 3, 1).flatten(1, 2)
     assert torch.equal(state["pos_embed"], torch.cat([large[:, :48], pos[:, 12:13], large[:, 48:]], dim=1))
     assert torch.equal(state["head.weight"], source["head.weight"])
-    same = checkpoint.pretrain_to_classifier(source, classifier((48, 32)), (6, 4))
+    same = checkpoint.pretrain_to_classifier(source, classifier((48, 32)), (48, 32))
     assert torch.equal(same["pos_embed"], pos)
 
 
-def test_grid_must_be_known_where_it_is_no_square():
+def test_grid_of_a_checkpoint():
+    """The saved input size where it fits, else the model's own grid where that fits, else a square."""
+    source = pretrained().state_dict()
+
+    def rows(model, saved):
+        pos_embed = checkpoint.pretrain_to_classifier(source, model, saved)["pos_embed"]
+        return torch.cat([pos_embed[:, :12], pos_embed[:, 13:]], dim=1)
+
+    assert torch.equal(rows(classifier(), (48, 32)), source["pos_embed"])
+    assert torch.equal(rows(classifier(), None), source["pos_embed"])
+    assert not torch.equal(rows(classifier((32, 48)), (48, 32)), source["pos_embed"])
     with pytest.raises(UserError, match="24 patches, which is no square"):
-        checkpoint.pretrain_to_classifier(pretrained().state_dict(), classifier())
-    with pytest.raises(UserError, match="24 patches, not 5 x 5"):
-        checkpoint.pretrain_to_classifier(pretrained().state_dict(), classifier(), (5, 5))
+        checkpoint.pretrain_to_classifier(source, classifier((48, 48)))
+    square = pretrained((48, 48)).state_dict()
+    for saved in (None, (224, 224)):  # a size that contradicts the number of patches does not count
+        state = checkpoint.pretrain_to_classifier(square, classifier((64, 64)), saved)
+        assert state["pos_embed"].shape == (1, 65, 32)
 
 
-@pytest.mark.parametrize(("size", "grid"), [(48, (6, 6)), ([48], (6, 6)), ([48, 32], (6, 4)), (None, None)])
-def test_grid_is_read_from_the_saved_arguments(size, grid):
-    args = argparse.Namespace(input_size=size)
-    assert checkpoint.saved_grid({"model": pretrained().state_dict(), "args": args}) == grid
-    assert checkpoint.saved_grid(pretrained().state_dict()) is None
+@pytest.mark.parametrize(("size", "want"), [(48, (48, 48)), ([48], (48, 48)), ([48, 32], (48, 32)), (None, None)])
+def test_input_size_is_read_from_the_saved_arguments(size, want):
+    assert checkpoint.saved_size({"args": argparse.Namespace(input_size=size)}) == want
+    assert checkpoint.saved_size(pretrained().state_dict()) is None
 
 
 def test_only_a_head_of_another_size_is_left_out():
@@ -197,9 +228,10 @@ def test_incomplete_pretraining_checkpoint_is_refused():
 
 
 def test_sizes_are_read_off_the_shapes():
-    sizes = checkpoint.classifier_sizes(classifier().state_dict(), (6, 4))
-    assert sizes == {**SIZES, "img_size": (48, 32), "num_classes": 3}
+    assert checkpoint.classifier_sizes(classifier().state_dict()) == {**SIZES, "num_classes": 3}
     assert checkpoint.classifier_sizes(pretrained().state_dict()) == SIZES
+    assert checkpoint.image_size(classifier().state_dict(), (48, 32)) == (48, 32)
+    assert checkpoint.image_size(classifier((48, 48)).state_dict()) == (48, 48)
 
 
 def run_of(epoch, **more):
@@ -236,8 +268,31 @@ def test_resume_starts_after_the_saved_epoch():
 def test_an_optimizer_of_another_model_does_not_fit():
     content, model, _ = run_of(0)
     args = argparse.Namespace(resume="c.pth", start_epoch=None, epochs=100)
-    with pytest.raises(UserError, match=r"optimizer state in c\.pth does not fit"):
+    with pytest.raises(UserError, match=r"optimizer in c\.pth does not fit this run: it has other groups"):
         checkpoint.resume(args, content, model, torch.optim.AdamW([torch.zeros(1)]))
+
+
+@pytest.mark.parametrize("change", [{"optimizer": None}, {"epoch": None}, {"model": None}, {"optimizer": {}}], ids=str)
+def test_resuming_from_a_damaged_file(change):
+    content, model, optimizer = run_of(0)
+    args = argparse.Namespace(resume="c.pth", start_epoch=None, epochs=100)
+    with pytest.raises(UserError, match=f"{next(iter(change))}"):
+        checkpoint.resume(args, {**content, **change}, model, optimizer)
+
+
+def test_a_resumed_optimizer_has_the_moments_of_the_file_and_the_settings_of_the_run():
+    content, model, _ = run_of(0)
+    trained = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.3)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    trained.step()
+    content |= {"optimizer": trained.state_dict(), "model": model.state_dict()}
+    args = argparse.Namespace(resume="c.pth", start_epoch=None, epochs=100)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.7, betas=(0.5, 0.6), fused=True)
+    checkpoint.resume(args, content, model, optimizer)
+    (group,) = optimizer.param_groups
+    assert (group["weight_decay"], group["betas"], group["fused"]) == (0.7, (0.5, 0.6), True)
+    assert torch.allclose(optimizer.state[model.ar_token]["exp_avg"], torch.full_like(model.ar_token, 0.1))
 
 
 def test_saved_file(tmp_path):

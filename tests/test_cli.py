@@ -17,6 +17,7 @@ import main_pretrain
 import models_arm
 from conftest import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN
 from util import cli
+from util.dist import init_device
 from util.errors import UserError
 
 SHARED = """
@@ -137,19 +138,33 @@ PRETRAIN_MISTAKES = {
     "--resume none.pth": "no checkpoint file none.pth",
     "--start_epoch 9": "--start_epoch 9: the run has epochs 0 to 0",
     "--device cuda": "finds no GPU",
-    "--device abacus": "no such kind of device",
     "--unknown 1": "unrecognized arguments: --unknown 1",
-    "--scale 0.2 1.5": "1.5 is not between 0 and 1",
+    "--scale 0.2 1.5": "1.5 is not at least 0 and at most 1",
+    "--embed_dim 30": "encoder width 30 is not a multiple of 4",
+    "--lr -1": "-1 is not at least 0",
+    "--lr nan": "nan is not at least 0",
+    "--lr fast": "invalid float value: 'fast'",
+    "--seed -1": "-1 is not at least 0",
+    "--clip_grad 0": "0 is not above 0",
+    "--device meta": "--device meta: cuda and cpu are supported",
+    "--log_dir /dev/null/x": "--log_dir /dev/null/x cannot be written",
 }
 FINETUNE_MISTAKES = {
     "--nb_classes 2": "has 3 classes, the classifier 2",
     "--finetune none.pth": "no checkpoint file none.pth",
-    "--finetune a.pth --resume b.pth": "give one of them",
+    "--resume none.pth --model_key model_ema": "--model_key chooses among the weights of --finetune",
     "--eval": "--eval needs a checkpoint",
     "--input_size 50": "image size 50 does not divide into patches of 8 pixels; nearest: 48 or 56",
     "--mixup 0.8 --batch_size 3": "need an even batch",
-    "--smoothing 2": "2 is not between 0 and 1",
-    "--drop_path -1": "-1 is not between 0 and 1",
+    "--smoothing 1": "1 is not at least 0 and at most 0.999",
+    "--drop_path -1": "-1 is not at least 0 and at most 1",
+    "--nb_classes -1": "-1 is not at least 1",
+    "--remode foo": "invalid choice: 'foo'",
+    "--aa foo": "--aa foo: ",
+    "--cutmix_minmax 0.9 0.2": "--cutmix_minmax: the smaller size comes first",
+    "--ema_decay 2": "2 is not at least 0 and at most 1",
+    "--layer_decay 0": "0 is not above 0 and at most 1",
+    "--cutmix -1": "-1 is not at least 0",
 }
 MISTAKES = [(main_pretrain, TINY_PRETRAIN, *item) for item in PRETRAIN_MISTAKES.items()]
 MISTAKES += [(main_finetune, TINY_FINETUNE, *item) for item in FINETUNE_MISTAKES.items()]
@@ -225,7 +240,7 @@ def test_output_folder_that_cannot_be_written(run_script, image_folder, tmp_path
         run_script(
             main_pretrain, *TINY_PRETRAIN, "--data_path", image_folder, "--output_dir", tmp_path / "file" / "out"
         )
-    assert_one_line(capsys, exit_info, "cannot be written: Not a directory")
+    assert_one_line(capsys, exit_info, "--output_dir .* cannot be written: Not a directory")
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--finetune"])
@@ -257,6 +272,32 @@ def test_under_torchrun_one_process_speaks(image_folder):
     assert done.stderr.count("main_pretrain.py: error: depth 4 is too small") == 1
     assert re.search(r"exitcode\s*: 2 ", done.stderr)
     assert not re.search(r"^\[rank\d\]: Traceback", done.stderr, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("environment", "device", "gpus", "message"),
+    [
+        ({"LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "8"}, None, 2, "8 processes, but 2 GPUs"),
+        ({}, "cuda:2", 2, "--device cuda:2: 1 processes, 2 GPUs"),
+        ({"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}, "cuda:1", 2, "under torchrun say --device cuda"),
+    ],
+)
+def test_gpus_that_are_not_there(monkeypatch, environment, device, gpus, message):
+    """Every process finds the mistake, before any of them waits for the others."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        init_device(device)
+
+
+def test_backend_that_cannot_use_the_device(monkeypatch, run_script, image_folder, tmp_path, capsys):
+    monkeypatch.setattr(main_pretrain, "activation_dtype", lambda device: torch.bfloat16)  # as on a GPU
+    words = ["--data_path", image_folder, "--output_dir", tmp_path, "--scan_backend", "cpu"]
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(main_pretrain, *TINY_PRETRAIN, *words)
+    assert_one_line(capsys, exit_info, "backend 'cpu' does not compute torch.bfloat16")
 
 
 def test_help_names_every_flag(capsys):

@@ -190,7 +190,7 @@ def test_pretrain_finetune_evaluate(image_folder, tmp_path, run_script, capsys):
             main_finetune, "--eval", "--resume", tmp_path / "pre" / "checkpoint-1.pth", "--data_path", image_folder
         )
     assert exit_info.value.code == 2
-    assert "comes from pretraining and has no head" in capsys.readouterr().err
+    assert "comes from pretraining: --finetune it first" in capsys.readouterr().err
 
 
 def test_evaluation_counts_every_image_once(image_folder, tmp_path, run_script, capsys):
@@ -223,6 +223,51 @@ def test_evaluation_pools_as_the_checkpoint_was_finetuned(image_folder, tmp_path
     assert losses[1] != losses[0]
 
 
+RANDOM = ["--drop_path", 0.3, "--mixup", 0.8, "--cutmix", 1, "--reprob", 0.5, "--ema_decay", 0.9]
+
+
+def test_resume_with_all_that_is_random(image_folder, tmp_path, run_script):
+    """Drop path, mixup, erasing and EMA go on as in the uninterrupted run, bitwise."""
+    common = [*FINETUNE, "--data_path", image_folder, *FAST, "--batch_size", 8, *RANDOM]
+    run_script(main_finetune, *common, "--output_dir", tmp_path / "whole")
+    first = tmp_path / "whole" / "checkpoint-0.pth"
+    run_script(
+        main_finetune, *common, "--output_dir", tmp_path / "resumed", "--resume", first, "--finetune", "gone.pth"
+    )
+    want, got = (checkpoint.read(tmp_path / name / "checkpoint-last.pth") for name in ("whole", "resumed"))
+    for key in ("model", "model_ema"):
+        for name, value in want[key].items():
+            assert torch.equal(got[key][name], value), (key, name)
+    assert got["ema_max_accuracy"] == want["ema_max_accuracy"]
+
+
+def test_resume_does_not_drop_or_invent_an_ema(image_folder, tmp_path, run_script, capsys):
+    common = [*FINETUNE, "--data_path", image_folder, *FAST, "--batch_size", 8]
+    run_script(main_finetune, *common, "--output_dir", tmp_path / "with", "--ema_decay", 0.9)
+    run_script(main_finetune, *common, "--output_dir", tmp_path / "without")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run_script(main_finetune, *common, "--output_dir", tmp_path, "--resume", tmp_path / "with" / "checkpoint-0.pth")
+    assert "holds an EMA: say --ema_decay to go on with it" in capsys.readouterr().err
+    more = ["--resume", tmp_path / "without" / "checkpoint-0.pth", "--ema_decay", 0.9]
+    run_script(main_finetune, *common, "--output_dir", tmp_path, *more)
+    assert "holds no EMA: it starts from the weights" in capsys.readouterr().out
+    assert "model_ema" in checkpoint.read(tmp_path / "checkpoint-last.pth")
+
+
+def test_ema_of_two_processes(image_folder, tmp_path, run_script, capsys):
+    """It starts from the weights of rank 0 on every process, and each scores its share with the same EMA."""
+    words = [*FINETUNE, "--data_path", image_folder, *FAST, "--batch_size", 4, "--ema_decay", 0.99, "--dist_eval"]
+    torchrun("Finetuning/main_finetune.py", *words, "--lr", 0.01, "--output_dir", tmp_path)
+    row = read_log(tmp_path)[-1]
+    words = ["--resume", tmp_path / "checkpoint-last.pth", "--data_path", image_folder, "--device", "cpu"]
+    run_script(main_finetune, "--eval", *words, "--model_key", "model_ema", "--num_workers", 0)
+    out = capsys.readouterr().out
+    assert "model: " not in out
+    loss = float(re.search(r"^model_ema: .* loss ([\d.]+) on 7", out, re.MULTILINE)[1])
+    assert loss == pytest.approx(row["ema_test_loss"], abs=6e-5)
+
+
 def test_bare_state_dict_is_evaluated(image_folder, tmp_path, run_script, capsys):
     torch.manual_seed(0)
     model = models_arm.create_classifier(
@@ -246,7 +291,9 @@ def test_ema_is_the_recursion_over_updates():
     ema.update = lambda m: (history.append(m.weight.detach().clone()), update(m))
     loader = DataLoader(TensorDataset(torch.randn(8, 3), torch.randint(2, (8,))), batch_size=2)
     loader.sampler.set_epoch = lambda epoch: None
-    args = argparse.Namespace(lr=0.1, min_lr=0, warmup_epochs=0, epochs=1, accum_iter=2, clip_grad=None, output_dir="")
+    args = argparse.Namespace(
+        lr=0.1, min_lr=0, warmup_epochs=0, epochs=1, accum_iter=2, clip_grad=None, output_dir="", seed=0
+    )
     optimizer = torch.optim.AdamW(model.parameters())
     criterion = torch.nn.CrossEntropyLoss()
     engine_finetune.train_one_epoch(
@@ -265,7 +312,7 @@ def one_weight_run(samples, **changes):
     loader = DataLoader(TensorDataset(torch.tensor(samples, dtype=torch.float32)[:, None]), batch_size=1)
     loader.sampler.set_epoch = lambda epoch: None
     args = {"lr": 1.0, "min_lr": 1.0, "warmup_epochs": 0, "epochs": 1, "accum_iter": 1, "clip_grad": None}
-    args = argparse.Namespace(**{**args, "output_dir": "out", **changes})
+    args = argparse.Namespace(**{**args, "seed": 0, "output_dir": "out", **changes})
     optimizer = torch.optim.SGD(model.parameters())
     stats = train_epoch(model, loader, lambda x: model(x).mean(), optimizer, 0, args, torch.device("cpu"), SilentLog())
     return model.weight.item(), stats
@@ -287,8 +334,17 @@ def test_batches_that_fill_no_update_are_left_out():
     assert stats["train_loss"] == (5 + 3) / 2
 
 
+def test_windows_longer_than_the_log_interval():
+    """More accumulated batches than there are between two log points."""
+    weight, stats = one_weight_run([1.0, 3.0] * 25, accum_iter=50)
+    assert weight == pytest.approx(1 - 2, abs=1e-5)
+    assert stats["train_loss"] == pytest.approx(2)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_update():
-    with pytest.raises(RuntimeError, match=r"the loss is nan in epoch 0, batch 1; .*checkpoint-last\.pth"):
+    with pytest.raises(
+        RuntimeError, match=r"the gradient is nan and the loss nan in epoch 0, batch 1; .*checkpoint-last\.pth"
+    ):
         one_weight_run([5.0, math.nan])
 
 
@@ -347,6 +403,12 @@ def test_tensorboard_points(image_folder, tmp_path, run_script, monkeypatch):
     assert [value for value, _ in losses] == pytest.approx([row["train_loss"] for row in log])
     assert [step for _, step in losses] == [666, 1666]  # thousandths of epochs, at the last of 3 updates
     assert {name for name, _, _ in points} == {"train_loss", "lr", "grad_norm"}
+    points.clear()
+    run_script(
+        main_finetune, *FINETUNE, "--data_path", image_folder, "--output_dir", tmp_path, "--batch_size", 8, *FAST
+    )
+    want = [(row["test_acc1"], 1000 * (row["epoch"] + 1)) for row in read_log(tmp_path)[-2:]]
+    assert [(value, step) for name, value, step in points if name == "test_acc1"] == want
 
 
 def test_log_txt_is_appended_to_by_a_resumed_run(image_folder, tmp_path, run_script):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from util.dist import is_main
-from util.errors import UserError
+from util.errors import UserError, as_user_error
 from util.pos_embed import resize_pos_embed
 
 StateDict = dict[str, Tensor]
@@ -57,6 +57,11 @@ def read(path: str | os.PathLike) -> dict:
     return content
 
 
+def kinds(content: dict) -> list[str]:
+    """Which of `model` and `model_ema` a checkpoint holds; neither where it is a bare state dict."""
+    return [key for key in ("model", "model_ema") if content.get(key) is not None]
+
+
 def weights(content: dict, key: str | None = None) -> StateDict:
     """The state dict of a checkpoint: `model`, else `model_ema`, else the content itself as a bare state dict.
 
@@ -67,20 +72,22 @@ def weights(content: dict, key: str | None = None) -> StateDict:
     Raises:
         UserError: `key` is not there, or what is there is not a state dict of ARM.
     """
-    present = [k for k in ("model", "model_ema") if k in content]
+    present = kinds(content)
     if key is not None and key not in present:
         raise UserError(f"the checkpoint has no {key}; it has {', '.join(present) or 'a bare state dict'}")
     state_dict = content[key or present[0]] if present else content
-    state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}  # saved from inside DDP
-    if (
-        not all(isinstance(value, Tensor) for value in state_dict.values())
-        or "patch_embed.proj.weight" not in state_dict
+    if not isinstance(state_dict, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state_dict.items()
     ):
-        raise UserError(
-            "the checkpoint is not one of ARM: it has no patch_embed.proj.weight, or values besides tensors"
-        )
-    if "layers.0.mixer.A_log" not in state_dict:
-        raise UserError("the checkpoint is not one of ARM: it has no layers.0.mixer.A_log")
+        raise UserError("the checkpoint is not one of ARM: it holds no state dict, which is tensors by name")
+    state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}  # saved from inside DDP
+    needed = ["patch_embed.proj.weight", "pos_embed", "layers.0.mixer.A_log"]
+    needed += [] if is_pretrained(state_dict) else ["head.weight", "head.bias"]
+    for name in needed:
+        if name not in state_dict:
+            raise UserError(f"the checkpoint is not one of ARM: it has no {name}")
+    if state_dict["patch_embed.proj.weight"].ndim != 4 or state_dict["pos_embed"].ndim != 3:
+        raise UserError("the checkpoint is not one of ARM: patch or position embedding have other dimensions")
     return state_dict
 
 
@@ -89,40 +96,55 @@ def is_pretrained(state_dict: StateDict) -> bool:
     return "cls_token" not in state_dict
 
 
-def classifier_sizes(state_dict: StateDict, grid: tuple[int, int] | None = None) -> dict:
+def classifier_sizes(state_dict: StateDict) -> dict[str, int]:
     """Keyword arguments of the `ARMClassifier` that a state dict belongs to, read off its shapes.
 
     Args:
-        state_dict: of a pretraining model or a classifier.
-        grid: rows and columns of its patches; a square where they are not known.
+        state_dict: of a pretraining model or a classifier, as `weights` returns it.
 
     Returns:
-        `embed_dim`, `depth` and `patch_size`; for a classifier also `img_size` and `num_classes`.
+        `embed_dim`, `depth` and `patch_size`; for a classifier also `num_classes`.
     """
     embed_dim, _, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
-    sizes = {
-        "embed_dim": embed_dim,
-        "depth": 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith("layers.")),
-        "patch_size": patch_size,
-    }
-    if not is_pretrained(state_dict):
-        rows, columns = grid or _square(state_dict["pos_embed"].shape[1] - 1)
-        sizes["img_size"] = (rows * patch_size, columns * patch_size)
-        sizes["num_classes"] = state_dict["head.weight"].shape[0]
-    return sizes
+    blocks = {int(name.split(".")[1]) for name in state_dict if re.match(r"layers\.\d+\.", name)}
+    sizes = {"embed_dim": embed_dim, "depth": len(blocks), "patch_size": patch_size}
+    return sizes if is_pretrained(state_dict) else sizes | {"num_classes": len(state_dict["head.weight"])}
 
 
-def saved_grid(content: dict) -> tuple[int, int] | None:
-    """Rows and columns of patches, from the input size among the arguments saved in a checkpoint, if it has them."""
+def saved_size(content: dict) -> tuple[int, int] | None:
+    """Height and width of the input, from the arguments saved in a checkpoint, if it has them."""
     size = getattr(content.get("args"), "input_size", None)
     if size is None:
         return None
-    height, width = (size, size) if isinstance(size, int) else (size[0], size[-1])
-    patch_size = weights(content)["patch_embed.proj.weight"].shape[-1]
-    return height // patch_size, width // patch_size
+    return (size, size) if isinstance(size, int) else (size[0], size[-1])
 
 
-def pretrain_to_classifier(state_dict: StateDict, model: nn.Module, grid: tuple[int, int] | None = None) -> StateDict:
+def image_size(state_dict: StateDict, saved: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Height and width that a state dict's position embedding covers.
+
+    Args:
+        state_dict: as `weights` returns it.
+        saved: as `saved_size` returns it; counts where it has as many patches.
+
+    Returns:
+        `saved` where it fits, else a square.
+
+    Raises:
+        UserError: neither fits.
+    """
+    side = state_dict["patch_embed.proj.weight"].shape[-1]
+    patches = state_dict["pos_embed"].shape[1] - (not is_pretrained(state_dict))
+    if saved is not None and (saved[0] // side) * (saved[1] // side) == patches:
+        return saved
+    root = math.isqrt(patches)
+    if root * root != patches:
+        raise UserError(
+            f"the position embedding has {patches} patches, which is no square, and nothing tells its shape"
+        )
+    return root * side, root * side
+
+
+def pretrain_to_classifier(state_dict: StateDict, model: nn.Module, saved: tuple[int, int] | None = None) -> StateDict:
     """The state dict to load into a classifier, from pretraining or from a classifier of another resolution.
 
     From pretraining: every scan parameter goes to all four directions; the position embedding is interpolated to
@@ -133,40 +155,32 @@ def pretrain_to_classifier(state_dict: StateDict, model: nn.Module, grid: tuple[
     Args:
         state_dict: as `weights` returns it; left unchanged.
         model: the `ARMClassifier` to load into.
-        grid: rows and columns of the patches of `state_dict`; a square where they are not given.
+        saved: height and width of the input that `state_dict` was trained on, where they are known; otherwise as
+            many patches as the model has are the model's, and any other number is a square.
 
     Raises:
-        UserError: the number of position rows is no square and `grid` is not given, or differs from `grid`.
+        UserError: the number of patches is no square and nothing tells their shape.
     """
     state_dict = {name: value for name, value in state_dict.items() if not _DECODER.match(name)}
     pos_embed = state_dict["pos_embed"]
     if is_pretrained(state_dict):
-        suffixes = model.layers[0].mixer.directions
         for name in list(state_dict):
             if match := _SCAN.match(name):
                 layer, parameter, log, kind = match[1], match[2], match[3] or "", match[4] or ""
-                for s in suffixes:
+                for s in model.layers[0].mixer.directions:
                     state_dict[f"{layer}{parameter}{s}{log}{kind}"] = state_dict[name].clone()
         patches, token = pos_embed, torch.zeros_like(pos_embed[:, :1])
     else:
         middle = (pos_embed.shape[1] - 1) // 2
         patches = torch.cat([pos_embed[:, :middle], pos_embed[:, middle + 1 :]], dim=1)  # (1, M, C)
         token = pos_embed[:, middle : middle + 1]
-    grid = grid or _square(patches.shape[1])
-    if grid[0] * grid[1] != patches.shape[1]:
-        raise UserError(f"the position embedding has {patches.shape[1]} patches, not {grid[0]} x {grid[1]}")
-    patches = resize_pos_embed(patches, grid, model.grid_size)
+    if saved is None and patches.shape[1] == model.grid_size[0] * model.grid_size[1]:
+        saved = model.grid_size[0] * model.patch_size, model.grid_size[1] * model.patch_size
+    height, width = image_size(state_dict, saved)
+    side = state_dict["patch_embed.proj.weight"].shape[-1]
+    patches = resize_pos_embed(patches, (height // side, width // side), model.grid_size)
     state_dict["pos_embed"] = torch.cat([patches[:, : model.middle], token, patches[:, model.middle :]], dim=1)
     return state_dict
-
-
-def _square(patches: int) -> tuple[int, int]:
-    side = math.isqrt(patches)
-    if side * side != patches:
-        raise UserError(
-            f"the position embedding has {patches} patches, which is no square, and nothing tells its shape"
-        )
-    return side, side
 
 
 def load(model: nn.Module, state_dict: StateDict, allow_missing: set[str] = frozenset()) -> None:
@@ -209,7 +223,7 @@ def load_into_classifier(content: dict, model: nn.Module, key: str | None = None
     Raises:
         UserError: lists, key by key, what did not fit.
     """
-    state_dict = pretrain_to_classifier(weights(content, key), model, saved_grid(content))
+    state_dict = pretrain_to_classifier(weights(content, key), model, saved_size(content))
     new = set() if "cls_token" in state_dict else NEW_IN_CLASSIFIER
     if not keep_head and "head.weight" in state_dict and state_dict["head.weight"].shape != model.head.weight.shape:
         del state_dict["head.weight"], state_dict["head.bias"]
@@ -235,7 +249,8 @@ def resume(args: argparse.Namespace, content: dict, model: nn.Module, optimizer:
             that no run has (the released code wrote -1, -10 and -20 into its latest and best files) while
             `args.start_epoch` is not given.
     """
-    absent = [k for k in ("model", "optimizer", "epoch") if k not in content]
+    kinds_of = {"model": dict, "optimizer": dict, "epoch": int}
+    absent = [name for name, kind in kinds_of.items() if not isinstance(content.get(name), kind)]
     if absent:
         raise UserError(f"cannot resume from {args.resume}: it has no {', '.join(absent)}")
     start_epoch = content["epoch"] + 1 if args.start_epoch is None else args.start_epoch
@@ -246,10 +261,15 @@ def resume(args: argparse.Namespace, content: dict, model: nn.Module, optimizer:
     if start_epoch >= args.epochs:
         raise UserError(f"{args.resume} ends epoch {content['epoch']}: all {args.epochs} --epochs are done")
     load(model, weights(content, "model"))
-    try:
-        optimizer.load_state_dict(content["optimizer"])
-    except (ValueError, KeyError) as error:
-        raise UserError(f"the optimizer state in {args.resume} does not fit this run: {error}") from error
+    # the moments come from the file, the settings (weight decay, layer decay) from this run's arguments
+    own = optimizer.state_dict()["param_groups"]
+    with as_user_error(
+        ValueError, KeyError, TypeError, prefix=f"the optimizer in {args.resume} does not fit this run: "
+    ):
+        saved = content["optimizer"]
+        if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own]:
+            raise ValueError("it has other groups of parameters")
+        optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
     return start_epoch
 
 

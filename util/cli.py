@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -25,6 +26,24 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """Argument type: a finite number of `kind` from `low` (or above it) to `high`."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not math.isfinite(value) or not low <= value <= high or (above and value == low):
+            wanted = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        return value
+
+    parse.__name__ = kind.__name__  # in argparse's message about what is no number at all
+    return parse
+
+
+positive, natural = number(int, 1), number(int, 0)
+rate, amount = number(float, 0, 1), number(float, 0)
+
+
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of pretraining and finetuning alike; recipes differ by `parser.set_defaults`."""
     group = parser.add_argument_group("model")
@@ -46,11 +65,11 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--warmup_epochs", type=natural, help="linear warm-up of the learning rate (default: %(default)s)"
     )
-    group.add_argument("--lr", type=float, help="absolute learning rate, instead of --blr")
-    group.add_argument("--blr", type=float, help="learning rate for a total batch of 256 (default: %(default)s)")
-    group.add_argument("--min_lr", type=float, help="learning rate at the end (default: %(default)s)")
-    group.add_argument("--weight_decay", type=float, default=0.05, help="(default: %(default)s)")
-    group.add_argument("--clip_grad", type=float, help="largest gradient norm (default: %(default)s)")
+    group.add_argument("--lr", type=amount, help="absolute learning rate, instead of --blr")
+    group.add_argument("--blr", type=amount, help="learning rate for a total batch of 256 (default: %(default)s)")
+    group.add_argument("--min_lr", type=amount, help="learning rate at the end (default: %(default)s)")
+    group.add_argument("--weight_decay", type=amount, default=0.05, help="(default: %(default)s)")
+    group.add_argument("--clip_grad", type=number(float, 0, above=True), help="largest gradient norm")
 
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", required=True, help="folder with train/ and val/, one folder of images a class")
@@ -76,7 +95,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         "--start_epoch", type=natural, help="first epoch (default: the one after the resumed checkpoint's)"
     )
     group.add_argument("--device", help="cuda or cpu (default: cuda where there is a GPU)")
-    group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    group.add_argument("--seed", type=natural, default=0, help="(default: %(default)s)")
 
 
 def boolean(text: str) -> bool:
@@ -86,27 +105,6 @@ def boolean(text: str) -> bool:
     if text.lower() in ("false", "no", "0"):
         return False
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-
-
-def rate(text: str) -> float:
-    """Argument type: a number from 0 to 1."""
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return float(text)
-
-
-def positive(text: str) -> int:
-    """Argument type: a whole number of at least 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    """Argument type: a whole number of at least 0."""
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 0")
-    return int(text)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -138,20 +136,24 @@ def given(args: argparse.Namespace, *names: str) -> dict:
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
-def output_folder(path: str) -> Path:
-    """Make the output folder and prove that files can be written there.
+def output_folders(args: argparse.Namespace) -> tuple[Path, Path]:
+    """Make the folders for checkpoints and for TensorBoard, and prove that files can be written there.
 
     Raises:
         UserError: they cannot.
     """
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"--output_dir {path} cannot be written: {error.strerror}") from error
-    return folder
+    folders = []
+    for name, path in (("output_dir", args.output_dir), ("log_dir", args.log_dir or args.output_dir)):
+        if not path:
+            raise UserError(f"--{name} is empty: name a folder")
+        folders.append(Path(path))
+        try:
+            folders[-1].mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folders[-1]):
+                pass
+        except OSError as error:
+            raise UserError(f"--{name} {path} cannot be written: {error.strerror}") from error
+    return folders[0], folders[1]
 
 
 def describe(args: argparse.Namespace, model: nn.Module, images: int, device: torch.device) -> str:
@@ -180,6 +182,5 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
         else:
             time.sleep(5)
         sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():  # not after an error: it waits for processes that may be gone
+        dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 
 import numpy as np
 import torch
@@ -32,34 +33,36 @@ def init_device(name: str | None) -> torch.device:
     """The device of this process, and the process group when torchrun started several.
 
     Args:
-        name: "cuda", "cpu" or another torch device; None takes CUDA where there is a GPU, else the CPU.
+        name: "cuda", "cpu" or, for a single process, "cuda:i"; None takes CUDA where there is a GPU, else the CPU.
 
     Raises:
         UserError: no such device, or fewer GPUs than processes on this machine.
     """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise UserError(f"--device {name}: no such kind of device") from error
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device {name}: cuda and cpu are supported")
+    device = torch.device(name)
     if device.type == "cuda":
+        gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if not torch.cuda.is_available():
-            raise UserError("--device cuda: this torch finds no GPU; leave --device out to train on the CPU")
-        if local_rank() >= torch.cuda.device_count():
-            raise UserError(
-                f"{local_rank() + 1} or more processes, but {torch.cuda.device_count()} GPUs on this machine"
-            )
-        device = torch.device("cuda", local_rank())
+            raise UserError(f"--device {name}: this torch finds no GPU; leave --device out to train on the CPU")
+        if processes > gpus:
+            raise UserError(f"{processes} processes, but {gpus} GPUs on this machine")
+        if device.index is not None and (processes > 1 or device.index >= gpus):
+            raise UserError(f"--device {name}: {processes} processes, {gpus} GPUs; under torchrun say --device cuda")
+        device = torch.device("cuda", local_rank() if device.index is None else device.index)
         torch.cuda.set_device(device)
     if world_size() > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
 
-def seed_everything(seed: int) -> None:
+def seed_everything(*entropy: int) -> None:
     """Seed every generator of this process, differently on every rank (drop path and mixup differ)."""
-    torch.manual_seed(seed + rank())
-    np.random.seed(seed + rank())
-    random.seed(seed + rank())
+    words = np.random.SeedSequence((*entropy, rank())).generate_state(3)
+    torch.manual_seed(int(words[0]))
+    np.random.seed(words[1])
+    random.seed(int(words[2]))
 
 
 def distribute(model: nn.Module, device: torch.device) -> nn.Module:

@@ -1,5 +1,17 @@
 """The one exception for a user's mistake."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """A user's mistake: the scripts show it as one line, without a traceback, and exit with status 2."""
+
+
+@contextmanager
+def as_user_error(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
+    """Turn exceptions of these kinds, whose message is meant for the user, into `UserError`."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(f"{prefix}{error}") from error

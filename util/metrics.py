@@ -1,5 +1,6 @@
 """What a run tells: a live bar on a terminal or plain lines elsewhere, log.txt and TensorBoard."""
 
+import datetime
 import json
 import sys
 import time
@@ -8,6 +9,8 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from util.dist import is_main
 
 LOG_EVERY = 20  # steps between two plain lines, and between two points in TensorBoard
 
@@ -55,12 +58,12 @@ class RunLog(ScreenLog):
 
     Args:
         output_dir: where log.txt grows; it is appended to.
-        log_dir: where the TensorBoard files go; `output_dir` if None.
+        log_dir: where the TensorBoard files go.
     """
 
-    def __init__(self, output_dir: Path, log_dir: str | None) -> None:
+    def __init__(self, output_dir: Path, log_dir: Path) -> None:
         self.path = output_dir / "log.txt"
-        self.writer = SummaryWriter(log_dir=str(log_dir or output_dir))
+        self.writer = SummaryWriter(log_dir=str(log_dir))
 
     def scalars(self, step: int, **values: float) -> None:
         """Add one point to each TensorBoard curve."""
@@ -68,7 +71,9 @@ class RunLog(ScreenLog):
             self.writer.add_scalar(name, value, step)
 
     def epoch(self, **values: float) -> None:
-        """Append one line to log.txt."""
+        """Append one line to log.txt, and a point to the TensorBoard curve of each evaluated value."""
+        evaluated = {name: value for name, value in values.items() if "test_" in name}
+        self.scalars(1000 * (values["epoch"] + 1), **evaluated)
         self.writer.flush()
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
@@ -82,3 +87,17 @@ class SilentLog:
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
+
+
+def open_log(*folders: Path) -> ScreenLog | SilentLog:
+    """The log of this rank: a `RunLog` for the two folders given, a `ScreenLog` without them, silent beyond rank 0."""
+    if not is_main():
+        return SilentLog()
+    return RunLog(*folders) if folders else ScreenLog()
+
+
+def clock(start: float, done: int, total: int) -> str:
+    """Time since `start` (of `time.monotonic`) and what is left of `total` epochs after `done` of them."""
+    seconds = time.monotonic() - start
+    left = datetime.timedelta(seconds=round(seconds / done * (total - done)))
+    return f"{seconds:.0f} s since the start, {left} left"

@@ -13,14 +13,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from util.dist import reduce_sum, world_size
+from util.dist import reduce_sum, seed_everything, world_size
 from util.lr_sched import lr_at, set_lr
 from util.metrics import LOG_EVERY, RunLog, SilentLog
 
 
+def activation_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU, where it needs no loss scaling; float32 elsewhere."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def autocast(device: torch.device) -> torch.autocast:
-    """bf16 autocast on a GPU, where it needs no loss scaling; full precision elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    """Autocast to `activation_dtype`."""
+    dtype = activation_dtype(device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def train_epoch(
@@ -42,7 +48,7 @@ def train_epoch(
         compute_loss: of the tensors of one batch, on `device`; called under autocast.
         optimizer: its groups may have an `lr_scale`.
         epoch: number of the epoch, from 0.
-        args: `lr`, `min_lr`, `warmup_epochs`, `epochs`, `accum_iter`, `clip_grad`.
+        args: `seed`, `lr`, `min_lr`, `warmup_epochs`, `epochs`, `accum_iter`, `clip_grad`, `output_dir`.
         device: of the model.
         log: of this rank.
         after_update: called after every update.
@@ -51,8 +57,9 @@ def train_epoch(
         `train_loss`, the mean over all batches of all processes, and `train_lr` of the last update.
 
     Raises:
-        RuntimeError: the loss is no finite number; the weights are then those before that batch.
+        RuntimeError: a gradient is not finite, on whatever process; the weights are those before that update.
     """
+    seed_everything(args.seed, epoch)  # a resumed run draws the same numbers as an uninterrupted one
     model.train()
     loader.sampler.set_epoch(epoch)
     steps = len(loader) // args.accum_iter * args.accum_iter
@@ -73,23 +80,24 @@ def train_epoch(
                 loss = compute_loss(*batch)
             (loss / args.accum_iter).backward()
         window.append(loss.item())
-        if not math.isfinite(window[-1]):
-            raise RuntimeError(
-                f"the loss is {window[-1]} in epoch {epoch}, batch {step}; nothing was changed by that batch. "
-                f"Go on from {Path(args.output_dir) / 'checkpoint-last.pth'} with --resume, or lower --blr"
-            )
         if updates:
-            norm = nn.utils.clip_grad_norm_(parameters, math.inf if args.clip_grad is None else args.clip_grad)
+            norm = nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf).item()
+            if not math.isfinite(norm):  # the same on all processes: they stop together
+                raise RuntimeError(
+                    f"the gradient is {norm} and the loss {window[-1]} in epoch {epoch}, batch {step}; the weights "
+                    f"were not updated. Go on from {Path(args.output_dir) / 'checkpoint-last.pth'} with --resume, "
+                    "or lower --blr"
+                )
             optimizer.step()
             optimizer.zero_grad()
             after_update()
 
         progress.update(len(batch[0]) * world_size(), loss=window[-1], lr=lr)
-        if len(window) == LOG_EVERY or step + 1 == steps:
+        if updates and (len(window) >= LOG_EVERY or step + 1 == steps):
             total = reduce_sum(torch.tensor(sum(window), dtype=torch.float64, device=device)).item() / world_size()
             epoch_loss += total
             # MAE's abscissa: epochs times 1000, so that runs of any batch size compare
-            log.scalars(int(1000 * position), train_loss=total / len(window), lr=lr, grad_norm=norm.item())
+            log.scalars(int(1000 * position), train_loss=total / len(window), lr=lr, grad_norm=norm)
             window = []
     progress.close()
     return {"train_loss": epoch_loss / steps, "train_lr": lr}
