@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.datasets import ImageFolder
@@ -43,6 +44,7 @@ def draw_curves(logs: dict[str, list[dict]], path: Path) -> None:
     right.legend(loc="lower right")
     for axes in (left, right):
         axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -102,6 +104,9 @@ def draw_predictions(path: Path, image_folder: Path, picture: Path) -> None:
             if row == 1:
                 axis.add_patch(Rectangle((0, 0), side, side, fill=False, edgecolor="tab:orange", linewidth=2))
         axes[row, 0].set_ylabel(name)
-    figure.suptitle("Each cluster predicted from the true ones before it; the first (orange) is given", fontsize=10)
+    title = (
+        "Each cluster predicted from the true ones before it; given: the first (orange), mean and contrast of patches"
+    )
+    figure.suptitle(title, fontsize=10)
     figure.savefig(picture, dpi=120)
     plt.close(figure)

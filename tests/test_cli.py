@@ -110,6 +110,13 @@ def test_global_pool_is_neither():
         main_finetune.get_args_parser().parse_args(["--data_path", "x", "--global_pool", "maybe"])
 
 
+@pytest.mark.parametrize(("words", "want"), [([], False), (["--norm_pix_loss"], True)])
+def test_norm_pix_loss(words, want):
+    """The released code normalises whatever the flag says."""
+    args = main_pretrain.get_args_parser().parse_args([*TINY_PRETRAIN, "--data_path", "x", *words])
+    assert main_pretrain.build_model(args).norm_pix_loss is want
+
+
 def test_learning_rate_follows_the_effective_batch(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     words = "--data_path x --batch_size 32 --accum_iter 4 --blr 5e-4".split()
