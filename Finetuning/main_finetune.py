@@ -136,9 +136,8 @@ def build_classifier(args: argparse.Namespace, content: dict | None) -> models_a
     if args.nb_classes is not None:
         sizes["num_classes"] = args.nb_classes
     if args.global_pool is None:
-        args.global_pool = (
-            getattr((content or {}).get("args"), "global_pool", True) if args.resume or args.eval else True
-        )
+        finetuned = content.get("args") if args.resume or args.eval else None
+        args.global_pool = getattr(finetuned, "global_pool", True)
     with as_user_error(ValueError, BackendUnavailable):
         model = models_arm.create_classifier(
             args.model or "arm_base_pz16",
