@@ -4,6 +4,7 @@ import argparse
 import collections
 import os
 import pathlib
+import pickle
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_other_types_are_refused_by_name_and_not_run(tmp_path):
         checkpoint.read(path)
     assert not (tmp_path / "made").exists()
     path = write(tmp_path / "d.pth", {"where": pathlib.PurePosixPath("a")})
-    with pytest.raises(UserError, match=r"pathlib\.PurePosixPath"):
+    with pytest.raises(UserError, match=r"it holds a pathlib\.(_local\.)?PurePosixPath"):
         checkpoint.read(path)
 
 
@@ -306,6 +307,6 @@ def test_saved_file(tmp_path):
     assert (content["epoch"], content["args"], content["max_accuracy"]) == (5, args, 1.5)
     assert_equal_state(content["model"], model.state_dict())
     torch.amp.GradScaler("cpu").load_state_dict(content["scaler"])
-    with pytest.raises(Exception, match="pickle"):
+    with pytest.raises((AttributeError, pickle.PicklingError), match="<lambda>"):
         checkpoint.save(path, model, optimizer, 6, args, broken=lambda: None)
     assert checkpoint.read(path)["epoch"] == 5
