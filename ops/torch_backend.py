@@ -20,40 +20,27 @@ def _scatter(x: Tensor, order: Tensor) -> Tensor:
     return out
 
 
-class _Gather(torch.autograd.Function):
-    """`_gather`; autograd's own backward would add up gradients where a permutation only moves them."""
+class _Move(torch.autograd.Function):
+    """`_gather` or `_scatter`, each the backward of the other; autograd's own adds up where a permutation only moves."""
 
     @staticmethod
-    def forward(ctx, x, order):
+    def forward(ctx, x, order, move, back):
         ctx.save_for_backward(order)
-        return _gather(x, order)
+        ctx.back = back
+        return move(x, order)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return _scatter(grad, *ctx.saved_tensors), None
-
-
-class _Scatter(torch.autograd.Function):
-    """`_scatter`, the way back."""
-
-    @staticmethod
-    def forward(ctx, x, order):
-        ctx.save_for_backward(order)
-        return _scatter(x, order)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return _gather(grad, *ctx.saved_tensors), None
+        return ctx.back(grad, *ctx.saved_tensors), None, None, None
 
 
 def _to_time(x: Tensor, order: Tensor | None) -> Tensor:
-    return x.permute(2, 0, 1, 3) if order is None else _Gather.apply(x, order)  # (L, K, B, D)
+    return x.permute(2, 0, 1, 3) if order is None else _Move.apply(x, order, _gather, _scatter)  # (L, K, B, D)
 
 
 def _to_tokens(x: Tensor, order: Tensor | None) -> Tensor:
-    return x.permute(1, 2, 0, 3) if order is None else _Scatter.apply(x, order)  # (K, B, L, D)
+    return x.permute(1, 2, 0, 3) if order is None else _Move.apply(x, order, _scatter, _gather)  # (K, B, L, D)
 
 
 class _Scan(torch.autograd.Function):
