@@ -21,7 +21,7 @@ def _scatter(x: Tensor, order: Tensor) -> Tensor:
 
 
 class _Move(torch.autograd.Function):
-    """`_gather` or `_scatter`, each the backward of the other; autograd's own adds up where a permutation only moves."""
+    """`_gather` or `_scatter`, each the backward of the other: autograd's own adds up where these only move."""
 
     @staticmethod
     def forward(ctx, x, order, move, back):
