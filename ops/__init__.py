@@ -1,37 +1,53 @@
 """Selective scan and causal convolution: one public function each, one file per backend."""
 
-import importlib
 import logging
 import os
 from functools import cache
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "torch", "cpu", "mamba_ssm")
+from . import operators
+from .operators import backend_module
+
+BACKENDS = ("auto", "torch", "cpu", "triton", "mamba_ssm")
+FASTEST_FIRST = {"cpu": ("cpu", "torch"), "cuda": ("triton", "mamba_ssm", "torch")}  # of "auto", by kind of device
 
 
 class BackendUnavailable(RuntimeError):
     """A backend was asked for by name and cannot work here."""
 
 
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(f".{name}_backend", __package__)
-
-
 @cache
 def unavailable(name: str) -> str | None:
     """Return why backend `name` cannot work on this machine, None if it can; tried once per process."""
     try:
-        if name == "mamba_ssm":
-            _module(name)
-        elif name == "cpu":
-            _module(name).load()
+        if name in ("cpu", "triton"):
+            backend_module(name).load()
+        elif name == "mamba_ssm":
+            backend_module(name)
     except (ImportError, OSError) as error:  # not installed, or built for another torch or CUDA
-        return f"{error}; to install it: pip install --no-build-isolation -r requirements-cuda.txt"
+        how = {"mamba_ssm": "--no-build-isolation -r requirements-cuda.txt"}.get(name, name)
+        return f"{error}; to install it: pip install {how}"
     except BackendUnavailable as error:
         return str(error)
+    return None
+
+
+def misfit(name: str, device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    """Return what backend `name` does not compute about these activations, None if it computes them."""
+    here, halves = f"{dtype} on {device.type}", (torch.bfloat16, torch.float16)
+    if name == "cpu" and (device.type != "cpu" or dtype != torch.float32):
+        return here
+    if name in ("triton", "mamba_ssm") and dtype not in (torch.float32, *halves):
+        return here
+    if name == "mamba_ssm" and device.type != "cuda":
+        return here
+    if name == "triton":
+        if device.type != ("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"):
+            return here
+        if width % 32:
+            return f"{width} channels, which 32 does not divide,"
     return None
 
 
@@ -54,42 +70,43 @@ def _log_once(level: int, message: str) -> None:
         logging.getLogger("arm").log(level, message)
 
 
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
+@torch.compiler.assume_constant_result
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype, width: int) -> str:
     """Turn the requested backend into the one that computes; the only place where that is decided.
 
-    "auto" is mamba_ssm on CUDA and cpu for float32 on the CPU, where they work, and torch for everything else. It
-    logs each decision once per process (rank 0), as a warning where a C compiler would have made it much faster.
+    "auto" is the first of `FASTEST_FIRST` that computes these activations and works on this machine; on other kinds of
+    device it is torch. Each decision is logged once per process (rank 0), as a warning where torch takes the place of
+    kernels that do not work here.
 
     Args:
         name: one of `BACKENDS`.
         device: where the activations are.
         dtype: of the activations.
+        width: their channels.
 
     Returns:
-        "torch", "cpu" or "mamba_ssm".
+        One of `BACKENDS`, not "auto".
 
     Raises:
         ValueError, BackendUnavailable: see `check_backend`.
-        TypeError: the backend asked for does not compute this dtype on this device.
+        TypeError: the backend asked for does not compute these activations.
     """
     check_backend(name)
-    fitting = {"cpu": "cpu", "cuda": "mamba_ssm"}.get(device.type)
-    if (fitting == "cpu" and dtype != torch.float32) or dtype == torch.float64:
-        fitting = None
-    if name == "auto":
-        where = f"{dtype} on {device.type}"
-        if fitting is None:
-            _log_once(logging.INFO, f"scan backend for {where}: torch (no kernel for it)")
-            return "torch"
-        if reason := unavailable(fitting):
-            level = logging.WARNING if fitting == "cpu" else logging.INFO
-            _log_once(level, f"scan backend for {where}: torch, several times slower than {fitting} ({reason})")
-            return "torch"
-        _log_once(logging.INFO, f"scan backend for {where}: {fitting} (the fastest that works here)")
-        return fitting
-    if name not in ("torch", fitting):
-        raise TypeError(f"backend {name!r} does not compute {dtype} on {device.type}: use backend 'torch'")
-    return name
+    if name != "auto":
+        if problem := misfit(name, device, dtype, width):
+            raise TypeError(f"backend {name!r} does not compute {problem}: use backend 'torch'")
+        return name
+    broken = []
+    for candidate in FASTEST_FIRST.get(device.type, ("torch",)):
+        if misfit(candidate, device, dtype, width):
+            continue
+        if not (reason := unavailable(candidate)):
+            break  # at torch at the latest
+        broken.append(f"{candidate}: {reason}")
+    level = logging.WARNING if broken and candidate == "torch" else logging.INFO
+    note = f", several times slower than what does not work here ({'; '.join(broken)})" if broken else ""
+    _log_once(level, f"scan backend for {dtype} on {device.type}: {candidate}{note}")
+    return candidate
 
 
 def _check(device: torch.device, **tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
@@ -141,7 +158,12 @@ def selective_scan(
     inputs, rows = (K, batch, L, width), (K, batch, L, N)
     _check(u.device, dt=(dt, inputs), A=(A, (K, width, N)), B=(B, rows), C=(C, rows))
     _check(u.device, D=(D, (K, width)), dt_bias=(dt_bias, (K, width)), order=(order, (K, L)))
-    return _module(choose_backend(backend, u.device, u.dtype)).selective_scan(u, dt, A, B, C, D, dt_bias, order)
+    tensors = (u, dt, A, B, C, D, dt_bias)
+    name = choose_backend(backend, u.device, u.dtype, width)
+    if name == "mamba_ssm":
+        return backend_module(name).selective_scan(*tensors, order)
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return operators.selective_scan(*tensors, order, name, trains)[0]
 
 
 def causal_conv1d(
@@ -168,4 +190,7 @@ def causal_conv1d(
     _, L, width = x.shape
     K, _, W = weight.shape
     _check(x.device, weight=(weight, (K, width, W)), bias=(bias, (K, width)), order=(order, (K, L)))
-    return _module(choose_backend(backend, x.device, x.dtype)).causal_conv1d(x, weight, bias, order)
+    name = choose_backend(backend, x.device, x.dtype, width)
+    if name == "mamba_ssm":
+        return backend_module(name).causal_conv1d(x, weight, bias, order)
+    return operators.causal_conv1d(x, weight, bias, order, name)

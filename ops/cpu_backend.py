@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import BackendUnavailable
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
+CHUNK = 16  # tokens between two stored states
 COMPILERS = ("cc", "gcc", "clang")
 NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 
@@ -70,7 +70,8 @@ def load(states: int = 16, taps: int = 4) -> ctypes.CDLL:
     Raises:
         BackendUnavailable: there is no C compiler, it fails, or its result cannot be loaded.
     """
-    command = [*_compiler(), "-O3", NATIVE, "-shared", "-fPIC", f"-DSTATES={states}", f"-DTAPS={taps}"]
+    command = [*_compiler(), "-O3", NATIVE, "-shared", "-fPIC"]
+    command += [f"-DSTATES={states}", f"-DTAPS={taps}", f"-DCHUNK={CHUNK}"]
     # The predefined macros name the compiler's version and, through NATIVE, what this CPU can do: a home folder
     # may be shared by different machines.
     macros = _run([*command, "-dM", "-E", "-x", "c", os.devnull])
@@ -137,80 +138,69 @@ def _checked(order: Tensor | None, L: int) -> Tensor | None:
     return order.long().contiguous()
 
 
-class _SelectiveScan(torch.autograd.Function):
-    """The scan in float32; arguments as in `ops.selective_scan`."""
-
-    @staticmethod
-    def forward(ctx, u, dt, A, B, C, D, dt_bias, order, trains):
-        N, kernels = A.shape[-1], load(states=A.shape[-1])
-        u, dt, B, C = (_dense_channels(x) for x in (u, dt, B, C))
-        A, D, dt_bias = A.mT.contiguous(), D.contiguous(), dt_bias.contiguous()  # A: (K, N, D)
-        K, batch, L, width = u.shape
-        y = u.new_empty(u.shape)
-        states = u.new_empty(K, batch, kernels.scan_chunks(L), N, width) if trains else None
-        inputs = {"u": u, "dt": dt, "A": A, "B": B, "C": C, "D": D, "bias": dt_bias, "order": order, "states": states}
-        job = _job(_ScanJob, u.shape, **inputs, y=y)
-        kernels.scan_forward(ctypes.byref(job), torch.get_num_threads())
-        ctx.save_for_backward(*inputs.values())
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        names = ("u", "dt", "A", "B", "C", "D", "bias", "order", "states")
-        inputs = dict(zip(names, ctx.saved_tensors, strict=True))
-        u, N = inputs["u"], inputs["A"].shape[1]
-        K, batch, L, width = u.shape
-        kernels = load(states=N)
-        du, ddt = u.new_empty(u.shape), u.new_empty(u.shape)
-        # Partial sums, one per image or group of channels: added up here in a fixed order.
-        dA, dD, dbias = (u.new_empty(K, batch, *shape) for shape in ((N, width), (width,), (width,)))
-        dB, dC = u.new_empty(2, kernels.scan_groups(width), K, batch, L, N)
-        grads = {"du": du, "ddt": ddt, "dA": dA, "dB": dB, "dC": dC, "dD": dD, "dbias": dbias}
-        dy = _dense_channels(dy)
-        job = _job(_ScanJob, u.shape, **inputs, dy=dy, **grads)
-        kernels.scan_backward(ctypes.byref(job), torch.get_num_threads())
-        return du, ddt, dA.sum(1).mT, dB.sum(0), dC.sum(0), dD.sum(1), dbias.sum(1), None, None
+def scan_states(u: Tensor, A: Tensor) -> Tensor:
+    """An empty tensor for the states that `scan_forward` returns: those before every chunk of tokens."""
+    K, batch, L, width = u.shape
+    return u.new_empty(K, batch, -(-L // CHUNK), A.shape[-1], width)
 
 
-def selective_scan(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, order: Tensor | None = None
-) -> Tensor:
-    """Selective scan of `ops.selective_scan`; args and result are the same, u in float32."""
-    inputs = (x.float() for x in (u, dt, A, B, C, D, dt_bias))
-    return _SelectiveScan.apply(*inputs, _checked(order, u.shape[2]), torch.is_grad_enabled())
+def _scan_inputs(u, dt, A, B, C, D, dt_bias, order):
+    varying = {"u": u, "dt": dt, "B": B, "C": C}
+    inputs = {name: _dense_channels(x.float()) for name, x in varying.items()}
+    constant = {"A": A.float().mT, "D": D.float(), "bias": dt_bias.float()}  # A: (K, N, D)
+    inputs |= {name: x.contiguous() for name, x in constant.items()}
+    return inputs | {"order": _checked(order, u.shape[2])}
 
 
-class _CausalConv1d(torch.autograd.Function):
-    """The convolution in float32; arguments as in `ops.causal_conv1d`."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, order):
-        K, _, W = weight.shape
-        weight = weight.flip(-1).mT.contiguous()  # (K, W, D), the tap of the present token first
-        x, bias = _dense_channels(x)[None], bias.contiguous()  # (1, B, L, D)
-        sizes = (K, *x.shape[1:])
-        y = x.new_empty(sizes)
-        inputs = {"x": x, "weight": weight, "bias": bias, "order": order}
-        job = _job(_ConvJob, sizes, **inputs, y=y)
-        load(taps=W).conv_forward(ctypes.byref(job), torch.get_num_threads())
-        ctx.save_for_backward(*inputs.values())
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        inputs = dict(zip(("x", "weight", "bias", "order"), ctx.saved_tensors, strict=True))
-        x, (K, W, width) = inputs["x"], inputs["weight"].shape
-        dx = x.new_empty(x.shape[1:])
-        dweight, dbias = x.new_empty(len(dx), K, W, width), x.new_empty(len(dx), K, width)  # per image
-        grads = {"dx": dx, "dweight": dweight, "dbias": dbias}
-        dy = _dense_channels(dy)
-        job = _job(_ConvJob, (K, *dx.shape), **inputs, dy=dy, **grads)
-        load(taps=W).conv_backward(ctypes.byref(job), torch.get_num_threads())
-        return dx, dweight.sum(0).mT.flip(-1), dbias.sum(0), None
+def scan_forward(u, dt, A, B, C, D, dt_bias, order, trains):
+    """See torch_backend.py; u in float32."""
+    inputs = _scan_inputs(u, dt, A, B, C, D, dt_bias, order)
+    states, y = scan_states(u, A) if trains else None, u.new_empty(u.shape)
+    job = _job(_ScanJob, u.shape, **inputs, states=states, y=y)
+    load(states=A.shape[-1]).scan_forward(ctypes.byref(job), torch.get_num_threads())
+    return y, states
 
 
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None = None) -> Tensor:
-    """Causal depthwise convolution and SiLU of `ops.causal_conv1d`; args and result are the same, x in float32."""
-    return _CausalConv1d.apply(x, weight.float(), bias.float(), _checked(order, x.shape[1]))
+def scan_backward(dy, u, dt, A, B, C, D, dt_bias, order, states):
+    """See torch_backend.py; u in float32."""
+    inputs = _scan_inputs(u, dt, A, B, C, D, dt_bias, order)
+    (K, batch, L, width), N = u.shape, A.shape[-1]
+    kernels = load(states=N)
+    du, ddt = u.new_empty(u.shape), u.new_empty(u.shape)
+    # Partial sums, one per image or group of channels: added up here in a fixed order.
+    dA, dD, dbias = (u.new_empty(K, batch, *shape) for shape in ((N, width), (width,), (width,)))
+    dB, dC = u.new_empty(2, kernels.scan_groups(width), K, batch, L, N)
+    grads = {"du": du, "ddt": ddt, "dA": dA, "dB": dB, "dC": dC, "dD": dD, "dbias": dbias}
+    dy = _dense_channels(dy)
+    job = _job(_ScanJob, u.shape, **inputs, states=states, dy=dy, **grads)
+    kernels.scan_backward(ctypes.byref(job), torch.get_num_threads())
+    return du, ddt, dA.sum(1).mT, dB.sum(0), dC.sum(0), dD.sum(1), dbias.sum(1)
+
+
+def _conv_inputs(x, weight, bias, order):
+    return {
+        "x": _dense_channels(x)[None],  # (1, B, L, D)
+        "weight": weight.float().flip(-1).mT.contiguous(),  # (K, W, D), the tap of the present token first
+        "bias": bias.float().contiguous(),
+        "order": _checked(order, x.shape[1]),
+    }
+
+
+def conv_forward(x, weight, bias, order):
+    """See torch_backend.py; x in float32."""
+    inputs, sizes = _conv_inputs(x, weight, bias, order), (len(weight), *x.shape)
+    y = x.new_empty(sizes)
+    job = _job(_ConvJob, sizes, **inputs, y=y)
+    load(taps=weight.shape[-1]).conv_forward(ctypes.byref(job), torch.get_num_threads())
+    return y
+
+
+def conv_backward(dy, x, weight, bias, order):
+    """See torch_backend.py; x in float32."""
+    inputs, (K, width, W) = _conv_inputs(x, weight, bias, order), weight.shape
+    dx = x.new_empty(x.shape)
+    dweight, dbias = x.new_empty(len(dx), K, W, width), x.new_empty(len(dx), K, width)  # per image
+    dy = _dense_channels(dy)
+    job = _job(_ConvJob, (K, *dx.shape), **inputs, dy=dy, dx=dx, dweight=dweight, dbias=dbias)
+    load(taps=W).conv_backward(ctypes.byref(job), torch.get_num_threads())
+    return dx, dweight.sum(0).mT.flip(-1), dbias.sum(0)

@@ -17,7 +17,6 @@
 #define LANES 4
 #endif
 #define GROUP 8  /* tiles of a work item: dB and dC are added up over them before they are stored */
-#define CHUNK 16 /* tokens between two stored states */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -43,7 +42,6 @@ INLINE int64_t token(const int64_t *order, int64_t k, int64_t L, int64_t step) {
 #define CHUNKS(L) CEIL_DIV(L, CHUNK)
 
 int scan_groups(int width) { return GROUPS(width); }
-int scan_chunks(int L) { return CHUNKS(L); }
 
 /* Group, image and direction of a work item. */
 #define UNRAVEL(item, groups, batch) \

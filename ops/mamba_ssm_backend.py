@@ -5,7 +5,7 @@ from causal_conv1d import causal_conv1d_fn
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from torch import Tensor
 
-from . import torch_backend
+from . import operators
 
 
 def _to_time(x: Tensor, order: Tensor | None) -> Tensor:
@@ -38,7 +38,7 @@ def selective_scan(
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None = None) -> Tensor:
     """Causal depthwise convolution and SiLU of `ops.causal_conv1d`; args and result are the same."""
     if not 2 <= weight.shape[-1] <= 4:  # all that the kernel knows
-        return torch_backend.causal_conv1d(x, weight, bias, order)
+        return operators.causal_conv1d(x, weight, bias, order, "torch")
     weight, bias = weight.float(), bias.float()
     directions = []
     for k in range(len(weight)):

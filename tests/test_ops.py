@@ -302,7 +302,7 @@ def test_order_out_of_range(backend, token):
 
 
 def test_unknown_backend():
-    message = "unknown backend 'fast'; choose from auto, torch, cpu, mamba_ssm"
+    message = "unknown backend 'fast'; choose from auto, torch, cpu, triton, mamba_ssm"
     with pytest.raises(ValueError, match=message):
         ops.check_backend("fast")
     with pytest.raises(ValueError, match=message):
@@ -343,7 +343,7 @@ def test_missing_compiler(name, value, message, fresh, monkeypatch, caplog):
         ops.causal_conv1d(**conv_inputs(), backend="cpu")
     with caplog.at_level(logging.INFO, "arm"):
         for _ in range(3):
-            assert ops.choose_backend("auto", torch.device("cpu"), torch.float32) == "torch"
+            assert ops.choose_backend("auto", torch.device("cpu"), torch.float32, 32) == "torch"
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert ops.unavailable("cpu") in record.message
@@ -355,44 +355,56 @@ def test_the_choice_is_logged_once_by_rank_0(rank, logged, fresh, monkeypatch, c
         monkeypatch.setenv("RANK", rank)
     with caplog.at_level(logging.INFO, "arm"):
         for _ in range(3):
-            assert ops.choose_backend("auto", torch.device("cpu"), torch.float32) == "cpu"
+            assert ops.choose_backend("auto", torch.device("cpu"), torch.float32, 32) == "cpu"
     assert [record.levelname for record in caplog.records] == ["INFO"] * logged
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "missing", "expected"),
+    ("device", "dtype", "width", "missing", "expected"),
     [
-        ("cpu", torch.float32, None, "cpu"),
-        ("cpu", torch.float32, "missing", "torch"),
-        ("cpu", torch.float64, None, "torch"),
-        ("cpu", torch.bfloat16, None, "torch"),
-        ("cuda", torch.float32, None, "mamba_ssm"),
-        ("cuda", torch.bfloat16, None, "mamba_ssm"),
-        ("cuda", torch.bfloat16, "missing", "torch"),
-        ("cuda", torch.float64, None, "torch"),
-        ("mps", torch.float32, None, "torch"),
+        ("cpu", torch.float32, 32, [], "cpu"),
+        ("cpu", torch.float32, 32, ["cpu"], "torch"),
+        ("cpu", torch.float64, 32, [], "torch"),
+        ("cpu", torch.bfloat16, 32, [], "torch"),
+        ("cuda", torch.float32, 768, [], "triton"),
+        ("cuda", torch.bfloat16, 768, [], "triton"),
+        ("cuda", torch.bfloat16, 768, ["triton"], "mamba_ssm"),
+        ("cuda", torch.bfloat16, 768, ["triton", "mamba_ssm"], "torch"),
+        ("cuda", torch.bfloat16, 100, [], "mamba_ssm"),
+        ("cuda", torch.float64, 768, [], "torch"),
+        ("mps", torch.float32, 32, [], "torch"),
     ],
 )
-def test_auto(device, dtype, missing, expected, fresh, monkeypatch):
-    monkeypatch.setattr(ops, "unavailable", {"cpu": missing, "mamba_ssm": missing}.get)
-    assert ops.choose_backend("auto", torch.device(device), dtype) == expected
-    assert ops.choose_backend("torch", torch.device(device), dtype) == "torch"
+def test_auto(device, dtype, width, missing, expected, fresh, monkeypatch, caplog):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(ops, "unavailable", lambda name: f"no {name} here" if name in missing else None)
+    with caplog.at_level(logging.INFO, "arm"):
+        assert ops.choose_backend("auto", torch.device(device), dtype, width) == expected
+    assert ops.choose_backend("torch", torch.device(device), dtype, width) == "torch"
+    (record,) = caplog.records
+    assert f"{dtype} on {device}: {expected}" in record.message
+    assert all(f"{name}: no {name} here" in record.message for name in missing)
+    assert record.levelname == ("WARNING" if missing and expected == "torch" else "INFO")
 
 
 @pytest.mark.parametrize(
-    ("backend", "device", "dtype"),
+    ("backend", "device", "dtype", "width", "what"),
     [
-        ("cpu", "cpu", torch.float64),
-        ("cpu", "cpu", torch.bfloat16),
-        ("cpu", "cuda", torch.float32),
-        ("mamba_ssm", "cpu", torch.float32),
-        ("mamba_ssm", "cuda", torch.float64),
+        ("cpu", "cpu", torch.float64, 32, "torch.float64 on cpu"),
+        ("cpu", "cpu", torch.bfloat16, 32, "torch.bfloat16 on cpu"),
+        ("cpu", "cuda", torch.float32, 32, "torch.float32 on cuda"),
+        ("mamba_ssm", "cpu", torch.float32, 32, "torch.float32 on cpu"),
+        ("mamba_ssm", "cuda", torch.float64, 32, "torch.float64 on cuda"),
+        ("triton", "cpu", torch.float32, 32, "torch.float32 on cpu"),
+        ("triton", "cuda", torch.float64, 32, "torch.float64 on cuda"),
+        ("triton", "cuda", torch.float32, 100, "100 channels, which 32 does not divide,"),
     ],
 )
-def test_explicit_backend_for_other_tensors(backend, device, dtype, monkeypatch):
+def test_explicit_backend_for_other_tensors(backend, device, dtype, width, what, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(ops, "unavailable", lambda name: None)
-    with pytest.raises(TypeError, match=f"'{backend}' does not compute {dtype} on {device}: use backend 'torch'"):
-        ops.choose_backend(backend, torch.device(device), dtype)
+    with pytest.raises(TypeError, match=f"'{backend}' does not compute {what}: use backend 'torch'"):
+        ops.choose_backend(backend, torch.device(device), dtype, width)
 
 
 def test_the_choice_is_made_in_one_place(monkeypatch):
@@ -401,7 +413,7 @@ def test_the_choice_is_made_in_one_place(monkeypatch):
     monkeypatch.setattr(cpu_backend, "load", None)
     ops.selective_scan(**scan_inputs(), backend="cpu")
     ops.causal_conv1d(**conv_inputs())
-    assert asked == [(name, torch.device("cpu"), torch.float32) for name in ("cpu", "auto")]
+    assert asked == [(name, torch.device("cpu"), torch.float32, 32) for name in ("cpu", "auto")]
 
 
 # ---- building the C kernels ----
@@ -411,7 +423,7 @@ def load_at_once(barrier, results):
     cpu_backend.load.cache_clear()
     barrier.wait()
     kernels = cpu_backend.load()
-    results.put((kernels._name, kernels.scan_chunks(17)))
+    results.put((kernels._name, kernels.scan_groups(1)))
 
 
 def test_concurrent_builds_give_one_file(fresh, monkeypatch, tmp_path):
@@ -425,7 +437,7 @@ def test_concurrent_builds_give_one_file(fresh, monkeypatch, tmp_path):
     for rank in ranks:
         rank.join()
     (library,) = (tmp_path / "arm-ops").iterdir()  # and no leftovers
-    assert found == {(str(library), 2)}
+    assert found == {(str(library), 1)}
     built = library.stat().st_mtime_ns
     assert_same("selective_scan", public("selective_scan", "cpu"), scan_inputs())
     assert library.stat().st_mtime_ns == built  # found in the cache, not built again
@@ -576,13 +588,14 @@ def test_benchmark_without_mambapy(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", ["result", "gradient"])
 def test_benchmark_refuses_a_wrong_backend(name, tmp_path, monkeypatch):
-    right = torch_backend.selective_scan
+    function = {"result": "scan_forward", "gradient": "scan_backward"}[name]
+    right = getattr(torch_backend, function)
 
-    def wrong(u, *rest):
-        y = right(u, *rest)
-        return y * 1.01 if name == "result" else y + 0 * u - (u - u.detach())
+    def wrong(*args):
+        first, *others = right(*args)  # y, or the gradient of u
+        return first * 1.01, *others
 
-    monkeypatch.setattr(torch_backend, "selective_scan", wrong)
+    monkeypatch.setattr(torch_backend, function, wrong)
     with pytest.raises(RuntimeError, match=f"torch is wrong.*: {'y' if name == 'result' else 'u'} differs"):
         run_benchmark("--sizes", "2,8,5,4", "--output", str(tmp_path / "scan.json"))
 

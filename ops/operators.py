@@ -1,0 +1,130 @@
+"""Both ops as torch operators, `arm::...`: one registration for the backends of our own.
+
+To `torch.compile` an operator is one opaque node with known shapes and gradients, whatever backend computes it. A
+backend is a module of five functions: `scan_forward`, `scan_states`, `scan_backward`, `conv_forward`, `conv_backward`
+(documented in torch_backend.py). Arguments are those of `ops.selective_scan` and `ops.causal_conv1d`.
+"""
+
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+from torch import Tensor
+from torch.library import custom_op
+
+
+def backend_module(name: str) -> ModuleType:
+    """The module that implements backend `name`."""
+    return importlib.import_module(f".{name}_backend", __package__)
+
+
+def _as_inputs(grads: Iterable[Tensor], inputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Each gradient with the dtype of its input and dense, as `_empty_grads` announces it."""
+    return tuple(grad.to(x.dtype).contiguous() for grad, x in zip(grads, inputs, strict=True))
+
+
+def _empty_grads(inputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in inputs)
+
+
+@custom_op("arm::selective_scan", mutates_args=())
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    order: Tensor | None,
+    backend: str,
+    trains: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return y and, where it `trains`, the states that the backward pass starts from (else an empty tensor)."""
+    y, states = backend_module(backend).scan_forward(u, dt, A, B, C, D, dt_bias, order, trains)
+    return y.contiguous(), u.new_empty(0) if states is None else states
+
+
+@selective_scan.register_fake
+def _(u, dt, A, B, C, D, dt_bias, order, backend, trains):
+    return u.new_empty(u.shape), backend_module(backend).scan_states(u, A) if trains else u.new_empty(0)
+
+
+@custom_op("arm::selective_scan_backward", mutates_args=())
+def selective_scan_backward(
+    dy: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    order: Tensor | None,
+    states: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of u, dt, A, B, C, D and dt_bias.
+
+    Raises:
+        RuntimeError: the forward pass was told that it does not train, so there are no states to start from.
+    """
+    if not states.numel():
+        raise RuntimeError("arm::selective_scan was computed with trains=False: it has no gradients")
+    inputs = (u, dt, A, B, C, D, dt_bias)
+    return _as_inputs(backend_module(backend).scan_backward(dy, *inputs, order, states), inputs)
+
+
+@selective_scan_backward.register_fake
+def _(dy, u, dt, A, B, C, D, dt_bias, order, states, backend):
+    return _empty_grads((u, dt, A, B, C, D, dt_bias))
+
+
+def _scan_context(ctx, inputs, output):
+    *tensors, ctx.backend, _ = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _scan_grads(ctx, dy, _):
+    return *selective_scan_backward(dy, *ctx.saved_tensors, ctx.backend), None, None, None
+
+
+selective_scan.register_autograd(_scan_grads, setup_context=_scan_context)
+
+
+@custom_op("arm::causal_conv1d", mutates_args=())
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None, backend: str) -> Tensor:
+    """Return the convolution after SiLU."""
+    return backend_module(backend).conv_forward(x, weight, bias, order).contiguous()
+
+
+@causal_conv1d.register_fake
+def _(x, weight, bias, order, backend):
+    return x.new_empty(weight.shape[0], *x.shape)
+
+
+@custom_op("arm::causal_conv1d_backward", mutates_args=())
+def causal_conv1d_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x, weight and bias."""
+    inputs = (x, weight, bias)
+    return _as_inputs(backend_module(backend).conv_backward(dy, *inputs, order), inputs)
+
+
+@causal_conv1d_backward.register_fake
+def _(dy, x, weight, bias, order, backend):
+    return _empty_grads((x, weight, bias))
+
+
+def _conv_context(ctx, inputs, output):
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _conv_grads(ctx, dy):
+    return *causal_conv1d_backward(dy, *ctx.saved_tensors, ctx.backend), None, None
+
+
+causal_conv1d.register_autograd(_conv_grads, setup_context=_conv_context)

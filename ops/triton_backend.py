@@ -1,0 +1,448 @@
+"""Both ops as Triton kernels for CUDA: channels last, all directions in one launch, no atomics.
+
+A program owns 32 or more channels of one image in one direction and walks through its tokens, the states in
+registers. Channels are contiguous in memory, so every access is coalesced without a transpose, and a direction is
+nothing but the map from steps to tokens. Gradients of what several programs share (B and C of a token, A, D, biases)
+are written as one partial sum per program and added up afterwards, always in the same order: two runs are equal bit
+for bit. Addresses are 64-bit, tensors may have any strides.
+
+Shapes are those of `ops`. With TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors, slowly.
+"""
+
+import math
+import subprocess
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import BackendUnavailable
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+class Config(NamedTuple):
+    """How the kernels are cut.
+
+    `chunk` tokens lie between two stored states; the backward pass holds the states of `block` tokens in registers and
+    computes them again from the stored one. `segment` tokens of the convolution belong to one program.
+    """
+
+    chunk: int
+    block: int
+    segment: int
+
+
+# By generation (major compute capability), chosen by instructions per step and spills (benchmarks/kernel_resources.py):
+# a block of 8 spills everywhere, a chunk of 4 doubles what the states take in memory.
+CONFIGS = {8: Config(8, 4, 32), 9: Config(8, 4, 32), 10: Config(8, 4, 32)}
+FALLBACK = CONFIGS[9]
+
+
+@cache
+def _config(device: torch.device) -> Config:
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
+    return CONFIGS.get(major, FALLBACK)
+
+
+# ---- device code ----
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + e^x) as max(x, 0) + log1p(e^-|x|), the logarithm as a polynomial (relative error below 2e-7).
+
+    Fewer instructions than a logarithm, and exact where e^x vanishes beside 1: initial steps are about 0.001.
+    """
+    e = tl.exp2(-tl.abs(x) * LOG2_E)
+    p = 0.005126102361828089 * e - 0.029074065387248993
+    p = p * e + 0.0775160863995552
+    p = p * e - 0.13602247834205627
+    p = p * e + 0.19076880812644958
+    p = p * e - 0.2483539879322052
+    p = p * e + 0.3331812024116516
+    p = p * e - 0.4999944567680359
+    p = p * e + 0.9999999403953552
+    return tl.maximum(x, 0.0) + p * e
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(-x * LOG2_E))
+
+
+@triton.jit
+def _program(batch, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Direction, image and block of channels of this program; the blocks of one image run side by side."""
+    pid = tl.program_id(0)
+    blocks: tl.constexpr = WIDTH // BLOCK
+    image = pid // blocks
+    return (image // batch).to(tl.int64), (image % batch).to(tl.int64), pid % blocks
+
+
+@triton.jit
+def _token(order, t, ORDERED: tl.constexpr):
+    """Token that is read at step t."""
+    if ORDERED:
+        return tl.load(order + t).to(tl.int32).to(tl.int64)  # the compiler multiplies 32-bit numbers in one step
+    else:
+        return tl.cast(t, tl.int64)
+
+
+@triton.jit
+def _advance(h, x, delta, decay_rate, b):
+    """The state after one token: h (N, BLOCK), x = delta * u and delta (BLOCK,), decay_rate = A / ln 2, b (N,)."""
+    return tl.exp2(delta[None, :] * decay_rate) * h + x[None, :] * b[:, None]
+
+
+@triton.jit(do_not_specialize=["batch", "length"])
+def scan_forward_kernel(
+    u, dt, A, B, C, D, dt_bias, order, y, states,
+    batch, length,
+    u_sk, u_sb, u_st, dt_sk, dt_sb, dt_st, B_sk, B_sb, B_st, C_sk, C_sb, C_st,
+    WIDTH: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    ORDERED: tl.constexpr, TRAINS: tl.constexpr,
+):  # fmt: skip
+    """y and, where it TRAINS, the state before every chunk of tokens; `*_sk, *_sb, *_st` are strides."""
+    k, b, block = _program(batch, WIDTH, BLOCK)
+    row = k * batch + b
+    n, d = tl.arange(0, N), block * BLOCK + tl.arange(0, BLOCK)
+    u += k * u_sk + b * u_sb + d
+    dt += k * dt_sk + b * dt_sb + d
+    B += k * B_sk + b * B_sb + n
+    C += k * C_sk + b * C_sb + n
+    y += row * length * WIDTH + d
+    chunks = tl.cdiv(length, CHUNK)
+    states += row * chunks * N * WIDTH + d[None, :] * N + n[:, None]
+    if ORDERED:
+        order += k * length
+
+    decay_rate = tl.load(A + (k * WIDTH + d[None, :]) * N + n[:, None]) * LOG2_E  # (N, BLOCK)
+    skip = tl.load(D + k * WIDTH + d)
+    bias = tl.load(dt_bias + k * WIDTH + d)
+    h = tl.zeros([N, BLOCK], tl.float32)
+    for chunk in range(chunks):
+        if TRAINS:
+            tl.store(states, h)
+            states += N * WIDTH
+        for t in range(chunk * CHUNK, min(length, (chunk + 1) * CHUNK)):
+            token = _token(order, t, ORDERED)
+            u_j = tl.load(u + token * u_st).to(tl.float32)
+            delta = _softplus(tl.load(dt + token * dt_st).to(tl.float32) + bias)
+            h = _advance(h, delta * u_j, delta, decay_rate, tl.load(B + token * B_st).to(tl.float32))
+            c_j = tl.load(C + token * C_st).to(tl.float32)
+            y_j = tl.sum(h * c_j[:, None], 0) + skip * u_j
+            tl.store(y + token * WIDTH, y_j.to(y.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["batch", "length"])
+def scan_backward_kernel(
+    u, dt, A, B, C, D, dt_bias, order, states, dy,
+    du, ddt, dA, dB, dC, dD, dt_dbias,
+    batch, length,
+    u_sk, u_sb, u_st, dt_sk, dt_sb, dt_st, B_sk, B_sb, B_st, C_sk, C_sb, C_st, dy_sk, dy_sb, dy_st,
+    WIDTH: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, T: tl.constexpr,
+    ORDERED: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Gradients, T tokens at a time from the last to the first.
+
+    dA (K, B, D, N), dD and dt_dbias (K, B, D) are sums over the tokens of one image; dB and dC (K, B, L, blocks, N)
+    over the channels of one program. RAGGED: T does not divide the length; tokens beyond it get a dy of 0 and then
+    add nothing to any gradient.
+    """
+    k, b, block = _program(batch, WIDTH, BLOCK)
+    row = k * batch + b
+    n, d = tl.arange(0, N), block * BLOCK + tl.arange(0, BLOCK)
+    u += k * u_sk + b * u_sb + d
+    dt += k * dt_sk + b * dt_sb + d
+    B += k * B_sk + b * B_sb + n
+    C += k * C_sk + b * C_sb + n
+    dy += k * dy_sk + b * dy_sb + d
+    du += row * length * WIDTH + d
+    ddt += row * length * WIDTH + d
+    blocks: tl.constexpr = WIDTH // BLOCK
+    dB += (row * length * blocks + block) * N + n
+    dC += (row * length * blocks + block) * N + n
+    states += row * tl.cdiv(length, CHUNK) * N * WIDTH + d[None, :] * N + n[:, None]
+    if ORDERED:
+        order += k * length
+
+    decay_rate = tl.load(A + (k * WIDTH + d[None, :]) * N + n[:, None]) * LOG2_E  # (N, BLOCK)
+    skip = tl.load(D + k * WIDTH + d)
+    bias = tl.load(dt_bias + k * WIDTH + d)
+    dh = tl.zeros([N, BLOCK], tl.float32)
+    dA_sum = tl.zeros([N, BLOCK], tl.float32)
+    dD_sum = tl.zeros([BLOCK], tl.float32)
+    dbias_sum = tl.zeros([BLOCK], tl.float32)
+    count = tl.cdiv(length, T)
+    for i in range(count):
+        start = (count - 1 - i) * T
+        chunk = start // CHUNK
+        h = tl.load(states + chunk.to(tl.int64) * N * WIDTH)
+        for t in range(chunk * CHUNK, start):
+            token = _token(order, t, ORDERED)
+            delta = _softplus(tl.load(dt + token * dt_st).to(tl.float32) + bias)
+            x = delta * tl.load(u + token * u_st).to(tl.float32)
+            h = _advance(h, x, delta, decay_rate, tl.load(B + token * B_st).to(tl.float32))
+        # All that the block reads is asked for at once: nothing moves a load across the stores below.
+        tokens, us, raws, dys, bs, cs, hs = (), (), (), (), (), (), (h,)
+        for j in tl.static_range(T):
+            t = start + j
+            inside = t < length
+            token = _token(order, min(t, length - 1), ORDERED) if RAGGED else _token(order, t, ORDERED)
+            tokens += (token,)
+            us += (tl.load(u + token * u_st),)
+            raws += (tl.load(dt + token * dt_st),)
+            bs += (tl.load(B + token * B_st),)
+            cs += (tl.load(C + token * C_st),)
+            dys += (tl.load(dy + token * dy_st, mask=inside, other=0.0) if RAGGED else tl.load(dy + token * dy_st),)
+        for j in tl.static_range(T):
+            delta = _softplus(raws[j].to(tl.float32) + bias)
+            x = delta * us[j].to(tl.float32)
+            hs += (_advance(hs[j], x, delta, decay_rate, bs[j].to(tl.float32)),)
+        for j in tl.static_range(T - 1, -1, -1):
+            token, inside = tokens[j], start + j < length
+            u_j, raw, dy_j = us[j].to(tl.float32), raws[j].to(tl.float32) + bias, dys[j].to(tl.float32)
+            delta = _softplus(raw)
+            b_j = bs[j].to(tl.float32)
+            c_j = cs[j].to(tl.float32)
+            dD_sum += dy_j * u_j
+            dh += dy_j[None, :] * c_j[:, None]
+            dC_j = tl.sum(hs[j + 1] * dy_j[None, :], 1)
+            dB_j = tl.sum(dh * (delta * u_j)[None, :], 1)
+            dx = tl.sum(dh * b_j[:, None], 0)
+            dh *= tl.exp2(delta[None, :] * decay_rate)
+            ddecay = dh * hs[j]  # the gradient of delta * A
+            dA_sum += ddecay * delta[None, :]
+            ddelta = tl.sum(ddecay * decay_rate, 0) * LN_2 + dx * u_j
+            ddt_j = ddelta * tl.exp2((raw - delta) * LOG2_E)  # sigmoid(raw) = e^(raw - softplus(raw))
+            dbias_sum += ddt_j
+            du_j = dx * delta + skip * dy_j
+            mask = inside if RAGGED else None
+            tl.store(dC + token * (blocks * N), dC_j, mask=mask)
+            tl.store(dB + token * (blocks * N), dB_j, mask=mask)
+            tl.store(ddt + token * WIDTH, ddt_j.to(ddt.dtype.element_ty), mask=mask)
+            tl.store(du + token * WIDTH, du_j.to(du.dtype.element_ty), mask=mask)
+    tl.store(dA + (row * WIDTH + d[None, :]) * N + n[:, None], dA_sum)
+    tl.store(dD + row * WIDTH + d, dD_sum)
+    tl.store(dt_dbias + row * WIDTH + d, dbias_sum)
+
+
+@triton.jit
+def _past(x, order, t, x_st, ORDERED: tl.constexpr):
+    """What was read at step t, 0 before the first; float32."""
+    token = _token(order, tl.maximum(t, 0), ORDERED)
+    return tl.load(x + token * x_st, mask=t >= 0, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["batch", "length"])
+def conv_forward_kernel(
+    x, weight, bias, order, y,
+    batch, length, x_sb, x_st,
+    WIDTH: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr, ORDERED: tl.constexpr,
+):  # fmt: skip
+    """The convolution after SiLU, one segment of tokens; the last inputs stay in registers."""
+    k, b, block = _program(batch, WIDTH, BLOCK)
+    d = block * BLOCK + tl.arange(0, BLOCK)
+    x += b * x_sb + d
+    y += (k * batch + b) * length * WIDTH + d
+    if ORDERED:
+        order += k * length
+    start = tl.program_id(1) * SEGMENT
+    w, past = (), ()  # past: what the taps read, the present token first
+    for j in tl.static_range(TAPS):
+        w += (tl.load(weight + (k * TAPS + j) * WIDTH + d),)
+    for j in tl.static_range(1, TAPS):
+        past += (_past(x, order, start - j, x_st, ORDERED),)
+    offset = tl.load(bias + k * WIDTH + d)
+    for t in range(start, min(length, start + SEGMENT)):
+        token = _token(order, t, ORDERED)
+        past = (tl.load(x + token * x_st).to(tl.float32),) + past
+        s = offset
+        for j in tl.static_range(TAPS):
+            s += w[j] * past[j]
+        tl.store(y + token * WIDTH, (s * _sigmoid(s)).to(y.dtype.element_ty))
+        past = past[: TAPS - 1]
+
+
+@triton.jit(do_not_specialize=["batch", "length"])
+def conv_backward_kernel(
+    x, weight, bias, order, dy, dx, dweight, dbias,
+    batch, length, x_sb, x_st, dy_sk, dy_sb, dy_st,
+    WIDTH: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr, ORDERED: tl.constexpr,
+):  # fmt: skip
+    """dx (K, B, L, D) of each direction, and the sums over one segment: dweight (K, B, segments, TAPS, D), dbias.
+
+    Walks back in time. A token's dx needs the gradients of the TAPS - 1 tokens after it, so a segment begins with
+    those of the next one.
+    """
+    k, b, block = _program(batch, WIDTH, BLOCK)
+    row = k * batch + b
+    d = block * BLOCK + tl.arange(0, BLOCK)
+    x += b * x_sb + d
+    dy += k * dy_sk + b * dy_sb + d
+    dx += row * length * WIDTH + d
+    if ORDERED:
+        order += k * length
+    segment = tl.program_id(1)
+    start = segment * SEGMENT
+    end = min(length, start + SEGMENT)
+    last = min(length, end + TAPS - 1) - 1
+    w, dw, past, ahead = (), (), (), ()  # ahead: gradients before SiLU of the tokens after the present one
+    for j in tl.static_range(TAPS):
+        w += (tl.load(weight + (k * TAPS + j) * WIDTH + d),)
+        dw += (tl.zeros([BLOCK], tl.float32),)
+        past += (_past(x, order, last - j, x_st, ORDERED),)
+    for j in tl.static_range(1, TAPS):
+        ahead += (tl.zeros([BLOCK], tl.float32),)
+    offset = tl.load(bias + k * WIDTH + d)
+    db = tl.zeros([BLOCK], tl.float32)
+    for i in range(last + 1 - start):
+        t = last - i
+        token = _token(order, t, ORDERED)
+        s = offset
+        for j in tl.static_range(TAPS):
+            s += w[j] * past[j]
+        gate = _sigmoid(s)
+        ds = tl.load(dy + token * dy_st).to(tl.float32) * gate * (1.0 + s * (1.0 - gate))
+        ahead = (ds,) + ahead
+        dx_t = tl.zeros([BLOCK], tl.float32)
+        for j in tl.static_range(TAPS):
+            dx_t += w[j] * ahead[j]
+        own = t < end
+        tl.store(dx + token * WIDTH, dx_t.to(dx.dtype.element_ty), mask=own)
+        ds = tl.where(own, ds, 0.0)
+        sums = ()
+        for j in tl.static_range(TAPS):
+            sums += (dw[j] + ds * past[j],)
+        dw = sums
+        db += ds
+        ahead = ahead[: TAPS - 1]
+        past = past[1:] + (_past(x, order, t - TAPS, x_st, ORDERED),)
+    part = row * tl.num_programs(1) + segment
+    for j in tl.static_range(TAPS):
+        tl.store(dweight + (part * TAPS + j) * WIDTH + d, dw[j])
+    tl.store(dbias + part * WIDTH + d, db)
+
+
+# ---- host code: what `ops.operators` asks of a backend ----
+
+SCAN_BLOCK = 32  # channels of a program: one warp, so that sums over channels and states never leave it
+CONV_BLOCK = 128  # at most
+
+
+@cache
+def load() -> None:
+    """Prove that the kernels work here: compile the smallest and run it.
+
+    Raises:
+        BackendUnavailable: there is no fitting GPU, or what Triton needs at run time (a C compiler, Python's headers)
+            is missing.
+    """
+    if triton.knobs.runtime.interpret:
+        return
+    if not torch.cuda.is_available():
+        raise BackendUnavailable("it needs a CUDA GPU")
+    if (capability := torch.cuda.get_device_capability()) < (8, 0):
+        raise BackendUnavailable(f"it needs compute capability 8.0, this GPU has {'.'.join(map(str, capability))}")
+    x = torch.zeros(1, 1, 32, device="cuda")
+    try:
+        conv_forward(x, x.view(1, 32, 1), x.view(1, 32), None)
+    except (RuntimeError, OSError, subprocess.CalledProcessError, triton.TritonError) as error:
+        raise BackendUnavailable(f"Triton cannot run a kernel: {error}") from error
+
+
+def _dense_channels(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
+
+
+def _launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: object, **constants: object) -> None:
+    with torch.cuda.device_of(args[0]):
+        kernel[grid](*args, **constants, num_warps=1)
+
+
+def _checked(order: Tensor | None, L: int) -> Tensor | None:
+    """The map as the kernels read it; they would follow any number in it to any address.
+
+    On a GPU the device reports a token that does not exist, when it gets there: the host does not wait for it.
+    """
+    if order is None:
+        return None
+    torch._assert_async(((order >= 0) & (order < L)).all(), f"order names a token beyond the sequence of {L}")
+    return order.contiguous()
+
+
+def _scan_tensors(u, dt, A, B, C, D, dt_bias, order):
+    A, D, dt_bias = (x.float().contiguous() for x in (A, D, dt_bias))
+    u, dt, B, C = _dense_channels(u, dt, B, C)
+    strides = [stride for x in (u, dt, B, C) for stride in x.stride()[:3]]
+    return (u, dt, A, B, C, D, dt_bias, _checked(order, u.shape[2])), strides
+
+
+def scan_states(u: Tensor, A: Tensor) -> Tensor:
+    """An empty tensor for the states that `scan_forward` returns: those before every chunk of tokens."""
+    K, batch, L, width = u.shape
+    chunk = _config(u.device).chunk
+    return u.new_empty(K, batch, -(-L // chunk), width, A.shape[-1], dtype=torch.float32)
+
+
+def scan_forward(u, dt, A, B, C, D, dt_bias, order, trains):
+    """See torch_backend.py."""
+    (K, batch, L, width), N = u.shape, A.shape[-1]
+    tensors, strides = _scan_tensors(u, dt, A, B, C, D, dt_bias, order)
+    y, states = u.new_empty(u.shape), scan_states(u, A) if trains else None
+    sizes = {"WIDTH": width, "N": N, "BLOCK": SCAN_BLOCK, "CHUNK": _config(u.device).chunk}
+    flags = {"ORDERED": order is not None, "TRAINS": trains}
+    args = (*tensors, y, states if trains else y, batch, L, *strides)
+    _launch(scan_forward_kernel, (width // SCAN_BLOCK * batch * K,), *args, **sizes, **flags)
+    return y, states
+
+
+def scan_backward(dy, u, dt, A, B, C, D, dt_bias, order, states):
+    """See torch_backend.py."""
+    (K, batch, L, width), N, config = u.shape, A.shape[-1], _config(u.device)
+    tensors, strides = _scan_tensors(u, dt, A, B, C, D, dt_bias, order)
+    (dy,) = _dense_channels(dy)
+    blocks = width // SCAN_BLOCK
+    du, ddt = u.new_empty(u.shape), dt.new_empty(u.shape)
+    # Partial sums, one per program: added up here in a fixed order.
+    dA, dD, dbias = (states.new_empty(K, batch, *shape) for shape in ((width, N), (width,), (width,)))
+    dB, dC = (states.new_empty(K, batch, L, blocks, N) for _ in range(2))
+    sizes = {"WIDTH": width, "N": N, "BLOCK": SCAN_BLOCK, "CHUNK": config.chunk, "T": config.block}
+    flags = {"ORDERED": order is not None, "RAGGED": L % config.block != 0}
+    args = (*tensors, states, dy, du, ddt, dA, dB, dC, dD, dbias, batch, L, *strides, *dy.stride()[:3])
+    _launch(scan_backward_kernel, (blocks * batch * K,), *args, **sizes, **flags)
+    return du, ddt, dA.sum(1), dB.sum(3), dC.sum(3), dD.sum(1), dbias.sum(1)
+
+
+def _conv_setup(x, weight, bias, order):
+    (x,), (K, width, W), L = _dense_channels(x), weight.shape, x.shape[1]
+    segment = _config(x.device).segment
+    sizes = {"WIDTH": width, "TAPS": W, "BLOCK": math.gcd(width, CONV_BLOCK), "SEGMENT": segment}
+    taps = weight.float().flip(-1).mT.contiguous()  # (K, W, D), the tap of the present token first
+    tensors = (x, taps, bias.float().contiguous(), _checked(order, L))
+    grid = (width // sizes["BLOCK"] * len(x) * K, triton.cdiv(L, segment))
+    return tensors, grid, sizes | {"ORDERED": order is not None}
+
+
+def conv_forward(x, weight, bias, order):
+    """See torch_backend.py."""
+    tensors, grid, constants = _conv_setup(x, weight, bias, order)
+    y = x.new_empty(len(weight), *x.shape)
+    _launch(conv_forward_kernel, grid, *tensors, y, *x.shape[:2], *tensors[0].stride()[:2], **constants)
+    return y
+
+
+def conv_backward(dy, x, weight, bias, order):
+    """See torch_backend.py."""
+    tensors, grid, constants = _conv_setup(x, weight, bias, order)
+    (dy,), (K, width, W) = _dense_channels(dy), weight.shape
+    dx = x.new_empty(K, *x.shape)
+    dweight, dbias = (dx.new_empty(K, len(x), grid[1], n, width, dtype=torch.float32) for n in (W, 1))  # by segment
+    strides = (*tensors[0].stride()[:2], *dy.stride()[:3])
+    _launch(conv_backward_kernel, grid, *tensors, dy, dx, dweight, dbias, *x.shape[:2], *strides, **constants)
+    return dx.sum(0) if K > 1 else dx[0], dweight.sum((1, 2)).flip(1).mT, dbias.sum((1, 2, 3))
