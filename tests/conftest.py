@@ -1,6 +1,7 @@
 """What several tests share: golden values, a small folder of images, scripts run in this process."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on CPU tensors
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GOLDEN = REPOSITORY / "tests" / "golden"
