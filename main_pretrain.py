@@ -75,16 +75,18 @@ def main(args: argparse.Namespace) -> None:
     folders = cli.output_folders(args)
     dataset = image_folder(args.data_path, "train", pretrain_transform(cli.image_size(args), args))
     device = init_device(args.device)
-    with as_user_error(TypeError, ValueError, BackendUnavailable):
-        choose_backend(args.scan_backend, device, activation_dtype(device))
-    loader = train_loader(dataset, args, device)
     seed_everything(args.seed)
     model = build_model(args).to(device)
+    with as_user_error(TypeError, ValueError, BackendUnavailable):
+        choose_backend(args.scan_backend, device, activation_dtype(device), model.embed_dim)
+    loader = train_loader(dataset, args, device)
     groups = param_groups_weight_decay(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     start_epoch = args.start_epoch or 0
     if args.resume:
         start_epoch = checkpoint.resume(args, checkpoint.read(args.resume), model, optimizer)
+    if models_arm.compiles(args.compile, device):
+        model.compile()
     wrapped = distribute(model, device)
 
     log = open_log(*folders)

@@ -4,7 +4,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
 from timm.layers.weight_init import lecun_normal_
 from torch import Tensor, nn
 
@@ -138,7 +137,11 @@ class Mixer(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """w3(SiLU(w1 x) * w2 x) with hidden width 2/3 of 4 C (Shazeer 2020): (..., C) -> (..., C)."""
+    """w3(SiLU(w1 x) * w2 x) with hidden width 2/3 of 4 C (Shazeer 2020): (..., C) -> (..., C).
+
+    w1 and w2 keep their names in checkpoints and are joined when they are used: one product reads x once. Their hidden
+    width is rounded up to a multiple of 8 with zeros (ARM-large has 2730), as tensor cores need it.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -148,21 +151,50 @@ class SwiGLU(nn.Module):
             nn.init.zeros_(w.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+        pad = -self.w1.out_features % 8
+        weight = torch.cat([F.pad(w.weight, (0, 0, 0, pad)) for w in (self.w1, self.w2)])  # (2 * padded hidden, C)
+        bias = torch.cat([F.pad(w.bias, (0, pad)) for w in (self.w1, self.w2)])
+        gate, value = F.linear(x, weight, bias).chunk(2, dim=-1)  # (..., padded hidden) each
+        return F.linear(F.silu(gate) * value, F.pad(self.w3.weight, (0, pad)), self.w3.bias)
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: mixer, then SwiGLU: (B, L, C) -> (B, L, C)."""
+    """Pre-norm residual block: mixer, then SwiGLU."""
 
-    def __init__(
-        self, dim: int, depth: int, directions: tuple[str, ...], scan_backend: str, drop_path: float = 0.0
-    ) -> None:
+    def __init__(self, dim: int, depth: int, directions: tuple[str, ...], scan_backend: str) -> None:
         super().__init__()
         self.mixer = Mixer(dim, depth**-0.5, directions, scan_backend)
         self.mlp = SwiGLU(dim)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.drop_path = DropPath(drop_path)
 
-    def forward(self, h: Tensor, order: Tensor | None = None) -> Tensor:
-        h = h + self.drop_path(self.mixer(self.norm1(h), order))
-        return h + self.drop_path(self.mlp(self.norm2(h)))
+    def forward(self, h: Tensor, order: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+        """Add both branches to h.
+
+        Args:
+            h: (B, L, C).
+            order: see `Mixer.forward`.
+            keep: (2, B, 1, 1), factor of each branch for each image, as `drop_path_factors` draws them; None is 1.
+
+        Returns:
+            (B, L, C).
+        """
+        mixed = self.mixer(self.norm1(h), order)
+        h = h + (mixed if keep is None else keep[0] * mixed)
+        out = self.mlp(self.norm2(h))
+        return h + (out if keep is None else keep[1] * out)
+
+
+def drop_path_factors(rates: Tensor, batch: int) -> Tensor:
+    """Stochastic depth (Huang et al. 2016), drawn for all blocks at once: 0, or 1 / (1 - rate) to keep the mean.
+
+    The factors are inputs of a block, not numbers inside it: blocks of different rates then share one compiled graph.
+
+    Args:
+        rates: (depth,) float32, the rate of each block, below 1.
+        batch: images B.
+
+    Returns:
+        (depth, 2, B, 1, 1) float32: for each block, branch (mixer, SwiGLU) and image.
+    """
+    keep = (1 - rates).view(-1, 1, 1, 1, 1).expand(-1, 2, batch, 1, 1)
+    return torch.bernoulli(keep) / keep

@@ -13,7 +13,8 @@ from einops import rearrange
 from timm.layers import Mlp, trunc_normal_
 from torch import Tensor, nn
 
-from mamba import FOUR_DIRECTIONS, ONE_DIRECTION, Block, PatchEmbed, scan_orders
+from mamba import FOUR_DIRECTIONS, ONE_DIRECTION, Block, PatchEmbed, drop_path_factors, scan_orders
+from ops import unavailable
 from util.pos_embed import sincos_pos_embed
 
 SIZES = {
@@ -55,6 +56,11 @@ def create_classifier(name: str, **overrides: object) -> "ARMClassifier":
     return ARMClassifier(**{**size, **overrides})
 
 
+def compiles(asked: bool | None, device: torch.device) -> bool:
+    """Whether a run on `device` compiles its model: as asked, else on GPUs where Triton works, as compiling needs."""
+    return asked if asked is not None else device.type == "cuda" and unavailable("triton") is None
+
+
 def _size(name: str) -> dict[str, int]:
     if name not in SIZES:
         raise ValueError(f"unknown model {name!r}; choose from {', '.join(SIZES)}")
@@ -86,7 +92,7 @@ def _xavier(module: nn.Module) -> None:
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of queries (B, n, C) over context (B, n, C), heads of 64 channels."""
+    """Multi-head attention of queries (B or 1, n, C) over context (B, n, C), heads of 64 channels."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -98,7 +104,7 @@ class CrossAttention(nn.Module):
             return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, n, C) -> (B, heads, n, 64)
 
         k, v = self.kv(context).chunk(2, dim=-1)
-        q = heads(self.q(queries))
+        q = heads(self.q(queries)).expand(len(context), -1, -1, -1)
         out = F.scaled_dot_product_attention(q, heads(k), heads(v), attn_mask=mask.to(q.dtype))
         return self.proj(out.transpose(1, 2).flatten(2))  # (B, heads, n, 64) -> (B, n, C)
 
@@ -160,6 +166,7 @@ class ARMPretrain(nn.Module):
         if dec_embed_dim % 64 or dec_embed_dim <= 0:
             raise ValueError(f"decoder width {dec_embed_dim} is not a multiple of 64, the width of a head")
         self.patch_size, self.cluster_size, self.norm_pix_loss = patch_size, cluster_size, norm_pix_loss
+        self.embed_dim = embed_dim
         self.grid_size = (clusters[0] * cluster_size, clusters[1] * cluster_size)
         self.taps = decoder_taps(depth, dec_depth)
         self.dec_depth = dec_depth
@@ -207,27 +214,43 @@ class ARMPretrain(nn.Module):
         """Encode every cluster but the last: (B, 3, H, W) -> latents (B, n, Cd, dec_depth), one for each block."""
         x = self.patch_embed(imgs).flatten(1, 2) + self.pos_embed  # (B, rows, columns, C) -> (B, M, C)
         h = self.to_clusters(x)[:, :-1].flatten(1, 2)  # (B, clusters - 1, c * c, C) -> (B, n, C)
+        h = h.contiguous()  # as every later block finds it: one compiled graph serves all
         taps = []
         for i, layer in enumerate(self.layers, start=1):
             h = layer(h)
             if i in self.taps:
-                taps.append(self.get_submodule(f"norm_{len(taps) + 1}")(h))
-        latents = self.enc2dec(torch.cat(taps, dim=-1))  # (B, n, dec_depth * C) -> (B, n, dec_depth * Cd)
-        return latents.unflatten(-1, (-1, self.dec_depth))  # channel c * dec_depth + j belongs to block j
+                taps.append(h)
+        return self.read_taps(taps)
+
+    def read_taps(self, taps: list[Tensor]) -> Tensor:
+        """Latents for each decoder block from the encoder's output at each tap.
+
+        Channel c * dec_depth + j of `enc2dec` belongs to decoder block j. The rows of its weight are sorted by block
+        before the product, which costs less than gathering every block's channels after it.
+
+        Args:
+            taps: dec_depth tensors (B, n, C).
+
+        Returns:
+            (B, n, Cd, dec_depth).
+        """
+        normed = [self.get_submodule(f"norm_{j}")(tap) for j, tap in enumerate(taps, start=1)]
+        by_block = "(c j) ... -> (j c) ..."
+        weight, bias = (rearrange(p, by_block, j=self.dec_depth) for p in (self.enc2dec.weight, self.enc2dec.bias))
+        latents = F.linear(torch.cat(normed, dim=-1), weight, bias)  # (B, n, dec_depth * C) -> (B, n, dec_depth * Cd)
+        return latents.unflatten(-1, (self.dec_depth, -1)).mT  # (B, n, dec_depth, Cd) -> (B, n, Cd, dec_depth)
 
     def forward_decoder(self, latents: Tensor) -> Tensor:
         """Predict the pixels of every cluster but the first: (B, n, Cd, dec_depth) -> (B, n, 3 * p * p)."""
         queries = self.to_clusters(self.ar_token + self.dec_pos_embed)[:, 1:].flatten(1, 2)  # (1, n, Cd)
-        queries = queries.expand(latents.shape[0], -1, -1)  # (B, n, Cd)
         for block, context in zip(self.dec_block, latents.unbind(-1), strict=True):
             queries = block(queries, context, self.mask)
         return self.ar_pred(self.ar_norm(queries))
 
     def target(self, imgs: Tensor) -> Tensor:
         """What `forward_decoder` should predict: (B, 3, H, W) -> (B, n, 3 * p * p)."""
-        target = self.to_clusters(self.patchify(imgs))[:, 1:].flatten(
-            1, 2
-        )  # (B, clusters - 1, c * c, 3pp) -> (B, n, 3pp)
+        target = self.to_clusters(self.patchify(imgs))[:, 1:]  # (B, clusters - 1, c * c, 3pp)
+        target = target.flatten(1, 2)  # (B, n, 3pp)
         if self.norm_pix_loss:
             var, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased
             target = (target - mean) / (var + 1e-6).sqrt()
@@ -236,6 +259,16 @@ class ARMPretrain(nn.Module):
     def forward_loss(self, imgs: Tensor, pred: Tensor) -> Tensor:
         """Squared error per predicted position, averaged over batch and pixels: (n,)."""
         return (pred - self.target(imgs)).square().mean(dim=(0, 2))
+
+    def compile(self, **options: object) -> None:
+        """Compile in place, block by block: all blocks of a kind share one graph, so this takes seconds at any depth.
+
+        Keyword arguments are those of `torch.compile`. Names in the state dict stay.
+        """
+        for block in (*self.layers, *self.dec_block):
+            block.compile(**options)
+        self.read_taps = torch.compile(self.read_taps, **options)
+        self.forward_loss = torch.compile(self.forward_loss, **options)
 
     def forward(self, imgs: Tensor) -> Tensor:
         """Loss per predicted position (n,); the training loss is its mean."""
@@ -252,9 +285,8 @@ def decoder_taps(depth: int, dec_depth: int) -> list[int]:
     """
     if depth < 1 or dec_depth < 1:
         raise ValueError(f"encoder and decoder need at least one block each, not {depth} and {dec_depth}")
-    taps = [round(t) for t in torch.linspace(depth, depth / 2, dec_depth, dtype=torch.float64, device="cpu").tolist()][
-        ::-1
-    ]
+    taps = torch.linspace(depth, depth / 2, dec_depth, dtype=torch.float64, device="cpu").flip(0).tolist()
+    taps = [round(tap) for tap in taps]
     if len(set(taps)) < dec_depth or taps[0] < 1:
         raise ValueError(f"depth {depth} is too small for {dec_depth} decoder blocks: they would share encoder blocks")
     return taps
@@ -295,23 +327,23 @@ class ARMClassifier(nn.Module):
     ) -> None:
         super().__init__()
         self.grid_size = _grid(img_size, patch_size, "patches")
-        self.patch_size, self.global_pool = patch_size, global_pool
+        self.patch_size, self.global_pool, self.drop_path_rate = patch_size, global_pool, drop_path_rate
+        self.embed_dim = embed_dim
         num_patches = self.grid_size[0] * self.grid_size[1]
         if num_patches < 2:
             raise ValueError(f"image size {img_size} holds a single patch: both halves around the class token need one")
         self.middle = num_patches // 2  # where the class token stands
-        drop_path = [0.0, *torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()][:depth]
+        rates = torch.cat([torch.zeros(1), torch.linspace(0, drop_path_rate, depth)])[:depth]
 
         # Registration order is that of the published code: optimizer states are stored by it.
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, num_patches + 1, embed_dim))
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.head = nn.Linear(embed_dim, num_classes)
-        self.layers = nn.ModuleList(
-            Block(embed_dim, depth, FOUR_DIRECTIONS, scan_backend, drop_path[i]) for i in range(depth)
-        )
+        self.layers = nn.ModuleList(Block(embed_dim, depth, FOUR_DIRECTIONS, scan_backend) for _ in range(depth))
         self.norm_f = nn.LayerNorm(embed_dim)
         self.register_buffer("order", scan_orders(self.grid_size), persistent=False)
+        self.register_buffer("drop_path_rates", rates, persistent=False)
 
         for parameter in (self.cls_token, self.pos_embed, self.head.weight):
             trunc_normal_(parameter, std=0.02)
@@ -322,12 +354,20 @@ class ARMClassifier(nn.Module):
         x = self.patch_embed(imgs).flatten(1, 2)  # (B, rows, columns, C) -> (B, M, C)
         cls_token = self.cls_token.expand(x.shape[0], -1, -1)
         h = torch.cat([x[:, : self.middle], cls_token, x[:, self.middle :]], dim=1) + self.pos_embed  # (B, M + 1, C)
-        for layer in self.layers:
-            h = layer(h, self.order)
+        keep = [None] * len(self.layers)
+        if self.training and self.drop_path_rate:
+            keep = drop_path_factors(self.drop_path_rates, len(h))
+        for layer, factors in zip(self.layers, keep, strict=True):
+            h = layer(h, self.order, factors)
         h = self.norm_f(h)
         if not self.global_pool:
             return h[:, self.middle]
         return (h[:, : self.middle].mean(dim=1) + h[:, self.middle + 1 :].mean(dim=1)) / 2
+
+    def compile(self, **options: object) -> None:
+        """Compile in place, block by block, as `ARMPretrain.compile`."""
+        for layer in self.layers:
+            layer.compile(**options)
 
     def forward(self, imgs: Tensor) -> Tensor:
         """Logits: (B, 3, H, W) -> (B, num_classes)."""

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from util.dist import reduce_sum, world_size
-from util.metrics import RunLog, ScreenLog, SilentLog
+from util.metrics import LOG_EVERY, RunLog, ScreenLog, SilentLog
 from util.train_loop import autocast, train_epoch
 
 
@@ -64,7 +64,7 @@ def evaluate(
     progress = log.progress(title, len(loader))
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # correct, correct among five, loss, images
     processes = world_size() if loader.sampler.distributed else 1
-    for imgs, labels in loader:
+    for step, (imgs, labels) in enumerate(loader, start=1):
         imgs, labels = imgs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with autocast(device):
             logits = model(imgs)
@@ -72,7 +72,7 @@ def evaluate(
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, hits.new_tensor(len(labels), dtype=torch.int64)])
-        progress.update(len(labels) * processes)
+        progress.update(len(labels) * processes, quiet=step % LOG_EVERY != 0 and step != len(loader))
     progress.close()
     if loader.sampler.distributed:
         reduce_sum(sums)

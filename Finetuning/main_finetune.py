@@ -172,7 +172,7 @@ def main(args: argparse.Namespace) -> None:
     check_labels(val, args.nb_classes)
     device = init_device(args.device)
     with as_user_error(TypeError, ValueError, BackendUnavailable):
-        choose_backend(args.scan_backend, device, activation_dtype(device))
+        choose_backend(args.scan_backend, device, activation_dtype(device), model.embed_dim)
     if args.eval:
         evaluate_checkpoint(args, content, model, val, device)
     else:
@@ -201,6 +201,8 @@ def evaluate_checkpoint(
     log = open_log()
     loader = eval_loader(val, args, device)
     model.to(device)
+    if args.compile:
+        model.compile()
     pooling = "global pool" if args.global_pool else "class token"
     log.say(f"{len(val)} images of {len(val.classes)} classes; {args.nb_classes} outputs, {pooling}")
     for key in keys:
@@ -253,11 +255,16 @@ def finetune(
     if args.resume:
         start_epoch = checkpoint.resume(args, content, model, optimizer)
         best, best_ema = content.get("max_accuracy", best), content.get("ema_max_accuracy", best_ema)
+    compiled = models_arm.compiles(args.compile, device)
+    if compiled:
+        model.compile()
     wrapped = distribute(model, device)  # from here on all processes have the weights of rank 0
     resumed_ema = args.resume and "model_ema" in checkpoint.kinds(content)
     if resumed_ema and args.ema_decay is None:
         raise UserError(f"{args.resume} holds an EMA: say --ema_decay to go on with it")
     ema = ModelEmaV3(model, decay=args.ema_decay) if args.ema_decay is not None else None
+    if ema is not None and compiled:
+        ema.module.compile()
     if resumed_ema:
         checkpoint.load(ema.module, checkpoint.weights(content, "model_ema"))
     elif args.resume and ema is not None:

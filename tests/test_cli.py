@@ -24,7 +24,7 @@ SHARED = """
     model input_size patch_size embed_dim depth scan_backend
     batch_size accum_iter epochs warmup_epochs lr blr min_lr weight_decay clip_grad
     data_path scale hflip num_workers pin_mem no_pin_mem
-    output_dir log_dir save_freq resume start_epoch device seed
+    output_dir log_dir save_freq resume start_epoch device seed compile no_compile
 """
 PRETRAIN = SHARED + "cluster_size dec_embed_dim dec_depth norm_pix_loss"
 FINETUNE = (

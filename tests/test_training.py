@@ -15,6 +15,7 @@ import termios
 import pytest
 import torch
 from timm.utils import ModelEmaV3
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
@@ -294,7 +295,7 @@ def test_ema_is_the_recursion_over_updates():
     args = argparse.Namespace(
         lr=0.1, min_lr=0, warmup_epochs=0, epochs=1, accum_iter=2, clip_grad=None, output_dir="", seed=0
     )
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     criterion = torch.nn.CrossEntropyLoss()
     engine_finetune.train_one_epoch(
         model, criterion, loader, optimizer, 0, args, torch.device("cpu"), SilentLog(), ema=ema
@@ -305,7 +306,11 @@ def test_ema_is_the_recursion_over_updates():
     assert not torch.equal(ema.module.weight, history[2])
 
 
-def one_weight_run(samples, **changes):
+def plain_sgd(parameters):
+    return torch.optim.SGD(parameters, fused=True)
+
+
+def one_weight_run(samples, log=None, make_optimizer=plain_sgd, **changes):
     """Train weight w of loss = w * sample with plain SGD, which shows every gradient as it is."""
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.ones_(model.weight)
@@ -313,8 +318,9 @@ def one_weight_run(samples, **changes):
     loader.sampler.set_epoch = lambda epoch: None
     args = {"lr": 1.0, "min_lr": 1.0, "warmup_epochs": 0, "epochs": 1, "accum_iter": 1, "clip_grad": None}
     args = argparse.Namespace(**{**args, "seed": 0, "output_dir": "out", **changes})
-    optimizer = torch.optim.SGD(model.parameters())
-    stats = train_epoch(model, loader, lambda x: model(x).mean(), optimizer, 0, args, torch.device("cpu"), SilentLog())
+    optimizer = make_optimizer(model.parameters())
+    log = SilentLog() if log is None else log
+    stats = train_epoch(model, loader, lambda x: model(x).mean(), optimizer, 0, args, torch.device("cpu"), log)
     return model.weight.item(), stats
 
 
@@ -341,11 +347,79 @@ def test_windows_longer_than_the_log_interval():
     assert stats["train_loss"] == pytest.approx(2)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_the_update():
-    with pytest.raises(
-        RuntimeError, match=r"the gradient is nan and the loss nan in epoch 0, batch 1; .*checkpoint-last\.pth"
-    ):
-        one_weight_run([5.0, math.nan])
+class NotedLog(SilentLog):
+    """A silent log that remembers what it was told."""
+
+    def __init__(self):
+        self.said, self.points = [], []
+
+    def say(self, text):
+        self.said.append(text)
+
+    def scalars(self, step, **values):
+        self.points.append(values)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_an_update_that_is_not_finite_is_skipped(broken):
+    log = NotedLog()
+    weight, stats = one_weight_run([5.0, broken, 3.0, broken], log=log)
+    assert weight == 1 - 5 - 3
+    assert stats["train_loss"] == (5 * 1 + 3 * (1 - 5)) / 2  # of those that were finite
+    assert log.said == ["epoch 0, batch 3: skipped 2 updates whose gradient was not finite"]
+    assert log.points[0]["train_loss"] == stats["train_loss"]
+
+
+def test_three_in_a_row_stop_the_run():
+    message = r"not finite in 3 updates in a row, up to epoch 0, batch 4; none of them was made.*checkpoint-last\.pth"
+    with pytest.raises(RuntimeError, match=message):
+        one_weight_run([5.0, 3.0, math.nan, math.nan, math.nan])
+    one_weight_run([math.nan, math.nan, 3.0, math.nan, math.nan])
+
+
+def test_skipped_updates_leave_the_moments_of_adamw():
+    """Also on accumulated batches: one of them is enough to spoil an update."""
+    ends = []
+    for samples in ([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, math.nan, 5.0, 3.0, 4.0]):
+        optimizers = []
+
+        def make(parameters, optimizers=optimizers):
+            optimizers.append(torch.optim.AdamW(parameters, fused=True))
+            return optimizers[0]
+
+        weight, _ = one_weight_run(samples, accum_iter=2, make_optimizer=make, lr=0.1, min_lr=0.1)
+        ((_, state),) = optimizers[0].state.items()
+        ends.append((weight, state["step"].item(), state["exp_avg"].item(), state["exp_avg_sq"].item()))
+    assert ends[0] == ends[1]
+    assert ends[0][1] == 2
+
+
+class CountReads(TorchDispatchMode):
+    """Count how often the host asks for a number on the device, which on a GPU makes it wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.reads += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("accum_iter", [1, 3])
+def test_the_host_reads_only_where_it_logs(accum_iter, monkeypatch):
+    lists = []
+    to_list = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: lists.append(self.shape) or to_list(self))
+    reads = []
+    for batches in (3, 45):
+        log = NotedLog()
+        with CountReads() as mode:
+            one_weight_run([0.5] * batches, log=log, accum_iter=accum_iter, clip_grad=1.0, lr=1e-3, min_lr=1e-3)
+        reads.append(mode.reads)
+    assert reads[0] == reads[1] == 2  # the loader's seed, and this test's own look at the weight
+    assert len(log.points) == 3  # batches 20 or 21, 40 or 42, 45
+    assert lists.count(torch.Size([5])) == 1 + 3
 
 
 def test_pretraining_ignores_the_mixed_precision_scaler(monkeypatch, image_folder, tmp_path, run_script):

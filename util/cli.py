@@ -54,7 +54,9 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--patch_size", type=positive, help="pixels a side")
     group.add_argument("--embed_dim", type=positive, help="channels, instead of the model's")
     group.add_argument("--depth", type=positive, help="blocks, instead of the model's")
-    group.add_argument("--scan_backend", default="auto", help="auto, torch, cpu or mamba_ssm (default: %(default)s)")
+    group.add_argument(
+        "--scan_backend", default="auto", help="auto, triton, mamba_ssm, cpu or torch (default: %(default)s)"
+    )
 
     group = parser.add_argument_group("optimisation")
     group.add_argument(
@@ -95,6 +97,10 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         "--start_epoch", type=natural, help="first epoch (default: the one after the resumed checkpoint's)"
     )
     group.add_argument("--device", help="cuda or cpu (default: cuda where there is a GPU)")
+    group.add_argument(
+        "--compile", action="store_true", default=None, help="torch.compile the blocks (default: on a GPU)"
+    )
+    group.add_argument("--no_compile", action="store_false", dest="compile", help="run them eagerly")
     group.add_argument("--seed", type=natural, default=0, help="(default: %(default)s)")
 
 

@@ -52,6 +52,7 @@ def init_device(name: str | None) -> torch.device:
             raise UserError(f"--device {name}: {processes} processes, {gpus} GPUs; under torchrun say --device cuda")
         device = torch.device("cuda", local_rank() if device.index is None else device.index)
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 where float32 products remain
     if world_size() > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device

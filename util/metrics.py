@@ -12,30 +12,33 @@ from tqdm import tqdm
 
 from util.dist import is_main
 
-LOG_EVERY = 20  # steps between two plain lines, and between two points in TensorBoard
+LOG_EVERY = 20  # steps between two looks at what the device has computed: plain lines, points in TensorBoard
 
 
 class Progress:
-    """One pass over data as rank 0 shows it: a bar on a terminal, a line every `LOG_EVERY` steps elsewhere."""
+    """One pass over data as rank 0 shows it: a bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, title: str, steps: int) -> None:
         self.title, self.steps, self.step, self.images = title, steps, 0, 0
         self.start = time.monotonic()
         self.bar = tqdm(total=steps, desc=title, dynamic_ncols=True, leave=True) if sys.stderr.isatty() else None
 
-    def update(self, images: int, **values: float) -> None:
-        """Count one step of `images` images (all processes together) and show `values`."""
+    def update(self, images: int, quiet: bool = False, **values: float) -> None:
+        """Count one step of `images` images (all processes together); unless `quiet`, show `values` and the speed."""
         self.step += 1
         self.images += images
-        seconds = time.monotonic() - self.start
-        shown = {name: f"{value:.4g}" for name, value in values.items()} | {"img/s": f"{self.images / seconds:.0f}"}
+        if not quiet:
+            seconds = time.monotonic() - self.start
+            shown = {name: f"{value:.4g}" for name, value in values.items()}
+            shown["img/s"] = f"{self.images / seconds:.0f}"
+            if self.bar is not None:
+                self.bar.set_postfix(shown, refresh=False)
+            else:
+                left = time.strftime("%H:%M:%S", time.gmtime(seconds / self.step * (self.steps - self.step)))
+                text = "  ".join(f"{name} {value}" for name, value in shown.items())
+                print(f"{self.title}  [{self.step}/{self.steps}]  {text}  left {left}", flush=True)
         if self.bar is not None:
-            self.bar.set_postfix(shown, refresh=False)
             self.bar.update()
-        elif self.step % LOG_EVERY == 0 or self.step == self.steps:
-            left = time.strftime("%H:%M:%S", time.gmtime(seconds / self.step * (self.steps - self.step)))
-            text = "  ".join(f"{name} {value}" for name, value in shown.items())
-            print(f"{self.title}  [{self.step}/{self.steps}]  {text}  left {left}", flush=True)
 
     def close(self) -> None:
         if self.bar is not None:

@@ -17,6 +17,8 @@ from util.dist import reduce_sum, seed_everything, world_size
 from util.lr_sched import lr_at, set_lr
 from util.metrics import LOG_EVERY, RunLog, SilentLog
 
+MAX_NONFINITE = 3  # updates in a row that may be skipped before the run stops
+
 
 def activation_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on a GPU, where it needs no loss scaling; float32 elsewhere."""
@@ -42,22 +44,26 @@ def train_epoch(
 ) -> dict[str, float]:
     """Train for one epoch, `args.accum_iter` batches an update; batches that fill no update are left out.
 
+    The host queues work for the device and looks at results only where it logs, every `LOG_EVERY` batches. An update
+    whose gradient is not finite is skipped on the device itself: gradients are averaged over all processes before
+    their norm is taken, so that all of them skip it together.
+
     Args:
         model: bare or distributed.
         loader: batches of tensors; its sampler has `set_epoch`.
         compute_loss: of the tensors of one batch, on `device`; called under autocast.
-        optimizer: its groups may have an `lr_scale`.
+        optimizer: a fused one, which can skip updates; its groups may have an `lr_scale`.
         epoch: number of the epoch, from 0.
         args: `seed`, `lr`, `min_lr`, `warmup_epochs`, `epochs`, `accum_iter`, `clip_grad`, `output_dir`.
         device: of the model.
         log: of this rank.
-        after_update: called after every update.
+        after_update: called after every update, a skipped one included.
 
     Returns:
-        `train_loss`, the mean over all batches of all processes, and `train_lr` of the last update.
+        `train_loss`, the mean over all batches of all processes where it is finite, and `train_lr` of the last update.
 
     Raises:
-        RuntimeError: a gradient is not finite, on whatever process; the weights are those before that update.
+        RuntimeError: `MAX_NONFINITE` updates in a row were skipped; the weights are those before the first of them.
     """
     seed_everything(args.seed, epoch)  # a resumed run draws the same numbers as an uninterrupted one
     model.train()
@@ -65,7 +71,10 @@ def train_epoch(
     steps = len(loader) // args.accum_iter * args.accum_iter
     parameters = [p for p in model.parameters() if p.requires_grad]
     progress = log.progress(f"epoch {epoch}", steps)
-    epoch_loss, window = 0.0, []
+    epoch_sums = torch.zeros(2, dtype=torch.float64)  # sum of the finite losses, and how many they are
+    window = epoch_sums.to(device, copy=True)  # the same since the last log line, on the device
+    skipped, in_a_row = torch.zeros(2, device=device).unbind()  # updates: since the last log line, and up to now
+    unlogged = 0
     for step, batch in enumerate(islice(loader, steps)):
         if step % args.accum_iter == 0:
             position = epoch + step / len(loader)
@@ -79,25 +88,42 @@ def train_epoch(
             with autocast(device):
                 loss = compute_loss(*batch)
             (loss / args.accum_iter).backward()
-        window.append(loss.item())
+        loss = loss.detach()
+        window += torch.stack([loss.nan_to_num(0, 0, 0), loss.isfinite()])
+        unlogged += 1
         if updates:
-            norm = nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf).item()
-            if not math.isfinite(norm):  # the same on all processes: they stop together
-                raise RuntimeError(
-                    f"the gradient is {norm} and the loss {window[-1]} in epoch {epoch}, batch {step}; the weights "
-                    f"were not updated. Go on from {Path(args.output_dir) / 'checkpoint-last.pth'} with --resume, "
-                    "or lower --blr"
-                )
+            norm = nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
+            optimizer.found_inf = (~norm.isfinite()).float()  # a fused optimizer then leaves weights and moments alone
             optimizer.step()
             optimizer.zero_grad()
             after_update()
+            skipped += optimizer.found_inf
+            in_a_row.add_(1).mul_(optimizer.found_inf)
 
-        progress.update(len(batch[0]) * world_size(), loss=window[-1], lr=lr)
-        if updates and (len(window) >= LOG_EVERY or step + 1 == steps):
-            total = reduce_sum(torch.tensor(sum(window), dtype=torch.float64, device=device)).item() / world_size()
-            epoch_loss += total
-            # MAE's abscissa: epochs times 1000, so that runs of any batch size compare
-            log.scalars(int(1000 * position), train_loss=total / len(window), lr=lr, grad_norm=norm)
-            window = []
+        images = len(batch[0]) * world_size()
+        if not updates or (unlogged < LOG_EVERY and step + 1 < steps):
+            progress.update(images, quiet=True)
+            continue
+        window = reduce_sum(window)
+        total, count, grad_norm, now_skipped, now_in_a_row = torch.cat(
+            [window, torch.stack([norm, skipped, in_a_row]).double()]
+        ).tolist()  # the one place where the host waits for the device
+        epoch_sums += torch.tensor([total, count], dtype=torch.float64)
+        mean = total / count if count else math.nan
+        progress.update(images, loss=mean, lr=lr)
+        # MAE's abscissa: epochs times 1000, so that runs of any batch size compare
+        log.scalars(int(1000 * position), train_loss=mean, lr=lr, grad_norm=grad_norm)
+        if now_in_a_row >= MAX_NONFINITE:
+            raise RuntimeError(
+                f"the gradient was not finite in {now_in_a_row:.0f} updates in a row, up to epoch {epoch}, batch "
+                f"{step}; none of them was made. Go on from {Path(args.output_dir) / 'checkpoint-last.pth'} with "
+                "--resume, or lower --blr"
+            )
+        if now_skipped:
+            log.say(f"epoch {epoch}, batch {step}: skipped {now_skipped:.0f} updates whose gradient was not finite")
+        window.zero_()
+        skipped.zero_()
+        unlogged = 0
     progress.close()
-    return {"train_loss": epoch_loss / steps, "train_lr": lr}
+    total, count = epoch_sums.tolist()
+    return {"train_loss": total / count if count else math.nan, "train_lr": lr}
