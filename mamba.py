@@ -133,7 +133,8 @@ class Mixer(nn.Module):
             order,
             self.scan_backend,
         )  # (K, B, L, C)
-        return self.out_proj(y.mean(dim=0) * F.silu(z))
+        # a sum, not a mean: its gradient is one tensor for all directions, where a mean's would be written K times
+        return self.out_proj(y.sum(dim=0) * (F.silu(z) / K))
 
 
 class SwiGLU(nn.Module):

@@ -8,7 +8,7 @@ import torch
 
 import models_arm
 from conftest import relative_error
-from mamba import scan_orders
+from mamba import SwiGLU, drop_path_factors, scan_orders
 
 SMALL = {"embed_dim": 32, "depth": 4, "dec_embed_dim": 64}
 
@@ -203,3 +203,49 @@ def test_initial_step_sizes_lie_in_their_range():
     assert dt.max() < high + 1e-4
     assert dt.mean().item() == pytest.approx((low + high) / 2, abs=0.25)
     assert torch.equal(mixer.A_log[5], torch.arange(1.0, 17.0).log())
+
+
+def test_drop_path_factors():
+    """Whole branches of whole images, at each block's rate, scaled so that the mean stays."""
+    torch.manual_seed(0)
+    rates = torch.tensor([0.0, 0.25, 0.5])
+    keep = drop_path_factors(rates, 4000)
+    assert keep.shape == (3, 2, 4000, 1, 1)
+    for factors, rate in zip(keep, rates.tolist(), strict=True):
+        assert factors.unique().tolist() == pytest.approx([0, 1 / (1 - rate)][rate == 0 :])
+        assert factors.mean(dim=1).flatten().tolist() == pytest.approx([1, 1], abs=0.06)
+        assert (factors == 0).float().mean(dim=1).flatten().tolist() == pytest.approx([rate, rate], abs=0.03)
+    assert not torch.equal(keep[2, 0], keep[2, 1])
+
+
+def test_drop_path_leaves_out_branches_in_training_only():
+    torch.manual_seed(0)
+    block = models_arm.Block(32, 2, models_arm.ONE_DIRECTION, "torch").double()
+    h = torch.randn(3, 5, 32, dtype=torch.float64)
+    keep = torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, 4.0]], dtype=torch.float64).view(2, 3, 1, 1)
+    got = block(h, keep=keep)
+    assert torch.equal(got[0], h[0])
+    assert torch.allclose(got[1], (h + 2 * block.mixer(block.norm1(h)))[1], rtol=1e-12)
+    assert torch.allclose(got[2], (h + 4 * block.mlp(block.norm2(h)))[2], rtol=1e-12)
+    sizes = {"img_size": 32, "patch_size": 8, "num_classes": 5, "embed_dim": 32, "depth": 4}
+    model = models_arm.create_classifier("arm_tiny_pz16", **sizes, drop_path_rate=0.9)
+    imgs = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.eval()(imgs), model(imgs))
+    assert not torch.equal(model.train()(imgs), model(imgs))
+
+
+@pytest.mark.parametrize("dim", [64, 40])  # hidden widths of 170 and 106, padded to 176 and 112
+def test_swiglu_is_its_formula(dim):
+    torch.manual_seed(0)
+    mlp, x = SwiGLU(dim).double(), torch.randn(2, 3, dim, dtype=torch.float64)
+    for w in (mlp.w1, mlp.w2, mlp.w3):
+        torch.nn.init.normal_(w.bias)
+    assert mlp.w1.out_features % 8
+    want = mlp.w3(torch.nn.functional.silu(mlp.w1(x)) * mlp.w2(x))
+    got = mlp(x)
+    assert relative_error(got, want) < 1e-12
+    parameters = list(mlp.parameters())
+    for g, w in zip(
+        torch.autograd.grad(got.sum(), parameters), torch.autograd.grad(want.sum(), parameters), strict=True
+    ):
+        assert relative_error(g, w) < 1e-12

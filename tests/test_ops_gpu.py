@@ -1,10 +1,23 @@
-"""The backends that run on CUDA against the oracle in float64: outputs and every gradient."""
+"""What only a GPU shows: every backend against the oracle in float64, whole models, compiled models, no waiting.
+
+test_triton.py runs on the GPU too where there is one.
+"""
+
+import argparse
+import copy
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
+import models_arm
 import ops
+from conftest import relative_error
+from mamba import FOUR_DIRECTIONS, Block, scan_orders
+from ops import naive
 from test_ops import assert_same, conv_inputs, public, random_order, scan_inputs
+from util.metrics import SilentLog
+from util.train_loop import autocast, train_epoch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -12,16 +25,18 @@ pytestmark = [
 ]
 # The kernels of mamba-ssm take fast exponentials and add up some gradients in an order of their own.
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 1e-2}
+CLASSIFIER = {"img_size": 64, "num_classes": 10, "embed_dim": 128, "depth": 4}
+PRETRAIN = {"embed_dim": 128, "depth": 4, "dec_embed_dim": 64, "dec_depth": 2, "norm_pix_loss": True}
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)  # those kernels and cuBLAS have no deterministic form
     yield
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["torch", "mamba_ssm"])
+@pytest.fixture(params=["torch", "mamba_ssm", "triton"])
 def backend(request):
     if reason := ops.unavailable(request.param):
         pytest.skip(reason)
@@ -32,24 +47,27 @@ def on_gpu(leaves):
     return {name: leaf.detach().cuda().requires_grad_() for name, leaf in leaves.items()}
 
 
+@pytest.mark.usefixtures("_poisoned_memory")
 @pytest.mark.parametrize("varying", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("K", "ordered"), [(1, False), (1, True), (4, False), (4, True)])
-@pytest.mark.parametrize(("L", "D"), [(1, 8), (37, 100), (197, 64)])
+@pytest.mark.parametrize(("L", "D"), [(1, 32), (37, 96), (197, 64)])
 def test_scan(backend, L, D, K, ordered, varying):
     order = random_order(K, L, "cuda") if ordered else None
     leaves = on_gpu(scan_inputs(K=K, L=L, D=D, varying=varying))
     assert_same("selective_scan", public("selective_scan", backend), leaves, order, tolerance=TOLERANCE[varying])
 
 
+@pytest.mark.usefixtures("_poisoned_memory")
 @pytest.mark.parametrize("varying", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("K", "ordered"), [(1, False), (1, True), (4, False), (4, True)])
-@pytest.mark.parametrize(("L", "D", "W"), [(1, 8, 4), (37, 100, 4), (197, 64, 4), (37, 8, 1), (37, 8, 6)])
+@pytest.mark.parametrize(("L", "D", "W"), [(1, 32, 4), (37, 96, 4), (197, 64, 4), (37, 32, 1), (37, 32, 6)])
 def test_conv(backend, L, D, W, K, ordered, varying):
     order = random_order(K, L, "cuda") if ordered else None
     leaves = on_gpu(conv_inputs(K=K, L=L, D=D, W=W, varying=varying))
     assert_same("causal_conv1d", public("causal_conv1d", backend), leaves, order, tolerance=TOLERANCE[varying])
 
 
+@pytest.mark.usefixtures("_poisoned_memory")
 @pytest.mark.parametrize("varying", [torch.float32, torch.bfloat16])
 def test_views_under_autocast(backend, varying):
     leaves = on_gpu(scan_inputs(D=64, varying=varying))
@@ -65,3 +83,139 @@ def test_views_under_autocast(backend, varying):
 
     order = random_order(4, 37, "cuda")
     assert_same("selective_scan", compute, leaves, order, views, tolerance=TOLERANCE[varying])
+
+
+def test_the_longest_sequence():
+    """768 pixels, 2,304 patches and the class token, in the four orders of the classifier."""
+    order = scan_orders((48, 48)).cuda()
+    for op, inputs in (("selective_scan", scan_inputs), ("causal_conv1d", conv_inputs)):
+        leaves = on_gpu(inputs(batch=1, L=2305, D=32))
+        assert_same(op, public(op, "triton"), leaves, order, tolerance=1e-3)
+
+
+def test_more_than_two_billion_elements():
+    """A batch of 1,024 of ARM-huge at 1,600 tokens: the last image equals the same image alone."""
+    K, batch, L, D = 1, 1024, 1600, 1536
+    if torch.cuda.mem_get_info()[0] < 5 * 2 * batch * L * D:
+        pytest.skip("needs 25 GB of free memory")
+    assert K * batch * L * D > 2**31
+    last = {name: leaf.detach().cuda() for name, leaf in scan_inputs(K=K, batch=1, L=L, D=D).items()}
+    last |= {name: last[name].bfloat16() for name in ("u", "dt", "B", "C")}
+    many = dict(last)
+    for name in ("u", "dt", "B", "C"):
+        many[name] = torch.zeros(K, batch, L, last[name].shape[-1], dtype=torch.bfloat16, device="cuda")
+        many[name][:, -1] = last[name][:, 0]
+    scan = public("selective_scan", "triton")
+    assert torch.equal(scan(**many)[:, -1], scan(**last)[:, 0])
+    conv = {name: leaf.detach().cuda() for name, leaf in conv_inputs(K=K, batch=1, L=1, D=D).items()}
+    del conv["x"]
+    whole = ops.causal_conv1d(many["u"][0], **conv, backend="triton")
+    assert torch.equal(whole[:, -1], ops.causal_conv1d(last["u"][0], **conv, backend="triton")[:, 0])
+
+
+def losses_and_gradients(model, imgs):
+    """Of one training step under autocast; loss of both kinds of model."""
+    torch.manual_seed(0)
+    with autocast(imgs.device):
+        out = model(imgs)
+    loss = out.float().square().mean()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+
+
+def build(kind, backend, seed=0):
+    torch.manual_seed(seed)
+    if kind == "pretrain":
+        model = models_arm.create_pretrain_model("arm_base_pz16", **PRETRAIN, scan_backend=backend)
+        return model.cuda(), torch.randn(4, 3, 192, 192, device="cuda")
+    model = models_arm.create_classifier("arm_base_pz16", **CLASSIFIER, drop_path_rate=0.2, scan_backend=backend)
+    return model.cuda(), torch.randn(4, 3, 64, 64, device="cuda")
+
+
+KINDS = pytest.mark.parametrize("kind", ["pretrain", "finetune"])
+
+
+@KINDS
+def test_whole_models_against_the_torch_backend(kind):
+    model, imgs = build(kind, "triton")
+    reference, _ = build(kind, "torch")
+    got, want = losses_and_gradients(model, imgs), losses_and_gradients(reference, imgs)
+    assert got[0].item() == pytest.approx(want[0].item(), rel=1e-2)
+    norms = [torch.cat([g.flatten() for g in grads[1:]]) for grads in (got, want)]
+    assert (norms[0] - norms[1]).norm() < 0.05 * norms[1].norm()  # both round to bf16 at every step
+
+
+@KINDS
+def test_two_runs_are_equal_bit_for_bit(kind):
+    model, imgs = build(kind, "triton")
+    first, second = losses_and_gradients(model, imgs), losses_and_gradients(model, imgs)
+    names = ["loss", *(name for name, p in model.named_parameters() if p.requires_grad)]
+    for name, a, b in zip(names, first, second, strict=True):
+        if "layers" in name:  # the encoder; PyTorch's attention and convolution promise less
+            assert torch.equal(a, b), name
+
+
+@KINDS
+@pytest.mark.parametrize("choice", ["auto", "torch"])
+def test_compiled_equals_eager(kind, choice):
+    model, imgs = build(kind, choice)
+    compiled = copy.deepcopy(model)
+    compiled.compile(fullgraph=True)
+    got, want = losses_and_gradients(compiled, imgs), losses_and_gradients(model, imgs)
+    assert got[0].item() == pytest.approx(want[0].item(), rel=1e-2)
+    vectors = [torch.cat([g.flatten() for g in grads[1:]]) for grads in (got, want)]
+    assert (vectors[0] - vectors[1]).norm() < 0.05 * vectors[1].norm()
+
+
+def test_four_direction_block_against_the_oracle(monkeypatch):
+    """In float32, without autocast, with the classifier's own orders."""
+    torch.manual_seed(0)
+    block, order = Block(128, 4, FOUR_DIRECTIONS, "triton").cuda(), scan_orders((7, 7)).cuda()
+    h = torch.randn(2, 50, 128, device="cuda")
+    got = block(h, order)
+    import mamba
+
+    monkeypatch.setattr(mamba, "selective_scan", lambda *args: naive.selective_scan(*args[:-1]))
+    monkeypatch.setattr(mamba, "causal_conv1d", lambda *args: naive.causal_conv1d(*args[:-1]))
+    assert relative_error(got, block.double()(h.double(), order)) < 2e-3  # float32 products may be TF32
+
+
+def test_training_does_not_wait_between_log_lines():
+    """Any wait for the device raises, but for the one where the loop logs."""
+    model, imgs = build("finetune", "auto")
+    loader = DataLoader(TensorDataset(torch.randn(16, 3, 64, 64)), batch_size=2, pin_memory=True)
+    loader.sampler.set_epoch = lambda epoch: None
+    args = {"lr": 1e-3, "min_lr": 0.0, "warmup_epochs": 0, "epochs": 2, "accum_iter": 2, "clip_grad": 3.0}
+    args = argparse.Namespace(**args, seed=0, output_dir="out")
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    allowed = []
+
+    class Log(SilentLog):
+        def scalars(self, *_, **__):
+            torch.cuda.set_sync_debug_mode("error")
+
+    to_list = torch.Tensor.tolist
+
+    def read(tensor):
+        torch.cuda.set_sync_debug_mode("default")
+        allowed.append(tensor.shape)
+        return to_list(tensor)
+
+    def compute_loss(x):
+        loss = model(x).float().square().mean()
+        torch.cuda.set_sync_debug_mode("error")  # from the first batch on
+        return loss
+
+    original, torch.Tensor.tolist = torch.Tensor.tolist, read
+    try:
+        for epoch in range(2):
+            train_epoch(model, loader, compute_loss, optimizer, epoch, args, imgs.device, Log())
+            torch.cuda.set_sync_debug_mode("default")
+    finally:
+        torch.Tensor.tolist = original
+        torch.cuda.set_sync_debug_mode("default")
+    assert allowed.count(torch.Size([5])) == 2
+
+
+def test_auto_is_triton():
+    assert ops.choose_backend("auto", torch.device("cuda"), torch.bfloat16, 768) == "triton"
