@@ -1,20 +1,16 @@
-"""Forward and backward of the selective scan: our backends beside mamba-ssm's reference loop and mambapy.
+"""Forward and backward of the selective scan: our backends beside those of others, on the same work in one run.
 
     python benchmarks/bench_scan.py
 
 Every contestant starts from the same u, dt, A, B, C, D, dt_bias and ends with y and all seven gradients; one that is
-wrong is not timed. mambapy (`pip install mambapy`) is the yardstick. Expected on 2 cores of an AMD EPYC (Zen 4): the
-reference loop 0.1 to 0.4 times its speed, torch 4 to 8 times, cpu 20 to 45 times; the larger size gains most.
+wrong is not timed. Rounds interleave, and the median counts. On a GPU the time between two CUDA events is measured, in
+bfloat16, and mamba-ssm's kernels (requirements-cuda.txt) are the yardstick, one call per direction. Elsewhere the
+yardstick is mambapy (`pip install mambapy`), in float32; expected on 2 cores of an AMD EPYC (Zen 4): the reference loop
+0.1 to 0.4 times its speed, torch 3 to 9 times, cpu 15 to 45 times; the larger size gains most.
 """
 
 import argparse
-import datetime
-import json
-import os
-import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,31 +21,37 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ops
+from benchmarks import machine
 from ops import naive
 
 NAMES = ("u", "dt", "A", "B", "C", "D", "dt_bias")
+# K, B, D, L, N. On a GPU: a block of ARM-base in pretraining and in finetuning, of ARM-huge in pretraining.
+SIZES = {
+    "cpu": [(1, 32, 192, 64, 16), (1, 8, 768, 128, 16)],
+    "cuda": [(1, 256, 768, 128, 16), (4, 128, 768, 197, 16), (1, 128, 1536, 128, 16)],
+}
+YARDSTICK = {"cpu": "mambapy", "cuda": "mamba_ssm"}
+ERROR = {torch.float32: 1e-3, torch.bfloat16: 3e-2}  # of the largest number
 Scan = Callable[..., Tensor]
 
 
 def size(text: str) -> tuple[int, ...]:
-    """Parse "B,D,L,N"."""
+    """Parse "K,B,D,L,N"."""
     numbers = tuple(int(number) for number in text.split(","))
-    if len(numbers) != 4 or min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not B,D,L,N, four positive numbers")
+    if len(numbers) != 5 or min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not K,B,D,L,N, five positive numbers")
     return numbers
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser("bench_scan.py", description=__doc__.splitlines()[0])
-    default = [(32, 192, 64, 16), (8, 768, 128, 16)]
+    parser.add_argument("--device", type=torch.device, default=machine.default_device(), help="default: %(default)s")
+    parser.add_argument("--sizes", type=size, nargs="+", metavar="K,B,D,L,N", help="default: those of ARM's blocks")
     parser.add_argument(
-        "--sizes", type=size, nargs="+", default=default, metavar="B,D,L,N", help="default: 32,192,64,16 8,768,128,16"
+        "--repetitions", type=int, default=11, help="timed rounds, after three more (default: %(default)s)"
     )
-    parser.add_argument(
-        "--repetitions", type=int, default=7, help="timed rounds, after two more (default: %(default)s)"
-    )
-    parser.add_argument("--output", help="JSON file (default: benchmarks/results/<device>-<date>.json)")
+    parser.add_argument("--output", type=Path, help="JSON file (default: in benchmarks/results/)")
     return parser
 
 
@@ -88,100 +90,95 @@ def mambapy_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tens
     return (h @ C[..., None]).squeeze(-1) + D * u
 
 
-def contestants(device: str) -> dict[str, Scan | str]:
-    """Return the scans for K = 1 by name; one that cannot run here is the line that says why."""
+def contestants(device: torch.device) -> dict[str, Scan | str]:
+    """Return the scans by name; one that cannot run here is the line that says why."""
 
     def one_direction(scan: Scan) -> Scan:
-        return lambda *inputs: scan(*(x[0] for x in inputs))[None]
+        return lambda *inputs: torch.stack([scan(*(x[k] for x in inputs)) for k in range(len(inputs[0]))])
 
-    found = {"reference loop": one_direction(reference_scan), "mambapy": one_direction(mambapy_scan)}
-    try:
-        import mambapy  # noqa: F401
-    except ImportError:
-        found["mambapy"] = "not installed: pip install mambapy"
-    for backend in ("torch", "cpu" if device == "cpu" else "mamba_ssm"):
+    found: dict[str, Scan | str] = {}
+    if device.type == "cpu":
+        found |= {"reference loop": one_direction(reference_scan), "mambapy": one_direction(mambapy_scan)}
+        try:
+            import mambapy  # noqa: F401
+        except ImportError:
+            found["mambapy"] = "not installed: pip install mambapy"
+    for backend in reversed(ops.FASTEST_FIRST[device.type]):
         found[backend] = ops.unavailable(backend) or (
             lambda *inputs, backend=backend: ops.selective_scan(*inputs, backend=backend)
         )
     return found
 
 
-def make_inputs(sizes: tuple[int, ...], device: str) -> list[Tensor]:
-    """Return u, dt, A, B, C, D, dt_bias of one direction as a freshly initialised mixer has them."""
-    batch, width, L, N = sizes
+def make_inputs(sizes: tuple[int, ...], device: torch.device) -> list[Tensor]:
+    """Return u, dt, A, B, C, D, dt_bias as a freshly initialised mixer has them under autocast."""
+    K, batch, width, L, N = sizes
+    varying = torch.bfloat16 if device.type == "cuda" else torch.float32
     generator = torch.Generator().manual_seed(0)
-    u, dt, B, C = (torch.randn(1, batch, L, n, generator=generator) for n in (width, width, N, N))
-    A = -torch.arange(1.0, N + 1).repeat(1, width, 1)  # (1, D, N)
-    dt_bias = torch.empty(1, width).uniform_(-6.9, -2.3, generator=generator)  # softplus: 0.001 to 0.1
-    inputs = (u, dt, A, B, C, torch.ones(1, width), dt_bias)
+    u, dt, B, C = (torch.randn(K, batch, L, n, generator=generator).to(varying) for n in (width, width, N, N))
+    A = -torch.arange(1.0, N + 1).repeat(K, width, 1)  # (K, D, N)
+    dt_bias = torch.empty(K, width).uniform_(-6.9, -2.3, generator=generator)  # softplus: 0.001 to 0.1
+    inputs = (u, dt, A, B, C, torch.ones(K, width), dt_bias)
     return [x.to(device).requires_grad_() for x in inputs]
 
 
-def check(name: str, scan: Scan, inputs: list[Tensor], dy: Tensor, expected: list[Tensor]) -> None:
-    """Raise RuntimeError unless y and every gradient agree with the oracle's to 0.1 % of their largest number."""
-    y = scan(*inputs)
-    for label, got, want in zip(("y", *NAMES), (y, *torch.autograd.grad(y, inputs, dy)), expected, strict=True):
-        error = ((got - want).abs().max() / want.abs().max().clamp(min=1e-30)).item()
-        if not error < 1e-3:
-            raise RuntimeError(f"{name} is wrong, so it is not timed: {label} differs by {error:.1e}")
+def check(scans: dict[str, Scan], inputs: list[Tensor], images: int = 4) -> None:
+    """Compare y and every gradient of each contestant with the oracle's, on the first images.
+
+    Raises:
+        RuntimeError: one differs by more than `ERROR`.
+    """
+    few = [x.detach()[:, :images] if x.ndim == 4 else x.detach() for x in inputs]
+    few = [x.requires_grad_() for x in few]
+    y = naive.selective_scan(*few)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    expected = [y.detach(), *torch.autograd.grad(y, few, dy)]
+    for name, scan in scans.items():
+        y = scan(*few)
+        for label, got, want in zip(("y", *NAMES), (y, *torch.autograd.grad(y, few, dy)), expected, strict=True):
+            error = ((got - want).abs().max() / want.abs().max().clamp(min=1e-30)).item()
+            if not error < ERROR[inputs[0].dtype]:
+                raise RuntimeError(f"{name} is wrong, so it is not timed: {label} differs by {error:.1e}")
 
 
-def time_scans(scans: dict[str, Scan], inputs: list[Tensor], dy: Tensor, repetitions: int) -> dict[str, float]:
-    """Return the median milliseconds of forward and backward; rounds interleave, so that noise hits all alike."""
-    wait = torch.cuda.synchronize if dy.is_cuda else lambda: None
-    times = {name: [] for name in scans}
-    for _ in range(repetitions + 2):
+def time_scans(scans: dict[str, Scan], inputs: list[Tensor], repetitions: int) -> dict[str, dict[str, float]]:
+    """Return the median microseconds of forward, backward and both; rounds interleave, so that noise hits all alike."""
+    device = inputs[0].device
+    dy = torch.randn_like(inputs[0])
+    times = {name: {"forward": [], "backward": [], "both": []} for name in scans}
+    for _ in range(repetitions + 3):
         for name, scan in scans.items():
-            wait()
-            start = time.perf_counter()
-            torch.autograd.grad(scan(*inputs), inputs, dy)
-            wait()
-            times[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(measured[2:]) for name, measured in times.items()}
-
-
-def cpu_model() -> str:
-    """Name the CPU."""
-    if os.path.exists("/proc/cpuinfo"):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()
+            forward, y = machine.time_once(lambda scan=scan: scan(*inputs), device)
+            backward, _ = machine.time_once(lambda y=y: torch.autograd.grad(y, inputs, dy), device)
+            for key, seconds in (("forward", forward), ("backward", backward), ("both", forward + backward)):
+                times[name][key].append(1e6 * seconds)
+    return {name: {key: machine.median(us[3:]) for key, us in parts.items()} for name, parts in times.items()}
 
 
 def main(args: argparse.Namespace) -> None:
-    """Check, time, print a table per device and size, write everything as JSON."""
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    date = datetime.date.today().isoformat()
-    machine = {"date": date, "torch": torch.__version__, "cpu": cpu_model(), "threads": torch.get_num_threads()}
-    if "cuda" in devices:
-        machine["gpu"] = torch.cuda.get_device_name()
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    results = []
-    for device in devices:
-        for sizes in args.sizes:
-            inputs = make_inputs(sizes, device)
-            y = naive.selective_scan(*inputs)
-            dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(device)
-            expected = [y.detach(), *torch.autograd.grad(y, inputs, dy)]
-            found = contestants(device)
-            scans = {name: scan for name, scan in found.items() if callable(scan)}
-            for name, scan in scans.items():
-                check(name, scan, inputs, dy, expected)
-            ms = time_scans(scans, inputs, dy, args.repetitions)
-            ratio = {name: ms["mambapy"] / t for name, t in ms.items()} if "mambapy" in ms else {}
-            label = dict(zip("BDLN", sizes, strict=True))
-            results.append({"device": device, "size": label, "milliseconds": ms, "times_faster_than_mambapy": ratio})
-            print(f"\n{device}, " + " ".join(f"{key} {n}" for key, n in label.items()))
-            print(f"{'forward + backward, float32':<28}{'ms':>10}{'x mambapy':>12}")
-            for name, scan in found.items():
-                row = scan if name not in ms else f"{ms[name]:>10.2f}" + (f"{ratio[name]:>12.1f}" if ratio else "")
-                print(f"{name:<28}{row}")
-    output = Path(args.output or Path(__file__).parent / "results" / f"{devices[-1]}-{date}.json")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({**machine, "results": results}, indent=2) + "\n")
-    print(f"\nwritten to {output}")
+    """Check, time, print a table per size, write everything as JSON."""
+    about = machine.describe(args.device)
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    yardstick, results = YARDSTICK[args.device.type], []
+    for sizes in args.sizes or SIZES[args.device.type]:
+        inputs = make_inputs(sizes, args.device)
+        found = contestants(args.device)
+        scans = {name: scan for name, scan in found.items() if callable(scan)}
+        check(scans, inputs)
+        us = time_scans(scans, inputs, args.repetitions)
+        ratio = {name: us[yardstick]["both"] / t["both"] for name, t in us.items()} if yardstick in us else {}
+        label = dict(zip("KBDLN", sizes, strict=True))
+        dtype = str(inputs[0].dtype).removeprefix("torch.")
+        results.append({"size": label, "dtype": dtype, "microseconds": us, f"times_faster_than_{yardstick}": ratio})
+        print(f"\n{args.device.type}, {dtype}, " + " ".join(f"{key} {n}" for key, n in label.items()))
+        print(f"{'µs':<16}{'forward':>12}{'backward':>12}{'both':>12}" + (f"{'x ' + yardstick:>14}" if ratio else ""))
+        for name, scan in found.items():
+            if name not in us:
+                print(f"{name:<16}{scan}")
+                continue
+            row = "".join(f"{us[name][part]:>12.1f}" for part in ("forward", "backward", "both"))
+            print(f"{name:<16}{row}" + (f"{ratio[name]:>14.1f}" if ratio else ""))
+    machine.write(args.output or machine.result_file("scan", about), {**about, "results": results})
 
 
 if __name__ == "__main__":

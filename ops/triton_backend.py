@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import BackendUnavailable
 
@@ -365,14 +366,21 @@ def _launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: object, **
         kernel[grid](*args, **constants, num_warps=1)
 
 
+_CHECKED = WeakTensorKeyDictionary()  # maps of steps to tokens: the version and the length that were looked at
+
+
 def _checked(order: Tensor | None, L: int) -> Tensor | None:
     """The map as the kernels read it; they would follow any number in it to any address.
 
-    On a GPU the device reports a token that does not exist, when it gets there: the host does not wait for it.
+    A map is checked once, not at every use. On a GPU the device reports a token that does not exist, when it gets
+    there: the host does not wait for it.
     """
     if order is None:
         return None
-    torch._assert_async(((order >= 0) & (order < L)).all(), f"order names a token beyond the sequence of {L}")
+    seen = None if order.is_inference() else (order._version, L)
+    if seen is None or _CHECKED.get(order) != seen:
+        torch._assert_async(((order >= 0) & (order < L)).all(), f"order names a token beyond the sequence of {L}")
+        _CHECKED[order] = seen
     return order.contiguous()
 
 

@@ -1,8 +1,7 @@
 """The backends of ops/ against the oracle in float64: outputs, every gradient, choosing, building, timing."""
 
 import contextlib
-import importlib.util
-import json
+import importlib
 import logging
 import multiprocessing
 import os
@@ -15,8 +14,7 @@ import pytest
 import torch
 
 import ops
-from benchmarks import bench_scan
-from ops import BackendUnavailable, cpu_backend, naive, torch_backend
+from ops import BackendUnavailable, cpu_backend, naive
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}
 KERNELS = [("torch", torch.float64), ("torch", torch.float32), ("cpu", torch.float32)]
@@ -552,56 +550,3 @@ def test_mamba_ssm_adapter(K, ordered, varying, fresh, monkeypatch):
     assert_same("selective_scan", adapter.selective_scan, scan, order)
     for W in (1, 2, 4, 5):
         assert_same("causal_conv1d", adapter.causal_conv1d, conv_inputs(K=K, W=W, varying=varying), order)
-
-
-# ---- the benchmark ----
-
-
-def run_benchmark(*argv):
-    bench_scan.main(bench_scan.get_args_parser().parse_args(argv))
-
-
-def test_benchmark(tmp_path, capsys):
-    output = tmp_path / "new" / "scan.json"
-    run_benchmark("--sizes", "2,8,5,4", "1,3,1,16", "--repetitions", "1", "--output", str(output))
-    report, printed = json.loads(output.read_text()), capsys.readouterr().out
-    assert {"date", "torch", "cpu", "threads"} <= report.keys()
-    on_cpu = [result for result in report["results"] if result["device"] == "cpu"]
-    assert [result["size"] for result in on_cpu] == [
-        {"B": 2, "D": 8, "L": 5, "N": 4},
-        {"B": 1, "D": 3, "L": 1, "N": 16},
-    ]
-    names = {"reference loop", "torch", "cpu"} | ({"mambapy"} if importlib.util.find_spec("mambapy") else set())
-    for result in on_cpu:
-        assert result["milliseconds"].keys() == names
-        assert all(ms > 0 for ms in result["milliseconds"].values())
-        assert all(name in printed and f"{ms:.2f}" in printed for name, ms in result["milliseconds"].items())
-        for name, ratio in result["times_faster_than_mambapy"].items():
-            assert ratio == pytest.approx(result["milliseconds"]["mambapy"] / result["milliseconds"][name])
-
-
-def test_benchmark_without_mambapy(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "mambapy", None)
-    run_benchmark("--sizes", "1,4,3,4", "--repetitions", "1", "--output", str(tmp_path / "scan.json"))
-    assert "pip install mambapy" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", ["result", "gradient"])
-def test_benchmark_refuses_a_wrong_backend(name, tmp_path, monkeypatch):
-    function = {"result": "scan_forward", "gradient": "scan_backward"}[name]
-    right = getattr(torch_backend, function)
-
-    def wrong(*args):
-        first, *others = right(*args)  # y, or the gradient of u
-        return first * 1.01, *others
-
-    monkeypatch.setattr(torch_backend, function, wrong)
-    with pytest.raises(RuntimeError, match=f"torch is wrong.*: {'y' if name == 'result' else 'u'} differs"):
-        run_benchmark("--sizes", "2,8,5,4", "--output", str(tmp_path / "scan.json"))
-
-
-@pytest.mark.parametrize("text", ["1,2,3", "1,2,3,0", "a,b,c,d"])
-def test_benchmark_sizes_that_are_none(text, capsys):
-    with pytest.raises(SystemExit):
-        bench_scan.get_args_parser().parse_args(["--sizes", text])
-    assert "--sizes" in capsys.readouterr().err

@@ -1,0 +1,72 @@
+"""What the benchmarks share: the machine's name, times of a step, and the file of results."""
+
+import datetime
+import json
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def cpu_model() -> str:
+    """Name the CPU."""
+    if os.path.exists("/proc/cpuinfo"):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def describe(device: torch.device) -> dict[str, str | int]:
+    """Date, versions and hardware of this run."""
+    machine = {"date": datetime.date.today().isoformat(), "torch": torch.__version__}
+    machine |= {"cpu": cpu_model(), "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        import triton
+
+        machine |= {"triton": triton.__version__, "gpu": torch.cuda.get_device_name(device)}
+    return machine
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def result_file(kind: str, machine: dict) -> Path:
+    """`results/<gpu or cpu>-<date>-<kind>.json`."""
+    name = re.sub(r"[^a-z0-9]+", "-", machine.get("gpu", "cpu").lower()).strip("-")
+    return RESULTS / f"{name}-{machine['date']}-{kind}.json"
+
+
+def write(path: Path, report: dict) -> None:
+    """Write a report as JSON and say where."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"\nwritten to {path}")
+
+
+def time_once(function: Callable[[], object], device: torch.device) -> tuple[float, object]:
+    """Seconds that one call takes on the device, by CUDA events there, and its result."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        result = function()
+        return time.perf_counter() - start, result
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    start.record()
+    result = function()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end) / 1000, result
+
+
+def median(times: list[float]) -> float:
+    return statistics.median(times)

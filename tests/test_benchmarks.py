@@ -1,0 +1,122 @@
+"""The benchmarks from end to end at toy size: what they print and write, and that they refuse what is wrong."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import bench_scan, bench_train, machine, released
+from conftest import relative_error
+from mamba import FOUR_DIRECTIONS, ONE_DIRECTION, Block, scan_orders
+from ops import torch_backend
+
+
+def run(benchmark, *argv):
+    benchmark.main(benchmark.get_args_parser().parse_args([str(word) for word in ("--device", "cpu", *argv)]))
+
+
+# ---- scan ----
+
+
+def test_scan(tmp_path, capsys):
+    output = tmp_path / "new" / "scan.json"
+    run(bench_scan, "--sizes", "1,2,8,5,4", "2,1,3,1,16", "--repetitions", 1, "--output", output)
+    report, printed = json.loads(output.read_text()), capsys.readouterr().out
+    assert {"date", "torch", "cpu", "threads"} <= report.keys()
+    assert [result["size"] for result in report["results"]] == [
+        {"K": 1, "B": 2, "D": 8, "L": 5, "N": 4},
+        {"K": 2, "B": 1, "D": 3, "L": 1, "N": 16},
+    ]
+    names = {"reference loop", "torch", "cpu"} | ({"mambapy"} if importlib.util.find_spec("mambapy") else set())
+    for result in report["results"]:
+        us = result["microseconds"]
+        assert us.keys() == names
+        for name, parts in us.items():
+            assert parts["both"] >= 0.9 * (parts["forward"] + parts["backward"]) > 0
+            assert name in printed
+            assert f"{parts['backward']:.1f}" in printed
+        for name, ratio in result["times_faster_than_mambapy"].items():
+            assert ratio == pytest.approx(us["mambapy"]["both"] / us[name]["both"])
+
+
+def test_scan_without_mambapy(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mambapy", None)
+    run(bench_scan, "--sizes", "1,1,4,3,4", "--repetitions", 1, "--output", tmp_path / "scan.json")
+    assert "pip install mambapy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["result", "gradient"])
+def test_a_wrong_backend_is_not_timed(name, tmp_path, monkeypatch):
+    function = {"result": "scan_forward", "gradient": "scan_backward"}[name]
+    right = getattr(torch_backend, function)
+
+    def wrong(*args):
+        first, *others = right(*args)  # y, or the gradient of u
+        return first * 1.01, *others
+
+    monkeypatch.setattr(torch_backend, function, wrong)
+    with pytest.raises(RuntimeError, match=f"torch is wrong.*: {'y' if name == 'result' else 'u'} differs"):
+        run(bench_scan, "--sizes", "1,2,8,5,4", "--output", tmp_path / "scan.json")
+
+
+@pytest.mark.parametrize("text", ["1,2,3,4", "1,1,2,3,0", "a,b,c,d,e"])
+def test_sizes_that_are_none(text, capsys):
+    with pytest.raises(SystemExit):
+        bench_scan.get_args_parser().parse_args(["--sizes", text])
+    assert "--sizes" in capsys.readouterr().err
+
+
+# ---- training ----
+
+
+@pytest.mark.parametrize("directions", [ONE_DIRECTION, FOUR_DIRECTIONS], ids=["one", "four"])
+def test_the_released_mixer_computes_the_same(directions):
+    torch.manual_seed(0)
+    grid = (2, 3)
+    mixer = Block(32, 2, directions, "torch").double().mixer
+    x = torch.randn(2, 7, 32, dtype=torch.float64, requires_grad=True)
+    order = scan_orders(grid) if len(directions) == 4 else None
+    want, got = mixer(x, order), released.mix(mixer, x, grid)
+    assert relative_error(got, want) < 1e-12
+    parameters = [x, *mixer.parameters()]
+    gradients = (torch.autograd.grad(y.square().sum(), parameters) for y in (got, want))
+    for g, w in zip(*gradients, strict=True):
+        assert relative_error(g, w) < 1e-10
+
+
+def test_training(tmp_path, capsys):
+    output = tmp_path / "train.json"
+    run(bench_train, "--steps", 2, "--rounds", 1, "--batch_size", 2, "--profile", "--output", output)
+    report, printed = json.loads(output.read_text()), capsys.readouterr().out
+    found = [(row["case"], row["composition"]) for row in report["results"]]
+    assert found == [(c, k) for c in ("pretrain_toy", "finetune_toy") for k in ("ours", "released (torch)")]
+    for row in report["results"]:
+        assert row["images_per_second"] == pytest.approx(1000 * 2 / row["ms_per_step"])
+        assert f"{row['images_per_second']:.1f}" in printed
+    assert "arm::selective_scan" in printed  # the profile, by operator
+
+
+def test_a_composition_by_hand(tmp_path):
+    words = ["--cases", "pretrain_toy", "--steps", 1, "--rounds", 1, "--batch_size", 2, "--output", tmp_path / "t.json"]
+    run(bench_train, *words, "--backend", "torch", "--no_compile", "--released_loop")
+    (row,) = json.loads((tmp_path / "t.json").read_text())["results"]
+    assert (row["backend"], row["compiled"], row["released_loop"]) == ("torch", False, True)
+
+
+def test_operations_of_an_image():
+    """Against the products of ARM-base counted by hand, two operations per multiplication and addition."""
+    C, R, N, hidden, L, Cd, pixels = 768, 48, 16, 2048, 128, 512, 768
+    mixer = 3 * C * C + C * (R + 2 * N) + R * C
+    encoder = 144 * pixels * C + 12 * L * (mixer + 3 * C * hidden)
+    attention = L * (4 * Cd * Cd + 2 * L * Cd)  # projections; scores and their sum over 128 latents
+    decoder = L * 4 * C * 4 * Cd + 4 * (attention + L * 8 * Cd * Cd) + L * Cd * pixels
+    counted = bench_train.flops_per_image(bench_train.CASES["pretrain_base"])
+    assert counted == pytest.approx(2 * (encoder + decoder), rel=0.01)
+
+
+def test_names_of_result_files():
+    about = {"date": "2030-01-02", "gpu": "NVIDIA H200"}
+    assert machine.result_file("train", about) == machine.RESULTS / "nvidia-h200-2030-01-02-train.json"
+    assert machine.result_file("scan", {"date": "2030-01-02"}).name == "cpu-2030-01-02-scan.json"
