@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from mamba import Mixer
@@ -17,32 +18,59 @@ from ops import causal_conv1d, selective_scan
 from util.train_loop import autocast
 
 
+def kernels(backend: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Convolution and gated scan of one direction, channels first, as mamba-ssm's packages have them.
+
+    With another backend than mamba_ssm the same two functions stand on `ops`.
+    """
+    if backend == "mamba_ssm":
+        from causal_conv1d import causal_conv1d_fn
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+        return (
+            lambda x, weight, bias: causal_conv1d_fn(x, weight, bias, activation="silu"),
+            lambda x, dt, A, B, C, D, z, bias: selective_scan_fn(x, dt, A, B, C, D, z, bias, delta_softplus=True),
+        )
+
+    def conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return causal_conv1d(x.mT, weight[None], bias[None], backend=backend)[0].mT
+
+    def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor) -> Tensor:
+        inputs = (x.mT, dt.mT, A, B.mT, C.mT, D, bias)
+        return selective_scan(*(tensor[None] for tensor in inputs), backend=backend)[0].mT * F.silu(z)
+
+    return conv, scan
+
+
 def to_columns(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Row-major tokens around a class token in the middle, column-major: (B, L, C) -> (B, L, C)."""
+    """Row-major tokens around a class token in the middle, column-major: (B, C, L) -> (B, C, L)."""
     middle = grid[0] * grid[1] // 2
-    patches = torch.cat([x[:, :middle], x[:, middle + 1 :]], dim=1)  # (B, M, C)
-    patches = patches.unflatten(1, grid).transpose(1, 2).flatten(1, 2)  # (B, columns * rows, C)
-    return torch.cat([patches[:, :middle], x[:, middle : middle + 1], patches[:, middle:]], dim=1)
+    patches = torch.cat([x[..., :middle], x[..., middle + 1 :]], dim=-1)  # (B, C, M)
+    patches = patches.unflatten(-1, grid).mT.flatten(-2)  # (B, C, rows, columns) -> (B, C, columns * rows)
+    return torch.cat([patches[..., :middle], x[..., middle : middle + 1], patches[..., middle:]], dim=-1)
 
 
 def mix(mixer: Mixer, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
     """`Mixer.forward` with one scan after the other; `grid` in place of the map of steps to tokens."""
-    xz = mixer.in_proj(x)  # (B, L, 2C)
+    conv, scan = kernels(mixer.scan_backend)
+    batch = len(x)
+    xz = rearrange(mixer.in_proj.weight @ rearrange(x, "b l c -> c (b l)"), "c (b l) -> b c l", b=batch)  # (B, 2C, L)
     results = []
     for s in mixer.directions:
         sequence = to_columns(xz, grid) if s.startswith("_c") else xz
-        sequence = sequence.flip(1) if s.endswith("_b") else sequence
-        u, z = sequence.chunk(2, dim=-1)  # (B, L, C) each
-        conv, project, step = (mixer.get_submodule(f"{name}{s}") for name in ("conv1d", "x_proj", "dt_proj"))
-        u = causal_conv1d(u, conv.weight.view(1, -1, conv.kernel_size[0]), conv.bias[None], backend=mixer.scan_backend)
-        dt, b, c = project(u[0]).split([mixer.dt_rank, mixer.d_state, mixer.d_state], dim=-1)
-        dt = F.linear(dt, step.weight)
+        sequence = sequence.flip(-1) if s.endswith("_b") else sequence
+        u, z = sequence.chunk(2, dim=1)  # (B, C, L) each
+        taps, project, step = (mixer.get_submodule(f"{name}{s}") for name in ("conv1d", "x_proj", "dt_proj"))
+        u = conv(u, taps.weight.squeeze(1), taps.bias)
+        projected = project(rearrange(u, "b c l -> (b l) c"))  # (B * L, R + 2N)
+        dt, b, c = projected.split([mixer.dt_rank, mixer.d_state, mixer.d_state], dim=-1)
+        dt = rearrange(step.weight @ dt.mT, "c (b l) -> b c l", b=batch)
+        b, c = (rearrange(tensor, "(b l) n -> b n l", b=batch).contiguous() for tensor in (b, c))
         A, skip = -mixer.get_parameter(f"A{s}_log").exp(), mixer.get_parameter(f"D{s}")
-        inputs = (u, dt[None], A[None], b[None], c[None], skip[None], step.bias[None])
-        y = selective_scan(*inputs, backend=mixer.scan_backend)[0] * F.silu(z)
-        y = y.flip(1) if s.endswith("_b") else y
+        y = scan(u, dt, A, b, c, skip, z, step.bias)  # (B, C, L)
+        y = y.flip(-1) if s.endswith("_b") else y
         results.append(to_columns(y, grid[::-1]) if s.startswith("_c") else y)
-    return mixer.out_proj(sum(results) / len(results))
+    return mixer.out_proj((sum(results) / len(results)).mT)
 
 
 def use_released_mixers(model: nn.Module) -> None:

@@ -147,13 +147,13 @@ def scan_backward_kernel(
     batch, length,
     u_sk, u_sb, u_st, dt_sk, dt_sb, dt_st, B_sk, B_sb, B_st, C_sk, C_sb, C_st, dy_sk, dy_sb, dy_st,
     WIDTH: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, T: tl.constexpr,
-    ORDERED: tl.constexpr, RAGGED: tl.constexpr,
+    ORDERED: tl.constexpr,
 ):  # fmt: skip
     """Gradients, T tokens at a time from the last to the first.
 
     dA (K, B, D, N), dD and dt_dbias (K, B, D) are sums over the tokens of one image; dB and dC (K, B, L, blocks, N)
-    over the channels of one program. RAGGED: T does not divide the length; tokens beyond it get a dy of 0 and then
-    add nothing to any gradient.
+    over the channels of one program. Where T does not divide the length, the last block repeats the last token with
+    a dy of 0: that adds nothing to any sum, and what it stores is overwritten by the token itself.
     """
     k, b, block = _program(batch, WIDTH, BLOCK)
     row = k * batch + b
@@ -193,20 +193,19 @@ def scan_backward_kernel(
         tokens, us, raws, dys, bs, cs, hs = (), (), (), (), (), (), (h,)
         for j in tl.static_range(T):
             t = start + j
-            inside = t < length
-            token = _token(order, min(t, length - 1), ORDERED) if RAGGED else _token(order, t, ORDERED)
+            token = _token(order, tl.minimum(t, length - 1), ORDERED)
             tokens += (token,)
             us += (tl.load(u + token * u_st),)
             raws += (tl.load(dt + token * dt_st),)
             bs += (tl.load(B + token * B_st),)
             cs += (tl.load(C + token * C_st),)
-            dys += (tl.load(dy + token * dy_st, mask=inside, other=0.0) if RAGGED else tl.load(dy + token * dy_st),)
+            dys += (tl.load(dy + token * dy_st, mask=t < length, other=0.0),)
         for j in tl.static_range(T):
             delta = _softplus(raws[j].to(tl.float32) + bias)
             x = delta * us[j].to(tl.float32)
             hs += (_advance(hs[j], x, delta, decay_rate, bs[j].to(tl.float32)),)
         for j in tl.static_range(T - 1, -1, -1):
-            token, inside = tokens[j], start + j < length
+            token = tokens[j]
             u_j, raw, dy_j = us[j].to(tl.float32), raws[j].to(tl.float32) + bias, dys[j].to(tl.float32)
             delta = _softplus(raw)
             b_j = bs[j].to(tl.float32)
@@ -223,11 +222,10 @@ def scan_backward_kernel(
             ddt_j = ddelta * tl.exp2((raw - delta) * LOG2_E)  # sigmoid(raw) = e^(raw - softplus(raw))
             dbias_sum += ddt_j
             du_j = dx * delta + skip * dy_j
-            mask = inside if RAGGED else None
-            tl.store(dC + token * (blocks * N), dC_j, mask=mask)
-            tl.store(dB + token * (blocks * N), dB_j, mask=mask)
-            tl.store(ddt + token * WIDTH, ddt_j.to(ddt.dtype.element_ty), mask=mask)
-            tl.store(du + token * WIDTH, du_j.to(du.dtype.element_ty), mask=mask)
+            tl.store(dC + token * (blocks * N), dC_j)
+            tl.store(dB + token * (blocks * N), dB_j)
+            tl.store(ddt + token * WIDTH, ddt_j.to(ddt.dtype.element_ty))
+            tl.store(du + token * WIDTH, du_j.to(du.dtype.element_ty))
     tl.store(dA + (row * WIDTH + d[None, :]) * N + n[:, None], dA_sum)
     tl.store(dD + row * WIDTH + d, dD_sum)
     tl.store(dt_dbias + row * WIDTH + d, dbias_sum)
@@ -421,9 +419,8 @@ def scan_backward(dy, u, dt, A, B, C, D, dt_bias, order, states):
     dA, dD, dbias = (states.new_empty(K, batch, *shape) for shape in ((width, N), (width,), (width,)))
     dB, dC = (states.new_empty(K, batch, L, blocks, N) for _ in range(2))
     sizes = {"WIDTH": width, "N": N, "BLOCK": SCAN_BLOCK, "CHUNK": config.chunk, "T": config.block}
-    flags = {"ORDERED": order is not None, "RAGGED": L % config.block != 0}
     args = (*tensors, states, dy, du, ddt, dA, dB, dC, dD, dbias, batch, L, *strides, *dy.stride()[:3])
-    _launch(scan_backward_kernel, (blocks * batch * K,), *args, **sizes, **flags)
+    _launch(scan_backward_kernel, (blocks * batch * K,), *args, **sizes, ORDERED=order is not None)
     return du, ddt, dA.sum(1), dB.sum(3), dC.sum(3), dD.sum(1), dbias.sum(1)
 
 

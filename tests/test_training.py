@@ -370,6 +370,41 @@ def test_an_update_that_is_not_finite_is_skipped(broken):
     assert log.points[0]["train_loss"] == stats["train_loss"]
 
 
+ONE_RANK_BREAKS = """
+import argparse, math, sys, torch
+from torch.utils.data import DataLoader, TensorDataset
+from util.dist import distribute, init_device, rank
+from util.metrics import SilentLog
+from util.train_loop import train_epoch
+
+device = init_device("cpu")
+bare = torch.nn.Linear(1, 1, bias=False)
+torch.nn.init.ones_(bare.weight)
+samples = [[5.0, 1.0, 3.0], [3.0, math.nan, 1.0]][rank()]
+loader = DataLoader(TensorDataset(torch.tensor(samples)[:, None]), batch_size=1)
+loader.sampler.set_epoch = lambda epoch: None
+args = argparse.Namespace(
+    lr=1.0, min_lr=1.0, warmup_epochs=0, epochs=1, accum_iter=1, clip_grad=None, seed=0, output_dir="out"
+)
+model = distribute(bare, device)
+optimizer = torch.optim.SGD(bare.parameters(), fused=True)
+stats = train_epoch(model, loader, lambda x: model(x).mean(), optimizer, 0, args, device, SilentLog())
+loss = stats["train_loss"]
+print(f"rank {rank()}: weight {bare.weight.item()}, loss {loss}\\n", end="")
+"""
+
+
+def test_all_processes_skip_together(tmp_path, monkeypatch):
+    """One process of two meets a loss that is not finite."""
+    (tmp_path / "script.py").write_text(ONE_RANK_BREAKS)
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    out = torchrun(tmp_path / "script.py")
+    weight = 1 - 4 - 2  # the means of the two processes' first and third samples
+    losses = [5, 3, 1 * (1 - 4), 3 * (1 - 4), 1 * (1 - 4)]  # five are finite
+    for rank in (0, 1):
+        assert f"rank {rank}: weight {weight:.1f}, loss {sum(losses) / 5}" in out
+
+
 def test_three_in_a_row_stop_the_run():
     message = r"not finite in 3 updates in a row, up to epoch 0, batch 4; none of them was made.*checkpoint-last\.pth"
     with pytest.raises(RuntimeError, match=message):
