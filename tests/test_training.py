@@ -366,8 +366,17 @@ def test_an_update_that_is_not_finite_is_skipped(broken):
     weight, stats = one_weight_run([5.0, broken, 3.0, broken], log=log)
     assert weight == 1 - 5 - 3
     assert stats["train_loss"] == (5 * 1 + 3 * (1 - 5)) / 2  # of those that were finite
-    assert log.said == ["epoch 0, batch 3: skipped 2 updates whose gradient was not finite"]
+    assert log.said == ["epoch 0, batch 3: updates skipped, their gradient was not finite: 2"]
     assert log.points[0]["train_loss"] == stats["train_loss"]
+
+
+def test_every_log_line_tells_of_its_own_batches():
+    log = NotedLog()
+    samples = [1.0] * 19 + [math.nan] + [2.0] * 20 + [3.0] * 5
+    _, stats = one_weight_run(samples, log=log, lr=0.0, min_lr=0.0)
+    assert [point["train_loss"] for point in log.points] == [1, 2, 3]
+    assert log.said == ["epoch 0, batch 19: updates skipped, their gradient was not finite: 1"]
+    assert stats["train_loss"] == pytest.approx((19 + 40 + 15) / 44)
 
 
 ONE_RANK_BREAKS = """

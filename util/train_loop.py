@@ -120,7 +120,7 @@ def train_epoch(
                 "--resume, or lower --blr"
             )
         if now_skipped:
-            log.say(f"epoch {epoch}, batch {step}: skipped {now_skipped:.0f} updates whose gradient was not finite")
+            log.say(f"epoch {epoch}, batch {step}: updates skipped, their gradient was not finite: {now_skipped:.0f}")
         window.zero_()
         skipped.zero_()
         unlogged = 0
