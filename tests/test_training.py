@@ -25,7 +25,7 @@ import main_pretrain
 import models_arm
 from conftest import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN, read_log
 from util import checkpoint
-from util.metrics import SilentLog
+from util.metrics import Progress, SilentLog
 from util.train_loop import train_epoch
 
 FAST = "--warmup_epochs 0 --lr 1e-3 --epochs 2 --save_freq 1".split()
@@ -383,7 +383,7 @@ ONE_RANK_BREAKS = """
 import argparse, math, sys, torch
 from torch.utils.data import DataLoader, TensorDataset
 from util.dist import distribute, init_device, rank
-from util.metrics import SilentLog
+from util.metrics import Progress, SilentLog
 from util.train_loop import train_epoch
 
 device = init_device("cpu")
@@ -508,6 +508,15 @@ def test_live_bar_on_a_terminal(image_folder, tmp_path):
     text = shown.decode()
     assert re.search(r"epoch 0: 100%\|█+\| 3/3 \[[\d:]+<00:00, .*loss=[\d.]+, lr=[\d.e+-]+, img/s=\d+\]", text)
     assert "[3/3]" not in text
+
+
+def test_quiet_steps_count_and_say_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    progress = Progress("epoch 7", 3)
+    progress.update(8, quiet=True)
+    assert capsys.readouterr().out == ""
+    progress.update(8, loss=0.25)
+    assert re.fullmatch(r"epoch 7  \[2/3\]  loss 0.25  img/s \d+  left 00:00:0\d\n", capsys.readouterr().out)
 
 
 def test_tensorboard_points(image_folder, tmp_path, run_script, monkeypatch):
