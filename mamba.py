@@ -133,8 +133,9 @@ class Mixer(nn.Module):
             order,
             self.scan_backend,
         )  # (K, B, L, C)
-        # a sum, not a mean: its gradient is one tensor for all directions, where a mean's would be written K times
-        return self.out_proj(y.sum(dim=0) * (F.silu(z) / K))
+        # A sum, not a mean: its gradient is one tensor for all directions, where a mean's would be written K times.
+        y = y.sum(dim=0, dtype=y.dtype)  # (K, B, L, C) -> (B, L, C); autocast would make it float32
+        return self.out_proj(y * (F.silu(z) / K))
 
 
 class SwiGLU(nn.Module):

@@ -7,6 +7,8 @@ classifier = create_classifier("arm_base_pz16", num_classes=1000)
 logits = classifier(imgs)
 """
 
+from types import MethodType
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -267,8 +269,8 @@ class ARMPretrain(nn.Module):
         """
         for block in (*self.layers, *self.dec_block):
             block.compile(**options)
-        self.read_taps = torch.compile(self.read_taps, **options)
-        self.forward_loss = torch.compile(self.forward_loss, **options)
+        for name in ("read_taps", "forward_loss"):  # bound anew, so that a deep copy binds them to itself
+            setattr(self, name, MethodType(torch.compile(getattr(type(self), name), **options), self))
 
     def forward(self, imgs: Tensor) -> Tensor:
         """Loss per predicted position (n,); the training loss is its mean."""

@@ -6,7 +6,7 @@ Compiles each kernel exactly as a training run launches it (ARM-base: pretrainin
 finetuning, 197 tokens in four; bfloat16 under autocast) for compute capabilities 8.0, 9.0 and 10.0, and disassembles
 the result with the tools that Triton brings along. Instructions are counted per step: one token of one warp's channels
 (32 channels of 16 states in the scan, 128 channels in the convolution), from the longest loop. Divided by what a GPU
-issues (4 a cycle and multiprocessor) they bound the kernel's time from below. Expected on 9.0: about 190 and 525
+issues (4 a cycle and multiprocessor) they bound the kernel's time from below. Expected on 9.0: about 185 and 515
 instructions for the scan's forward and backward pass, 255 registers in the latter and next to no spills.
 """
 
@@ -44,7 +44,7 @@ class Launch(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """Of one kernel on one generation; `spilled` in bytes per thread, `instructions` per step."""
+    """Of one kernel on one generation; `spilled` is the stack in bytes per thread, `instructions` are per step."""
 
     kernel: str
     capability: int
@@ -134,18 +134,16 @@ def _loops(listing: str) -> Iterator[list[str]]:
 def per_step(launch: Launch, lengths: list[int]) -> float:
     """Instructions per step, from the lengths of a kernel's loops.
 
-    The convolution has one loop over tokens, the scan an inner one: over the tokens of a chunk (forward), or over those
-    between a stored state and the block of T tokens that the outer loop works on (backward).
+    The convolution has one loop, over tokens. The scan's outer loop is over chunks (forward) or over blocks of T tokens
+    (backward), its inner one over the blocks of a chunk, or over those between a stored state and the present block.
     """
+    if "CHUNK" not in launch.constants:
+        return max(lengths)
     outer, inner = max(lengths), min(lengths)
-    if len(lengths) == 1:
-        return outer
-    chunk = launch.constants["CHUNK"]
-    if "T" not in launch.constants:
-        return inner + (outer - inner) / chunk
-    block = launch.constants["T"]
-    before = (chunk - block) / 2  # tokens computed again to reach a block, on average
-    return (outer - inner + before * inner) / block
+    chunk, block = launch.constants["CHUNK"], launch.constants["T"]
+    forward = "TRAINS" in launch.constants
+    rounds = chunk / block if forward else (chunk / block - 1) / 2  # of the inner loop, on average
+    return (outer - inner + rounds * inner) / (chunk if forward else block)
 
 
 def measure(capability: int, K: int, L: int) -> Iterator[Resources]:

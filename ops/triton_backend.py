@@ -38,8 +38,9 @@ class Config(NamedTuple):
     segment: int
 
 
-# By generation (major compute capability), chosen by instructions per step and spills (benchmarks/kernel_resources.py):
-# a block of 8 spills everywhere, a chunk of 4 doubles what the states take in memory.
+# By generation (major compute capability). Chosen by instructions a step and spills (benchmarks/kernel_resources.py),
+# not yet by time; so far the counts favour the same everywhere. Blocks of 8 spill 1 KB a thread; blocks of 2 spill
+# nothing and take a fifth more instructions; a chunk of 4 saves a tenth of them and doubles what the states take.
 CONFIGS = {8: Config(8, 4, 32), 9: Config(8, 4, 32), 10: Config(8, 4, 32)}
 FALLBACK = CONFIGS[9]
 
@@ -100,12 +101,33 @@ def _advance(h, x, delta, decay_rate, b):
     return tl.exp2(delta[None, :] * decay_rate) * h + x[None, :] * b[:, None]
 
 
+@triton.jit
+def _read(u, dt, B, order, start, length, u_st, dt_st, B_st, T: tl.constexpr, ORDERED: tl.constexpr):
+    """Tokens of T steps and what they hold of u, dt and B; beyond the last step, the last token again.
+
+    All of it is asked for at once: later, nothing moves a load across a store.
+    """
+    tokens, us, raws, bs = (), (), (), ()
+    for j in tl.static_range(T):
+        token = _token(order, tl.minimum(start + j, length - 1), ORDERED)
+        tokens += (token,)
+        us += (tl.load(u + token * u_st),)
+        raws += (tl.load(dt + token * dt_st),)
+        bs += (tl.load(B + token * B_st),)
+    return tokens, us, raws, bs
+
+
+@triton.jit
+def _delta(raw, bias):
+    return _softplus(raw.to(tl.float32) + bias)
+
+
 @triton.jit(do_not_specialize=["batch", "length"])
 def scan_forward_kernel(
     u, dt, A, B, C, D, dt_bias, order, y, states,
     batch, length,
     u_sk, u_sb, u_st, dt_sk, dt_sb, dt_st, B_sk, B_sb, B_st, C_sk, C_sb, C_st,
-    WIDTH: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, T: tl.constexpr,
     ORDERED: tl.constexpr, TRAINS: tl.constexpr,
 ):  # fmt: skip
     """y and, where it TRAINS, the state before every chunk of tokens; `*_sk, *_sb, *_st` are strides."""
@@ -130,14 +152,16 @@ def scan_forward_kernel(
         if TRAINS:
             tl.store(states, h)
             states += N * WIDTH
-        for t in range(chunk * CHUNK, min(length, (chunk + 1) * CHUNK)):
-            token = _token(order, t, ORDERED)
-            u_j = tl.load(u + token * u_st).to(tl.float32)
-            delta = _softplus(tl.load(dt + token * dt_st).to(tl.float32) + bias)
-            h = _advance(h, delta * u_j, delta, decay_rate, tl.load(B + token * B_st).to(tl.float32))
-            c_j = tl.load(C + token * C_st).to(tl.float32)
-            y_j = tl.sum(h * c_j[:, None], 0) + skip * u_j
-            tl.store(y + token * WIDTH, y_j.to(y.dtype.element_ty))
+        for start in range(chunk * CHUNK, min(length, (chunk + 1) * CHUNK), T):
+            tokens, us, raws, bs = _read(u, dt, B, order, start, length, u_st, dt_st, B_st, T, ORDERED)
+            cs = ()
+            for j in tl.static_range(T):
+                cs += (tl.load(C + tokens[j] * C_st),)
+            for j in tl.static_range(T):
+                u_j, delta = us[j].to(tl.float32), _delta(raws[j], bias)
+                h = _advance(h, delta * u_j, delta, decay_rate, bs[j].to(tl.float32))
+                y_j = tl.sum(h * cs[j].to(tl.float32)[:, None], 0) + skip * u_j
+                tl.store(y + tokens[j] * WIDTH, y_j.to(y.dtype.element_ty), mask=start + j < length)
 
 
 @triton.jit(do_not_specialize=["batch", "length"])
@@ -184,26 +208,19 @@ def scan_backward_kernel(
         start = (count - 1 - i) * T
         chunk = start // CHUNK
         h = tl.load(states + chunk.to(tl.int64) * N * WIDTH)
-        for t in range(chunk * CHUNK, start):
-            token = _token(order, t, ORDERED)
-            delta = _softplus(tl.load(dt + token * dt_st).to(tl.float32) + bias)
-            x = delta * tl.load(u + token * u_st).to(tl.float32)
-            h = _advance(h, x, delta, decay_rate, tl.load(B + token * B_st).to(tl.float32))
-        # All that the block reads is asked for at once: nothing moves a load across the stores below.
-        tokens, us, raws, dys, bs, cs, hs = (), (), (), (), (), (), (h,)
+        for before in range(chunk * CHUNK, start, T):
+            tokens, us, raws, bs = _read(u, dt, B, order, before, length, u_st, dt_st, B_st, T, ORDERED)
+            for j in tl.static_range(T):
+                delta = _delta(raws[j], bias)
+                h = _advance(h, delta * us[j].to(tl.float32), delta, decay_rate, bs[j].to(tl.float32))
+        tokens, us, raws, bs = _read(u, dt, B, order, start, length, u_st, dt_st, B_st, T, ORDERED)
+        cs, dys, hs = (), (), (h,)
         for j in tl.static_range(T):
-            t = start + j
-            token = _token(order, tl.minimum(t, length - 1), ORDERED)
-            tokens += (token,)
-            us += (tl.load(u + token * u_st),)
-            raws += (tl.load(dt + token * dt_st),)
-            bs += (tl.load(B + token * B_st),)
-            cs += (tl.load(C + token * C_st),)
-            dys += (tl.load(dy + token * dy_st, mask=t < length, other=0.0),)
+            cs += (tl.load(C + tokens[j] * C_st),)
+            dys += (tl.load(dy + tokens[j] * dy_st, mask=start + j < length, other=0.0),)
         for j in tl.static_range(T):
-            delta = _softplus(raws[j].to(tl.float32) + bias)
-            x = delta * us[j].to(tl.float32)
-            hs += (_advance(hs[j], x, delta, decay_rate, bs[j].to(tl.float32)),)
+            delta = _delta(raws[j], bias)
+            hs += (_advance(hs[j], delta * us[j].to(tl.float32), delta, decay_rate, bs[j].to(tl.float32)),)
         for j in tl.static_range(T - 1, -1, -1):
             token = tokens[j]
             u_j, raw, dy_j = us[j].to(tl.float32), raws[j].to(tl.float32) + bias, dys[j].to(tl.float32)
@@ -397,11 +414,18 @@ def scan_states(u: Tensor, A: Tensor) -> Tensor:
 
 
 def scan_forward(u, dt, A, B, C, D, dt_bias, order, trains):
-    """See torch_backend.py."""
+    """See torch_backend.py.
+
+    Raises:
+        ValueError: the number of states is not a power of 2.
+    """
     (K, batch, L, width), N = u.shape, A.shape[-1]
+    if N & (N - 1):
+        raise ValueError(f"{N} states: the triton backend computes powers of 2; use backend 'torch'")
     tensors, strides = _scan_tensors(u, dt, A, B, C, D, dt_bias, order)
     y, states = u.new_empty(u.shape), scan_states(u, A) if trains else None
-    sizes = {"WIDTH": width, "N": N, "BLOCK": SCAN_BLOCK, "CHUNK": _config(u.device).chunk}
+    config = _config(u.device)
+    sizes = {"WIDTH": width, "N": N, "BLOCK": SCAN_BLOCK, "CHUNK": config.chunk, "T": config.block}
     flags = {"ORDERED": order is not None, "TRAINS": trains}
     args = (*tensors, y, states if trains else y, batch, L, *strides)
     _launch(scan_forward_kernel, (width // SCAN_BLOCK * batch * K,), *args, **sizes, **flags)

@@ -84,8 +84,8 @@ def assert_same(op, compute, leaves, order=None, views=lambda inputs: inputs, gr
     `views` makes the inputs from the leaves, `grad` the gradient of the result from its shape.
     """
     first = next(iter(leaves.values()))  # u or x
-    with torch.no_grad():
-        dy = grad(compute(**views(leaves), order=order).shape).to(first.device, first.dtype)
+    with torch.no_grad(), torch.device(first.device):  # made there: moving it would make it dense
+        dy = grad(compute(**views(leaves), order=order).shape).to(first.dtype)
     got = run(compute, leaves, order, views, dy)
     exact = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
     with threads(1):

@@ -25,6 +25,7 @@ import main_pretrain
 import models_arm
 from conftest import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN, read_log
 from util import checkpoint
+from util.dist import distribute
 from util.metrics import Progress, SilentLog
 from util.train_loop import train_epoch
 
@@ -418,6 +419,10 @@ def test_three_in_a_row_stop_the_run():
     message = r"not finite in 3 updates in a row, up to epoch 0, batch 4; none of them was made.*checkpoint-last\.pth"
     with pytest.raises(RuntimeError, match=message):
         one_weight_run([5.0, 3.0, math.nan, math.nan, math.nan])
+    with pytest.raises(RuntimeError, match=r"not finite in 3 updates in a row, up to epoch 0, batch 19"):
+        one_weight_run([math.nan, math.nan, math.nan, *[3.0] * 17])  # recovered before the host looks
+    with pytest.raises(RuntimeError, match=r"not finite in 4 updates in a row, up to epoch 0, batch 21"):
+        one_weight_run([*[3.0] * 18, *[math.nan] * 4], lr=0.0, min_lr=0.0)  # across two log lines
     one_weight_run([math.nan, math.nan, 3.0, math.nan, math.nan])
 
 
@@ -436,6 +441,34 @@ def test_skipped_updates_leave_the_moments_of_adamw():
         ends.append((weight, state["step"].item(), state["exp_avg"].item(), state["exp_avg_sq"].item()))
     assert ends[0] == ends[1]
     assert ends[0][1] == 2
+
+
+@pytest.fixture
+def alone_in_a_group(tmp_path):
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone_in_a_group")
+def test_gradients_travel_once_an_update(monkeypatch):
+    monkeypatch.setattr("util.dist.world_size", lambda: 2)
+    model = distribute(torch.nn.Linear(1, 1), torch.device("cpu"))
+    monkeypatch.undo()
+    assert model.gradient_as_bucket_view
+    loader = DataLoader(TensorDataset(torch.ones(6, 1)), batch_size=1)
+    loader.sampler.set_epoch = lambda epoch: None
+    args = {"lr": 1.0, "min_lr": 1.0, "warmup_epochs": 0, "epochs": 1, "accum_iter": 3, "clip_grad": None}
+    args = argparse.Namespace(**args, seed=0, output_dir="out")
+    travels = []
+
+    def compute_loss(x):
+        travels.append(model.require_backward_grad_sync)
+        return model(x).mean()
+
+    train_epoch(model, loader, compute_loss, plain_sgd(model.parameters()), 0, args, torch.device("cpu"), SilentLog())
+    assert travels == [False, False, True] * 2
 
 
 class CountReads(TorchDispatchMode):

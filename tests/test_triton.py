@@ -216,11 +216,13 @@ def test_addresses_beyond_32_bits():
     scan = {name: leaf.detach().to(DEVICE) for name, leaf in scan_inputs(K=1, batch=1, L=4, D=32).items()}
     scan["u"] = scan["dt"] = x[None]
     want = naive.selective_scan(**{name: tensor.double() for name, tensor in scan.items()})
-    leaf = x[None].detach().requires_grad_()
+    leaf, exact = x[None].detach().requires_grad_(), x[None].double().requires_grad_()
     got = TRITON["selective_scan"](**{**scan, "u": leaf, "dt": leaf})
     assert (got - want).abs().max() < 0.02 * want.abs().max()
     (grad,) = torch.autograd.grad(got.float().sum(), [leaf])
-    assert grad.isfinite().all()
+    double = {name: tensor.double() for name, tensor in scan.items()} | {"u": exact, "dt": exact}
+    (want,) = torch.autograd.grad(naive.selective_scan(**double).sum(), [exact])
+    assert (grad - want).abs().max() < 0.02 * want.abs().max()
 
 
 # ---- arguments ----
@@ -242,6 +244,11 @@ def test_widths_that_do_not_divide():
         TypeError, match=r"does not compute 36 channels, which 32 does not divide,: use backend 'torch'"
     ):
         TRITON["selective_scan"](**on_device(scan_inputs(D=36)))
+
+
+def test_numbers_of_states_that_are_no_power_of_2():
+    with pytest.raises(ValueError, match="12 states: the triton backend computes powers of 2; use backend 'torch'"):
+        TRITON["selective_scan"](**on_device(scan_inputs(N=12)))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="about machines without a GPU")
@@ -322,11 +329,12 @@ def test_no_gradients_where_none_were_announced(backend):
 
 # Registers: 255 is all that a thread can have, and leaves 8 warps to a multiprocessor.
 BOUNDS = {
-    "scan_forward_kernel": {"registers": 128, "spilled": 0, "instructions": 215},
-    "scan_backward_kernel": {"registers": 255, "spilled": 256, "instructions": 560},
-    "conv_forward_kernel": {"registers": 80, "spilled": 0, "instructions": 115},
-    "conv_backward_kernel": {"registers": 128, "spilled": 0, "instructions": 210},
+    "scan_forward_kernel": {"registers": 128, "instructions": 200},
+    "scan_backward_kernel": {"registers": 255, "instructions": 545},
+    "conv_forward_kernel": {"registers": 64, "instructions": 105},
+    "conv_backward_kernel": {"registers": 112, "instructions": 200},
 }
+SPILLED = {80: 200, 90: 48, 100: 48}  # bytes a thread, of the scan's backward pass alone
 
 
 def compiled_here(*argv):
@@ -343,6 +351,7 @@ def test_registers_spills_and_instructions(capability):
         assert row["capability"] == capability
         for name, bound in BOUNDS[row["kernel"]].items():
             assert row[name] <= bound, row
+        assert row["spilled"] <= (SPILLED[capability] if row["kernel"] == "scan_backward_kernel" else 0), row
         assert row["registers"] > 16, row  # something was compiled and found
         assert row["instructions"] > 40, row
 

@@ -70,6 +70,9 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
     """The model itself, or wrapped for several processes."""
     if world_size() == 1:
         return model
+    # Blocks are compiled one by one, so that gradients travel between them anyway; cutting their graphs at the borders
+    # of buckets, as the compiler would under DDP, only undoes what it fuses.
+    torch._dynamo.config.optimize_ddp = False
     devices = [device] if device.type == "cuda" else None
     # buffers are constants of the sizes: the same everywhere, and no reason to send them with every batch
     return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)

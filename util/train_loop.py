@@ -73,7 +73,8 @@ def train_epoch(
     progress = log.progress(f"epoch {epoch}", steps)
     epoch_sums = torch.zeros(2, dtype=torch.float64)  # sum of the finite losses, and how many they are
     window = epoch_sums.to(device, copy=True)  # the same since the last log line, on the device
-    skipped, in_a_row = torch.zeros(2, device=device).unbind()  # updates: since the last log line, and up to now
+    # Skipped updates: since the last log line, in a row up to now, and the longest row since the last log line.
+    skipped, in_a_row, longest = torch.zeros(3, device=device).unbind()
     unlogged = 0
     for step, batch in enumerate(islice(loader, steps)):
         if step % args.accum_iter == 0:
@@ -92,30 +93,34 @@ def train_epoch(
         window += torch.stack([loss.nan_to_num(0, 0, 0), loss.isfinite()])
         unlogged += 1
         if updates:
-            norm = nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
+            if args.clip_grad:
+                norm = nn.utils.clip_grad_norm_(parameters, args.clip_grad)
+            else:
+                norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             optimizer.found_inf = (~norm.isfinite()).float()  # a fused optimizer then leaves weights and moments alone
             optimizer.step()
             optimizer.zero_grad()
             after_update()
             skipped += optimizer.found_inf
             in_a_row.add_(1).mul_(optimizer.found_inf)
+            torch.maximum(longest, in_a_row, out=longest)
 
         images = len(batch[0]) * world_size()
         if not updates or (unlogged < LOG_EVERY and step + 1 < steps):
             progress.update(images, quiet=True)
             continue
         window = reduce_sum(window)
-        total, count, grad_norm, now_skipped, now_in_a_row = torch.cat(
-            [window, torch.stack([norm, skipped, in_a_row]).double()]
+        total, count, grad_norm, now_skipped, row = torch.cat(
+            [window, torch.stack([norm, skipped, longest]).double()]
         ).tolist()  # the one place where the host waits for the device
         epoch_sums += torch.tensor([total, count], dtype=torch.float64)
         mean = total / count if count else math.nan
         progress.update(images, loss=mean, lr=lr)
         # MAE's abscissa: epochs times 1000, so that runs of any batch size compare
         log.scalars(int(1000 * position), train_loss=mean, lr=lr, grad_norm=grad_norm)
-        if now_in_a_row >= MAX_NONFINITE:
+        if row >= MAX_NONFINITE:
             raise RuntimeError(
-                f"the gradient was not finite in {now_in_a_row:.0f} updates in a row, up to epoch {epoch}, batch "
+                f"the gradient was not finite in {row:.0f} updates in a row, up to epoch {epoch}, batch "
                 f"{step}; none of them was made. Go on from {Path(args.output_dir) / 'checkpoint-last.pth'} with "
                 "--resume, or lower --blr"
             )
@@ -123,6 +128,7 @@ def train_epoch(
             log.say(f"epoch {epoch}, batch {step}: updates skipped, their gradient was not finite: {now_skipped:.0f}")
         window.zero_()
         skipped.zero_()
+        longest.zero_()
         unlogged = 0
     progress.close()
     total, count = epoch_sums.tolist()
