@@ -86,6 +86,16 @@ def test_the_released_mixer_computes_the_same(directions):
         assert relative_error(g, w) < 1e-10
 
 
+@pytest.mark.parametrize("name", ["pretrain_toy", "finetune_toy"])
+def test_the_released_model_computes_the_same(name):
+    case = bench_train.CASES[name]
+    model = bench_train.build(case, "torch", torch.device("cpu")).double().eval()
+    imgs = torch.randn(2, 3, case.img_size, case.img_size, dtype=torch.float64)
+    want = model(imgs)
+    released.use_released_blocks(model)
+    assert relative_error(model(imgs), want) < 1e-12
+
+
 def test_training(tmp_path, capsys):
     output = tmp_path / "train.json"
     run(bench_train, "--steps", 2, "--rounds", 1, "--batch_size", 2, "--profile", "--output", output)

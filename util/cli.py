@@ -98,7 +98,10 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--device", help="cuda or cpu (default: cuda where there is a GPU)")
     group.add_argument(
-        "--compile", action="store_true", default=None, help="torch.compile the blocks (default: on a GPU)"
+        "--compile",
+        action="store_true",
+        default=None,
+        help="torch.compile the blocks (default: when training on a GPU)",
     )
     group.add_argument("--no_compile", action="store_false", dest="compile", help="run them eagerly")
     group.add_argument("--seed", type=natural, default=0, help="(default: %(default)s)")
