@@ -59,15 +59,15 @@ class Uint8Transform:
             elif not isinstance(step, ON_DEVICE):
                 self.augment.append(on_arrays(step))
 
-    def __call__(self, data: bytes) -> tuple[Tensor, Tensor]:
+    def __call__(self, data: bytes) -> tuple[Tensor, list[int]]:
         """What a worker does with an image.
 
         Args:
             data: content of an image file.
 
         Returns:
-            pixels (H, W, 3) uint8 and int64 numbers that `finish` needs: whether to flip, a seed, and top, bottom,
-            left and right of each box to erase.
+            pixels (H, W, 3) uint8 and the numbers that `finish` needs: whether to flip, a seed, and top, bottom, left
+            and right of each box to erase.
 
         Raises:
             BrokenImage: says why.
@@ -82,7 +82,7 @@ class Uint8Transform:
             self.draw_boxes(notes)
             boxes = notes.boxes + [0, 0, 0, 0] * (self.erase.max_count - len(notes.boxes) // 4)
             todo += [random.getrandbits(62), *boxes]
-        return torch.from_numpy(pixels), torch.tensor(todo)
+        return torch.from_numpy(pixels), todo
 
     def _cropped(self, data: bytes) -> Array:
         if self.crop is None:
@@ -95,34 +95,31 @@ class Uint8Transform:
             return self.crop.get_params(image, self.crop.scale, self.crop.ratio)
 
         pixels = np.ascontiguousarray(decode.crop_of(data, draw, self.crop.size))
-        image = F.resize(_as_image(pixels), self.crop.size, self.crop.interpolation)
+        image = F.resize_image(_as_image(pixels), self.crop.size, self.crop.interpolation)
         return image.permute(1, 2, 0).numpy()  # (3, H, W) -> (H, W, 3)
 
-    def finish(self, pixels: Tensor, todo: Tensor) -> Tensor:
+    def finish(self, pixels: Tensor, todo: Tensor, device: torch.device) -> Tensor:
         """What the training device does with a batch.
 
         Args:
-            pixels: (B, H, W, 3) uint8, on the device.
-            todo: (B, n) int64 on the CPU, as the worker returned it.
+            pixels: (B, H, W, 3) uint8, on the CPU.
+            todo: (B, n) int64 on the CPU, as the workers returned it.
+            device: of the result.
 
         Returns:
             (B, 3, H, W) float32, flipped, normalised and erased.
         """
-        device = pixels.device
-        images = pixels.permute(0, 3, 1, 2).float().div_(255)  # (B, H, W, 3) -> (B, 3, H, W)
-        mean, std = (
-            torch.as_tensor(v, device=device)[:, None, None] for v in (self.normalize.mean, self.normalize.std)
-        )
-        images = images.sub_(mean).div_(std).contiguous()
+        mean, std = (torch.as_tensor(v)[:, None, None].to(device) for v in (self.normalize.mean, self.normalize.std))
+        flip = todo[:, 0].bool()[:, None, None, None].to(device)
+        images = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
+        images = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(mean).div_(std)
         if self.flip_rate:
-            flip = todo[:, 0].bool().to(device, non_blocking=True)
-            images = torch.where(flip[:, None, None, None], images.flip(3), images)
+            images = torch.where(flip, images.flip(3), images)
         if self.erase is not None:
             generator = torch.Generator(device)
             for image, (_, seed, *boxes) in zip(images, todo.tolist(), strict=True):
                 generator.manual_seed(seed)
-                for at in range(0, len(boxes), 4):
-                    top, bottom, left, right = boxes[at : at + 4]
+                for top, bottom, left, right in zip(*[iter(boxes)] * 4, strict=True):
                     self._fill(image[:, top:bottom, left:right], generator)
         return images
 
@@ -163,6 +160,7 @@ def on_arrays(step: Callable) -> Callable[[Array], Array]:
     step = copy.deepcopy(step)
     for op in step.ops:
         op.aug_fn = OPERATIONS.get(op.aug_fn) or _through_pillow(op.aug_fn)
+    step.ops = np.array(step.ops)  # numpy draws from it, and would make an array of a list each time
     return step
 
 
@@ -258,12 +256,23 @@ def shear_y(image: Array, factor: float, fillcolor: tuple, **_: object) -> Array
     return _affine(image, 1, 0, 0, factor, 1, 0, fillcolor)
 
 
+def _translate(image: Array, pixels: float, fillcolor: tuple) -> Array:
+    """Take every pixel from `pixels` further right: a whole number of them and, for the rest, Pillow's bicubic."""
+    width = image.shape[1]
+    whole = min(max(math.floor(pixels), 1 - width), width - 1)
+    d = pixels - math.floor(pixels)
+    weights = [-d + 2 * d**2 - d**3, 1 - 2 * d**2 + d**3, d + d**2 - d**3, -(d**2) + d**3]  # of the pixels -1 to 2
+    image = cv2.filter2D(image, -1, np.float32([weights]), anchor=(1, 0), borderType=cv2.BORDER_REPLICATE)
+    left, right = max(0, -whole), max(0, whole)
+    return cv2.copyMakeBorder(image[:, right : width - left], 0, 0, left, right, cv2.BORDER_CONSTANT, value=fillcolor)
+
+
 def translate_x_rel(image: Array, pct: float, fillcolor: tuple, **_: object) -> Array:
-    return _affine(image, 1, 0, pct * image.shape[1], 0, 1, 0, fillcolor)
+    return _translate(image, pct * image.shape[1], fillcolor)
 
 
 def translate_y_rel(image: Array, pct: float, fillcolor: tuple, **_: object) -> Array:
-    return _affine(image, 1, 0, 0, 0, 1, pct * image.shape[0], fillcolor)
+    return cv2.transpose(_translate(cv2.transpose(image), pct * image.shape[0], fillcolor))
 
 
 def rotate(image: Array, degrees: float, fillcolor: tuple, **_: object) -> Array:

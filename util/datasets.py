@@ -87,19 +87,19 @@ class PillowTransform:
     def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
         self.transform = transform
 
-    def __call__(self, data: bytes) -> tuple[Tensor]:
-        return (self.transform(decode.with_pillow(data)),)
+    def __call__(self, data: bytes) -> tuple[Tensor, list[int]]:
+        return self.transform(decode.with_pillow(data)), []
 
-    def finish(self, images: Tensor) -> Tensor:
-        return images
+    def finish(self, images: Tensor, _: Tensor, device: torch.device) -> Tensor:
+        return images.to(device, non_blocking=True)
 
 
 class ImageDataset(Dataset):
-    """Images of a source and their labels: tensors as the transform returns them, then the label.
+    """Images of a source: what the transform makes of them, and its numbers followed by the label.
 
     Args:
         source: encoded images.
-        transform: content of an image file -> tensors; its `finish` makes images of a batch of them.
+        transform: content of an image file -> tensor, numbers; its `finish` makes images of a batch of them.
     """
 
     def __init__(self, source: Source, transform: PillowTransform | Uint8Transform) -> None:
@@ -108,18 +108,20 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.source.labels)
 
-    def __getitem__(self, index: int) -> tuple:
+    def __getitem__(self, index: int) -> tuple[Tensor, list[int]]:
         """Raises `BrokenImage` with the name of what cannot be read or decoded."""
         try:
-            return *self.transform(self.source.read(index)), int(self.source.labels[index])
+            pixels, numbers = self.transform(self.source.read(index))
+            return pixels, [*numbers, self.source.labels[index]]
         except (BrokenImage, OSError) as error:
             raise BrokenImage(f"{self.source.name(index)}: {error}") from error
 
-    def blank(self) -> tuple:
+    def blank(self) -> tuple[Tensor, list[int]]:
         """A black sample with the label -1, in the place of a broken one."""
         file = BytesIO()
         Image.new("RGB", (1, 1)).save(file, "PNG")
-        return *self.transform(file.getvalue()), -1
+        pixels, numbers = self.transform(file.getvalue())
+        return pixels, [*numbers, -1]
 
 
 def image_dataset(data_path: str, split: str, transform: transforms.Compose, loader: str) -> ImageDataset:
@@ -186,9 +188,15 @@ class EverySample(Dataset):
             return self.dataset.blank(), {index: str(error)}
 
 
-def _collate(items: list[tuple[tuple, dict[int, str]]]) -> tuple[list[Tensor], dict[int, str]]:
+def _collate(items: list[tuple[tuple[Tensor, list[int]], dict[int, str]]]) -> tuple[Tensor, np.ndarray, dict[int, str]]:
     samples, broken = zip(*items, strict=True)
-    return default_collate(samples), {index: name for found in broken for index, name in found.items()}
+    pixels, numbers = zip(*samples, strict=True)
+    # an array of few numbers travels faster from a worker than a tensor, whose memory is shared by a handshake
+    return (
+        default_collate(pixels),
+        np.array(numbers),
+        {index: name for found in broken for index, name in found.items()},
+    )
 
 
 @contextmanager

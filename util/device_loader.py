@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
@@ -16,13 +17,12 @@ LOGGER = logging.getLogger(__name__)
 
 
 class DeviceLoader:
-    """Passes over a `DataLoader` whose batches are (tensors, broken images).
+    """Passes over a `DataLoader` whose batches are (pixels, numbers, broken images).
 
     Args:
-        loader: its batches are a list of tensors, images first and labels last, and a dict of the broken images that
-            were met, by their number in the data.
-        finish: makes images on the device of what the workers made, all tensors but the labels; the first is on the
-            device, the others on the CPU.
+        loader: its batches are a tensor; an array (B, n + 1) int64 of n numbers and the label for each image; and a
+            dict of the broken images that were met, by their index in the data.
+        finish: (tensor, (B, n) int64, device) -> images (B, 3, H, W) float32 on the device.
         device: where the batches go.
         max_broken: so many different broken images are left to the caller in one pass; one more ends the run.
         advice: what a user can do about them.
@@ -59,14 +59,15 @@ class DeviceLoader:
         else:
             yield from map(self._to_device, self.loader)
 
-    def _to_device(self, batch: tuple[list[Tensor], dict[int, str]]) -> list[Tensor]:
-        (first, *others, labels), broken = batch
+    def _to_device(self, batch: tuple[Tensor, np.ndarray, dict[int, str]]) -> list[Tensor]:
+        pixels, numbers, broken = batch
         for index in broken.keys() - self.broken.keys():
             LOGGER.error("broken image: %s", broken[index])
         self.broken |= broken
         self._check(self.broken)
-        images = self.finish(first.to(self.device, non_blocking=True), *others)
-        return [images, labels.to(self.device, non_blocking=True)]
+        numbers = torch.from_numpy(numbers)
+        labels = numbers[:, -1].to(self.device)  # before the images: it waits for what is on the stream
+        return [self.finish(pixels, numbers[:, :-1], self.device), labels]
 
     def _ahead(self) -> Iterator[list[Tensor]]:
         """Copy and finish each batch on a side stream while the one before it is trained on."""
