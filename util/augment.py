@@ -118,6 +118,8 @@ class Uint8Transform:
         if self.erase is not None:
             generator = torch.Generator(device)
             for image, (_, seed, *boxes) in zip(images, todo.tolist(), strict=True):
+                if not any(boxes):
+                    continue
                 generator.manual_seed(seed)
                 for top, bottom, left, right in zip(*[iter(boxes)] * 4, strict=True):
                     self._fill(image[:, top:bottom, left:right], generator)

@@ -64,7 +64,7 @@ class DeviceLoader:
         for index in broken.keys() - self.broken.keys():
             LOGGER.error("broken image: %s", broken[index])
         self.broken |= broken
-        self._check(self.broken)
+        self._listed(self.broken)
         numbers = torch.from_numpy(numbers)
         labels = numbers[:, -1].to(self.device)  # before the images: it waits for what is on the stream
         return [self.finish(pixels, numbers[:, :-1], self.device), labels]
@@ -87,9 +87,11 @@ class DeviceLoader:
             yield batch
             batch = upcoming
 
-    def _check(self, broken: dict[int, str]) -> None:
+    def _listed(self, broken: dict[int, str]) -> str:
+        text = listed([broken[index] for index in sorted(broken)])
         if len(broken) > self.max_broken:
-            raise RunError(f"{listed(broken)}\n{self.advice}")
+            raise RunError(f"{text}\n{self.advice}")
+        return text
 
     def report(self, log: RunLog | SilentLog) -> None:
         """Say which images the last pass met broken on any process; every process calls it.
@@ -98,11 +100,11 @@ class DeviceLoader:
             RunError: together they are more than `max_broken`.
         """
         broken = {index: name for share in gather(self.broken) for index, name in share.items()}
-        self._check(broken)
+        text = self._listed(broken)
         if broken:
-            log.say(f"{listed(broken)}\nthey were skipped; the image after each took its place")
+            log.say(f"{text}\nthey were skipped; the image after each took its place")
 
 
-def listed(broken: dict[int, str]) -> str:
+def listed(broken: list[str]) -> str:
     """The number of broken images and a line for each."""
-    return "\n  ".join([f"{len(broken)} broken images:", *(broken[index] for index in sorted(broken))])
+    return "\n  ".join([f"{len(broken)} broken images:", *broken])
