@@ -5,6 +5,7 @@ import logging
 import math
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -212,6 +213,7 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
         lost_worker = str(error).startswith("DataLoader")  # killed, or silent for --worker_timeout seconds
         if not lost_worker and not isinstance(error, RunError):
             raise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each that is killed now
         for process in multiprocessing.active_children():
             process.kill()  # one that hangs would not let this process end
         print(f"{parser.prog}: rank {rank()}: {error}", file=sys.stderr, flush=True)
