@@ -111,10 +111,10 @@ class Uint8Transform:
         """
         mean, std = (torch.as_tensor(v)[:, None, None].to(device) for v in (self.normalize.mean, self.normalize.std))
         flip = todo[:, 0].bool()[:, None, None, None].to(device)
-        images = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
-        images = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(mean).div_(std)
+        images = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).contiguous()  # (B, H, W, 3) -> (B, 3, H, W)
         if self.flip_rate:
             images = torch.where(flip, images.flip(3), images)
+        images = images.float().div_(255).sub_(mean).div_(std)
         if self.erase is not None:
             generator = torch.Generator(device)
             for image, (_, seed, *boxes) in zip(images, todo.tolist(), strict=True):
@@ -127,10 +127,9 @@ class Uint8Transform:
 
     def _fill(self, box: Tensor, generator: torch.Generator) -> None:
         """Erase a box (3, h, w) as timm does: noise per pixel, one normal colour, or the mean colour."""
-        if self.erase.per_pixel:
-            box.normal_(generator=generator)
-        elif self.erase.rand_color:
-            box.copy_(torch.randn(3, 1, 1, device=box.device, generator=generator))
+        if self.erase.per_pixel or self.erase.rand_color:
+            shape = box.shape if self.erase.per_pixel else (3, 1, 1)
+            box.copy_(torch.randn(shape, device=box.device, generator=generator))
         else:
             box.zero_()
 
