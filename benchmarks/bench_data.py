@@ -29,6 +29,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "Finetuning"))
@@ -46,6 +48,7 @@ CORES = sorted(os.sched_getaffinity(0))
 CPU = torch.device("cpu")
 RECIPES = {"pretrain": main_pretrain, "finetune": main_finetune}
 SIZES = {"pretrain": 192, "finetune": 224}
+RELEASED = "PIL, as released"
 Epoch = Callable[[], int]  # loads an epoch, returns its images
 
 
@@ -94,6 +97,20 @@ def loader_of(args: argparse.Namespace, recipe: str, device: torch.device) -> De
     make = datasets.pretrain_transform if recipe == "pretrain" else datasets.finetune_transform
     dataset = datasets.image_dataset(args.data_path, "train", make(cli.image_size(args), args), args.loader)
     return datasets.train_loader(dataset, args, device)
+
+
+def released_epochs(args: argparse.Namespace, recipe: str) -> Epoch:
+    """Epochs of the released pipeline: ImageFolder, torchvision's or timm's transform in Pillow, plain DataLoader."""
+    make = datasets.pretrain_transform if recipe == "pretrain" else datasets.finetune_transform
+    loader = DataLoader(
+        ImageFolder(f"{args.data_path}/train", make(cli.image_size(args), args)),
+        batch_size=args.batch_size,
+        shuffle=True,
+        num_workers=args.num_workers,
+        persistent_workers=True,
+        drop_last=True,
+    )
+    return lambda: sum(len(imgs) for imgs, _ in loader)
 
 
 def host_epochs(loader: DeviceLoader) -> Epoch:
@@ -156,11 +173,12 @@ def compare(recipe: str, folder: Path, shards: Path, cores: list[int], args: arg
     os.sched_setaffinity(0, cores)
     words = ["--batch_size", args.batch_size, "--num_workers", len(cores)]
     paths = {
-        "PIL": (folder, "--loader", "pil"),
-        "fast": (folder, "--loader", "fast"),
+        "--loader pil": (folder, "--loader", "pil"),
+        "--loader fast": (folder, "--loader", "fast"),
         "fast, packed shards": (f"wds:{shards}", "--loader", "fast"),
     }
-    epochs = {
+    epochs = {RELEASED: released_epochs(arguments(recipe, folder, *words), recipe)}
+    epochs |= {
         name: host_epochs(loader_of(arguments(recipe, *words_of_path, *words), recipe, CPU))
         for name, words_of_path in paths.items()
     }
@@ -255,11 +273,14 @@ def main(args: argparse.Namespace) -> None:
         for recipe in RECIPES:
             for cores in [CORES[:1]] + [CORES] * (len(CORES) > 1):
                 found = compare(recipe, folder, shards, cores, args)
-                print(f"\n{recipe}, {len(cores)} cores{'images/s a core':>30}{'x PIL':>8}")
+                print(f"\n{f'{recipe}, {len(cores)} cores':<28}{'images/s a core':>17}{'x PIL':>8}")
                 rows = {}
                 for name, rate in found.items():
-                    rows[name] = {"images_per_second_per_core": rate / len(cores), "times_pil": rate / found["PIL"]}
-                    print(f"{name:<28}{rate / len(cores):>17.0f}{rate / found['PIL']:>8.2f}")
+                    rows[name] = {
+                        "images_per_second_per_core": rate / len(cores),
+                        "times_released": rate / found[RELEASED],
+                    }
+                    print(f"{name:<28}{rate / len(cores):>17.0f}{rate / found[RELEASED]:>8.2f}")
                 results["loading"].append({"recipe": recipe, "cores": len(cores), "paths": rows})
         for recipe in RECIPES:
             held = results["worker_mb"][recipe] = worker_memory(recipe, folder, args.batch_size)

@@ -1,6 +1,7 @@
 """Transforms, samplers and the determinism of samples."""
 
 import argparse
+import contextlib
 
 import numpy as np
 import pytest
@@ -197,3 +198,23 @@ def test_evaluation_shares_hold_each_image_once(processes, monkeypatch):
         seen += sampler
         assert list(datasets.ShareSampler(range(7), distributed=False)) == list(range(7))
     assert sorted(seen) == list(range(7))
+
+
+def test_prefetching_loses_and_repeats_nothing(seeded, monkeypatch):
+    """What runs on a GPU, without its streams: one batch ahead, waited for before it is given out."""
+    events = []
+    stream = argparse.Namespace(wait_stream=lambda other: events.append("wait"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "side")
+    monkeypatch.setattr(torch.cuda, "stream", lambda side: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, of: events.append("record"))
+    loader = datasets.train_loader(seeded.dataset, loader_args(), torch.device("cpu"))
+    finish = loader.finish
+    loader.finish = lambda *batch: events.append("copy") or finish(*batch)
+    want = list(loader)
+    events.clear()
+    got = [events.append("train") or batch for batch in loader._ahead()]
+    assert events[:8] == ["copy", "wait", "record", "record", "copy", "train", "wait", "record"]
+    for (imgs, labels), (want_imgs, want_labels) in zip(got, want, strict=True):
+        assert torch.equal(imgs, want_imgs)
+        assert torch.equal(labels, want_labels)
