@@ -8,7 +8,7 @@ process and one worker on one core, then as many workers as there are cores. Rou
 alike. Where DALI is installed (`pip install nvidia-dali-cuda130`), its CPU pipeline stands beside pretraining. Then:
 the memory of a worker over 10 epochs, what is left to the training device, and with a GPU (or `--train MODEL`) the
 images/s of training from shards as a fraction of those with random data. Expected on 2 cores of an AMD EPYC (Zen 4),
-times the released path in Pillow: fast 2.4 and shards 4 for pretraining, 2.6 and 3.9 for finetuning.
+times the released pipeline in Pillow: fast 2.5 and shards 4.3 for pretraining, 2.5 and 3.8 for finetuning.
 """
 
 import argparse
