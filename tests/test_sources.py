@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -96,6 +97,20 @@ def test_epochs_of_every_source(request, monkeypatch, kind):
         shares.append(epoch(1)[1])
     assert sorted(index for share in shares for index in share) == list(range(24))
     assert {len(share) for share in shares} == {8}
+
+
+@pytest.mark.parametrize("kind", ["", "wds:", "hfds:"])
+@pytest.mark.parametrize("aa", ["rand-m9-mstd0.5-inc1", "v0"])
+def test_workers_that_are_not_forked(request, jpeg_folder, kind, aa):
+    """Everything that a worker needs can be pickled, as where processes are spawned."""
+    path = request.getfixturevalue({"wds:": "shards", "hfds:": "hub_folder"}[kind]) if kind else jpeg_folder
+    transform = datasets.finetune_transform((32, 32), finetune_args(aa=aa))
+    dataset = datasets.image_dataset(f"{kind}{path}", "train", transform, "fast")
+    samples = datasets.SeededSamples(dataset, seed=3)
+    (want, numbers), _ = samples[0, 5]
+    (got, got_numbers), _ = pickle.loads(pickle.dumps(samples))[0, 5]
+    assert torch.equal(got, want)
+    assert got_numbers == numbers
 
 
 @pytest.mark.parametrize("kind", ["wds", "hfds"])

@@ -8,6 +8,7 @@ import copy
 import math
 import random
 from collections.abc import Callable
+from functools import partial
 
 import cv2
 import numpy as np
@@ -27,7 +28,7 @@ cv2.setNumThreads(0)  # parallel are the workers
 
 Array = np.ndarray  # (H, W, 3) uint8
 RANDOM_CROPS = transforms.RandomResizedCrop, RandomResizedCropAndInterpolation
-ON_DEVICE = transforms.ToTensor, MaybeToTensor, transforms.Normalize
+CONVERSIONS = transforms.ToTensor, MaybeToTensor
 
 
 class Uint8Transform:
@@ -56,7 +57,7 @@ class Uint8Transform:
                 self.draw_boxes.rand_color = self.draw_boxes.per_pixel = False  # no colours, only boxes
             elif isinstance(step, transforms.Normalize):
                 self.normalize = step
-            elif not isinstance(step, ON_DEVICE):
+            elif not isinstance(step, CONVERSIONS):
                 self.augment.append(on_arrays(step))
 
     def __call__(self, data: bytes) -> tuple[Tensor, list[int]]:
@@ -157,16 +158,16 @@ class _Notes:
 def on_arrays(step: Callable) -> Callable[[Array], Array]:
     """A transform of Pillow images as one of arrays: RandAugment's operations in OpenCV, anything else in Pillow."""
     if not isinstance(step, RandAugment):
-        return _through_pillow(step)
+        return partial(_in_pillow, step)
     step = copy.deepcopy(step)
     for op in step.ops:
-        op.aug_fn = OPERATIONS.get(op.aug_fn) or _through_pillow(op.aug_fn)
+        op.aug_fn = OPERATIONS.get(op.aug_fn) or partial(_in_pillow, op.aug_fn)
     step.ops = np.array(step.ops)  # numpy draws from it, and would make an array of a list each time
     return step
 
 
-def _through_pillow(function: Callable) -> Callable[[Array], Array]:
-    return lambda image, *args, **kwargs: np.array(function(Image.fromarray(image), *args, **kwargs))
+def _in_pillow(function: Callable, image: Array, *args: object, **kwargs: object) -> Array:
+    return np.array(function(Image.fromarray(image), *args, **kwargs))
 
 
 # ---- the operations of timm.data.auto_augment, which passes `fillcolor` and `resample` (bicubic) to all of them
