@@ -5,15 +5,15 @@ import argparse
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
+from util.device_loader import DeviceLoader
 from util.metrics import RunLog, SilentLog
 from util.train_loop import train_epoch
 
 
 def train_one_epoch(
     model: nn.Module,
-    loader: DataLoader,
+    loader: DeviceLoader,
     optimizer: Optimizer,
     epoch: int,
     args: argparse.Namespace,

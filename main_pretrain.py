@@ -18,7 +18,7 @@ import models_arm
 from engine_pretrain import train_one_epoch
 from ops import BackendUnavailable, choose_backend
 from util import checkpoint, cli
-from util.datasets import image_folder, pretrain_transform, train_loader
+from util.datasets import image_dataset, pretrain_transform, train_loader
 from util.dist import distribute, init_device, seed_everything
 from util.errors import as_user_error
 from util.metrics import clock, open_log
@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
     """
     cli.check_arguments(args)
     folders = cli.output_folders(args)
-    dataset = image_folder(args.data_path, "train", pretrain_transform(cli.image_size(args), args))
+    dataset = image_dataset(args.data_path, "train", pretrain_transform(cli.image_size(args), args), args.loader)
     device = init_device(args.device)
     seed_everything(args.seed)
     model = build_model(args).to(device)
@@ -94,6 +94,7 @@ def main(args: argparse.Namespace) -> None:
     start = time.monotonic()
     for epoch in range(start_epoch, args.epochs):
         stats = train_one_epoch(wrapped, loader, optimizer, epoch, args, device, log)
+        loader.report(log)
         checkpoint.save_epoch(folders[0], args, epoch, model, optimizer)
         log.epoch(**stats, epoch=epoch)
         passed = clock(start, epoch + 1 - start_epoch, args.epochs - start_epoch)

@@ -7,9 +7,10 @@ from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
+from util.device_loader import DeviceLoader
 from util.dist import reduce_sum, world_size
+from util.errors import RunError
 from util.metrics import LOG_EVERY, RunLog, ScreenLog, SilentLog
 from util.train_loop import autocast, train_epoch
 
@@ -17,7 +18,7 @@ from util.train_loop import autocast, train_epoch
 def train_one_epoch(
     model: nn.Module,
     criterion: nn.Module,
-    loader: DataLoader,
+    loader: DeviceLoader,
     optimizer: Optimizer,
     epoch: int,
     args: argparse.Namespace,
@@ -46,7 +47,7 @@ def train_one_epoch(
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: DataLoader, device: torch.device, log: ScreenLog | SilentLog, title: str = "eval"
+    model: nn.Module, loader: DeviceLoader, device: torch.device, log: ScreenLog | SilentLog, title: str = "eval"
 ) -> dict[str, float]:
     """Accuracy over every image once.
 
@@ -58,28 +59,37 @@ def evaluate(
         title: of the progress.
 
     Returns:
-        `acc1`, `acc5` in percent, `loss` (cross-entropy, mean) and `images`, their exact number.
+        `acc1`, `acc5` in percent, `loss` (cross-entropy, mean) and `images`, their exact number. Broken images, which
+        have the label -1, count as wrong and have no loss; `broken` is their number where there are any.
+
+    Raises:
+        RunError: an image is broken and the loader does not let it count as wrong, or all are.
     """
     model.eval()
     progress = log.progress(title, len(loader))
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # correct, correct among five, loss, images
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # correct, correct among five, loss, broken
+    seen = 0  # counted by the host, which does not wait for the device
     processes = world_size() if loader.sampler.distributed else 1
     for step, (imgs, labels) in enumerate(loader, start=1):
-        imgs, labels = imgs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with autocast(device):
             logits = model(imgs)
         logits = logits.float()
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
-        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, hits.new_tensor(len(labels), dtype=torch.int64)])
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-1)
+        seen += len(labels)
+        sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, (labels == -1).sum()])
         progress.update(len(labels) * processes, quiet=step % LOG_EVERY != 0 and step != len(loader))
     progress.close()
+    sums = torch.cat([sums, sums.new_tensor([seen])])
     if loader.sampler.distributed:
         reduce_sum(sums)
-    correct, correct5, loss, images = sums.tolist()
-    return {
+    correct, correct5, loss, broken, images = sums.tolist()
+    if broken == images:
+        raise RunError(f"all {int(images)} images are broken")
+    result = {
         "acc1": 100 * correct / images,
         "acc5": 100 * correct5 / images,
-        "loss": loss / images,
+        "loss": loss / (images - broken),
         "images": int(images),
     }
+    return result | ({"broken": int(broken)} if broken else {})

@@ -29,13 +29,12 @@ from timm.data import Mixup
 from timm.layers import trunc_normal_
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
-from torchvision.datasets import ImageFolder
 
 import models_arm
 from engine_finetune import evaluate, train_one_epoch
 from ops import BackendUnavailable, choose_backend
 from util import checkpoint, cli
-from util.datasets import eval_loader, eval_transform, finetune_transform, image_folder, train_loader
+from util.datasets import ImageDataset, eval_loader, eval_transform, finetune_transform, image_dataset, train_loader
 from util.dist import distribute, init_device, seed_everything
 from util.errors import UserError, as_user_error
 from util.lr_decay import param_groups_layer_decay
@@ -104,6 +103,18 @@ def get_args_parser() -> argparse.ArgumentParser:
         default="square",
         help="resize images to a square as the released code does, or their shorter side (default: %(default)s)",
     )
+    group.add_argument(
+        "--eval_loader",
+        choices=("fast", "pil"),
+        default="pil",
+        help="decode and resize evaluated images with libjpeg-turbo and torch, or in Pillow (default: %(default)s)",
+    )
+    group.add_argument(
+        "--eval_bad",
+        choices=("stop", "wrong"),
+        default="stop",
+        help="a broken image ends the evaluation, or counts as wrong (default: %(default)s)",
+    )
     parser.set_defaults(epochs=100, warmup_epochs=5, blr=5e-4, min_lr=1e-6, scale=[0.08, 1.0])
     return parser
 
@@ -168,7 +179,8 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--eval needs a checkpoint: --resume FILE")
     content = checkpoint.read(source) if source else None
     model = build_classifier(args, content)
-    val = image_folder(args.data_path, "val", eval_transform(cli.image_size(args), args.eval_resize))
+    transform = eval_transform(cli.image_size(args), args.eval_resize)
+    val = image_dataset(args.data_path, "val", transform, args.eval_loader)
     check_labels(val, args.nb_classes)
     device = init_device(args.device)
     with as_user_error(TypeError, ValueError, BackendUnavailable):
@@ -179,18 +191,19 @@ def main(args: argparse.Namespace) -> None:
         finetune(args, content, model, val, device)
 
 
-def check_labels(dataset: ImageFolder, nb_classes: int) -> None:
+def check_labels(dataset: ImageDataset, nb_classes: int) -> None:
     """Refuse labels beyond the classifier's outputs.
 
     Raises:
         UserError: there are more class folders than outputs.
     """
-    if len(dataset.classes) > nb_classes:
-        raise UserError(f"{dataset.root} has {len(dataset.classes)} classes, the classifier {nb_classes}: --nb_classes")
+    source = dataset.source
+    if len(source.classes) > nb_classes:
+        raise UserError(f"{source.root} has {len(source.classes)} classes, the classifier {nb_classes}: --nb_classes")
 
 
 def evaluate_checkpoint(
-    args: argparse.Namespace, content: dict, model: models_arm.ARMClassifier, val: ImageFolder, device: torch.device
+    args: argparse.Namespace, content: dict, model: models_arm.ARMClassifier, val: ImageDataset, device: torch.device
 ) -> None:
     """Print the accuracy of a checkpoint's weights and of its EMA weights, or of `args.model_key`.
 
@@ -204,7 +217,7 @@ def evaluate_checkpoint(
     if args.compile:
         model.compile()
     pooling = "global pool" if args.global_pool else "class token"
-    log.say(f"{len(val)} images of {len(val.classes)} classes; {args.nb_classes} outputs, {pooling}")
+    log.say(f"{len(val)} images of {len(val.source.classes)} classes; {args.nb_classes} outputs, {pooling}")
     for key in keys:
         checkpoint.load_into_classifier(content, model, key)
         result = evaluate(model, loader, device, log)
@@ -212,9 +225,10 @@ def evaluate_checkpoint(
 
 
 def in_words(result: dict[str, float]) -> str:
+    broken = f", {result['broken']} of them broken and counted as wrong" if "broken" in result else ""
     return (
         f"top-1 {result['acc1']:.2f} %, top-5 {result['acc5']:.2f} %, loss {result['loss']:.4f} "
-        f"on {result['images']} images"
+        f"on {result['images']} images{broken}"
     )
 
 
@@ -222,7 +236,7 @@ def finetune(
     args: argparse.Namespace,
     content: dict | None,
     model: models_arm.ARMClassifier,
-    val: ImageFolder,
+    val: ImageDataset,
     device: torch.device,
 ) -> None:
     """Train, evaluate after every epoch, keep the best.
@@ -233,9 +247,9 @@ def finetune(
     folders = cli.output_folders(args)
     with as_user_error(AssertionError, ValueError, KeyError, prefix=f"--aa {args.aa}: "):
         transform = finetune_transform(cli.image_size(args), args)
-    train = image_folder(args.data_path, "train", transform)
-    if train.classes != val.classes:
-        differing = sorted(set(train.classes) ^ set(val.classes))
+    train = image_dataset(args.data_path, "train", transform, args.loader)
+    if train.source.classes != val.source.classes:
+        differing = sorted(set(train.source.classes) ^ set(val.source.classes))
         raise UserError(f"{args.data_path}: train and val differ in their class folders: {', '.join(differing[:5])}")
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixes and args.batch_size % 2:
@@ -288,6 +302,7 @@ def finetune(
     start = time.monotonic()
     for epoch in range(start_epoch, args.epochs):
         stats = train_one_epoch(wrapped, criterion, loader, optimizer, epoch, args, device, log, mixup, ema)
+        loader.report(log)
         result = evaluate(model, val_loader, device, log)
         stats |= {f"test_{name}": value for name, value in result.items()}
         passed = clock(start, epoch + 1 - start_epoch, args.epochs - start_epoch)

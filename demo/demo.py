@@ -29,7 +29,7 @@ DATA = OUT / "digits"
 MODEL = "--model arm_tiny_pz16 --embed_dim 96 --depth 6 --input_size 24 --patch_size 4 --batch_size 16 --num_workers 1"
 RECIPE = "--lr 1e-3 --warmup_epochs 1 --hflip 0 --scale 0.6 1"
 PRETRAIN = "--cluster_size 2 --dec_embed_dim 64 --norm_pix_loss --epochs 22"
-FINETUNE = "--nb_classes 10 --epochs 4 --layer_decay 0.9 --aa none --reprob 0 --dist_eval"
+FINETUNE = "--nb_classes 10 --epochs 5 --layer_decay 0.9 --aa none --reprob 0 --dist_eval"
 
 
 def torchrun(script: str, arguments: str) -> str:

@@ -1,5 +1,6 @@
 """What several tests share: golden values, a small folder of images, scripts run in this process."""
 
+import io
 import json
 import os
 import sys
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on CPU tensors
@@ -62,6 +64,33 @@ def image_folder(tmp_path_factory) -> Path:
             for i in range(count):
                 pixels = rng.normal(100 + 40 * label, 40, (37 + i, 53, 3)).clip(0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+    """The content of an image file."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def photographs() -> list[Image.Image]:
+    """The two photographs that scikit-learn carries, 640 x 427."""
+    return [Image.fromarray(pixels) for pixels in load_sample_images().images]
+
+
+@pytest.fixture(scope="session")
+def jpeg_folder(tmp_path_factory, photographs) -> Path:
+    """Three classes of crops of photographs as JPEG: 8 images each to train, 7 in all to validate."""
+    root = tmp_path_factory.mktemp("jpegs")
+    for split, counts in (("train", (8, 8, 8)), ("val", (3, 2, 2))):
+        for label, count in enumerate(counts):
+            folder = root / split / f"class_{label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                box = (30 * i, 20 * i, 30 * i + 260 + label, 20 * i + 200)
+                photographs[label % 2].crop(box).save(folder / f"{i}.jpg", quality=93)
     return root
 
 

@@ -23,7 +23,7 @@ from util.errors import UserError
 SHARED = """
     model input_size patch_size embed_dim depth scan_backend
     batch_size accum_iter epochs warmup_epochs lr blr min_lr weight_decay clip_grad
-    data_path scale hflip num_workers pin_mem no_pin_mem
+    data_path loader max_bad_samples scale hflip num_workers worker_timeout pin_mem no_pin_mem
     output_dir log_dir save_freq resume start_epoch device seed compile no_compile
 """
 PRETRAIN = SHARED + "cluster_size dec_embed_dim dec_depth norm_pix_loss"
@@ -33,7 +33,7 @@ FINETUNE = (
     finetune model_key nb_classes global_pool cls_token drop_path layer_decay ema_decay
     color_jitter aa smoothing reprob remode recount
     mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode
-    eval dist_eval eval_resize
+    eval dist_eval eval_resize eval_loader eval_bad
 """
 )
 SCRIPTS = {"main_pretrain.py": main_pretrain, "main_finetune.py": main_finetune}

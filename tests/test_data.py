@@ -1,6 +1,7 @@
 """Transforms, samplers and the determinism of samples."""
 
 import argparse
+import contextlib
 
 import numpy as np
 import pytest
@@ -52,27 +53,6 @@ def test_evaluation_transform_of_a_rectangle():
     assert datasets.eval_transform((192, 224), "shorter")(image).shape == (3, 192, 224)
 
 
-def test_pretraining_crops_have_the_recipe_s_area_and_flip_rate():
-    """Crops of an image whose pixels are their own coordinates show where they were taken."""
-    side = 256
-    row, column = np.mgrid[0:side, 0:side].astype(np.uint8)
-    image = Image.fromarray(np.stack([row, column, row], axis=2))
-    args = argparse.Namespace(scale=[0.2, 1.0], hflip=0.5)
-    transform = datasets.pretrain_transform((64, 64), args)
-    torch.manual_seed(0)
-    areas, flips = [], 0
-    for _ in range(400):
-        pixels = (transform(image) * STD + MEAN) * 255
-        height = (pixels[0, -1] - pixels[0, 0]).mean().item() * 64 / 63
-        width = (pixels[1, :, -1] - pixels[1, :, 0]).mean().item() * 64 / 63
-        areas.append(abs(height * width) / side**2)
-        flips += width < 0
-    assert 0.18 < min(areas) < 0.25
-    assert 0.9 < max(areas) < 1.02
-    assert np.mean(areas) == pytest.approx(0.58, abs=0.04)  # 0.6, less the large crops that do not fit their ratio
-    assert flips / 400 == pytest.approx(0.5, abs=0.08)
-
-
 def finetune_args(**changes):
     args = {"scale": [0.08, 1.0], "hflip": 0.5, "color_jitter": None, "aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25}
     return argparse.Namespace(**{**args, "remode": "pixel", "recount": 1, **changes})
@@ -95,36 +75,46 @@ def test_finetuning_transform_applies_randaugment():
     image = photograph(80, 60)
     changed = 0
     for seed in range(300):
-        with datasets._generators_seeded(seed):
-            augmented = transform(image)
-        with datasets._generators_seeded(seed):
-            changed += not torch.equal(augmented, plain(image))
+        datasets._seed_generators(seed)
+        augmented = transform(image)
+        datasets._seed_generators(seed)
+        changed += not torch.equal(augmented, plain(image))
         assert torch.isfinite(augmented).all()
     assert changed / 300 == pytest.approx(0.75, abs=0.08)  # two operations, each with probability 0.5
 
 
-@pytest.fixture
-def seeded(image_folder):
+@pytest.fixture(params=["fast", "pil"])
+def seeded(image_folder, request):
     transform = datasets.finetune_transform((32, 32), finetune_args())
-    return datasets.SeededSamples(ImageFolder(str(image_folder / "train"), transform), seed=3)
+    dataset = datasets.image_dataset(str(image_folder), "train", transform, request.param)
+    return datasets.SeededSamples(dataset, seed=3)
+
+
+def pixels(sample):
+    (image, _numbers), _broken = sample
+    return image
 
 
 def test_samples_depend_on_seed_epoch_and_index_only(seeded):
-    first = seeded[0, 5][0]
+    first = pixels(seeded[0, 5])
     torch.manual_seed(99)
     np.random.seed(99)
     state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    assert torch.equal(seeded[0, 5][0], first)
+    assert torch.equal(pixels(seeded[0, 5]), first)
     assert torch.equal(torch.get_rng_state(), state[0])  # the generators of the caller are left alone
     assert (np.random.get_state()[1] == state[1]).all()
-    assert not torch.equal(seeded[1, 5][0], first)
-    assert not torch.equal(datasets.SeededSamples(seeded.dataset, seed=4)[0, 5][0], first)
+    assert not torch.equal(pixels(seeded[1, 5]), first)
+    assert not torch.equal(pixels(datasets.SeededSamples(seeded.dataset, seed=4)[0, 5]), first)
 
 
-def batches(seeded, epoch, **changes):
-    args = {"batch_size": 4, "num_workers": 0, "pin_mem": True, "accum_iter": 1, "seed": 3}
-    loader = datasets.train_loader(seeded.dataset, argparse.Namespace(**{**args, **changes}), torch.device("cpu"))
-    loader.sampler.set_epoch(epoch)
+def loader_args(**changes):
+    args = {"batch_size": 4, "num_workers": 0, "pin_mem": True, "accum_iter": 1, "seed": 3, "worker_timeout": 60}
+    return argparse.Namespace(**{**args, "max_bad_samples": None, "dist_eval": False, "eval_bad": "stop", **changes})
+
+
+def batches(seeded, epoch, start=0, **changes):
+    loader = datasets.train_loader(seeded.dataset, loader_args(**changes), torch.device("cpu"))
+    loader.sampler.set_epoch(epoch, start)
     return list(loader)
 
 
@@ -134,15 +124,51 @@ def test_workers_do_not_change_the_samples(seeded):
         assert torch.equal(labels, labels2)
 
 
-def test_epochs_differ_and_hold_every_image_once(seeded, image_folder):
-    seeded.dataset.transform = lambda image: torch.tensor(image.getpixel((0, 0)))
+def test_epochs_differ_and_hold_every_image_once(seeded):
+    seeded.dataset.transform = datasets.PillowTransform(lambda image: torch.tensor(image.getpixel((0, 0))))
     orders = []
     for epoch in (0, 1):
-        pixels = torch.cat([imgs for imgs, _ in batches(seeded, epoch)])
-        assert len(pixels) == 24
-        assert len(torch.unique(pixels, dim=0)) == 24
-        orders.append(pixels)
+        colours = torch.cat([imgs for imgs, _ in batches(seeded, epoch)])
+        assert len(colours) == 24
+        assert len(torch.unique(colours, dim=0)) == 24
+        orders.append(colours)
     assert not torch.equal(*orders)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_can_start_in_its_middle(seeded, workers):
+    whole = batches(seeded, 2)
+    rest = batches(seeded, 2, start=3 * 4, num_workers=workers)
+    assert len(rest) == len(whole) - 3
+    for (imgs, labels), (imgs2, labels2) in zip(rest, whole[3:], strict=True):
+        assert torch.equal(imgs, imgs2)
+        assert torch.equal(labels, labels2)
+
+
+@pytest.mark.parametrize("processes", [2, 5])
+def test_no_image_is_in_two_shares_of_an_epoch(seeded, monkeypatch, processes):
+    """24 images on 5 processes: DistributedSampler's default would give one of them twice."""
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    seen = []
+    for rank in range(processes):
+        monkeypatch.setenv("RANK", str(rank))
+        sampler = datasets.EpochSampler(seeded, seed=3)
+        assert len(list(sampler)) == len(sampler) == 24 // processes
+        seen += [index for _, index in sampler]
+    assert len(set(seen)) == len(seen)
+
+
+def test_pil_loads_what_the_released_code_loads(image_folder):
+    """`--loader pil` against torchvision's ImageFolder with the transform in Pillow, bitwise."""
+    transform = datasets.finetune_transform((32, 32), finetune_args())
+    seeded = datasets.SeededSamples(datasets.image_dataset(str(image_folder), "train", transform, "pil"), seed=3)
+    released = ImageFolder(str(image_folder / "train"), transform)
+    for index in range(len(released)):
+        datasets._seed_generators(3, 7, index)
+        want, label = released[index]
+        (image, numbers), broken = seeded[7, index]
+        assert torch.equal(image, want)
+        assert (numbers, broken) == ([label], {})
 
 
 def test_two_processes_share_each_batch_of_one(seeded, monkeypatch):
@@ -172,3 +198,23 @@ def test_evaluation_shares_hold_each_image_once(processes, monkeypatch):
         seen += sampler
         assert list(datasets.ShareSampler(range(7), distributed=False)) == list(range(7))
     assert sorted(seen) == list(range(7))
+
+
+def test_prefetching_loses_and_repeats_nothing(seeded, monkeypatch):
+    """What runs on a GPU, without its streams: one batch ahead, waited for before it is given out."""
+    events = []
+    stream = argparse.Namespace(wait_stream=lambda other: events.append("wait"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "side")
+    monkeypatch.setattr(torch.cuda, "stream", lambda side: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, of: events.append("record"))
+    loader = datasets.train_loader(seeded.dataset, loader_args(), torch.device("cpu"))
+    finish = loader.finish
+    loader.finish = lambda *batch: events.append("copy") or finish(*batch)
+    want = list(loader)
+    events.clear()
+    got = [events.append("train") or batch for batch in loader._ahead()]
+    assert events[:8] == ["copy", "wait", "record", "record", "copy", "train", "wait", "record"]
+    for (imgs, labels), (want_imgs, want_labels) in zip(got, want, strict=True):
+        assert torch.equal(imgs, want_imgs)
+        assert torch.equal(labels, want_labels)

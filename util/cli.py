@@ -3,7 +3,9 @@
 import argparse
 import logging
 import math
+import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -15,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from util.dist import is_main, local_rank, world_size
-from util.errors import UserError
+from util.dist import is_main, local_rank, rank, world_size
+from util.errors import RunError, UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,7 +76,25 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--clip_grad", type=number(float, 0, above=True), help="largest gradient norm")
 
     group = parser.add_argument_group("data")
-    group.add_argument("--data_path", required=True, help="folder with train/ and val/, one folder of images a class")
+    group.add_argument(
+        "--data_path",
+        required=True,
+        help="folder with train/ and val/, one folder of images a class; wds:FOLDER of tar shards; hfds:NAME or "
+        "hfds:FOLDER of a Hugging Face dataset",
+    )
+    group.add_argument(
+        "--loader",
+        choices=("fast", "pil"),
+        default="fast",
+        help="decode and augment training images with libjpeg-turbo and OpenCV, or in Pillow as the released code does "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--max_bad_samples",
+        type=natural,
+        metavar="N",
+        help="more broken training images than these in an epoch end the run (default: 0.1 %% of the images)",
+    )
     group.add_argument("--scale", type=rate, nargs=2, help="area of random crops (default: %(default)s)")
     group.add_argument("--hflip", type=rate, default=0.5, help="rate of horizontal flips (default: %(default)s)")
     group.add_argument(
@@ -82,6 +102,13 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         type=natural,
         default=min(10, len(os.sched_getaffinity(0))),
         help="processes that load images (default: 10, or the number of cores)",
+    )
+    group.add_argument(
+        "--worker_timeout",
+        type=natural,
+        default=300,
+        metavar="S",
+        help="a batch that takes longer ends the run; 0 waits for ever (default: %(default)s seconds)",
     )
     group.add_argument("--pin_mem", action="store_true", default=True, help="pin memory for the GPU (default)")
     group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
@@ -177,7 +204,7 @@ def describe(args: argparse.Namespace, model: nn.Module, images: int, device: to
 
 
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
-    """Parse the command line and run a script; a `UserError` becomes one line and exit status 2.
+    """Parse the command line and run a script; a `UserError` becomes one line and exit status 2, a `RunError` 1.
 
     torchrun ends every process as soon as one has failed: so the first process of each machine states the mistake,
     and the others, which found the same one, leave it the time to.
@@ -191,5 +218,14 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
         else:
             time.sleep(5)
         sys.exit(2)
+    except (RunError, RuntimeError) as error:
+        lost_worker = str(error).startswith("DataLoader")  # killed, or silent for --worker_timeout seconds
+        if not lost_worker and not isinstance(error, RunError):
+            raise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each that is killed now
+        for process in multiprocessing.active_children():
+            process.kill()  # one that hangs would not let this process end
+        print(f"{parser.prog}: rank {rank()}: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
     if dist.is_initialized():  # not after an error: it waits for processes that may be gone
         dist.destroy_process_group()

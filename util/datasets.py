@@ -1,20 +1,28 @@
-"""Image folders, their transforms, and loaders whose samples do not depend on the number of processes or workers."""
+"""Transforms of images, and loaders whose samples do not depend on the number of processes or workers."""
 
 import argparse
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from io import BytesIO
+from itertools import islice
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
 from torchvision import transforms
-from torchvision.datasets import ImageFolder
 
+from util import decode
+from util.augment import Uint8Transform
+from util.decode import BrokenImage
+from util.device_loader import DeviceLoader
 from util.dist import rank, world_size
 from util.errors import UserError
+from util.sources import Source, open_source
 
 NORMALIZE = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 BICUBIC = transforms.InterpolationMode.BICUBIC
@@ -69,52 +77,132 @@ def eval_transform(size: tuple[int, int], resize: str) -> Callable:
     )
 
 
-def image_folder(data_path: str, split: str, transform: Callable) -> ImageFolder:
-    """The folder `data_path/split` with one folder of images a class.
+class PillowTransform:
+    """The released path: a transform of Pillow images, all of it in the worker.
+
+    Args:
+        transform: image -> (3, H, W) float32.
+    """
+
+    def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.transform = transform
+
+    def __call__(self, data: bytes) -> tuple[Tensor, list[int]]:
+        return self.transform(decode.with_pillow(data)), []
+
+    def finish(self, images: Tensor, _: Tensor, device: torch.device) -> Tensor:
+        return images.to(device, non_blocking=True)
+
+
+class ImageDataset(Dataset):
+    """Images of a source: what the transform makes of them, and its numbers followed by the label.
+
+    Args:
+        source: encoded images.
+        transform: content of an image file -> tensor, numbers; its `finish` makes images of a batch of them.
+    """
+
+    def __init__(self, source: Source, transform: PillowTransform | Uint8Transform) -> None:
+        self.source, self.transform = source, transform
+
+    def __len__(self) -> int:
+        return len(self.source.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, list[int]]:
+        """Raises `BrokenImage` with the name of what cannot be read or decoded."""
+        try:
+            pixels, numbers = self.transform(self.source.read(index))
+            return pixels, [*numbers, self.source.labels[index]]
+        except (BrokenImage, OSError) as error:
+            raise BrokenImage(f"{self.source.name(index)}: {error}") from error
+
+    def blank(self) -> tuple[Tensor, list[int]]:
+        """A black sample with the label -1, in the place of a broken one."""
+        file = BytesIO()
+        Image.new("RGB", (1, 1)).save(file, "PNG")
+        pixels, numbers = self.transform(file.getvalue())
+        return pixels, [*numbers, -1]
+
+
+def image_dataset(data_path: str, split: str, transform: transforms.Compose, loader: str) -> ImageDataset:
+    """The images of `--data_path` as "fast" or "pil" loads them.
 
     Raises:
-        UserError: the folder or the split is missing, holds no class, or a class holds no image.
+        UserError: the data is not there, or not of the form asked for.
     """
-    root = Path(data_path)
-    if not root.is_dir():
-        raise UserError(f"--data_path {data_path}: no such folder")
-    folder = root / split
-    if not folder.is_dir():
-        raise UserError(f"--data_path {data_path}: there is no folder {split!r} in it")
-    try:
-        return ImageFolder(str(folder), transform)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: {error}") from error
+    how = {"fast": Uint8Transform, "pil": PillowTransform}[loader]
+    return ImageDataset(open_source(data_path, split), how(transform))
 
 
 class SeededSamples(Dataset):
     """Draws the random transforms of a sample from (seed, epoch, index) alone.
 
     A sample then looks the same in whatever process, worker or batch it is drawn, so runs on any number of them see
-    the same images. Items are asked for by (epoch, index), as `EpochSampler` yields them.
+    the same images. Items are asked for by (epoch, index), as `EpochSampler` yields them. An item is a sample and the
+    broken images that stood in its place, by index; the next image that is not broken has taken it.
+
+    Args:
+        dataset: an `ImageDataset`.
+        seed: of the run.
+        max_broken: after so many and one in a row, a blank sample takes the place.
     """
 
-    def __init__(self, dataset: Dataset, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
+    def __init__(self, dataset: ImageDataset, seed: int, max_broken: float = math.inf) -> None:
+        self.dataset, self.seed, self.max_broken = dataset, seed, max_broken
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, epoch_and_index: tuple[int, int]) -> tuple:
-        epoch, index = epoch_and_index
-        with _generators_seeded(self.seed, epoch, index):
-            return self.dataset[index]
+    def __getitem__(self, epoch_and_index: tuple[int, int]) -> tuple[tuple, dict[int, str]]:
+        return self.__getitems__([epoch_and_index])[0]
+
+    def __getitems__(self, epochs_and_indices: list[tuple[int, int]]) -> list[tuple[tuple, dict[int, str]]]:
+        with _generators_kept():
+            return [self._sample(epoch, index) for epoch, index in epochs_and_indices]
+
+    def _sample(self, epoch: int, index: int) -> tuple[tuple, dict[int, str]]:
+        broken = {}
+        while len(broken) <= min(self.max_broken, len(self) - 1):
+            _seed_generators(self.seed, epoch, index)
+            try:
+                return self.dataset[index], broken
+            except BrokenImage as error:
+                broken[index] = str(error)
+                index = (index + 1) % len(self)
+        return self.dataset.blank(), broken
+
+
+class EverySample(Dataset):
+    """Every sample as it is: nothing takes the place of a broken one, which is blank and has the label -1."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[tuple, dict[int, str]]:
+        try:
+            return self.dataset[index], {}
+        except BrokenImage as error:
+            return self.dataset.blank(), {index: str(error)}
+
+
+def _collate(items: list[tuple[tuple[Tensor, list[int]], dict[int, str]]]) -> tuple[Tensor, np.ndarray, dict[int, str]]:
+    samples, broken = zip(*items, strict=True)
+    pixels, numbers = zip(*samples, strict=True)
+    # an array of few numbers travels faster from a worker than a tensor, whose memory is shared by a handshake
+    return (
+        default_collate(pixels),
+        np.array(numbers),
+        {index: name for found in broken for index, name in found.items()},
+    )
 
 
 @contextmanager
-def _generators_seeded(*entropy: int) -> Iterator[None]:
-    """Seed the three generators that transforms draw from, and put back their state afterwards."""
-    words = np.random.SeedSequence(entropy).generate_state(4)
+def _generators_kept() -> Iterator[None]:
+    """Put back the state of the three generators that transforms draw from."""
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    random.seed(int(words[0]))
-    np.random.seed(words[1])
-    # not torch.manual_seed, which also queues a seed for every GPU
-    torch.default_generator.manual_seed(int(words[2]) << 31 | int(words[3]) >> 1)
     try:
         yield
     finally:
@@ -123,14 +211,29 @@ def _generators_seeded(*entropy: int) -> Iterator[None]:
         torch.default_generator.set_state(states[2])
 
 
+def _seed_generators(*entropy: int) -> None:
+    """Seed the three generators that transforms draw from."""
+    words = np.random.SeedSequence(entropy).generate_state(4)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    # not torch.manual_seed, which also queues a seed for every GPU
+    torch.default_generator.manual_seed(int(words[2]) << 31 | int(words[3]) >> 1)
+
+
 class EpochSampler(DistributedSampler):
-    """This rank's share of a new permutation each epoch, as pairs (epoch, index)."""
+    """This rank's share of a new permutation each epoch, as pairs (epoch, index); no image is in two shares."""
 
     def __init__(self, dataset: Dataset, seed: int) -> None:
-        super().__init__(dataset, num_replicas=world_size(), rank=rank(), shuffle=True, seed=seed)
+        super().__init__(dataset, num_replicas=world_size(), rank=rank(), shuffle=True, seed=seed, drop_last=True)
+        self.start = 0
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the next pass: the epoch, and how many samples of this rank have been seen of it already."""
+        super().set_epoch(epoch)
+        self.start = start
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((self.epoch, index) for index in super().__iter__())
+        return ((self.epoch, index) for index in islice(super().__iter__(), self.start, None))
 
 
 class ShareSampler(Sampler):
@@ -149,39 +252,41 @@ class ShareSampler(Sampler):
 
 def _loading(args: argparse.Namespace, device: torch.device) -> dict:
     return {
+        "batch_size": args.batch_size,
         "num_workers": args.num_workers,
         "persistent_workers": args.num_workers > 0,
         "pin_memory": args.pin_mem and device.type == "cuda",
+        "timeout": args.worker_timeout if args.num_workers > 0 else 0,
+        "collate_fn": _collate,
     }
 
 
-def train_loader(dataset: Dataset, args: argparse.Namespace, device: torch.device) -> DataLoader:
+def train_loader(dataset: ImageDataset, args: argparse.Namespace, device: torch.device) -> DeviceLoader:
     """Shuffled batches of `args.batch_size` a process; the incomplete last one is left out.
 
     Raises:
         UserError: the data does not fill `args.accum_iter` batches on every process.
     """
-    dataset = SeededSamples(dataset, args.seed)
-    loader = DataLoader(
-        dataset,
-        batch_size=args.batch_size,
-        sampler=EpochSampler(dataset, args.seed),
-        drop_last=True,
-        **_loading(args, device),
-    )
+    max_broken = len(dataset) // 1000 if args.max_bad_samples is None else args.max_bad_samples
+    samples = SeededSamples(dataset, args.seed, max_broken)
+    sampler = EpochSampler(samples, args.seed)
+    loader = DataLoader(samples, sampler=sampler, drop_last=True, **_loading(args, device))
     if len(loader) < args.accum_iter:
         raise UserError(
             f"{len(dataset)} training images do not fill one update: batch size {args.batch_size} x {world_size()} "
             f"processes x {args.accum_iter} accumulated batches"
         )
-    return loader
+    advice = f"these are more than {max_broken} of {len(dataset)}: mend or remove them, or raise --max_bad_samples"
+    return DeviceLoader(loader, dataset.transform.finish, device, max_broken, advice)
 
 
-def eval_loader(dataset: Dataset, args: argparse.Namespace, device: torch.device) -> DataLoader:
-    """Batches in order, every sample once, over all processes with `args.dist_eval`, else on each of them."""
-    return DataLoader(
-        dataset,
-        batch_size=args.batch_size,
-        sampler=ShareSampler(dataset, args.dist_eval),
-        **_loading(args, device),
-    )
+def eval_loader(dataset: ImageDataset, args: argparse.Namespace, device: torch.device) -> DeviceLoader:
+    """Batches in order, every sample once, over all processes with `args.dist_eval`, else on each of them.
+
+    The label of a broken image is -1, where `args.eval_bad` does not end the run.
+    """
+    samples = EverySample(dataset)
+    loader = DataLoader(samples, sampler=ShareSampler(samples, args.dist_eval), **_loading(args, device))
+    max_broken = 0 if args.eval_bad == "stop" else math.inf
+    advice = "mend or remove it, or say --eval_bad wrong to count it as wrong"
+    return DeviceLoader(loader, dataset.transform.finish, device, max_broken, advice)

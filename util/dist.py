@@ -83,3 +83,11 @@ def reduce_sum(values: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def gather(value: object) -> list:
+    """The values of all processes, by rank; they are pickled."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values

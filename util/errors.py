@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake."""
+"""The exceptions that end a run with a message instead of a traceback."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,6 +6,10 @@ from contextlib import contextmanager
 
 class UserError(Exception):
     """A user's mistake: the scripts show it as one line, without a traceback, and exit with status 2."""
+
+
+class RunError(Exception):
+    """What ends a run that had begun: stated without a traceback by the process that met it, exit status 1."""
 
 
 @contextmanager

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
+from util.device_loader import DeviceLoader
 from util.dist import reduce_sum, seed_everything, world_size
 from util.lr_sched import lr_at, set_lr
 from util.metrics import LOG_EVERY, RunLog, SilentLog
@@ -33,7 +33,7 @@ def autocast(device: torch.device) -> torch.autocast:
 
 def train_epoch(
     model: nn.Module,
-    loader: DataLoader,
+    loader: DeviceLoader,
     compute_loss: Callable[..., Tensor],
     optimizer: Optimizer,
     epoch: int,
@@ -50,8 +50,8 @@ def train_epoch(
 
     Args:
         model: bare or distributed.
-        loader: batches of tensors; its sampler has `set_epoch`.
-        compute_loss: of the tensors of one batch, on `device`; called under autocast.
+        loader: batches of tensors on `device`; its sampler has `set_epoch`.
+        compute_loss: of the tensors of one batch; called under autocast.
         optimizer: a fused one, which can skip updates; its groups may have an `lr_scale`.
         epoch: number of the epoch, from 0.
         args: `seed`, `lr`, `min_lr`, `warmup_epochs`, `epochs`, `accum_iter`, `clip_grad`, `output_dir`.
@@ -83,7 +83,6 @@ def train_epoch(
             set_lr(optimizer, lr)
         updates = (step + 1) % args.accum_iter == 0
 
-        batch = [tensor.to(device, non_blocking=True) for tensor in batch]
         waits = isinstance(model, DistributedDataParallel) and not updates
         with model.no_sync() if waits else nullcontext():  # gradients travel once an update
             with autocast(device):

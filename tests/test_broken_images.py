@@ -1,0 +1,267 @@
+"""Real broken files, killed and hanging workers: what training and evaluation do about them."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+
+import pytest
+import torch
+from PIL import Image
+
+import main_finetune
+import main_pretrain
+from conftest import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN, encoded
+from test_data import finetune_args, loader_args
+from test_training import torchrun
+from util import datasets, decode
+from util.errors import RunError
+
+CPU = torch.device("cpu")
+
+
+def large_jpeg(photo):
+    """A small file whose header says 65,500 x 65,500."""
+    data = bytearray(encoded(photo))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = 2 * (65500).to_bytes(2, "big")
+    return bytes(data)
+
+
+def large_png():
+    """A real image of 20,000 x 20,000 black pixels in 50 kB."""
+    return encoded(Image.new("1", (20000, 20000)), "PNG")
+
+
+def damaged_png(photo):
+    data = bytearray(encoded(photo, "PNG"))
+    middle = len(data) // 2
+    data[middle : middle + 50] = zlib.compress(b"something else" * 9)[:50].ljust(50, b"x")
+    return bytes(data)
+
+
+BROKEN = {
+    "empty.jpg": lambda photo: b"",
+    "text.jpg": lambda photo: b"not an image, whatever its name says\n" * 20,
+    "truncated.jpg": lambda photo: encoded(photo)[: len(encoded(photo)) // 2],
+    "header.jpg": lambda photo: encoded(photo)[:300],
+    "without_end.jpg": lambda photo: encoded(photo)[:-2],
+    "progressive.jpg": lambda photo: encoded(photo, progressive=True)[:-400],
+    "large.jpg": large_jpeg,
+    "large.png": lambda photo: large_png(),
+    "truncated.png": lambda photo: encoded(photo, "PNG")[:-500],
+    "damaged.png": damaged_png,
+}
+
+
+PLACED = {name: f"{number % 8}_{name}" for number, name in enumerate(BROKEN)}  # each after a readable image
+
+
+@pytest.fixture(scope="module")
+def broken_files(photographs):
+    photo = photographs[0].resize((90, 60))
+    return {name: make(photo) for name, make in BROKEN.items()}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_neither_decoder_takes_a_broken_file(broken_files, name):
+    with pytest.raises(decode.BrokenImage):
+        decode.with_pillow(broken_files[name])
+    with pytest.raises(decode.BrokenImage):
+        decode.crop_of(broken_files[name], lambda height, width: (0, 0, height, width))
+
+
+@pytest.fixture
+def broken_folder(jpeg_folder, broken_files, tmp_path):
+    """24 readable and 10 broken images to train, 7 readable ones to validate."""
+    folder = tmp_path / "data"
+    shutil.copytree(jpeg_folder, folder)
+    for name, data in broken_files.items():
+        (folder / "train" / "class_1" / PLACED[name]).write_bytes(data)
+    return folder
+
+
+@pytest.mark.parametrize("how", ["fast", "pil"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_next_image_takes_the_place_of_a_broken_one(broken_folder, how, workers):
+    """Batches stay full, and are the same whatever the number of workers; every broken file is named once."""
+    dataset = datasets.image_dataset(
+        str(broken_folder), "train", datasets.finetune_transform((32, 32), finetune_args()), how
+    )
+    args = loader_args(batch_size=17, num_workers=workers, max_bad_samples=len(BROKEN))
+    loader = datasets.train_loader(dataset, args, CPU)
+    loader.sampler.set_epoch(1)
+    images = torch.cat([imgs for imgs, _ in loader])
+    assert len(images) == 34
+    named = sorted(os.path.basename(text.split(": ")[0]) for text in loader.broken.values())
+    assert named == sorted(PLACED.values())
+    samples = datasets.SeededSamples(dataset, seed=3)
+    order = [index for _, index in loader.sampler]
+    broken = set(loader.broken)
+    for image, index in zip(images, order, strict=True):
+        while index in broken:
+            index += 1
+        (pixels, numbers), _ = samples[1, index]
+        want = dataset.transform.finish(pixels[None], torch.tensor([numbers[:-1]]), CPU)[0]
+        assert torch.equal(image, want)
+
+
+def test_nothing_but_broken_images(tmp_path):
+    for label in ("a", "b"):
+        (tmp_path / "train" / label).mkdir(parents=True)
+        for number in range(4):
+            (tmp_path / "train" / label / f"{number}.jpg").write_text("nothing")
+    transform = datasets.finetune_transform((32, 32), finetune_args())
+    for limit in (3, 100):
+        dataset = datasets.image_dataset(str(tmp_path), "train", transform, "fast")
+        loader = datasets.train_loader(dataset, loader_args(max_bad_samples=limit), CPU)
+        if limit == 3:
+            with pytest.raises(RunError, match="broken images:"):
+                list(loader)
+        else:
+            assert len(list(loader)) == 2
+            assert len(loader.broken) == 8
+
+
+def pretrain(folder, *more):
+    words = [*TINY_PRETRAIN, "--data_path", folder, "--epochs", 1, "--warmup_epochs", 0, "--batch_size", 17, *more]
+    return [str(word) for word in words]
+
+
+@pytest.mark.parametrize("how", ["fast", "pil"])
+def test_training_names_and_counts_broken_images(broken_folder, tmp_path, run_script, capsys, how):
+    out = tmp_path / "out"
+    run_script(main_pretrain, *pretrain(broken_folder, "--loader", how, "--max_bad_samples", 10, "--output_dir", out))
+    assert (out / "checkpoint-last.pth").exists()
+    report = capsys.readouterr().out.partition("10 broken images:\n")[2]
+    assert all(re.search(rf"^  .*/class_1/{re.escape(name)}: .+$", report, re.MULTILINE) for name in PLACED.values())
+
+
+@pytest.mark.parametrize("limit", [["--max_bad_samples", 9], []])  # the default is 0.1 % of 34: none
+def test_too_many_broken_images_end_the_run(broken_folder, tmp_path, run_script, capsys, limit):
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(main_pretrain, *pretrain(broken_folder, *limit, "--output_dir", out))
+    assert exit_info.value.code == 1
+    error = capsys.readouterr().err
+    count = int(re.match(r"main_pretrain\.py: rank 0: (\d+) broken images:\n", error)[1])
+    assert len(re.findall(r"^  .*/class_1/\S+: .+$", error, re.MULTILINE)) == count >= (10 if limit else 1)
+    assert f"more than {9 if limit else 0} of 34" in error
+    assert "raise --max_bad_samples" in error
+    assert not (out / "checkpoint-last.pth").exists()
+
+
+def test_broken_images_of_two_processes(broken_folder, tmp_path):
+    """Each process meets some of them; the report has them all, and together they may be too many."""
+    words = pretrain(broken_folder, "--num_workers", 1, "--output_dir", tmp_path / "out")
+    output = torchrun("main_pretrain.py", *words, "--max_bad_samples", 10)
+    report = output.partition("10 broken images:\n")[2]
+    assert all(f"/class_1/{name}: " in report for name in PLACED.values())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, REPOSITORY / "main_pretrain.py", *words, "--max_bad_samples", "9"],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "10 broken images:\n" in done.stderr
+    assert "more than 9 of 34" in done.stderr
+
+
+# ---- evaluation
+
+
+@pytest.fixture
+def finetuned(jpeg_folder, tmp_path, run_script):
+    words = [*TINY_FINETUNE, "--data_path", jpeg_folder, "--epochs", 1, "--batch_size", 8, "--lr", 0.01]
+    run_script(main_finetune, *words, "--output_dir", tmp_path / "finetuned")
+    return tmp_path / "finetuned" / "checkpoint-last.pth"
+
+
+def evaluation(checkpoint, folder, *more):
+    words = ["--eval", "--resume", checkpoint, "--data_path", folder, "--device", "cpu", "--num_workers", 0, *more]
+    return [str(word) for word in words]
+
+
+def test_evaluation_stops_or_counts_as_wrong(
+    finetuned, jpeg_folder, broken_files, tmp_path, run_script, capsys, caplog
+):
+    folder = tmp_path / "data"
+    shutil.copytree(jpeg_folder, folder)
+    capsys.readouterr()
+    run_script(main_finetune, *evaluation(finetuned, folder))
+    clean = re.search(r"top-1 ([\d.]+) %, top-5 [\d.]+ %, loss ([\d.]+) on 7 images$", capsys.readouterr().out, re.M)
+
+    for name in ("truncated.jpg", "large.png"):
+        (folder / "val" / "class_1" / name).write_bytes(broken_files[name])
+    for more in ([], ["--eval_loader", "fast"]):
+        with pytest.raises(SystemExit) as exit_info:
+            run_script(main_finetune, *evaluation(finetuned, folder, *more))
+        assert exit_info.value.code == 1
+        out, error = capsys.readouterr()
+        assert re.search(r"/val/class_1/(truncated.jpg|large.png): ", error)
+        assert "--eval_bad wrong" in error
+        assert "top-1" not in out
+
+    wanted = f"top-1 {float(clean[1]) * 7 / 9:.2f} %, .* loss {clean[2]} on 9 images, 2 of them broken and counted as"
+    caplog.clear()
+    run_script(main_finetune, *evaluation(finetuned, folder, "--eval_bad", "wrong", "--batch_size", 4))
+    assert re.search(wanted, capsys.readouterr().out)
+    named = [record.getMessage() for record in caplog.records if record.getMessage().startswith("broken image: ")]
+    assert sorted(os.path.basename(text.split(": ")[1]) for text in named) == ["large.png", "truncated.jpg"]
+    words = evaluation(finetuned, folder, "--eval_bad", "wrong", "--batch_size", 2, "--dist_eval")
+    assert re.search(wanted, torchrun("Finetuning/main_finetune.py", *words))  # 5 and 4 images
+
+
+def test_evaluation_of_nothing_but_broken_images(finetuned, jpeg_folder, tmp_path, run_script, capsys):
+    folder = tmp_path / "data"
+    shutil.copytree(jpeg_folder, folder)
+    for file in (folder / "val").rglob("*.jpg"):
+        file.write_bytes(b"")
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(main_finetune, *evaluation(finetuned, folder, "--eval_bad", "wrong"))
+    assert exit_info.value.code == 1
+    assert "all 7 images are broken" in capsys.readouterr().err
+
+
+# ---- workers
+
+
+def children(pid):
+    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+        return [int(child) for child in file.read().split()]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the workers in Linux's /proc")
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [
+        (signal.SIGKILL, r"DataLoader worker \(pid(\(s\))? .*\) (is killed by signal: Killed|exited unexpectedly)"),
+        (signal.SIGSTOP, r"DataLoader timed out after 3 seconds"),
+    ],
+)
+def test_a_worker_that_is_killed_or_hangs_ends_the_run(jpeg_folder, tmp_path, sent, message):
+    words = pretrain(jpeg_folder, "--num_workers", 2, "--worker_timeout", 3, "--epochs", 100000, "--batch_size", 8)
+    process = subprocess.Popen(
+        [sys.executable, REPOSITORY / "main_pretrain.py", *words, "--output_dir", tmp_path],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        for line in process.stdout:
+            if line.startswith("epoch 0: loss"):
+                break
+        workers = children(process.pid)
+        assert len(workers) == 2
+        os.kill(workers[0], sent)
+        start = time.monotonic()
+        _, error = process.communicate(timeout=60)
+        assert time.monotonic() - start < 20
+        assert process.returncode == 1
+        assert re.search(rf"^main_pretrain\.py: rank 0: {message}", error, re.MULTILINE), error
+        assert "Traceback" not in error
+        assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
+    finally:
+        process.kill()

@@ -1,0 +1,110 @@
+"""Batches on the training device: copied ahead on a side stream, finished there, broken images counted."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from util.dist import gather
+from util.errors import RunError
+from util.metrics import RunLog, SilentLog
+
+LOGGER = logging.getLogger(__name__)
+
+
+class DeviceLoader:
+    """Passes over a `DataLoader` whose batches are (pixels, numbers, broken images).
+
+    Args:
+        loader: its batches are a tensor; an array (B, n + 1) int64 of n numbers and the label for each image; and a
+            dict of the broken images that were met, by their index in the data.
+        finish: (tensor, (B, n) int64, device) -> images (B, 3, H, W) float32 on the device.
+        device: where the batches go.
+        max_broken: so many different broken images are left to the caller in one pass; one more ends the run.
+        advice: what a user can do about them.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader,
+        finish: Callable[..., Tensor],
+        device: torch.device,
+        max_broken: float = math.inf,
+        advice: str = "",
+    ) -> None:
+        self.loader, self.finish, self.device = loader, finish, device
+        self.max_broken, self.advice = max_broken, advice
+        self.broken: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    @property
+    def sampler(self) -> Sampler:
+        return self.loader.sampler
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        """Batches of images (B, 3, H, W) float32 and labels (B,) int64, on the device.
+
+        Raises:
+            RunError: more than `max_broken` images are broken.
+        """
+        self.broken = {}
+        if self.device.type == "cuda":
+            yield from self._ahead()
+        else:
+            yield from map(self._to_device, self.loader)
+
+    def _to_device(self, batch: tuple[Tensor, np.ndarray, dict[int, str]]) -> list[Tensor]:
+        pixels, numbers, broken = batch
+        for index in broken.keys() - self.broken.keys():
+            LOGGER.error("broken image: %s", broken[index])
+        self.broken |= broken
+        self._listed(self.broken)
+        numbers = torch.from_numpy(numbers)
+        labels = numbers[:, -1].to(self.device)  # before the images: it waits for what is on the stream
+        return [self.finish(pixels, numbers[:, :-1], self.device), labels]
+
+    def _ahead(self) -> Iterator[list[Tensor]]:
+        """Copy and finish each batch on a side stream while the one before it is trained on."""
+        stream, batches = torch.cuda.Stream(self.device), iter(self.loader)
+
+        def following() -> list[Tensor] | None:
+            with torch.cuda.stream(stream):
+                return next(map(self._to_device, batches), None)
+
+        batch = following()
+        while batch is not None:
+            training = torch.cuda.current_stream(self.device)
+            training.wait_stream(stream)
+            for tensor in batch:
+                tensor.record_stream(training)  # its memory is not given to a later batch before training has read it
+            upcoming = following()
+            yield batch
+            batch = upcoming
+
+    def _listed(self, broken: dict[int, str]) -> str:
+        text = listed([broken[index] for index in sorted(broken)])
+        if len(broken) > self.max_broken:
+            raise RunError(f"{text}\n{self.advice}")
+        return text
+
+    def report(self, log: RunLog | SilentLog) -> None:
+        """Say which images the last pass met broken on any process; every process calls it.
+
+        Raises:
+            RunError: together they are more than `max_broken`.
+        """
+        broken = {index: name for share in gather(self.broken) for index, name in share.items()}
+        text = self._listed(broken)
+        if broken:
+            log.say(f"{text}\nthey were skipped; the image after each took its place")
+
+
+def listed(broken: list[str]) -> str:
+    """The number of broken images and a line for each."""
+    return "\n  ".join([f"{len(broken)} broken images:", *broken])

@@ -1,0 +1,198 @@
+"""Re-encode a folder of images into tar shards, once, for faster training.
+
+    python -m util.pack_images /path/to/ImageNet /path/to/shards --short_side 256
+
+writes SHARDS/train/*.tar and, as far as there is a val/ folder, SHARDS/val/*.tar in the webdataset layout, which
+`--data_path wds:/path/to/shards` reads. Training images whose shorter side is longer are resized (bicubic) and stored
+as JPEG; all others, and every image of val/, are stored as they are. A run that was stopped goes on where it was.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import tarfile
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+import torch
+from torchvision.transforms.v2 import functional as F
+from tqdm import tqdm
+
+from util import cli, decode
+from util.decode import BrokenImage
+from util.device_loader import listed
+from util.errors import RunError, UserError
+from util.sources import Folder, TarShards
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.Parser("pack_images", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "source", metavar="SRC", help="folder with train/ and perhaps val/, one folder of images a class"
+    )
+    parser.add_argument("target", metavar="DST", help="folder for the shards")
+    parser.add_argument("--short_side", type=cli.positive, metavar="PX", help="resize larger training images to this")
+    parser.add_argument(
+        "--quality",
+        type=cli.number(int, 1, 100),
+        default=90,
+        help="of the JPEGs that are written (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shard_images", type=cli.positive, default=4096, metavar="N", help="images a shard (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num_workers", type=cli.positive, default=len(os.sched_getaffinity(0)), help="(default: the number of cores)"
+    )
+    parser.add_argument(
+        "--max_bad_samples",
+        type=cli.natural,
+        metavar="N",
+        help="more broken training images than these end the run (default: 0.1 %% of the images)",
+    )
+    return parser
+
+
+def encoded(source: Folder, short_side: int | None, quality: int, index: int) -> tuple[str, bytes] | str:
+    """An image as it is stored.
+
+    Args:
+        source: where it comes from.
+        short_side: the most pixels that its shorter side may have; None leaves it as it is, broken or not.
+        quality: of a JPEG that is written.
+        index: of the image in the source.
+
+    Returns:
+        Suffix and content of its file, or why it is broken.
+    """
+    try:
+        data = source.read(index)
+        suffix = os.path.splitext(source.name(index))[1].removeprefix(".").lower()
+        if short_side is None:
+            return suffix, data
+        pixels = decode.crop_of(data, lambda height, width: (0, 0, height, width))
+    except (BrokenImage, OSError) as error:
+        return f"{source.name(index)}: {error}"
+    if min(pixels.shape[:2]) <= short_side:
+        return suffix, data
+    image = torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+    pixels = F.resize_image(image, [short_side], F.InterpolationMode.BICUBIC).permute(1, 2, 0)  # (3, h, w) -> (h, w, 3)
+    return "jpg", simplejpeg.encode_jpeg(pixels.contiguous().numpy(), quality=quality, colorsubsampling="420")
+
+
+def _start_worker(*arguments: object) -> None:
+    global _encoded
+    torch.set_num_threads(1)
+    _encoded = partial(encoded, *arguments)
+
+
+def _in_worker(index: int) -> tuple[str, bytes] | str:
+    return _encoded(index)
+
+
+def pack(source: Folder, folder: Path, short_side: int | None, args: argparse.Namespace) -> list[str]:
+    """Write the shards of one split that are not there yet.
+
+    Args:
+        source: the images.
+        folder: gets 000000.tar and so on; each is complete or absent at any moment.
+        short_side: see `encoded`.
+        args: `quality`, `shard_images`, `num_workers`, `max_bad_samples`.
+
+    Returns:
+        The images that are broken and left out.
+
+    Raises:
+        UserError: the folder holds shards of other images or settings.
+        RunError: too many images are broken.
+    """
+    count = len(source.labels)
+    plan = {"images": count, "names": hashlib.sha256(b"\0".join(source.paths)).hexdigest(), "short_side": short_side}
+    plan |= {"quality": args.quality, "shard_images": args.shard_images}
+    folder.mkdir(parents=True, exist_ok=True)
+    plan_file, broken_file = folder / "packed.json", folder / "broken.txt"
+    if not plan_file.exists():
+        plan_file.write_text(json.dumps(plan))
+    elif json.loads(plan_file.read_text()) != plan:
+        raise UserError(f"{folder} holds shards of other images or settings: choose another folder, or remove it")
+    broken = broken_file.read_text().splitlines() if broken_file.exists() else []
+    max_broken = count // 1000 if args.max_bad_samples is None else args.max_bad_samples
+    order = np.random.default_rng(0).permutation(count)  # classes mixed, for readers that shuffle within a buffer
+    shards = {
+        folder / f"{number:06d}.tar": order[start : start + args.shard_images].tolist()
+        for number, start in enumerate(range(0, count, args.shard_images))
+    }
+    missing = [path for path in shards if not path.exists()]
+    done = count - sum(len(shards[path]) for path in missing)
+    settings = source, short_side, args.quality
+    with (
+        tqdm(total=count, initial=done, desc=str(folder), unit=" images") as bar,
+        ProcessPoolExecutor(args.num_workers, initializer=_start_worker, initargs=settings) as pool,
+    ):
+        for path in missing:
+            partial_path = path.with_suffix(".partial")
+            with tarfile.open(partial_path, "w") as tar:
+                for index, result in zip(shards[path], pool.map(_in_worker, shards[path], chunksize=16), strict=True):
+                    bar.update()
+                    if isinstance(result, str):
+                        broken.append(result)
+                    else:
+                        _add(tar, source, index, *result)
+                    if len(broken) > max_broken:
+                        pool.shutdown(wait=False, cancel_futures=True)
+                        raise RunError(
+                            f"{listed(broken)}\nthese are more than {max_broken} of {count}: mend or remove them, or "
+                            "raise --max_bad_samples"
+                        )
+            broken_file.write_text("".join(f"{line}\n" for line in broken))
+            partial_path.rename(path)
+    return broken
+
+
+def _add(tar: tarfile.TarFile, source: Folder, index: int, suffix: str, data: bytes) -> None:
+    label = source.labels[index]
+    stem = Path(source.name(index)).stem.replace(".", "_")  # a key ends at its first dot
+    for kind, content in ((suffix, data), ("cls", b"%d" % label)):
+        member = tarfile.TarInfo(f"{source.classes[label]}/{index}_{stem}.{kind}")
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+
+
+def main(args: argparse.Namespace) -> None:
+    """Pack every split that there is.
+
+    Raises:
+        UserError: there is nothing to pack, or the target holds something else.
+        RunError: too many images are broken, a worker was killed, or the shards do not hold what they should.
+    """
+    source, target = Path(args.source), Path(args.target)
+    splits = [split for split in ("train", "val") if (source / split).is_dir()]
+    if not splits:
+        raise UserError(f"{source}: there is no folder train or val in it")
+    for split in splits:
+        images = Folder(args.source, split)
+        try:
+            broken = pack(images, target / split, args.short_side if split == "train" else None, args)
+        except BrokenProcessPool as error:
+            raise RunError("a worker was killed; the same command goes on after the last whole shard") from error
+        except OSError as error:
+            raise RunError(f"{target}: {error.strerror}") from error
+        packed = TarShards(args.target, split)
+        if len(packed.labels) + len(broken) != len(images.labels):
+            raise RunError(
+                f"{target / split}: {len(packed.labels)} of {len(images.labels)} images; remove it and repeat"
+            )
+        print(f"{split}: {len(packed.labels)} images in {len(packed.shards)} shards, {packed.size.sum() / 1e6:.1f} MB")
+        if broken:
+            print(f"left out: {listed(broken)}")
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser())

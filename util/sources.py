@@ -1,0 +1,227 @@
+"""Where encoded images and their labels come from: a folder, tar shards, or a Hugging Face dataset.
+
+A source gives any image by its number, so that order, shares and restarts are the sampler's business alone: exact
+counts, and the same samples whatever the number of processes and workers. Streaming readers (webdataset, timm's)
+read the same shards, but shuffle within a buffer and cannot start in the middle of an epoch.
+"""
+
+import json
+import os
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import numpy as np
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from util.errors import UserError
+
+
+class Source(Protocol):
+    """Encoded images with labels.
+
+    Attributes:
+        root: what names the source in messages.
+        classes: names of the classes, by label.
+        labels: (n,) int64.
+    """
+
+    root: str
+    classes: list[str]
+    labels: np.ndarray
+
+    def read(self, index: int) -> bytes:
+        """Content of an image file."""
+
+    def name(self, index: int) -> str:
+        """What names the image in messages."""
+
+
+def open_source(data_path: str, split: str) -> Source:
+    """The images that `--data_path` names.
+
+    Args:
+        data_path: a folder with train/ and val/, one folder of images a class; wds:FOLDER with tar shards in
+            FOLDER/train and FOLDER/val, or with train and val in their names; hfds:NAME of a dataset on the
+            Hugging Face hub or of a folder that `datasets` can load.
+        split: "train" or "val".
+
+    Raises:
+        UserError: it is not there, or not of this form.
+    """
+    kind, colon, path = data_path.partition(":")
+    if colon and kind == "wds":
+        return TarShards(path, split)
+    if colon and kind == "hfds":
+        return HubDataset(path, split)
+    return Folder(data_path, split)
+
+
+class Folder:
+    """A folder of images a class, as torchvision's `ImageFolder` reads it."""
+
+    def __init__(self, data_path: str, split: str) -> None:
+        root = Path(data_path)
+        if not root.is_dir():
+            raise UserError(f"--data_path {data_path}: no such folder")
+        folder = root / split
+        if not folder.is_dir():
+            raise UserError(f"--data_path {data_path}: there is no folder {split!r} in it")
+        try:
+            found = ImageFolder(str(folder))
+        except FileNotFoundError as error:
+            raise UserError(f"{folder}: {error}") from error
+        self.root, self.classes = str(folder), found.classes
+        self.labels = np.array(found.targets)
+        # not a list of strings: counting references to them would copy its memory into every worker
+        self.paths = np.array([os.fsencode(os.path.relpath(path, folder)) for path, _ in found.samples])
+
+    def read(self, index: int) -> bytes:
+        with open(self.name(index), "rb") as file:
+            return file.read()
+
+    def name(self, index: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.paths[index]))
+
+
+IMAGE_SUFFIXES = {suffix.removeprefix(".") for suffix in IMG_EXTENSIONS}
+
+
+class TarShards:
+    """Tar files of the webdataset layout: KEY.jpg (or another image) and KEY.cls, or KEY.json with a "label".
+
+    The position of every image is found once and kept beside the shards in index-SPLIT.npz, where that can be
+    written. Labels get the name of the key's folder as their class, where it has one.
+    """
+
+    def __init__(self, data_path: str, split: str) -> None:
+        root = Path(data_path)
+        if not root.is_dir():
+            raise UserError(f"--data_path wds:{data_path}: no such folder")
+        self.shards = sorted((root / split).glob("*.tar")) or sorted(root.glob(f"*{split}*.tar"))
+        if not self.shards:
+            raise UserError(f"--data_path wds:{data_path}: no {split}/*.tar and no *{split}*.tar in it")
+        self.root = str(self.shards[0].parent)
+        index = self._index(self.shards[0].parent / f"index-{split}.npz")
+        self.labels, self.shard, self.offset, self.size = (index[k] for k in ("labels", "shard", "offset", "size"))
+        self.classes = index["classes"].tolist()
+
+    def _index(self, path: Path) -> dict[str, np.ndarray]:
+        stats = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in self.shards]
+        of = np.array(json.dumps(stats))
+        try:
+            with np.load(path) as file:
+                index = dict(file)
+            if index["of"] == of:
+                return index
+        except (OSError, ValueError, KeyError):
+            pass
+        with ThreadPoolExecutor() as pool:
+            entries = list(pool.map(_images_of, self.shards))
+        labels, offset, size = (np.array([e[k] for shard in entries for e in shard]) for k in (0, 1, 2))
+        if not len(labels):
+            raise UserError(f"{self.root}: the shards hold no image")
+        names = {entry[0]: entry[3] for shard in entries for entry in shard}
+        index = {
+            "of": of,
+            "labels": labels,
+            "shard": np.repeat(np.arange(len(entries)), [len(shard) for shard in entries]),
+            "offset": offset,
+            "size": size,
+            "classes": np.array([names.get(label) or str(label) for label in range(max(names) + 1)]),
+        }
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        try:
+            with temporary.open("wb") as file:
+                np.savez(file, **index)
+            os.replace(temporary, path)
+        except OSError:
+            pass  # a folder that cannot be written: the next run finds the positions again
+        return index
+
+    def read(self, index: int) -> bytes:
+        shard = _opened(str(self.shards[self.shard[index]]))
+        return os.pread(shard.fileno(), self.size[index], self.offset[index])
+
+    def name(self, index: int) -> str:
+        path = self.shards[self.shard[index]]
+        header = os.pread(_opened(str(path)).fileno(), tarfile.BLOCKSIZE, self.offset[index] - tarfile.BLOCKSIZE)
+        return f"{path}: {tarfile.TarInfo.frombuf(header, 'utf-8', 'replace').name}"
+
+
+@lru_cache(maxsize=256)
+def _opened(path: str) -> BinaryIO:
+    return open(path, "rb", buffering=0)
+
+
+def _images_of(shard: Path) -> list[tuple[int, int, int, str]]:
+    """Label, offset, size and name of the class, of every image in a shard."""
+    images, labels = {}, {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                folder, _, file = member.name.rpartition("/")
+                stem, _, suffix = file.partition(".")
+                key = f"{folder}/{stem}"
+                if suffix.lower() in IMAGE_SUFFIXES:
+                    images[key] = member.offset_data, member.size, folder.rpartition("/")[2]
+                elif suffix == "cls":
+                    labels[key] = int(tar.extractfile(member).read())
+                elif suffix == "json" and key not in labels:
+                    label = json.load(tar.extractfile(member)).get("label")
+                    labels |= {} if label is None else {key: int(label)}
+    except (tarfile.ReadError, ValueError, OSError) as error:
+        raise UserError(f"{shard}: {error}") from error
+    for key in images:
+        if labels.get(key, -1) < 0:
+            raise UserError(f"{shard}: {key.lstrip('/')} has no label, in a .cls or a .json file")
+    return [(labels[key], *where) for key, where in images.items()]
+
+
+class HubDataset:
+    """A dataset with an image and a label column, through Hugging Face's `datasets`."""
+
+    def __init__(self, path: str, split: str) -> None:
+        try:
+            import datasets
+        except ImportError as error:
+            raise UserError("--data_path hfds: needs Hugging Face's library: pip install datasets") from error
+        self.root = f"hfds:{path}"
+        try:
+            saved = Path(path, "dataset_dict.json").is_file()
+            splits = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
+        except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"--data_path {self.root}: {reason}") from error
+        names = ("train",) if split == "train" else ("validation", "val", "test")
+        name = next((name for name in names if name in splits), None)
+        if name is None:
+            raise UserError(f"--data_path {self.root}: it has the splits {', '.join(splits)}, and no {names[0]}")
+        self.root += f" ({name})"
+        features = splits[name].features
+        image = self._column(features, datasets.Image, "image")
+        label = self._column(features, datasets.ClassLabel, "label")
+        self.image, self.classes = image, features[label].names
+        self.labels = np.array(splits[name].with_format("numpy", columns=[label])[label], dtype=np.int64)
+        if self.labels.min() < 0:
+            raise UserError(f"{self.root}: {(self.labels < 0).sum()} images have no label")
+        self.rows = splits[name].select_columns(image).cast_column(image, datasets.Image(decode=False))
+
+    def _column(self, features: dict, kind: type, usual: str) -> str:
+        columns = [name for name, feature in features.items() if isinstance(feature, kind)]
+        if len(columns) > 1 and usual in columns:
+            return usual
+        if len(columns) != 1:
+            found = ", ".join(columns) or "none"
+            raise UserError(f"{self.root}: it needs one {kind.__name__} column or one called {usual!r}; found: {found}")
+        return columns[0]
+
+    def read(self, index: int) -> bytes:
+        image = self.rows[int(index)][self.image]
+        return image["bytes"] or Path(image["path"]).read_bytes()
+
+    def name(self, index: int) -> str:
+        return f"{self.root} row {index}"
