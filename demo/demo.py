@@ -28,8 +28,8 @@ DATA = OUT / "digits"
 # 24 x 24 pixels: 6 x 6 patches in 3 x 3 clusters. Digits are no photographs: no flips, mild crops, no erasing.
 MODEL = "--model arm_tiny_pz16 --embed_dim 96 --depth 6 --input_size 24 --patch_size 4 --batch_size 16 --num_workers 1"
 RECIPE = "--lr 1e-3 --warmup_epochs 1 --hflip 0 --scale 0.6 1"
-PRETRAIN = "--cluster_size 2 --dec_embed_dim 64 --norm_pix_loss --epochs 22"
-FINETUNE = "--nb_classes 10 --epochs 5 --layer_decay 0.9 --aa none --reprob 0 --dist_eval"
+PRETRAIN = "--cluster_size 2 --dec_embed_dim 64 --norm_pix_loss --epochs 48"
+FINETUNE = "--nb_classes 10 --epochs 4 --layer_decay 0.9 --aa none --reprob 0 --dist_eval"
 
 
 def torchrun(script: str, arguments: str) -> str:
