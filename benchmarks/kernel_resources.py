@@ -63,7 +63,7 @@ def launches(K: int, batch: int, L: int, width: int, N: int = 16, dtype: torch.d
     seen: list[Launch] = []
     start, triton_backend._launch = (
         triton_backend._launch,
-        lambda kernel, grid, *args, **constants: seen.append(Launch(kernel, args, constants)),
+        lambda kernel, paths, *args, **constants: seen.append(Launch(kernel, args, constants)),
     )
     try:
         with torch.device("meta"):

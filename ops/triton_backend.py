@@ -78,12 +78,16 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _program(batch, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Direction, image and block of channels of this program; the blocks of one image run side by side."""
+def _program(segments, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Direction, image, segment of tokens and block of channels of this program.
+
+    All programs of one image run side by side: they find x, or B and C, in the cache.
+    """
     pid = tl.program_id(0)
     blocks: tl.constexpr = WIDTH // BLOCK
-    image = pid // blocks
-    return (image // batch).to(tl.int64), (image % batch).to(tl.int64), pid % blocks
+    part = pid // blocks
+    path = part // segments
+    return (path % K).to(tl.int64), (path // K).to(tl.int64), part % segments, pid % blocks
 
 
 @triton.jit
@@ -127,11 +131,11 @@ def scan_forward_kernel(
     u, dt, A, B, C, D, dt_bias, order, y, states,
     batch, length,
     u_sk, u_sb, u_st, dt_sk, dt_sb, dt_st, B_sk, B_sb, B_st, C_sk, C_sb, C_st,
-    WIDTH: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, T: tl.constexpr,
+    K: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, T: tl.constexpr,
     ORDERED: tl.constexpr, TRAINS: tl.constexpr,
 ):  # fmt: skip
     """y and, where it TRAINS, the state before every chunk of tokens; `*_sk, *_sb, *_st` are strides."""
-    k, b, block = _program(batch, WIDTH, BLOCK)
+    k, b, _, block = _program(1, K, WIDTH, BLOCK)
     row = k * batch + b
     n, d = tl.arange(0, N), block * BLOCK + tl.arange(0, BLOCK)
     u += k * u_sk + b * u_sb + d
@@ -170,7 +174,7 @@ def scan_backward_kernel(
     du, ddt, dA, dB, dC, dD, dt_dbias,
     batch, length,
     u_sk, u_sb, u_st, dt_sk, dt_sb, dt_st, B_sk, B_sb, B_st, C_sk, C_sb, C_st, dy_sk, dy_sb, dy_st,
-    WIDTH: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, T: tl.constexpr,
+    K: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, T: tl.constexpr,
     ORDERED: tl.constexpr,
 ):  # fmt: skip
     """Gradients, T tokens at a time from the last to the first.
@@ -179,7 +183,7 @@ def scan_backward_kernel(
     over the channels of one program. Where T does not divide the length, the last block repeats the last token with
     a dy of 0: that adds nothing to any sum, and what it stores is overwritten by the token itself.
     """
-    k, b, block = _program(batch, WIDTH, BLOCK)
+    k, b, _, block = _program(1, K, WIDTH, BLOCK)
     row = k * batch + b
     n, d = tl.arange(0, N), block * BLOCK + tl.arange(0, BLOCK)
     u += k * u_sk + b * u_sb + d
@@ -259,16 +263,18 @@ def _past(x, order, t, x_st, ORDERED: tl.constexpr):
 def conv_forward_kernel(
     x, weight, bias, order, y,
     batch, length, x_sb, x_st,
-    WIDTH: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr, ORDERED: tl.constexpr,
+    K: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
+    ORDERED: tl.constexpr,
 ):  # fmt: skip
     """The convolution after SiLU, one segment of tokens; the last inputs stay in registers."""
-    k, b, block = _program(batch, WIDTH, BLOCK)
+    segments = tl.cdiv(length, SEGMENT)
+    k, b, segment, block = _program(segments, K, WIDTH, BLOCK)
     d = block * BLOCK + tl.arange(0, BLOCK)
     x += b * x_sb + d
     y += (k * batch + b) * length * WIDTH + d
     if ORDERED:
         order += k * length
-    start = tl.program_id(1) * SEGMENT
+    start = segment * SEGMENT
     w, past = (), ()  # past: what the taps read, the present token first
     for j in tl.static_range(TAPS):
         w += (tl.load(weight + (k * TAPS + j) * WIDTH + d),)
@@ -289,14 +295,16 @@ def conv_forward_kernel(
 def conv_backward_kernel(
     x, weight, bias, order, dy, dx, dweight, dbias,
     batch, length, x_sb, x_st, dy_sk, dy_sb, dy_st,
-    WIDTH: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr, ORDERED: tl.constexpr,
+    K: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
+    ORDERED: tl.constexpr,
 ):  # fmt: skip
     """dx (K, B, L, D) of each direction, and the sums over one segment: dweight (K, B, segments, TAPS, D), dbias.
 
     Walks back in time. A token's dx needs the gradients of the TAPS - 1 tokens after it, so a segment begins with
     those of the next one.
     """
-    k, b, block = _program(batch, WIDTH, BLOCK)
+    segments = tl.cdiv(length, SEGMENT)
+    k, b, segment, block = _program(segments, K, WIDTH, BLOCK)
     row = k * batch + b
     d = block * BLOCK + tl.arange(0, BLOCK)
     x += b * x_sb + d
@@ -304,7 +312,6 @@ def conv_backward_kernel(
     dx += row * length * WIDTH + d
     if ORDERED:
         order += k * length
-    segment = tl.program_id(1)
     start = segment * SEGMENT
     end = min(length, start + SEGMENT)
     last = min(length, end + TAPS - 1) - 1
@@ -339,7 +346,7 @@ def conv_backward_kernel(
         db += ds
         ahead = ahead[: TAPS - 1]
         past = past[1:] + (_past(x, order, t - TAPS, x_st, ORDERED),)
-    part = row * tl.num_programs(1) + segment
+    part = row * segments + segment
     for j in tl.static_range(TAPS):
         tl.store(dweight + (part * TAPS + j) * WIDTH + d, dw[j])
     tl.store(dbias + part * WIDTH + d, db)
@@ -376,9 +383,10 @@ def _dense_channels(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
-def _launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: object, **constants: object) -> None:
+def _launch(kernel: triton.JITFunction, paths: int, *args: object, **constants: object) -> None:
+    """Start a program for each block of channels of each of `paths` sequences."""
     with torch.cuda.device_of(args[0]):
-        kernel[grid](*args, **constants, num_warps=1)
+        kernel[(paths * (constants["WIDTH"] // constants["BLOCK"]),)](*args, **constants, num_warps=1)
 
 
 _CHECKED = WeakTensorKeyDictionary()  # maps of steps to tokens: the version and the length that were looked at
@@ -425,10 +433,10 @@ def scan_forward(u, dt, A, B, C, D, dt_bias, order, trains):
     tensors, strides = _scan_tensors(u, dt, A, B, C, D, dt_bias, order)
     y, states = u.new_empty(u.shape), scan_states(u, A) if trains else None
     config = _config(u.device)
-    sizes = {"WIDTH": width, "N": N, "BLOCK": SCAN_BLOCK, "CHUNK": config.chunk, "T": config.block}
+    sizes = {"K": K, "WIDTH": width, "N": N, "BLOCK": SCAN_BLOCK, "CHUNK": config.chunk, "T": config.block}
     flags = {"ORDERED": order is not None, "TRAINS": trains}
     args = (*tensors, y, states if trains else y, batch, L, *strides)
-    _launch(scan_forward_kernel, (width // SCAN_BLOCK * batch * K,), *args, **sizes, **flags)
+    _launch(scan_forward_kernel, K * batch, *args, **sizes, **flags)
     return y, states
 
 
@@ -442,36 +450,37 @@ def scan_backward(dy, u, dt, A, B, C, D, dt_bias, order, states):
     # Partial sums, one per program: added up here in a fixed order.
     dA, dD, dbias = (states.new_empty(K, batch, *shape) for shape in ((width, N), (width,), (width,)))
     dB, dC = (states.new_empty(K, batch, L, blocks, N) for _ in range(2))
-    sizes = {"WIDTH": width, "N": N, "BLOCK": SCAN_BLOCK, "CHUNK": config.chunk, "T": config.block}
+    sizes = {"K": K, "WIDTH": width, "N": N, "BLOCK": SCAN_BLOCK, "CHUNK": config.chunk, "T": config.block}
     args = (*tensors, states, dy, du, ddt, dA, dB, dC, dD, dbias, batch, L, *strides, *dy.stride()[:3])
-    _launch(scan_backward_kernel, (blocks * batch * K,), *args, **sizes, ORDERED=order is not None)
+    _launch(scan_backward_kernel, K * batch, *args, **sizes, ORDERED=order is not None)
     return du, ddt, dA.sum(1), dB.sum(3), dC.sum(3), dD.sum(1), dbias.sum(1)
 
 
 def _conv_setup(x, weight, bias, order):
     (x,), (K, width, W), L = _dense_channels(x), weight.shape, x.shape[1]
     segment = _config(x.device).segment
-    sizes = {"WIDTH": width, "TAPS": W, "BLOCK": math.gcd(width, CONV_BLOCK), "SEGMENT": segment}
+    sizes = {"K": K, "WIDTH": width, "TAPS": W, "BLOCK": math.gcd(width, CONV_BLOCK), "SEGMENT": segment}
     taps = weight.float().flip(-1).mT.contiguous()  # (K, W, D), the tap of the present token first
     tensors = (x, taps, bias.float().contiguous(), _checked(order, L))
-    grid = (width // sizes["BLOCK"] * len(x) * K, triton.cdiv(L, segment))
-    return tensors, grid, sizes | {"ORDERED": order is not None}
+    return tensors, triton.cdiv(L, segment), sizes | {"ORDERED": order is not None}
 
 
 def conv_forward(x, weight, bias, order):
     """See torch_backend.py."""
-    tensors, grid, constants = _conv_setup(x, weight, bias, order)
+    tensors, segments, constants = _conv_setup(x, weight, bias, order)
     y = x.new_empty(len(weight), *x.shape)
-    _launch(conv_forward_kernel, grid, *tensors, y, *x.shape[:2], *tensors[0].stride()[:2], **constants)
+    args = (*tensors, y, *x.shape[:2], *tensors[0].stride()[:2])
+    _launch(conv_forward_kernel, len(y) * len(x) * segments, *args, **constants)
     return y
 
 
 def conv_backward(dy, x, weight, bias, order):
     """See torch_backend.py."""
-    tensors, grid, constants = _conv_setup(x, weight, bias, order)
+    tensors, segments, constants = _conv_setup(x, weight, bias, order)
     (dy,), (K, width, W) = _dense_channels(dy), weight.shape
     dx = x.new_empty(K, *x.shape)
-    dweight, dbias = (dx.new_empty(K, len(x), grid[1], n, width, dtype=torch.float32) for n in (W, 1))  # by segment
+    dweight, dbias = (dx.new_empty(K, len(x), segments, n, width, dtype=torch.float32) for n in (W, 1))
     strides = (*tensors[0].stride()[:2], *dy.stride()[:3])
-    _launch(conv_backward_kernel, grid, *tensors, dy, dx, dweight, dbias, *x.shape[:2], *strides, **constants)
+    args = (*tensors, dy, dx, dweight, dbias, *x.shape[:2], *strides)
+    _launch(conv_backward_kernel, K * len(x) * segments, *args, **constants)
     return dx.sum(0) if K > 1 else dx[0], dweight.sum((1, 2)).flip(1).mT, dbias.sum((1, 2, 3))
