@@ -84,6 +84,7 @@ def _scan_context(ctx, inputs, output):
     *tensors, ctx.backend, _ = inputs
     ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # the states have no gradient: a tensor of zeros for them would be as large
 
 
 def _scan_grads(ctx, dy, _):

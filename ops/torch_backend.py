@@ -61,7 +61,8 @@ def scan_forward(
     u, dt, A, B, C, D, dt_bias = _exact(u, dt, A, B, C, D, dt_bias)
     delta = F.softplus(dt + dt_bias[:, None, None])
     x, delta, B, C = (_to_time(tensor, order) for tensor in (delta * u, delta, B, C))  # (L, K, B, D or N)
-    x, step, column, A2 = x[..., None, :], delta[..., None, :], B[..., None], A.mT[:, None] / math.log(2)
+    x, step, column = x[..., None, :], delta[..., None, :], B[..., None]
+    A2 = A.mT.contiguous()[:, None] / math.log(2)  # (K, 1, N, D)
     h[0] = 0
     decay = torch.empty_like(h[0])
     for t in range(len(x)):
@@ -92,7 +93,7 @@ def scan_backward(
     delta = F.softplus(raw)
     x, step, dy_t, B_t, C_t = (_to_time(tensor, order) for tensor in (delta * u, delta, dy, B, C))  # (L, K, B, D or N)
     dx, ddecay, dB, dC = (tensor.new_empty(tensor.shape) for tensor in (x, step, B_t, C_t))
-    A = A.mT[:, None]  # (K, 1, N, D)
+    A = A.mT.contiguous()[:, None]  # (K, 1, N, D)
     x, step, dy_t, row, column = (
         x[..., None, :],
         step[..., None, :],

@@ -12,6 +12,7 @@ import types
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ops
 from ops import BackendUnavailable, cpu_backend, naive
@@ -266,6 +267,32 @@ def test_cpu_exponential_and_softplus_number_by_number():
     softplus = torch.nn.functional.softplus(dt.double(), threshold=100)
     assert (y[0] / softplus - 1).abs().max() < 5e-7
     assert (y[1] / y[0] / x.double().exp() - 1).abs().max() < 5e-7
+
+
+class NoteShapes(TorchDispatchMode):
+    """Collect the shapes of all tensors that are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.shapes += [x.shape for x in (out if isinstance(out, tuple) else [out]) if isinstance(x, torch.Tensor)]
+        return out
+
+
+def test_the_states_get_no_gradient():
+    """Autograd would fill one with zeros: a pass over as much memory as the states take."""
+    leaves = scan_inputs()
+    states = cpu_backend.scan_states(leaves["u"], leaves["A"]).shape
+    with NoteShapes() as forward:
+        y = public("selective_scan", "cpu")(**leaves)
+    assert states in forward.shapes
+    with NoteShapes() as backward:
+        y.sum().backward()
+    assert leaves["u"].shape in backward.shapes
+    assert states not in backward.shapes
 
 
 # ---- arguments ----
