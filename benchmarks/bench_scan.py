@@ -6,7 +6,7 @@ Every contestant starts from the same u, dt, A, B, C, D, dt_bias and ends with y
 wrong is not timed. Rounds interleave, and the median counts. On a GPU the time between two CUDA events is measured, in
 bfloat16, and mamba-ssm's kernels (requirements-cuda.txt) are the yardstick, one call per direction. Elsewhere the
 yardstick is mambapy (`pip install mambapy`), in float32; expected on 2 cores of an AMD EPYC (Zen 4): the reference loop
-0.1 to 0.4 times its speed, torch 3 to 9 times, cpu 15 to 45 times; the larger size gains most.
+0.1 to 0.4 times its speed, torch 3 to 9 times, cpu 15 to 60 times; the larger size gains most.
 """
 
 import argparse

@@ -325,3 +325,13 @@ def test_images_of_any_mode_are_read(run_script, image_folder, tmp_path):
         "--batch_size", 28, "--warmup_epochs", 0,
     )  # fmt: skip
     assert (tmp_path / "out" / "checkpoint-0.pth").exists()
+
+
+def test_readme_has_no_marks_left():
+    """Names of files that it gives exist, and no place waits for a figure."""
+    text = (REPOSITORY / "README.md").read_text()
+    assert not re.findall(r"\b[A-Z]{3,}_[A-Z_]+\b", text)
+    files = re.findall(r"benchmarks/results/[\w.-]+\.json", text)
+    assert files
+    for name in files:
+        assert (REPOSITORY / name).is_file(), name
