@@ -94,8 +94,8 @@ def main(args: argparse.Namespace) -> None:
     start = time.monotonic()
     for epoch in range(start_epoch, args.epochs):
         stats = train_one_epoch(wrapped, loader, optimizer, epoch, args, device, log)
-        loader.report(log)
         checkpoint.save_epoch(folders[0], args, epoch, model, optimizer)
+        loader.report(log)  # which may end the run
         log.epoch(**stats, epoch=epoch)
         passed = clock(start, epoch + 1 - start_epoch, args.epochs - start_epoch)
         log.say(f"epoch {epoch}: loss {stats['train_loss']:.4f}; {passed}")

@@ -88,6 +88,8 @@ def _scan_context(ctx, inputs, output):
 
 
 def _scan_grads(ctx, dy, _):
+    if dy is None:  # nothing depends on y
+        return (None,) * 10
     return *selective_scan_backward(dy, *ctx.saved_tensors, ctx.backend), None, None, None
 
 

@@ -85,6 +85,7 @@ def _part(pixels: np.ndarray, crop: Crop) -> np.ndarray:
 
 BASELINE = 0xC0, 0xC1  # frames of one scan from top to bottom; ITU-T T.81, table B.1
 FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+BARE = {0x01, *range(0xD0, 0xD8)}  # markers without a length
 START_OF_SCAN, END_OF_IMAGE = 0xDA, b"\xff\xd9"
 
 
@@ -98,11 +99,15 @@ def _first_rows(data: bytes, rows: int) -> bytes | bytearray:
         ValueError: the file is truncated.
     """
     at, frame = 2, None
-    while data[at + 1] != START_OF_SCAN:
+    while True:
+        if at + 4 > len(data) or data[at] != 0xFF:
+            raise ValueError("the header is damaged")
+        if data[at + 1] == START_OF_SCAN:
+            break
         kind, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
         if kind in FRAMES:
             frame = at
-        at += 1 if kind == 0xFF else 2 + length  # any marker may be padded with 0xFF
+        at += 1 if kind == 0xFF else 2 if kind in BARE else 2 + length  # any marker may be padded with 0xFF
     if data.rfind(END_OF_IMAGE) < at:
         raise ValueError("the end is missing")
     if frame is None or data[frame + 1] not in BASELINE:

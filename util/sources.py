@@ -220,8 +220,10 @@ class HubDataset:
         return columns[0]
 
     def read(self, index: int) -> bytes:
-        image = self.rows[int(index)][self.image]
-        return image["bytes"] or Path(image["path"]).read_bytes()
+        image = self.rows[int(index)][self.image] or {}
+        if image.get("bytes") is None and image.get("path"):
+            return Path(image["path"]).read_bytes()
+        return image.get("bytes") or b""  # no image at all: broken, as an empty file is
 
     def name(self, index: int) -> str:
         return f"{self.root} row {index}"
