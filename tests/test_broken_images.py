@@ -1,5 +1,6 @@
 """Real broken files, killed and hanging workers: what training and evaluation do about them."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import sys
 import time
 import zlib
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -265,3 +267,28 @@ def test_a_worker_that_is_killed_or_hangs_ends_the_run(jpeg_folder, tmp_path, se
         assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
     finally:
         process.kill()
+
+
+@pytest.mark.parametrize("marker", [b"\xff\xd0", b"\xff\xd7", b"\xff\x01", b"\x00\x00", b"\xff\xff\xff"])
+def test_odd_markers_in_a_header(photographs, marker):
+    """Between two segments: what Pillow reads is read, and neither decoder fails but by saying so."""
+    data = encoded(photographs[0].resize((40, 30)))
+    at = 4 + int.from_bytes(data[4:6], "big")  # behind the first segment
+    odd = data[:at] + marker + data[at:]
+    found = []
+    for read in (decode.with_pillow, lambda d: decode.crop_of(d, lambda height, width: (0, 0, height, width))):
+        try:
+            found.append(np.asarray(read(odd)).shape)
+        except decode.BrokenImage:
+            found.append(None)
+    assert found[0] in (None, found[1])
+
+
+def test_damaged_headers_are_broken_or_read(photographs):
+    data = encoded(photographs[0].resize((40, 30)))
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        damaged = bytearray(data)
+        damaged[rng.integers(2, 400)] = rng.integers(256)
+        with contextlib.suppress(decode.BrokenImage):
+            assert decode.crop_of(bytes(damaged), lambda height, width: (0, 0, height, width)).ndim == 3
