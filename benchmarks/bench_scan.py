@@ -10,6 +10,7 @@ yardstick is mambapy (`pip install mambapy`), in float32; expected on 2 cores of
 """
 
 import argparse
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -152,7 +153,7 @@ def time_scans(scans: dict[str, Scan], inputs: list[Tensor], repetitions: int) -
             backward, _ = machine.time_once(lambda y=y: torch.autograd.grad(y, inputs, dy), device)
             for key, seconds in (("forward", forward), ("backward", backward), ("both", forward + backward)):
                 times[name][key].append(1e6 * seconds)
-    return {name: {key: machine.median(us[3:]) for key, us in parts.items()} for name, parts in times.items()}
+    return {name: {key: statistics.median(us[3:]) for key, us in parts.items()} for name, parts in times.items()}
 
 
 def main(args: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ many. The scan is left out. Peak is the data sheet's dense bfloat16 rate, withou
 
 import argparse
 import gc
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,6 +42,7 @@ import engine_pretrain
 import models_arm
 import ops
 from benchmarks import machine, released
+from util.dist import init_device
 from util.lr_decay import param_groups_layer_decay
 from util.metrics import SilentLog
 
@@ -165,7 +167,7 @@ def measure(case: Case, how: Composition, args: argparse.Namespace) -> dict[str,
     times = [machine.time_once(run, args.device)[0] for _ in range(args.rounds)]
     if args.profile:
         show_profile(run, args)
-    speed = case.batch_size * args.steps / machine.median(times)
+    speed = case.batch_size * args.steps / statistics.median(times)
     name = torch.cuda.get_device_name(args.device) if gpu else ""
     peak = next((rate for key, rate in PEAK.items() if key in name), None)
     return {
@@ -201,8 +203,7 @@ def compositions(args: argparse.Namespace) -> dict[str, Composition]:
 
 def main(args: argparse.Namespace) -> None:
     """Train every case with every composition, print a table, write everything as JSON."""
-    if args.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # as util.dist does
+    args.device = init_device(str(args.device))  # as the training scripts set it up
     about = machine.describe(args.device)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(f"{'case':<16}{'composition':<24}{'images/s':>10}{'ms/step':>10}{'MFU':>8}{'GB':>8}{'start s':>9}{'x':>7}")

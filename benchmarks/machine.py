@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import re
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +66,3 @@ def time_once(function: Callable[[], object], device: torch.device) -> tuple[flo
     end.record()
     torch.cuda.synchronize(device)
     return start.elapsed_time(end) / 1000, result
-
-
-def median(times: list[float]) -> float:
-    return statistics.median(times)

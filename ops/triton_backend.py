@@ -407,11 +407,13 @@ def _checked(order: Tensor | None, L: int) -> Tensor | None:
     return order.contiguous()
 
 
-def _scan_tensors(u, dt, A, B, C, D, dt_bias, order):
+def _scan_setup(u, dt, A, B, C, D, dt_bias, order):
     A, D, dt_bias = (x.float().contiguous() for x in (A, D, dt_bias))
     u, dt, B, C = _dense_channels(u, dt, B, C)
     strides = [stride for x in (u, dt, B, C) for stride in x.stride()[:3]]
-    return (u, dt, A, B, C, D, dt_bias, _checked(order, u.shape[2])), strides
+    (K, _, L, width), N, config = u.shape, A.shape[-1], _config(u.device)
+    constants = {"K": K, "WIDTH": width, "N": N, "BLOCK": SCAN_BLOCK, "CHUNK": config.chunk, "T": config.block}
+    return (u, dt, A, B, C, D, dt_bias, _checked(order, L)), strides, constants | {"ORDERED": order is not None}
 
 
 def scan_states(u: Tensor, A: Tensor) -> Tensor:
@@ -427,32 +429,28 @@ def scan_forward(u, dt, A, B, C, D, dt_bias, order, trains):
     Raises:
         ValueError: the number of states is not a power of 2.
     """
-    (K, batch, L, width), N = u.shape, A.shape[-1]
-    if N & (N - 1):
+    K, batch, L, _ = u.shape
+    if (N := A.shape[-1]) & (N - 1):
         raise ValueError(f"{N} states: the triton backend computes powers of 2; use backend 'torch'")
-    tensors, strides = _scan_tensors(u, dt, A, B, C, D, dt_bias, order)
+    tensors, strides, constants = _scan_setup(u, dt, A, B, C, D, dt_bias, order)
     y, states = u.new_empty(u.shape), scan_states(u, A) if trains else None
-    config = _config(u.device)
-    sizes = {"K": K, "WIDTH": width, "N": N, "BLOCK": SCAN_BLOCK, "CHUNK": config.chunk, "T": config.block}
-    flags = {"ORDERED": order is not None, "TRAINS": trains}
     args = (*tensors, y, states if trains else y, batch, L, *strides)
-    _launch(scan_forward_kernel, K * batch, *args, **sizes, **flags)
+    _launch(scan_forward_kernel, K * batch, *args, **constants, TRAINS=trains)
     return y, states
 
 
 def scan_backward(dy, u, dt, A, B, C, D, dt_bias, order, states):
     """See torch_backend.py."""
-    (K, batch, L, width), N, config = u.shape, A.shape[-1], _config(u.device)
-    tensors, strides = _scan_tensors(u, dt, A, B, C, D, dt_bias, order)
+    (K, batch, L, width), N = u.shape, A.shape[-1]
+    tensors, strides, constants = _scan_setup(u, dt, A, B, C, D, dt_bias, order)
     (dy,) = _dense_channels(dy)
     blocks = width // SCAN_BLOCK
     du, ddt = u.new_empty(u.shape), dt.new_empty(u.shape)
     # Partial sums, one per program: added up here in a fixed order.
     dA, dD, dbias = (states.new_empty(K, batch, *shape) for shape in ((width, N), (width,), (width,)))
     dB, dC = (states.new_empty(K, batch, L, blocks, N) for _ in range(2))
-    sizes = {"K": K, "WIDTH": width, "N": N, "BLOCK": SCAN_BLOCK, "CHUNK": config.chunk, "T": config.block}
     args = (*tensors, states, dy, du, ddt, dA, dB, dC, dD, dbias, batch, L, *strides, *dy.stride()[:3])
-    _launch(scan_backward_kernel, K * batch, *args, **sizes, ORDERED=order is not None)
+    _launch(scan_backward_kernel, K * batch, *args, **constants)
     return du, ddt, dA.sum(1), dB.sum(3), dC.sum(3), dD.sum(1), dbias.sum(1)
 
 

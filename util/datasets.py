@@ -19,7 +19,7 @@ from torchvision import transforms
 from util import decode
 from util.augment import Uint8Transform
 from util.decode import BrokenImage
-from util.device_loader import DeviceLoader
+from util.device_loader import DeviceLoader, allowed_broken
 from util.dist import rank, world_size
 from util.errors import UserError
 from util.sources import Source, open_source
@@ -267,7 +267,7 @@ def train_loader(dataset: ImageDataset, args: argparse.Namespace, device: torch.
     Raises:
         UserError: the data does not fill `args.accum_iter` batches on every process.
     """
-    max_broken = len(dataset) // 1000 if args.max_bad_samples is None else args.max_bad_samples
+    max_broken = allowed_broken(args.max_bad_samples, len(dataset))
     samples = SeededSamples(dataset, args.seed, max_broken)
     sampler = EpochSampler(samples, args.seed)
     loader = DataLoader(samples, sampler=sampler, drop_last=True, **_loading(args, device))

@@ -105,6 +105,11 @@ class DeviceLoader:
             log.say(f"{text}\nthey were skipped; the image after each took its place")
 
 
+def allowed_broken(asked: int | None, images: int) -> int:
+    """How many broken images of so many a run puts up with: `--max_bad_samples`, else 0.1 %."""
+    return images // 1000 if asked is None else asked
+
+
 def listed(broken: list[str]) -> str:
     """The number of broken images and a line for each."""
     return "\n  ".join([f"{len(broken)} broken images:", *broken])

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from util import cli, decode
 from util.decode import BrokenImage
-from util.device_loader import listed
+from util.device_loader import allowed_broken, listed
 from util.errors import RunError, UserError
 from util.sources import Folder, TarShards
 
@@ -123,7 +123,7 @@ def pack(source: Folder, folder: Path, short_side: int | None, args: argparse.Na
     elif json.loads(plan_file.read_text()) != plan:
         raise UserError(f"{folder} holds shards of other images or settings: choose another folder, or remove it")
     broken = broken_file.read_text().splitlines() if broken_file.exists() else []
-    max_broken = count // 1000 if args.max_bad_samples is None else args.max_bad_samples
+    max_broken = allowed_broken(args.max_bad_samples, count)
     order = np.random.default_rng(0).permutation(count)  # classes mixed, for readers that shuffle within a buffer
     shards = {
         folder / f"{number:06d}.tar": order[start : start + args.shard_images].tolist()
