@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,9 +106,11 @@ def test_the_next_image_takes_the_place_of_a_broken_one(broken_folder, how, work
     order = [index for _, index in loader.sampler]
     broken = set(loader.broken)
     for image, index in zip(images, order, strict=True):
-        while index in broken:
+        (pixels, numbers), met = samples[1, index]
+        while index in met:
             index += 1
-        (pixels, numbers), _ = samples[1, index]
+        assert index not in broken
+        assert numbers[-1] == dataset.source.labels[index]
         want = dataset.transform.finish(pixels[None], torch.tensor([numbers[:-1]]), CPU)[0]
         assert torch.equal(image, want)
 
@@ -121,12 +124,21 @@ def test_nothing_but_broken_images(tmp_path):
     for limit in (3, 100):
         dataset = datasets.image_dataset(str(tmp_path), "train", transform, "fast")
         loader = datasets.train_loader(dataset, loader_args(max_bad_samples=limit), CPU)
-        if limit == 3:
-            with pytest.raises(RunError, match="broken images:"):
-                list(loader)
-        else:
-            assert len(list(loader)) == 2
-            assert len(loader.broken) == 8
+        with pytest.raises(RunError, match="broken images:"):  # whatever is allowed: a blank image is not trained on
+            list(loader)
+
+
+def test_a_substitute_looks_different_from_where_it_has_its_own_place(jpeg_folder, tmp_path):
+    shutil.copytree(jpeg_folder, tmp_path / "data")
+    transform = datasets.pretrain_transform((32, 32), finetune_args())
+    dataset = datasets.image_dataset(str(tmp_path / "data"), "train", transform, "fast")
+    Path(dataset.source.name(3)).write_bytes(b"")
+    samples = datasets.SeededSamples(dataset, seed=0)
+    ((substitute, numbers), broken), ((own, own_numbers), _) = samples[5, 3], samples[5, 4]
+    assert list(broken) == [3]
+    assert numbers[-1] == own_numbers[-1]
+    assert not torch.equal(substitute, own)
+    assert torch.equal(samples[5, 3][0][0], substitute)
 
 
 def pretrain(folder, *more):

@@ -201,7 +201,7 @@ def test_evaluation_shares_hold_each_image_once(processes, monkeypatch):
 
 
 def test_prefetching_loses_and_repeats_nothing(seeded, monkeypatch):
-    """What runs on a GPU, without its streams: one batch ahead, waited for before it is given out."""
+    """What runs on a GPU, without its streams: waited for before it is given out, the next fetched when it is queued."""
     events = []
     stream = argparse.Namespace(wait_stream=lambda other: events.append("wait"))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: "side")
@@ -214,7 +214,7 @@ def test_prefetching_loses_and_repeats_nothing(seeded, monkeypatch):
     want = list(loader)
     events.clear()
     got = [events.append("train") or batch for batch in loader._ahead()]
-    assert events[:8] == ["copy", "wait", "record", "record", "copy", "train", "wait", "record"]
+    assert events[:8] == ["copy", "wait", "record", "record", "train", "copy", "wait", "record"]
     for (imgs, labels), (want_imgs, want_labels) in zip(got, want, strict=True):
         assert torch.equal(imgs, want_imgs)
         assert torch.equal(labels, want_labels)

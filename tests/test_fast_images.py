@@ -176,6 +176,15 @@ def test_crops_have_the_recipe_s_area_ratio_and_flip_rate(how):
     assert flips / 400 == pytest.approx(0.5, abs=0.08)
 
 
+def test_crops_of_the_smallest_images_hold_a_pixel():
+    """timm's, of 8 % of an image of one pixel, holds none, which in Pillow makes a black image."""
+    transform = augment.Uint8Transform(datasets.finetune_transform((8, 8), finetune_args(aa="none", reprob=0.0)))
+    data = encoded(Image.new("RGB", (1, 1), (10, 200, 30)), "PNG")
+    for seed in range(20):
+        datasets._seed_generators(seed)
+        assert (transform(data)[0] == torch.tensor([10, 200, 30])).all()
+
+
 @pytest.mark.parametrize(
     ("size", "resize"), [((224, 224), "square"), ((96, 80), "shorter"), ((384, 384), "square"), ((384, 384), "shorter")]
 )

@@ -93,7 +93,8 @@ class Uint8Transform:
 
         def draw(height: int, width: int) -> tuple[int, int, int, int]:
             image = torch.empty(1).expand(3, height, width)  # torchvision and timm ask an image for its size
-            return self.crop.get_params(image, self.crop.scale, self.crop.ratio)
+            top, left, h, w = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
+            return min(top, height - 1), min(left, width - 1), max(h, 1), max(w, 1)  # timm's rounds to none at times
 
         pixels = np.ascontiguousarray(decode.crop_of(data, draw, self.crop.size))
         image = F.resize_image(_as_image(pixels), self.crop.size, self.crop.interpolation)

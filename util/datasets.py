@@ -163,13 +163,14 @@ class SeededSamples(Dataset):
             return [self._sample(epoch, index) for epoch, index in epochs_and_indices]
 
     def _sample(self, epoch: int, index: int) -> tuple[tuple, dict[int, str]]:
-        broken = {}
+        broken, place = {}, ()
         while len(broken) <= min(self.max_broken, len(self) - 1):
-            _seed_generators(self.seed, epoch, index)
+            _seed_generators(self.seed, epoch, index, *place)
             try:
                 return self.dataset[index], broken
             except BrokenImage as error:
                 broken[index] = str(error)
+                place = place or (index,)  # what takes it looks different from where it has its own
                 index = (index + 1) % len(self)
         return self.dataset.blank(), broken
 
@@ -291,7 +292,7 @@ def train_loader(dataset: ImageDataset, args: argparse.Namespace, device: torch.
     Raises:
         UserError: the data does not fill `args.accum_iter` batches on every process.
     """
-    max_broken = allowed_broken(args.max_bad_samples, len(dataset))
+    max_broken = min(allowed_broken(args.max_bad_samples, len(dataset)), len(dataset) - 1)
     samples = SeededSamples(dataset, args.seed, max_broken)
     sampler = EpochSampler(samples, args.seed)
     loader = DataLoader(samples, sampler=sampler, drop_last=True, **_loading(args, device))

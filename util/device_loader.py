@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -66,26 +67,24 @@ class DeviceLoader:
         self.broken |= broken
         self._listed(self.broken)
         numbers = torch.from_numpy(numbers)
-        labels = numbers[:, -1].to(self.device)  # before the images: it waits for what is on the stream
+        if self.device.type == "cuda":
+            numbers = numbers.pin_memory()
+        labels = numbers.to(self.device, non_blocking=True)[:, -1].long()
         return [self.finish(pixels, numbers[:, :-1], self.device), labels]
 
     def _ahead(self) -> Iterator[list[Tensor]]:
-        """Copy and finish each batch on a side stream while the one before it is trained on."""
-        stream, batches = torch.cuda.Stream(self.device), iter(self.loader)
-
-        def following() -> list[Tensor] | None:
+        """Copy and finish each batch on a side stream, while the device is still at the step before it."""
+        stream, training = _side_stream(self.device), torch.cuda.current_stream(self.device)
+        batches = iter(self.loader)
+        while True:
             with torch.cuda.stream(stream):
-                return next(map(self._to_device, batches), None)
-
-        batch = following()
-        while batch is not None:
-            training = torch.cuda.current_stream(self.device)
+                batch = next(map(self._to_device, batches), None)
+            if batch is None:
+                return
             training.wait_stream(stream)
             for tensor in batch:
                 tensor.record_stream(training)  # its memory is not given to a later batch before training has read it
-            upcoming = following()
             yield batch
-            batch = upcoming
 
     def _listed(self, broken: dict[int, str]) -> str:
         text = listed([broken[index] for index in sorted(broken)])
@@ -103,6 +102,11 @@ class DeviceLoader:
         text = self._listed(broken)
         if broken:
             log.say(f"{text}\nthey were skipped; the image after each took its place")
+
+
+@lru_cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # one for all passes: freed memory is kept for the stream that it was used on
 
 
 def allowed_broken(asked: int | None, images: int) -> int:
