@@ -201,7 +201,7 @@ def test_evaluation_shares_hold_each_image_once(processes, monkeypatch):
 
 
 def test_prefetching_loses_and_repeats_nothing(seeded, monkeypatch):
-    """What runs on a GPU, without its streams: waited for before it is given out, the next fetched when it is queued."""
+    """What runs on a GPU, without its streams: waited for before it is given out, the next one fetched after it."""
     events = []
     stream = argparse.Namespace(wait_stream=lambda other: events.append("wait"))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: "side")
