@@ -5,7 +5,8 @@
         --data_path /path/to/ImageNet --output_dir ./out_b
 
 Writes checkpoint-last.pth after every epoch, checkpoint-{epoch}.pth every --save_freq epochs and after the last,
-log.txt and TensorBoard files. The paper reaches 83.2 % on ImageNet-1k with this run and Finetuning/main_finetune.py.
+log.txt and TensorBoard files; --resume auto goes on with whatever was last written. The paper reaches 83.2 % on
+ImageNet-1k with this run and Finetuning/main_finetune.py.
 """
 
 import argparse
@@ -17,11 +18,12 @@ from timm.optim import param_groups_weight_decay
 import models_arm
 from engine_pretrain import train_one_epoch
 from ops import BackendUnavailable, choose_backend
-from util import checkpoint, cli
+from util import cli
 from util.datasets import image_dataset, pretrain_transform, train_loader
 from util.dist import distribute, init_device, seed_everything
 from util.errors import as_user_error
 from util.metrics import clock, open_log
+from util.run import Run, fingerprint, starting_point
 from util.train_loop import activation_dtype
 
 
@@ -72,9 +74,12 @@ def main(args: argparse.Namespace) -> None:
         UserError: something that was asked for cannot be; no training has started then.
     """
     cli.check_arguments(args)
+    device = init_device(args.device, args.dist_timeout, args.deterministic)
     folders = cli.output_folders(args)
+    log = open_log(*folders)
+    content = starting_point(args, folders[0], log.say)
     dataset = image_dataset(args.data_path, "train", pretrain_transform(cli.image_size(args), args), args.loader)
-    device = init_device(args.device)
+    args.data = fingerprint(dataset.source)
     seed_everything(args.seed)
     model = build_model(args).to(device)
     with as_user_error(TypeError, ValueError, BackendUnavailable):
@@ -82,23 +87,26 @@ def main(args: argparse.Namespace) -> None:
     loader = train_loader(dataset, args, device)
     groups = param_groups_weight_decay(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
-    start_epoch = args.start_epoch or 0
-    if args.resume:
-        start_epoch = checkpoint.resume(args, checkpoint.read(args.resume), model, optimizer)
+    run = Run(args, model, optimizer)
+    if content is not None:
+        run.restore(content)
     if models_arm.compiles(args.compile, device):
         model.compile()
     wrapped = distribute(model, device)
+    run.keep_in(folders[0], log)
 
-    log = open_log(*folders)
-    log.say(cli.describe(args, model, len(dataset), device))
-    start = time.monotonic()
-    for epoch in range(start_epoch, args.epochs):
-        stats = train_one_epoch(wrapped, loader, optimizer, epoch, args, device, log)
-        checkpoint.save_epoch(folders[0], args, epoch, model, optimizer)
-        loader.report(log)  # which may end the run
-        log.epoch(**stats, epoch=epoch)
-        passed = clock(start, epoch + 1 - start_epoch, args.epochs - start_epoch)
-        log.say(f"epoch {epoch}: loss {stats['train_loss']:.4f}; {passed}")
+    log.say(cli.describe(args, model, len(dataset), device, run.epoch))
+    start, first = time.monotonic(), run.epoch
+    with run:
+        while run.epoch < args.epochs:
+            epoch = run.epoch
+            stats = train_one_epoch(wrapped, loader, run, device, log)
+            log.epoch(**stats, epoch=epoch)
+            run.end_epoch()
+            loader.report(log)  # which may end the run
+            passed = clock(start, run.epoch - first, args.epochs - first)
+            log.say(f"epoch {epoch}: loss {stats['train_loss']:.4f}; {passed}")
+        run.close()
 
 
 if __name__ == "__main__":

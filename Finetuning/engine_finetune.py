@@ -1,17 +1,17 @@
 """One epoch of finetuning, and evaluation."""
 
-import argparse
+from collections.abc import Callable
 
 import torch
 from timm.data import Mixup
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from util.device_loader import DeviceLoader
 from util.dist import reduce_sum, world_size
-from util.errors import RunError
+from util.errors import Interrupted, RunError
+from util.interrupt import StopRequest
 from util.metrics import LOG_EVERY, RunLog, ScreenLog, SilentLog
+from util.run import Run
 from util.train_loop import autocast, train_epoch
 
 
@@ -19,18 +19,27 @@ def train_one_epoch(
     model: nn.Module,
     criterion: nn.Module,
     loader: DeviceLoader,
-    optimizer: Optimizer,
-    epoch: int,
-    args: argparse.Namespace,
+    run: Run,
     device: torch.device,
     log: RunLog | SilentLog,
     mixup: Mixup | None = None,
-    ema: ModelEmaV3 | None = None,
 ) -> dict[str, float]:
-    """Train the classifier on labelled images.
+    """Train the classifier on labelled images; the EMA of `run` follows every update.
 
-    `criterion` takes logits and labels, or logits and class probabilities where `mixup` mixes images and labels;
-    `ema`, a `timm.utils.ModelEmaV3`, follows every update. For the rest see `util.train_loop.train_epoch`.
+    `criterion` and `mixup`: see `loss_of`. For the rest see `util.train_loop.train_epoch`.
+    """
+
+    def after_update() -> None:
+        if run.ema is not None:
+            run.ema.update(run.model)
+
+    return train_epoch(model, loader, loss_of(model, criterion, mixup), run, device, log, after_update)
+
+
+def loss_of(model: nn.Module, criterion: nn.Module, mixup: Mixup | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """What computes the loss of a batch of images (B, 3, H, W) and labels (B,).
+
+    `criterion` takes logits and labels, or logits and class probabilities where `mixup` mixes images and labels.
     """
 
     def compute_loss(imgs: Tensor, labels: Tensor) -> Tensor:
@@ -38,16 +47,17 @@ def train_one_epoch(
             imgs, labels = mixup(imgs, labels)
         return criterion(model(imgs), labels)
 
-    def after_update() -> None:
-        if ema is not None:
-            ema.update(getattr(model, "module", model))
-
-    return train_epoch(model, loader, compute_loss, optimizer, epoch, args, device, log, after_update)
+    return compute_loss
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: DeviceLoader, device: torch.device, log: ScreenLog | SilentLog, title: str = "eval"
+    model: nn.Module,
+    loader: DeviceLoader,
+    device: torch.device,
+    log: ScreenLog | SilentLog,
+    title: str = "eval",
+    stop: StopRequest | None = None,
 ) -> dict[str, float]:
     """Accuracy over every image once.
 
@@ -57,6 +67,7 @@ def evaluate(
         device: of the model.
         log: of this rank.
         title: of the progress.
+        stop: what may ask to leave; nothing of an evaluation is kept then.
 
     Returns:
         `acc1`, `acc5` in percent, `loss` (cross-entropy, mean) and `images`, their exact number. Broken images, which
@@ -64,6 +75,7 @@ def evaluate(
 
     Raises:
         RunError: an image is broken and the loader does not let it count as wrong, or all are.
+        Interrupted: `stop` was asked.
     """
     model.eval()
     progress = log.progress(title, len(loader))
@@ -79,6 +91,8 @@ def evaluate(
         seen += len(labels)
         sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, (labels == -1).sum()])
         progress.update(len(labels) * processes, quiet=step % LOG_EVERY != 0 and step != len(loader))
+        if stop is not None and stop.asked:
+            raise Interrupted("stopped during an evaluation, which --resume auto begins again")
     progress.close()
     sums = torch.cat([sums, sums.new_tensor([seen])])
     if loader.sampler.distributed:

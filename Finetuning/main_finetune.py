@@ -13,11 +13,10 @@ prints top-1, top-5, loss and the number of images, for the weights and for thei
 
 Writes checkpoint-last.pth after every epoch, checkpoint-{epoch}.pth every --save_freq epochs and after the last,
 checkpoint-best.pth and checkpoint-best-ema.pth whenever the top-1 accuracy of the weights or of their EMA rises,
-log.txt and TensorBoard files.
+log.txt and TensorBoard files; --resume auto goes on with whatever was last written.
 """
 
 import argparse
-import math
 import sys
 import time
 from pathlib import Path
@@ -29,6 +28,7 @@ from timm.data import Mixup
 from timm.layers import trunc_normal_
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
+from torch import nn
 
 import models_arm
 from engine_finetune import evaluate, train_one_epoch
@@ -38,7 +38,8 @@ from util.datasets import ImageDataset, eval_loader, eval_transform, finetune_tr
 from util.dist import distribute, init_device, seed_everything
 from util.errors import UserError, as_user_error
 from util.lr_decay import param_groups_layer_decay
-from util.metrics import clock, open_log
+from util.metrics import RunLog, ScreenLog, SilentLog, clock, open_log
+from util.run import Run, fingerprint, starting_point
 from util.train_loop import activation_dtype
 
 LAYER_DECAY, SMOOTHING = cli.number(float, 0, 1, above=True), cli.number(float, 0, 0.999)
@@ -169,26 +170,31 @@ def main(args: argparse.Namespace) -> None:
         UserError: something that was asked for cannot be; no training has started then.
     """
     cli.check_arguments(args)
-    seed_everything(args.seed)
     if args.model_key and args.resume and not args.eval:
         raise UserError("--model_key chooses among the weights of --finetune; --resume takes both")
     if args.cutmix_minmax is not None and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
         raise UserError("--cutmix_minmax: the smaller size comes first")
-    source = args.resume or args.finetune  # a run that goes on has left its --finetune behind
-    if args.eval and not source:
+    if args.eval and not (args.resume or args.finetune):
         raise UserError("--eval needs a checkpoint: --resume FILE")
-    content = checkpoint.read(source) if source else None
+    device = init_device(args.device, args.dist_timeout, args.deterministic)
+    seed_everything(args.seed)
+    if args.eval:
+        log, resumed = open_log(), checkpoint.read(args.resume) if args.resume else None
+    else:
+        folders = cli.output_folders(args)
+        log = open_log(*folders)
+        resumed = starting_point(args, folders[0], log.say)
+    content = checkpoint.read(args.finetune) if resumed is None and args.finetune else resumed
     model = build_classifier(args, content)
     transform = eval_transform(cli.image_size(args), args.eval_resize)
     val = image_dataset(args.data_path, "val", transform, args.eval_loader)
     check_labels(val, args.nb_classes)
-    device = init_device(args.device)
     with as_user_error(TypeError, ValueError, BackendUnavailable):
         choose_backend(args.scan_backend, device, activation_dtype(device), model.embed_dim)
     if args.eval:
-        evaluate_checkpoint(args, content, model, val, device)
+        evaluate_checkpoint(args, content, model, val, device, log)
     else:
-        finetune(args, content, model, val, device)
+        finetune(args, content, model, val, device, log)
 
 
 def check_labels(dataset: ImageDataset, nb_classes: int) -> None:
@@ -203,7 +209,12 @@ def check_labels(dataset: ImageDataset, nb_classes: int) -> None:
 
 
 def evaluate_checkpoint(
-    args: argparse.Namespace, content: dict, model: models_arm.ARMClassifier, val: ImageDataset, device: torch.device
+    args: argparse.Namespace,
+    content: dict,
+    model: models_arm.ARMClassifier,
+    val: ImageDataset,
+    device: torch.device,
+    log: ScreenLog | SilentLog,
 ) -> None:
     """Print the accuracy of a checkpoint's weights and of its EMA weights, or of `args.model_key`.
 
@@ -211,7 +222,6 @@ def evaluate_checkpoint(
         UserError: the checkpoint does not fit.
     """
     keys = [args.model_key] if args.model_key else checkpoint.kinds(content) or [None]
-    log = open_log()
     loader = eval_loader(val, args, device)
     model.to(device)
     if args.compile:
@@ -238,24 +248,23 @@ def finetune(
     model: models_arm.ARMClassifier,
     val: ImageDataset,
     device: torch.device,
+    log: RunLog | SilentLog,
 ) -> None:
     """Train, evaluate after every epoch, keep the best.
 
     Raises:
         UserError: something that was asked for cannot be; no training has started then.
     """
-    folders = cli.output_folders(args)
     with as_user_error(AssertionError, ValueError, KeyError, prefix=f"--aa {args.aa}: "):
         transform = finetune_transform(cli.image_size(args), args)
     train = image_dataset(args.data_path, "train", transform, args.loader)
     if train.source.classes != val.source.classes:
         differing = sorted(set(train.source.classes) ^ set(val.source.classes))
         raise UserError(f"{args.data_path}: train and val differ in their class folders: {', '.join(differing[:5])}")
-    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-    if mixes and args.batch_size % 2:
+    args.data = fingerprint(train.source)
+    if mixes(args) and args.batch_size % 2:
         raise UserError(f"--batch_size {args.batch_size}: mixup and cutmix pair images and need an even batch")
     loader, val_loader = train_loader(train, args, device), eval_loader(val, args, device)
-    log = open_log(*folders)
     if (
         args.finetune
         and not args.resume
@@ -265,63 +274,66 @@ def finetune(
     model.to(device)
     groups = param_groups_layer_decay(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
-    start_epoch, best, best_ema = args.start_epoch or 0, -math.inf, -math.inf
+    ema = ModelEmaV3(model, decay=args.ema_decay) if args.ema_decay is not None else None
+    run = Run(args, model, optimizer, ema)
     if args.resume:
-        start_epoch = checkpoint.resume(args, content, model, optimizer)
-        best, best_ema = content.get("max_accuracy", best), content.get("ema_max_accuracy", best_ema)
+        run.restore(content)
     compiled = models_arm.compiles(args.compile, device)
     if compiled:
         model.compile()
     wrapped = distribute(model, device)  # from here on all processes have the weights of rank 0
-    resumed_ema = args.resume and "model_ema" in checkpoint.kinds(content)
-    if resumed_ema and args.ema_decay is None:
-        raise UserError(f"{args.resume} holds an EMA: say --ema_decay to go on with it")
-    ema = ModelEmaV3(model, decay=args.ema_decay) if args.ema_decay is not None else None
+    if ema is not None and "model_ema" not in checkpoint.kinds(content or {}):
+        ema.set(model)
+        if args.resume:
+            log.say(f"{args.resume} holds no EMA: it starts from the weights")
     if ema is not None and compiled:
         ema.module.compile()
-    if resumed_ema:
-        checkpoint.load(ema.module, checkpoint.weights(content, "model_ema"))
-    elif args.resume and ema is not None:
-        log.say(f"{args.resume} holds no EMA: it starts from the weights")
+    run.keep_in(Path(args.output_dir), log)
 
-    mixup = None
-    if mixes:
-        mixup = Mixup(
-            mixup_alpha=args.mixup,
-            cutmix_alpha=args.cutmix,
-            cutmix_minmax=args.cutmix_minmax,
-            prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob,
-            mode=args.mixup_mode,
-            label_smoothing=args.smoothing,
-            num_classes=args.nb_classes,
-        )
-    criterion = SoftTargetCrossEntropy() if mixes else LabelSmoothingCrossEntropy(args.smoothing)
+    mixup, criterion = training_loss(args)
+    log.say(cli.describe(args, model, len(train), device, run.epoch))
+    start, first = time.monotonic(), run.epoch
+    with run:
+        while run.epoch < args.epochs:
+            epoch = run.epoch
+            stats = train_one_epoch(wrapped, criterion, loader, run, device, log, mixup)
+            run.save()  # whatever ends the evaluation, the epoch is trained
+            loader.report(log)
+            result = evaluate(model, val_loader, device, log, stop=run.stop)
+            stats |= {f"test_{name}": value for name, value in result.items()}
+            passed = clock(start, epoch + 1 - first, args.epochs - first)
+            log.say(f"epoch {epoch}: loss {stats['train_loss']:.4f}, {in_words(result)}; {passed}")
+            names = ["checkpoint-best.pth"] if run.improved("max_accuracy", result["acc1"]) else []
+            if ema is not None:
+                result = evaluate(ema.module, val_loader, device, log, "eval of the EMA", run.stop)
+                stats |= {f"ema_test_{name}": value for name, value in result.items()}
+                log.say(f"epoch {epoch}: EMA {in_words(result)}")
+                names += ["checkpoint-best-ema.pth"] if run.improved("ema_max_accuracy", result["acc1"]) else []
+            log.epoch(**stats, epoch=epoch, n_parameters=sum(p.numel() for p in model.parameters()))
+            run.end_epoch(*names)
+        run.close()
 
-    log.say(cli.describe(args, model, len(train), device))
-    start = time.monotonic()
-    for epoch in range(start_epoch, args.epochs):
-        stats = train_one_epoch(wrapped, criterion, loader, optimizer, epoch, args, device, log, mixup, ema)
-        loader.report(log)
-        result = evaluate(model, val_loader, device, log)
-        stats |= {f"test_{name}": value for name, value in result.items()}
-        passed = clock(start, epoch + 1 - start_epoch, args.epochs - start_epoch)
-        log.say(f"epoch {epoch}: loss {stats['train_loss']:.4f}, {in_words(result)}; {passed}")
-        improved, best = result["acc1"] > best, max(best, result["acc1"])
-        more = {"max_accuracy": best}
-        if ema is not None:
-            result = evaluate(ema.module, val_loader, device, log, "eval of the EMA")
-            stats |= {f"ema_test_{name}": value for name, value in result.items()}
-            log.say(f"epoch {epoch}: EMA {in_words(result)}")
-            improved_ema, best_ema = result["acc1"] > best_ema, max(best_ema, result["acc1"])
-            more |= {"model_ema": ema.module.state_dict(), "ema_max_accuracy": best_ema}
 
-        checkpoint.save_epoch(folders[0], args, epoch, model, optimizer, **more)
-        if improved:
-            checkpoint.save(folders[0] / "checkpoint-best.pth", model, optimizer, epoch, args, **more)
-        if ema is not None and improved_ema:
-            checkpoint.save(folders[0] / "checkpoint-best-ema.pth", model, optimizer, epoch, args, **more)
-        log.epoch(**stats, epoch=epoch, n_parameters=sum(p.numel() for p in model.parameters()))
+def mixes(args: argparse.Namespace) -> bool:
+    """Whether images are mixed."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def training_loss(args: argparse.Namespace) -> tuple[Mixup | None, nn.Module]:
+    """What mixes images and labels, if anything does, and the criterion that takes what comes out."""
+    if not mixes(args):
+        return None, LabelSmoothingCrossEntropy(args.smoothing)
+    mixup = Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=args.nb_classes,
+    )
+    return mixup, SoftTargetCrossEntropy()
 
 
 if __name__ == "__main__":

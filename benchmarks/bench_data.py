@@ -40,6 +40,7 @@ from engine_pretrain import train_one_epoch
 from util import cli, datasets, pack_images
 from util.device_loader import DeviceLoader
 from util.metrics import SilentLog
+from util.run import Run
 
 CORES = sorted(os.sched_getaffinity(0))
 CPU = torch.device("cpu")
@@ -244,10 +245,12 @@ def training(model: str, shards: Path, batch_size: int, rounds: int) -> dict[str
     network = main_pretrain.build_model(args).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, fused=True)
     loader = loader_of(args, "pretrain", device)
+    run = Run(args, network, optimizer)
 
     def epochs(batches: DeviceLoader | RandomBatches) -> Epoch:
         def epoch() -> int:
-            train_one_epoch(network, batches, optimizer, 0, args, device, SilentLog())
+            run.samples = 0
+            train_one_epoch(network, batches, run, device, SilentLog())
             return len(batches) * batch_size
 
         return epoch

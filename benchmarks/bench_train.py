@@ -45,6 +45,7 @@ from benchmarks import machine, released
 from util.dist import init_device
 from util.lr_decay import param_groups_layer_decay
 from util.metrics import SilentLog
+from util.run import Run
 
 PEAK = {"H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "A100": 312e12, "B200": 2250e12}  # bf16, dense
 
@@ -85,7 +86,7 @@ class RandomBatches:
     def __init__(self, case: Case, classes: int, steps: int, device: torch.device) -> None:
         imgs = torch.randn(case.batch_size, 3, case.img_size, case.img_size, device=device)
         self.batch, self.steps = [imgs, torch.randint(classes, (case.batch_size,), device=device)], steps
-        self.sampler = SimpleNamespace(set_epoch=lambda epoch: None)
+        self.sampler = SimpleNamespace(set_epoch=lambda epoch, start: None)
 
     def __len__(self) -> int:
         return self.steps
@@ -121,6 +122,7 @@ def epoch_runner(case: Case, how: Composition, steps: int, device: torch.device)
     classes = 1 if case.task == "pretrain" else model.head.out_features
     loader = RandomBatches(case, classes, steps, device)
     args = {"lr": 1e-5, "min_lr": 1e-5, "warmup_epochs": 0, "epochs": 1, "accum_iter": 1, "seed": 0, "output_dir": ""}
+    args |= {"batch_size": case.batch_size, "start_epoch": None, "save_every_steps": None, "max_nonfinite": 3}
     if case.task == "pretrain":
         args = SimpleNamespace(**args, clip_grad=3.0)
         groups, betas, ema = param_groups_weight_decay(model, 0.05), (0.9, 0.95), None
@@ -148,10 +150,17 @@ def epoch_runner(case: Case, how: Composition, steps: int, device: torch.device)
         return lambda: released.train_steps(model, loader, compute_loss, optimizer, args.clip_grad, after_update)
     if how.compiled:
         model.compile()
-    common = (loader, optimizer, 0, args, device, SilentLog())
-    if case.task == "pretrain":
-        return lambda: engine_pretrain.train_one_epoch(model, *common)
-    return lambda: engine_finetune.train_one_epoch(model, criterion, *common, mixup, ema)
+    run = Run(args, model, optimizer, ema)
+
+    def epoch() -> None:
+        run.samples = 0
+        common = (loader, run, device, SilentLog())
+        if case.task == "pretrain":
+            engine_pretrain.train_one_epoch(model, *common)
+        else:
+            engine_finetune.train_one_epoch(model, criterion, *common, mixup)
+
+    return epoch
 
 
 def measure(case: Case, how: Composition, args: argparse.Namespace) -> dict[str, float | None]:

@@ -1,10 +1,13 @@
 """What several tests share: golden values, a small folder of images, scripts run in this process."""
 
+import argparse
 import io
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -104,6 +107,33 @@ def run_script(monkeypatch):
         cli.run(script.main, script.get_args_parser())
 
     return run
+
+
+class Batches:
+    """Stands in for a loader: batches of tensors, the same in every epoch."""
+
+    def __init__(self, *batches: list[torch.Tensor]) -> None:
+        self.batches, self.start = batches, 0
+        self.sampler = SimpleNamespace(set_epoch=self._set_epoch)
+
+    def _set_epoch(self, epoch: int, start: int = 0) -> None:
+        self.start = start // len(self.batches[0][0])
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+        return iter(self.batches[self.start :])
+
+    def again(self, epoch: int, first: int, count: int) -> list[list[torch.Tensor]]:
+        return list(self.batches[first : first + count])
+
+
+def loop_args(**changes: object) -> argparse.Namespace:
+    """The arguments that `train_epoch` looks at."""
+    args = {"lr": 1.0, "min_lr": 1.0, "warmup_epochs": 0, "epochs": 1, "accum_iter": 1, "clip_grad": None, "seed": 0}
+    args |= {"batch_size": 1, "start_epoch": None, "save_every_steps": None, "max_nonfinite": 3, "output_dir": "out"}
+    return argparse.Namespace(**{**args, **changes})
 
 
 def read_log(folder: Path) -> list[dict]:

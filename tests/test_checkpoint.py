@@ -4,7 +4,6 @@ import argparse
 import collections
 import os
 import pathlib
-import pickle
 
 import pytest
 import torch
@@ -249,18 +248,20 @@ def test_epochs_of_released_latest_and_best_files(epoch):
     with pytest.raises(UserError, match=f"says epoch {epoch}, which no run has.*--start_epoch"):
         checkpoint.resume(args, *run_of(epoch))
     args.start_epoch = 42
-    assert checkpoint.resume(args, *run_of(epoch)) == 42
+    assert checkpoint.resume(args, *run_of(epoch)) == (42, 0)
 
 
 def test_resume_starts_after_the_saved_epoch():
     args = argparse.Namespace(resume="c.pth", start_epoch=None, epochs=100)
     content, model, optimizer = run_of(7)
     content["model"] = {name: value + 1 for name, value in content["model"].items()}
-    assert checkpoint.resume(args, content, model, optimizer) == 8
+    assert checkpoint.resume(args, content, model, optimizer) == (8, 0)
     assert_equal_state(model.state_dict(), content["model"])
-    args.epochs = 8
-    with pytest.raises(UserError, match="all 8 --epochs are done"):
-        checkpoint.resume(args, content, model, optimizer)
+    assert checkpoint.resume(args, {**content, "samples": 640}, model, optimizer) == (8, 640)
+    assert checkpoint.resume(args, {**content, "epoch": -1, "samples": 640}, model, optimizer) == (0, 640)
+    args.start_epoch = 3
+    assert checkpoint.resume(args, {**content, "samples": 640}, model, optimizer) == (3, 0)
+    args.start_epoch = None
     del content["optimizer"]
     with pytest.raises(UserError, match=r"cannot resume from c\.pth: it has no optimizer"):
         checkpoint.resume(args, content, model, optimizer)
@@ -294,19 +295,3 @@ def test_a_resumed_optimizer_has_the_moments_of_the_file_and_the_settings_of_the
     (group,) = optimizer.param_groups
     assert (group["weight_decay"], group["betas"], group["fused"]) == (0.7, (0.5, 0.6), True)
     assert torch.allclose(optimizer.state[model.ar_token]["exp_avg"], torch.full_like(model.ar_token, 0.1))
-
-
-def test_saved_file(tmp_path):
-    """The form that the MAE line reads, complete or absent: a failing write leaves the older file."""
-    _, model, optimizer = run_of(0)
-    args = argparse.Namespace(model="m", input_size=[48, 32])
-    path = tmp_path / "checkpoint-last.pth"
-    checkpoint.save(path, model, optimizer, 5, args, max_accuracy=1.5)
-    content = checkpoint.read(path)
-    assert set(content) == {"model", "optimizer", "epoch", "scaler", "args", "max_accuracy"}
-    assert (content["epoch"], content["args"], content["max_accuracy"]) == (5, args, 1.5)
-    assert_equal_state(content["model"], model.state_dict())
-    torch.amp.GradScaler("cpu").load_state_dict(content["scaler"])
-    with pytest.raises((AttributeError, pickle.PicklingError), match="<lambda>"):
-        checkpoint.save(path, model, optimizer, 6, args, broken=lambda: None)
-    assert checkpoint.read(path)["epoch"] == 5

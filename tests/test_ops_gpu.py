@@ -12,16 +12,16 @@ import torch
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
-from torch.utils.data import DataLoader
 
 import engine_finetune
 import models_arm
 import ops
-from conftest import relative_error
+from conftest import Batches, loop_args, relative_error
 from mamba import FOUR_DIRECTIONS, Block, scan_orders
 from ops import naive
 from test_ops import assert_same, conv_inputs, public, random_order, scan_inputs
 from util.metrics import SilentLog
+from util.run import Run
 from util.train_loop import autocast
 
 pytestmark = [
@@ -209,13 +209,12 @@ def test_training_does_not_wait_between_log_lines(monkeypatch):
     """Finetuning as it runs: compiled, with mixup and EMA. Any wait for the device raises, but where the loop logs."""
     model, imgs = build("finetune", "auto")
     model.compile()
-    batches = [[torch.randn(4, 3, 64, 64, device="cuda"), torch.arange(4, device="cuda")] for _ in range(4)]
-    loader = DataLoader(batches, batch_size=None)
-    loader.sampler.set_epoch = lambda epoch: None
-    args = {"lr": 1e-3, "min_lr": 0.0, "warmup_epochs": 0, "epochs": 2, "accum_iter": 2, "clip_grad": 3.0}
-    args = argparse.Namespace(**args, seed=0, output_dir="out")
+    images, labels = torch.randn(4, 3, 64, 64, device="cuda"), torch.arange(4, device="cuda")
+    loader = Batches(*([images.clone(), labels] for _ in range(4)))
+    args = loop_args(lr=1e-3, min_lr=0.0, epochs=2, accum_iter=2, clip_grad=3.0, batch_size=4)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     mixup, ema = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=10), ModelEmaV3(model, decay=0.9)
+    run = Run(args, model, optimizer, ema)
     reads = []
     to_list = torch.Tensor.tolist
 
@@ -231,8 +230,9 @@ def test_training_does_not_wait_between_log_lines(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "tolist", read)
     try:
-        criterion, common = Criterion(), (loader, optimizer, 0, args, imgs.device, SilentLog(), mixup, ema)
+        criterion, common = Criterion(), (loader, run, imgs.device, SilentLog(), mixup)
         for criterion.mode in ("default", "error"):  # what is compiled and allocated at first use may wait
+            run.samples = 0
             engine_finetune.train_one_epoch(model, criterion, *common)
             torch.cuda.set_sync_debug_mode("default")
     finally:

@@ -16,17 +16,18 @@ import pytest
 import torch
 from timm.utils import ModelEmaV3
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
 import engine_finetune
 import main_finetune
 import main_pretrain
 import models_arm
-from conftest import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN, read_log
+from conftest import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN, Batches, loop_args, read_log
 from util import checkpoint
 from util.dist import distribute
+from util.errors import RunError
 from util.metrics import Progress, SilentLog
+from util.run import Run
 from util.train_loop import train_epoch
 
 FAST = "--warmup_epochs 0 --lr 1e-3 --epochs 2 --save_freq 1".split()
@@ -248,11 +249,12 @@ def test_resume_does_not_drop_or_invent_an_ema(image_folder, tmp_path, run_scrip
     run_script(main_finetune, *common, "--output_dir", tmp_path / "with", "--ema_decay", 0.9)
     run_script(main_finetune, *common, "--output_dir", tmp_path / "without")
     capsys.readouterr()
+    changed = [*common, "--output_dir", tmp_path, "--allow_changed_args"]
     with pytest.raises(SystemExit):
-        run_script(main_finetune, *common, "--output_dir", tmp_path, "--resume", tmp_path / "with" / "checkpoint-0.pth")
+        run_script(main_finetune, *changed, "--resume", tmp_path / "with" / "checkpoint-0.pth")
     assert "holds an EMA: say --ema_decay to go on with it" in capsys.readouterr().err
     more = ["--resume", tmp_path / "without" / "checkpoint-0.pth", "--ema_decay", 0.9]
-    run_script(main_finetune, *common, "--output_dir", tmp_path, *more)
+    run_script(main_finetune, *changed, *more)
     assert "holds no EMA: it starts from the weights" in capsys.readouterr().out
     assert "model_ema" in checkpoint.read(tmp_path / "checkpoint-last.pth")
 
@@ -291,16 +293,10 @@ def test_ema_is_the_recursion_over_updates():
     ema = ModelEmaV3(model, decay=0.9)
     update = ema.update
     ema.update = lambda m: (history.append(m.weight.detach().clone()), update(m))
-    loader = DataLoader(TensorDataset(torch.randn(8, 3), torch.randint(2, (8,))), batch_size=2)
-    loader.sampler.set_epoch = lambda epoch: None
-    args = argparse.Namespace(
-        lr=0.1, min_lr=0, warmup_epochs=0, epochs=1, accum_iter=2, clip_grad=None, output_dir="", seed=0
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    criterion = torch.nn.CrossEntropyLoss()
-    engine_finetune.train_one_epoch(
-        model, criterion, loader, optimizer, 0, args, torch.device("cpu"), SilentLog(), ema=ema
-    )
+    loader = Batches(*([torch.randn(2, 3), torch.randint(2, (2,))] for _ in range(4)))
+    args = loop_args(lr=0.1, min_lr=0, accum_iter=2, batch_size=2)
+    run = Run(args, model, torch.optim.AdamW(model.parameters(), fused=True), ema)
+    engine_finetune.train_one_epoch(model, torch.nn.CrossEntropyLoss(), loader, run, torch.device("cpu"), SilentLog())
     assert len(history) == 3
     want = 0.9 * (0.9 * history[0] + 0.1 * history[1]) + 0.1 * history[2]
     assert torch.allclose(ema.module.weight, want, rtol=1e-6)
@@ -315,13 +311,10 @@ def one_weight_run(samples, log=None, make_optimizer=plain_sgd, **changes):
     """Train weight w of loss = w * sample with plain SGD, which shows every gradient as it is."""
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.ones_(model.weight)
-    loader = DataLoader(TensorDataset(torch.tensor(samples, dtype=torch.float32)[:, None]), batch_size=1)
-    loader.sampler.set_epoch = lambda epoch: None
-    args = {"lr": 1.0, "min_lr": 1.0, "warmup_epochs": 0, "epochs": 1, "accum_iter": 1, "clip_grad": None}
-    args = argparse.Namespace(**{**args, "seed": 0, "output_dir": "out", **changes})
-    optimizer = make_optimizer(model.parameters())
+    loader = Batches(*([torch.tensor([[sample]], dtype=torch.float32)] for sample in samples))
+    run = Run(loop_args(**changes), model, make_optimizer(model.parameters()))
     log = SilentLog() if log is None else log
-    stats = train_epoch(model, loader, lambda x: model(x).mean(), optimizer, 0, args, torch.device("cpu"), log)
+    stats = train_epoch(model, loader, lambda x: model(x).mean(), run, torch.device("cpu"), log)
     return model.weight.item(), stats
 
 
@@ -381,24 +374,21 @@ def test_every_log_line_tells_of_its_own_batches():
 
 
 ONE_RANK_BREAKS = """
-import argparse, math, sys, torch
-from torch.utils.data import DataLoader, TensorDataset
+import math, torch
+from conftest import Batches, loop_args
 from util.dist import distribute, init_device, rank
-from util.metrics import Progress, SilentLog
+from util.metrics import SilentLog
+from util.run import Run
 from util.train_loop import train_epoch
 
 device = init_device("cpu")
 bare = torch.nn.Linear(1, 1, bias=False)
 torch.nn.init.ones_(bare.weight)
 samples = [[5.0, 1.0, 3.0], [3.0, math.nan, 1.0]][rank()]
-loader = DataLoader(TensorDataset(torch.tensor(samples)[:, None]), batch_size=1)
-loader.sampler.set_epoch = lambda epoch: None
-args = argparse.Namespace(
-    lr=1.0, min_lr=1.0, warmup_epochs=0, epochs=1, accum_iter=1, clip_grad=None, seed=0, output_dir="out"
-)
+loader = Batches(*([torch.tensor([[sample]])] for sample in samples))
 model = distribute(bare, device)
-optimizer = torch.optim.SGD(bare.parameters(), fused=True)
-stats = train_epoch(model, loader, lambda x: model(x).mean(), optimizer, 0, args, device, SilentLog())
+run = Run(loop_args(), bare, torch.optim.SGD(bare.parameters(), fused=True))
+stats = train_epoch(model, loader, lambda x: model(x).mean(), run, device, SilentLog())
 loss = stats["train_loss"]
 print(f"rank {rank()}: weight {bare.weight.item()}, loss {loss}\\n", end="")
 """
@@ -407,7 +397,7 @@ print(f"rank {rank()}: weight {bare.weight.item()}, loss {loss}\\n", end="")
 def test_all_processes_skip_together(tmp_path, monkeypatch):
     """One process of two meets a loss that is not finite."""
     (tmp_path / "script.py").write_text(ONE_RANK_BREAKS)
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}")
     out = torchrun(tmp_path / "script.py")
     weight = 1 - 4 - 2  # the means of the two processes' first and third samples
     losses = [5, 3, 1 * (1 - 4), 3 * (1 - 4), 1 * (1 - 4)]  # five are finite
@@ -415,15 +405,37 @@ def test_all_processes_skip_together(tmp_path, monkeypatch):
         assert f"rank {rank}: weight {weight:.1f}, loss {sum(losses) / 5}" in out
 
 
-def test_three_in_a_row_stop_the_run():
-    message = r"not finite in 3 updates in a row, up to epoch 0, batch 4; none of them was made.*checkpoint-last\.pth"
-    with pytest.raises(RuntimeError, match=message):
-        one_weight_run([5.0, 3.0, math.nan, math.nan, math.nan])
-    with pytest.raises(RuntimeError, match=r"not finite in 3 updates in a row, up to epoch 0, batch 19"):
-        one_weight_run([math.nan, math.nan, math.nan, *[3.0] * 17])  # recovered before the host looks
-    with pytest.raises(RuntimeError, match=r"not finite in 4 updates in a row, up to epoch 0, batch 21"):
-        one_weight_run([*[3.0] * 18, *[math.nan] * 4], lr=0.0, min_lr=0.0)  # across two log lines
+@pytest.mark.parametrize(
+    ("samples", "first", "weight"),
+    [
+        ([5.0, 3.0, math.nan, math.nan, math.nan], 2, 1 - 5 - 3),
+        ([5.0, math.nan, math.nan, math.nan, *[3.0] * 17], 1, 1 - 5),  # whatever comes before the host looks
+        ([*[0.125] * 18, *[math.nan] * 4], 18, 1 - 18 / 8),  # across two log lines
+    ],
+)
+def test_three_in_a_row_stop_the_run(tmp_path, samples, first, weight):
+    """With the weights of before, the batch and the position."""
+    message = f"not finite in 3 updates in a row, from batch {first} of epoch 0; none of them was made.*--resume "
+    with pytest.raises(RunError, match=message):
+        one_weight_run(samples, output_dir=str(tmp_path))
+    folder = tmp_path / f"nonfinite-epoch0-batch{first}"
+    state = torch.load(folder / "state.pth", weights_only=False)
+    assert state["model"]["weight"].item() == weight
+    assert (state["epoch"], state["samples"], state["skipped_in_a_row"]) == (-1, first, 0)
+    ((batch,),) = torch.load(folder / "batches-rank0.pth")["batches"]
+    assert math.isnan(batch.item())
+
+
+def test_two_in_a_row_do_not(tmp_path):
     one_weight_run([math.nan, math.nan, 3.0, math.nan, math.nan])
+    with pytest.raises(RunError, match="in 2 updates in a row, from batch 0"):
+        one_weight_run([math.nan, math.nan, 3.0], max_nonfinite=2, output_dir=str(tmp_path))
+
+
+def test_loss_spikes_are_said():
+    log = NotedLog()
+    one_weight_run([1.0] * 460 + [7.0] * 20 + [1.0] * 20, log=log, lr=0.0, min_lr=0.0)
+    assert log.said == ["epoch 0, batch 479: the loss rose to 7, from 1"]
 
 
 def test_skipped_updates_leave_the_moments_of_adamw():
@@ -457,17 +469,15 @@ def test_gradients_travel_once_an_update(monkeypatch):
     model = distribute(torch.nn.Linear(1, 1), torch.device("cpu"))
     monkeypatch.undo()
     assert model.gradient_as_bucket_view
-    loader = DataLoader(TensorDataset(torch.ones(6, 1)), batch_size=1)
-    loader.sampler.set_epoch = lambda epoch: None
-    args = {"lr": 1.0, "min_lr": 1.0, "warmup_epochs": 0, "epochs": 1, "accum_iter": 3, "clip_grad": None}
-    args = argparse.Namespace(**args, seed=0, output_dir="out")
+    loader = Batches(*([torch.ones(1, 1)] for _ in range(6)))
+    run = Run(loop_args(accum_iter=3), model.module, plain_sgd(model.parameters()))
     travels = []
 
     def compute_loss(x):
         travels.append(model.require_backward_grad_sync)
         return model(x).mean()
 
-    train_epoch(model, loader, compute_loss, plain_sgd(model.parameters()), 0, args, torch.device("cpu"), SilentLog())
+    train_epoch(model, loader, compute_loss, run, torch.device("cpu"), SilentLog())
     assert travels == [False, False, True] * 2
 
 
@@ -494,7 +504,7 @@ def test_the_host_reads_only_where_it_logs(accum_iter, monkeypatch):
         with CountReads() as mode:
             one_weight_run([0.5] * batches, log=log, accum_iter=accum_iter, clip_grad=1.0, lr=1e-3, min_lr=1e-3)
         reads.append(mode.reads)
-    assert reads[0] == reads[1] == 2  # the loader's seed, and this test's own look at the weight
+    assert reads[0] == reads[1] == 1  # this test's own look at the weight
     assert len(log.points) == 3  # batches 20 or 21, 40 or 42, 45
     assert lists.count(torch.Size([5])) == 1 + 3
 
@@ -564,15 +574,14 @@ def test_tensorboard_points(image_folder, tmp_path, run_script, monkeypatch):
     assert [step for _, step in losses] == [666, 1666]  # thousandths of epochs, at the last of 3 updates
     assert {name for name, _, _ in points} == {"train_loss", "lr", "grad_norm"}
     points.clear()
-    run_script(
-        main_finetune, *FINETUNE, "--data_path", image_folder, "--output_dir", tmp_path, "--batch_size", 8, *FAST
-    )
-    want = [(row["test_acc1"], 1000 * (row["epoch"] + 1)) for row in read_log(tmp_path)[-2:]]
+    fine = tmp_path / "fine"
+    run_script(main_finetune, *FINETUNE, "--data_path", image_folder, "--output_dir", fine, "--batch_size", 8, *FAST)
+    want = [(row["test_acc1"], 1000 * (row["epoch"] + 1)) for row in read_log(fine)]
     assert [(value, step) for name, value, step in points if name == "test_acc1"] == want
 
 
 def test_log_txt_is_appended_to_by_a_resumed_run(image_folder, tmp_path, run_script):
     common = ["--data_path", image_folder, "--batch_size", 8, "--output_dir", tmp_path, "--save_freq", 1]
     run_script(main_pretrain, *TINY_PRETRAIN, *common, "--epochs", 1)
-    run_script(main_pretrain, *TINY_PRETRAIN, *common, "--epochs", 2, "--resume", tmp_path / "checkpoint-last.pth")
+    run_script(main_pretrain, *TINY_PRETRAIN, *common, "--epochs", 2, "--resume", "auto", "--allow_changed_args")
     assert [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").read_text().splitlines()] == [0, 1]

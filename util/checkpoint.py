@@ -1,11 +1,13 @@
-"""Checkpoint files: safe reading, atomic writing, and what becomes of a state dict in another model.
+"""Checkpoint files: safe reading, and what becomes of a state dict in another model.
 
-A file is a dict with `model`, `optimizer`, `epoch`, `scaler` and `args` (an argparse.Namespace); a finetuning file
-adds `model_ema`, `max_accuracy` and `ema_max_accuracy`. Files of the released code have this form, or are a bare
-state dict; both are read.
+A file is a dict with `model`, `optimizer`, `epoch` (the last whole one), `samples` (images of the next epoch that have
+been trained on), `scaler`, `args` (an argparse.Namespace) and what `util.run` needs to go on; a finetuning file adds
+`model_ema`, `max_accuracy` and `ema_max_accuracy`. Files of the released code have this form without `samples`, or are
+a bare state dict; both are read.
 """
 
 import argparse
+import hashlib
 import math
 import os
 import pickle
@@ -16,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from util.dist import is_main
 from util.errors import UserError, as_user_error
 from util.pos_embed import resize_pos_embed
 
@@ -30,17 +31,46 @@ _DECODER = re.compile(r"^(ar_token|dec_pos_embed|mask|enc2dec\.|dec_block\.|norm
 NEW_IN_CLASSIFIER = {"cls_token", "norm_f.weight", "norm_f.bias", "head.weight", "head.bias"}
 
 
-def read(path: str | os.PathLike) -> dict:
+SUMS = "SHA256SUMS"  # file of a checkpoint's folder
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def hashes(folder: Path) -> list[tuple[str, str]]:
+    """The lines of a folder's SHA256SUMS: hash and name of a file. While a file is being replaced it has two."""
+    if not (folder / SUMS).is_file():
+        return []
+    lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    return [(digest, name) for digest, _, name in (line.partition("  ") for line in lines)]
+
+
+def read(path: str | os.PathLike, mmap: bool = False) -> dict:
     """Load a checkpoint file onto the CPU without executing anything in it.
 
+    Args:
+        path: of the file; a SHA256SUMS beside it that names it must have its hash.
+        mmap: leave the tensors in the file until they are used, and the hash unchecked.
+
     Raises:
-        UserError: no such file, not a checkpoint, or a type inside other than tensors, plain values and a Namespace.
+        UserError: no such file, not a checkpoint, a damaged one, or a type inside other than tensors, plain values and
+            a Namespace.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise UserError(f"no checkpoint file {path}")
+    listed = [] if mmap else hashes(path.parent)
     try:
+        if path.name in (name for _, name in listed) and sha256(path) not in (digest for digest, _ in listed):
+            raise UserError(f"{path} is damaged, or not the file that was written: {SUMS} beside it has another hash")
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         unknown = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = (
@@ -232,34 +262,37 @@ def load_into_classifier(content: dict, model: nn.Module, key: str | None = None
     return not new
 
 
-def resume(args: argparse.Namespace, content: dict, model: nn.Module, optimizer: Optimizer) -> int:
+def position(content: dict) -> tuple[int, int]:
+    """Where in its run a checkpoint was written: the epoch under way, and the images of it that were trained on."""
+    epoch, samples = content.get("epoch"), content.get("samples", 0)
+    return (epoch + 1 if isinstance(epoch, int) else -1), samples if isinstance(samples, int) else 0
+
+
+def resume(args: argparse.Namespace, content: dict, model: nn.Module, optimizer: Optimizer) -> tuple[int, int]:
     """Load weights and optimizer to go on with a run.
 
     Args:
-        args: of the run; `resume`, `start_epoch` and `epochs` count.
+        args: of the run; `resume` and `start_epoch` count.
         content: of the file `args.resume`.
         model: the bare model.
         optimizer: its optimizer.
 
     Returns:
-        The epoch to start with: `args.start_epoch` where given, else the one after the checkpoint's.
+        The epoch to go on with and the images of it that have been trained on: as in the file, or where
+        `args.start_epoch` is given, that epoch from its beginning.
 
     Raises:
-        UserError: the file is no full checkpoint or does not fit, the run is complete, or the file holds an epoch
-            that no run has (the released code wrote -1, -10 and -20 into its latest and best files) while
-            `args.start_epoch` is not given.
+        UserError: the file is no full checkpoint or does not fit, or holds an epoch that no run has (the released code
+            wrote -1, -10 and -20 into its latest and best files) while `args.start_epoch` is not given.
     """
     kinds_of = {"model": dict, "optimizer": dict, "epoch": int}
     absent = [name for name, kind in kinds_of.items() if not isinstance(content.get(name), kind)]
     if absent:
         raise UserError(f"cannot resume from {args.resume}: it has no {', '.join(absent)}")
-    start_epoch = content["epoch"] + 1 if args.start_epoch is None else args.start_epoch
-    if args.start_epoch is None and content["epoch"] < 0:
+    if args.start_epoch is None and content["epoch"] < 0 and "samples" not in content:
         raise UserError(
             f"{args.resume} says epoch {content['epoch']}, which no run has: tell the true next one with --start_epoch"
         )
-    if start_epoch >= args.epochs:
-        raise UserError(f"{args.resume} ends epoch {content['epoch']}: all {args.epochs} --epochs are done")
     load(model, weights(content, "model"))
     # the moments come from the file, the settings (weight decay, layer decay) from this run's arguments
     own = optimizer.state_dict()["param_groups"]
@@ -270,47 +303,4 @@ def resume(args: argparse.Namespace, content: dict, model: nn.Module, optimizer:
         if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own]:
             raise ValueError("it has other groups of parameters")
         optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
-    return start_epoch
-
-
-def save(
-    path: Path,
-    model: nn.Module,
-    optimizer: Optimizer,
-    epoch: int,
-    args: argparse.Namespace,
-    **more: object,
-) -> None:
-    """Write a checkpoint, on rank 0 only; the file is complete or absent at any moment.
-
-    Args:
-        path: file to write, replaced if it exists.
-        model: the bare model, not its wrapper.
-        optimizer: its optimizer.
-        epoch: the epoch that has just ended.
-        args: of the run.
-        **more: further entries.
-    """
-    if not is_main():
-        return
-    content = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "epoch": epoch,
-        # bf16 needs no loss scaling; tools of the MAE line expect a loadable state all the same
-        "scaler": torch.amp.GradScaler("cpu").state_dict(),
-        "args": args,
-        **more,
-    }
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
-
-
-def save_epoch(
-    folder: Path, args: argparse.Namespace, epoch: int, model: nn.Module, optimizer: Optimizer, **more: object
-) -> None:
-    """Write checkpoint-last.pth and, every `args.save_freq` epochs and after the last one, checkpoint-{epoch}.pth."""
-    save(folder / "checkpoint-last.pth", model, optimizer, epoch, args, **more)
-    if (epoch + 1) % args.save_freq == 0 or epoch + 1 == args.epochs:
-        save(folder / f"checkpoint-{epoch}.pth", model, optimizer, epoch, args, **more)
+    return position(content) if args.start_epoch is None else (args.start_epoch, 0)

@@ -5,6 +5,7 @@ import logging
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -17,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from util.dist import is_main, local_rank, rank, world_size
-from util.errors import RunError, UserError
+from util.dist import is_main, local_rank, missing_ranks, rank, world_size
+from util.errors import INTERRUPTED, Interrupted, RunError, UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -119,7 +120,27 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--save_freq", type=positive, default=20, help="epochs between kept checkpoints (default: %(default)s)"
     )
-    group.add_argument("--resume", metavar="FILE", help="go on from this checkpoint of a run")
+    group.add_argument(
+        "--save_every_steps", type=positive, metavar="N", help="also write checkpoint-last.pth every so many updates"
+    )
+    group.add_argument(
+        "--keep",
+        type=positive,
+        default=2,
+        metavar="N",
+        help="how many of the newest checkpoints to keep: checkpoint-last.pth, checkpoint-last-1.pth and so on "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--resume",
+        metavar="FILE",
+        help="go on from this checkpoint of a run; auto: from the newest in the output folder, if there is one",
+    )
+    group.add_argument(
+        "--allow_changed_args",
+        action="store_true",
+        help="go on although arguments differ from those of the checkpoint and change the result",
+    )
     group.add_argument(
         "--start_epoch", type=natural, help="first epoch (default: the one after the resumed checkpoint's)"
     )
@@ -131,6 +152,25 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         help="torch.compile the blocks (default: when training on a GPU)",
     )
     group.add_argument("--no_compile", action="store_false", dest="compile", help="run them eagerly")
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="take slower algorithms on a GPU where the faster ones differ from run to run",
+    )
+    group.add_argument(
+        "--max_nonfinite",
+        type=positive,
+        default=3,
+        metavar="N",
+        help="updates in a row whose gradient is not finite end the run (default: %(default)s)",
+    )
+    group.add_argument(
+        "--dist_timeout",
+        type=positive,
+        default=600,
+        metavar="S",
+        help="a process that the others have waited for so long ends the run (default: %(default)s seconds)",
+    )
     group.add_argument("--seed", type=natural, default=0, help="(default: %(default)s)")
 
 
@@ -153,6 +193,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"--input_size takes one side, or height and width, not {len(args.input_size)} numbers")
     if args.start_epoch is not None and args.start_epoch >= args.epochs:
         raise UserError(f"--start_epoch {args.start_epoch}: the run has epochs 0 to {args.epochs - 1}")
+    args.world_size = world_size()
     if args.lr is None:
         args.lr = args.blr * effective_batch_size(args) / 256
 
@@ -192,19 +233,22 @@ def output_folders(args: argparse.Namespace) -> tuple[Path, Path]:
     return folders[0], folders[1]
 
 
-def describe(args: argparse.Namespace, model: nn.Module, images: int, device: torch.device) -> str:
-    """What a run is about to do, in two lines."""
+def describe(args: argparse.Namespace, model: nn.Module, images: int, device: torch.device, epoch: int) -> str:
+    """What a run is about to do from an epoch on, in two lines."""
     parameters = sum(p.numel() for p in model.parameters())
     return (
         f"{type(model).__name__}: {parameters / 1e6:.1f} M parameters, input {' x '.join(map(str, image_size(args)))}, "
         f"{images} training images, {world_size()} x {device.type}\n"
         f"batch {effective_batch_size(args)} = {args.batch_size} x {args.accum_iter} accumulated x {world_size()} "
         f"processes, lr {args.lr:.3g}, {args.epochs} epochs"
+        + (f", from epoch {epoch}" if 0 < epoch < args.epochs else ", all of them done" if epoch else "")
     )
 
 
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Parse the command line and run a script; a `UserError` becomes one line and exit status 2, a `RunError` 1.
+
+    `Interrupted` becomes exit status 75, on which a job script can begin the same command again.
 
     torchrun ends every process as soon as one has failed: so the first process of each machine states the mistake,
     and the others, which found the same one, leave it the time to.
@@ -218,14 +262,28 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
         else:
             time.sleep(5)
         sys.exit(2)
+    except Interrupted as error:
+        if is_main():
+            print(f"{parser.prog}: {error}", flush=True)
+        _kill_workers()
+        sys.exit(INTERRUPTED)
     except (RunError, RuntimeError) as error:
-        lost_worker = str(error).startswith("DataLoader")  # killed, or silent for --worker_timeout seconds
-        if not lost_worker and not isinstance(error, RunError):
+        if isinstance(error, RunError) or str(error).startswith("DataLoader"):  # killed, or silent for too long
+            reason = str(error)
+        elif dist.is_initialized() and re.search("timed out|closed by peer|reset by peer", str(error), re.IGNORECASE):
+            missing = ", ".join(map(str, missing_ranks())) or "unknown"
+            reason = f"no answer from rank {missing}, which is stuck or gone: {next(iter(str(error).splitlines()))}"
+        else:
             raise
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each that is killed now
-        for process in multiprocessing.active_children():
-            process.kill()  # one that hangs would not let this process end
-        print(f"{parser.prog}: rank {rank()}: {error}", file=sys.stderr, flush=True)
+        _kill_workers()
+        print(f"{parser.prog}: rank {rank()}: {reason}", file=sys.stderr, flush=True)
         sys.exit(1)
     if dist.is_initialized():  # not after an error: it waits for processes that may be gone
         dist.destroy_process_group()
+
+
+def _kill_workers() -> None:
+    """End the processes that load images: one that hangs would not let this process end."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each that is killed now
+    for process in multiprocessing.active_children():
+        process.kill()

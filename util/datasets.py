@@ -3,6 +3,7 @@
 import argparse
 import math
 import random
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -22,6 +23,7 @@ from util.decode import BrokenImage
 from util.device_loader import DeviceLoader, allowed_broken
 from util.dist import rank, world_size
 from util.errors import UserError
+from util.interrupt import SIGNALS
 from util.sources import Source, open_source
 
 NORMALIZE = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
@@ -274,6 +276,12 @@ class ShareSampler(Sampler):
         return iter(self.indices)
 
 
+def _leave_signals_to_the_run(_: int) -> None:
+    """A worker that went at a signal to all processes would end the run before it has written its checkpoint."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _loading(args: argparse.Namespace, device: torch.device) -> dict:
     return {
         "batch_size": args.batch_size,
@@ -282,6 +290,7 @@ def _loading(args: argparse.Namespace, device: torch.device) -> dict:
         "pin_memory": args.pin_mem and device.type == "cuda",
         "timeout": args.worker_timeout if args.num_workers > 0 else 0,
         "prefetch_factor": PREFETCH if args.num_workers > 0 else None,
+        "worker_init_fn": _leave_signals_to_the_run,
         "collate_fn": Batches(),
     }
 

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 import torch
@@ -85,6 +86,14 @@ class DeviceLoader:
             for tensor in batch:
                 tensor.record_stream(training)  # its memory is not given to a later batch before training has read it
             yield batch
+
+    def again(self, epoch: int, first: int, count: int) -> list[list[Tensor]]:
+        """Batches of an epoch once more, from the given one on, loaded by this process itself."""
+        self.sampler.set_epoch(epoch, first * self.loader.batch_size)
+        size = self.loader.batch_size
+        indices = list(islice(self.sampler, count * size))
+        parts = [indices[start : start + size] for start in range(0, len(indices), size)]
+        return [self._to_device(self.loader.collate_fn(self.loader.dataset.__getitems__(part))) for part in parts]
 
     def _listed(self, broken: dict[int, str]) -> str:
         text = listed([broken[index] for index in sorted(broken)])

@@ -1,8 +1,13 @@
 """Processes: started by torchrun or alone, one device each."""
 
+import datetime
 import os
 import random
 import re
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from util.errors import UserError
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -29,15 +36,20 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def init_device(name: str | None) -> torch.device:
+def init_device(name: str | None, timeout: float = 600, deterministic: bool = False) -> torch.device:
     """The device of this process, and the process group when torchrun started several.
 
     Args:
         name: "cuda", "cpu" or, for a single process, "cuda:i"; None takes CUDA where there is a GPU, else the CPU.
+        timeout: seconds that a process waits for the others before it ends the run.
+        deterministic: take algorithms that give equal results in every run, at the cost of speed.
 
     Raises:
         UserError: no such device, or fewer GPUs than processes on this machine.
     """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"--device {name}: cuda and cpu are supported")
@@ -54,13 +66,70 @@ def init_device(name: str | None) -> torch.device:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where float32 products remain
     if world_size() > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        _init_groups("nccl" if device.type == "cuda" else "gloo", datetime.timedelta(seconds=timeout))
     return device
 
 
-def seed_everything(*entropy: int) -> None:
+_STORE: dist.Store | None = None
+_CONTROL: dist.ProcessGroup | None = None
+
+
+def _init_groups(backend: str, timeout: datetime.timedelta) -> None:
+    """The group that trains, and one on the CPUs for what must not wait for a GPU."""
+    global _STORE, _CONTROL
+    _STORE, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    # the CPUs' group finds a process that is stuck; it has to do so before NCCL's watchdog ends the others wordlessly
+    later = timeout + datetime.timedelta(seconds=60 if backend == "nccl" else 0)
+    dist.init_process_group(backend, store=_STORE, rank=rank(), world_size=world_size(), timeout=later)
+    _CONTROL = dist.new_group(backend="gloo", timeout=timeout)
+
+
+def control_group() -> dist.ProcessGroup:
+    """The group of all processes on their CPUs."""
+    return _CONTROL
+
+
+def missing_ranks(wait: float = 5) -> list[int]:
+    """The processes that do not say within `wait` seconds that they, too, have given up waiting; all that have ask."""
+    _STORE.set(f"gave up/{rank()}", "")
+    end = time.monotonic() + wait
+    while True:
+        missing = [r for r in range(world_size()) if not _STORE.check([f"gave up/{r}"])]
+        if not missing or time.monotonic() > end:
+            return missing
+        time.sleep(0.2)
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Call a function on rank 0 alone; every rank returns what it returned, or raises its `UserError`."""
+    if world_size() == 1:
+        return function()
+    outcome: list = [None, None]
+    if is_main():
+        try:
+            outcome[0] = function()
+        except UserError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, group=_CONTROL)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+def barrier(patience: float | None = None) -> None:
+    """Wait for all processes; with `patience`, no longer than so many seconds."""
+    if world_size() == 1:
+        return
+    if patience is None:
+        dist.barrier(_CONTROL)
+    else:
+        with suppress(RuntimeError):
+            dist.monitored_barrier(_CONTROL, datetime.timedelta(seconds=patience))
+
+
+def seed_everything(*entropy: int, of_rank: int | None = None) -> None:
     """Seed every generator of this process, differently on every rank (drop path and mixup differ)."""
-    words = np.random.SeedSequence((*entropy, rank())).generate_state(3)
+    words = np.random.SeedSequence((*entropy, rank() if of_rank is None else of_rank)).generate_state(3)
     torch.manual_seed(int(words[0]))
     np.random.seed(words[1])
     random.seed(int(words[2]))

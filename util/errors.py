@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+INTERRUPTED = 75  # exit status of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h
+
 
 class UserError(Exception):
     """A user's mistake: the scripts show it as one line, without a traceback, and exit with status 2."""
@@ -10,6 +12,10 @@ class UserError(Exception):
 
 class RunError(Exception):
     """What ends a run that had begun: stated without a traceback by the process that met it, exit status 1."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and everything needed to go on is written: exit status `INTERRUPTED`."""
 
 
 @contextmanager

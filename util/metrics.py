@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -18,10 +19,11 @@ LOG_EVERY = 20  # steps between two looks at what the device has computed: plain
 class Progress:
     """One pass over data as rank 0 shows it: a bar on a terminal, plain lines elsewhere."""
 
-    def __init__(self, title: str, steps: int) -> None:
-        self.title, self.steps, self.step, self.images = title, steps, 0, 0
-        self.start = time.monotonic()
-        self.bar = tqdm(total=steps, desc=title, dynamic_ncols=True, leave=True) if sys.stderr.isatty() else None
+    def __init__(self, title: str, steps: int, done: int = 0) -> None:
+        self.title, self.steps, self.done, self.step, self.images = title, steps, done, done, 0
+        self.start, self.bar = time.monotonic(), None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=steps, initial=done, desc=title, dynamic_ncols=True, leave=True)
 
     def update(self, images: int, quiet: bool = False, **values: float) -> None:
         """Count one step of `images` images (all processes together); unless `quiet`, show `values` and the speed."""
@@ -34,7 +36,8 @@ class Progress:
             if self.bar is not None:
                 self.bar.set_postfix(shown, refresh=False)
             else:
-                left = time.strftime("%H:%M:%S", time.gmtime(seconds / self.step * (self.steps - self.step)))
+                left = seconds / (self.step - self.done) * (self.steps - self.step)
+                left = time.strftime("%H:%M:%S", time.gmtime(left))
                 text = "  ".join(f"{name} {value}" for name, value in shown.items())
                 print(f"{self.title}  [{self.step}/{self.steps}]  {text}  left {left}", flush=True)
         if self.bar is not None:
@@ -48,8 +51,8 @@ class Progress:
 class ScreenLog:
     """What rank 0 shows, without files."""
 
-    def progress(self, title: str, steps: int) -> Progress:
-        return Progress(title, steps)
+    def progress(self, title: str, steps: int, done: int = 0) -> Progress:
+        return Progress(title, steps, done)
 
     def say(self, text: str) -> None:
         tqdm.write(text, file=sys.stdout)
@@ -61,12 +64,15 @@ class RunLog(ScreenLog):
 
     Args:
         output_dir: where log.txt grows; it is appended to.
-        log_dir: where the TensorBoard files go.
+        log_dir: where the TensorBoard files go, once there are values.
     """
 
     def __init__(self, output_dir: Path, log_dir: Path) -> None:
-        self.path = output_dir / "log.txt"
-        self.writer = SummaryWriter(log_dir=str(log_dir))
+        self.path, self.log_dir = output_dir / "log.txt", log_dir
+
+    @cached_property
+    def writer(self) -> SummaryWriter:
+        return SummaryWriter(log_dir=str(self.log_dir))
 
     def scalars(self, step: int, **values: float) -> None:
         """Add one point to each TensorBoard curve."""
@@ -85,7 +91,7 @@ class RunLog(ScreenLog):
 class SilentLog:
     """Takes every call of a log and says nothing: the log of the other ranks."""
 
-    def progress(self, title: str, steps: int) -> "SilentLog":
+    def progress(self, title: str, steps: int, done: int = 0) -> "SilentLog":
         return self
 
     def __getattr__(self, name: str) -> Callable[..., None]:

@@ -1,7 +1,8 @@
 """One epoch of training, the same for pretraining and finetuning."""
 
-import argparse
 import math
+import statistics
+from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import islice
@@ -10,14 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 from util.device_loader import DeviceLoader
 from util.dist import reduce_sum, seed_everything, world_size
 from util.lr_sched import lr_at, set_lr
 from util.metrics import LOG_EVERY, RunLog, SilentLog
-
-MAX_NONFINITE = 3  # updates in a row that may be skipped before the run stops
+from util.nonfinite import keep_evidence
+from util.run import Run
 
 
 def activation_dtype(device: torch.device) -> torch.dtype:
@@ -35,26 +35,25 @@ def train_epoch(
     model: nn.Module,
     loader: DeviceLoader,
     compute_loss: Callable[..., Tensor],
-    optimizer: Optimizer,
-    epoch: int,
-    args: argparse.Namespace,
+    run: Run,
     device: torch.device,
     log: RunLog | SilentLog,
     after_update: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Train for one epoch, `args.accum_iter` batches an update; batches that fill no update are left out.
+    """Train for what is left of the epoch, `accum_iter` batches an update; batches that fill no update are left out.
 
-    The host queues work for the device and looks at results only where it logs, every `LOG_EVERY` batches. An update
-    whose gradient is not finite is skipped on the device itself: gradients are averaged over all processes before
-    their norm is taken, so that all of them skip it together.
+    The host queues work for the device and looks at results only where it logs, every `LOG_EVERY` batches, or saves. An
+    update whose gradient is not finite is skipped on the device itself: gradients are averaged over all processes
+    before their norm is taken, so that all of them skip it together. After `max_nonfinite` in a row none is made any
+    more, until the host looks and ends the run.
 
     Args:
         model: bare or distributed.
         loader: batches of tensors on `device`; its sampler has `set_epoch`.
         compute_loss: of the tensors of one batch; called under autocast.
-        optimizer: a fused one, which can skip updates; its groups may have an `lr_scale`.
-        epoch: number of the epoch, from 0.
-        args: `seed`, `lr`, `min_lr`, `warmup_epochs`, `epochs`, `accum_iter`, `clip_grad`, `output_dir`.
+        run: its optimizer is a fused one, which can skip updates, and its groups may have an `lr_scale`; of its args
+            count `seed`, `lr`, `min_lr`, `warmup_epochs`, `epochs`, `batch_size`, `accum_iter`, `clip_grad`,
+            `max_nonfinite`, `save_every_steps` and `output_dir`.
         device: of the model.
         log: of this rank.
         after_update: called after every update, a skipped one included.
@@ -63,72 +62,96 @@ def train_epoch(
         `train_loss`, the mean over all batches of all processes where it is finite, and `train_lr` of the last update.
 
     Raises:
-        RuntimeError: `MAX_NONFINITE` updates in a row were skipped; the weights are those before the first of them.
+        RunError: `max_nonfinite` updates in a row were skipped; the weights are those before the first of them.
+        Interrupted: the run was asked to stop; a checkpoint is written.
     """
-    seed_everything(args.seed, epoch)  # a resumed run draws the same numbers as an uninterrupted one
+    args, optimizer, epoch, accum_iter = run.args, run.optimizer, run.epoch, run.args.accum_iter
     model.train()
-    loader.sampler.set_epoch(epoch)
-    steps = len(loader) // args.accum_iter * args.accum_iter
+    images = args.batch_size * world_size()  # of a batch, on all processes
+    done = run.samples // images  # batches, before this process began
+    loader.sampler.set_epoch(epoch, done * args.batch_size)
+    steps = len(loader) // accum_iter * accum_iter
     parameters = [p for p in model.parameters() if p.requires_grad]
-    progress = log.progress(f"epoch {epoch}", steps)
-    epoch_sums = torch.zeros(2, dtype=torch.float64)  # sum of the finite losses, and how many they are
-    window = epoch_sums.to(device, copy=True)  # the same since the last log line, on the device
-    # Skipped updates: since the last log line, in a row up to now, and the longest row since the last log line.
-    skipped, in_a_row, longest = torch.zeros(3, device=device).unbind()
+    progress = log.progress(f"epoch {epoch}", steps, done)
+    window = torch.zeros(2, dtype=torch.float64, device=device)  # sum and number of finite losses since the host looked
+    skipped, in_a_row = torch.tensor([0.0, run.skipped_in_a_row], device=device).unbind()
     unlogged = 0
-    for step, batch in enumerate(islice(loader, steps)):
-        if step % args.accum_iter == 0:
-            position = epoch + step / len(loader)
-            lr = lr_at(position, args.lr, args.min_lr, args.warmup_epochs, args.epochs)
+
+    def lr_of(step: int) -> float:
+        position = epoch + step / len(loader)
+        return lr_at(position, args.lr, args.min_lr, args.warmup_epochs, args.epochs)
+
+    for step, batch in enumerate(islice(loader, steps - done), done):
+        seed_everything(args.seed, epoch, step)  # a run that goes on here draws the same numbers
+        if step % accum_iter == 0:
+            lr = lr_of(step)
             set_lr(optimizer, lr)
-        updates = (step + 1) % args.accum_iter == 0
+        updates = (step + 1) % accum_iter == 0
 
         waits = isinstance(model, DistributedDataParallel) and not updates
         with model.no_sync() if waits else nullcontext():  # gradients travel once an update
             with autocast(device):
                 loss = compute_loss(*batch)
-            (loss / args.accum_iter).backward()
+            (loss / accum_iter).backward()
         loss = loss.detach()
         window += torch.stack([loss.nan_to_num(0, 0, 0), loss.isfinite()])
         unlogged += 1
-        if updates:
-            if args.clip_grad:
-                norm = nn.utils.clip_grad_norm_(parameters, args.clip_grad)
-            else:
-                norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            optimizer.found_inf = (~norm.isfinite()).float()  # a fused optimizer then leaves weights and moments alone
-            optimizer.step()
-            optimizer.zero_grad()
-            after_update()
-            skipped += optimizer.found_inf
-            in_a_row.add_(1).mul_(optimizer.found_inf)
-            torch.maximum(longest, in_a_row, out=longest)
+        if not updates:
+            progress.update(images, quiet=True)
+            continue
 
-        images = len(batch[0]) * world_size()
-        if not updates or (unlogged < LOG_EVERY and step + 1 < steps):
+        if args.clip_grad:
+            norm = nn.utils.clip_grad_norm_(parameters, args.clip_grad)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        unfit = ~norm.isfinite() | (in_a_row >= args.max_nonfinite)
+        optimizer.found_inf = unfit.float()  # a fused optimizer then leaves weights and moments alone
+        optimizer.step()
+        optimizer.zero_grad()
+        after_update()
+        skipped += optimizer.found_inf
+        in_a_row.add_(1).mul_(optimizer.found_inf)
+
+        update = (epoch * steps + step + 1) // accum_iter  # of the run, from 1
+        stops = run.stop.agreed()
+        saves = bool(args.save_every_steps) and update % args.save_every_steps == 0
+        if unlogged < LOG_EVERY and step + 1 < steps and not stops and not saves:
             progress.update(images, quiet=True)
             continue
         window = reduce_sum(window)
         total, count, grad_norm, now_skipped, row = torch.cat(
-            [window, torch.stack([norm, skipped, longest]).double()]
+            [window, torch.stack([norm, skipped, in_a_row]).double()]
         ).tolist()  # the one place where the host waits for the device
-        epoch_sums += torch.tensor([total, count], dtype=torch.float64)
+        run.loss += torch.tensor([total, count], dtype=torch.float64)
+        run.samples, run.skipped_in_a_row = (step + 1) * images, int(row)
         mean = total / count if count else math.nan
         progress.update(images, loss=mean, lr=lr)
         # MAE's abscissa: epochs times 1000, so that runs of any batch size compare
-        log.scalars(int(1000 * position), train_loss=mean, lr=lr, grad_norm=grad_norm)
-        if row >= MAX_NONFINITE:
-            raise RuntimeError(
-                f"the gradient was not finite in {row:.0f} updates in a row, up to epoch {epoch}, batch "
-                f"{step}; none of them was made. Go on from {Path(args.output_dir) / 'checkpoint-last.pth'} with "
-                "--resume, or lower --blr"
-            )
+        abscissa = int(1000 * (epoch + (step + 1 - accum_iter) / len(loader)))
+        log.scalars(abscissa, train_loss=mean, lr=lr, grad_norm=grad_norm)
+        if row >= args.max_nonfinite:
+            first = max(0, step + 1 - int(row) * accum_iter)
+            keep_evidence(run, loader, first, Path(args.output_dir))
         if now_skipped:
             log.say(f"epoch {epoch}, batch {step}: updates skipped, their gradient was not finite: {now_skipped:.0f}")
+        if spikes(run.recent, mean):
+            log.say(f"epoch {epoch}, batch {step}: the loss rose to {mean:.4g}, from {statistics.mean(run.recent):.4g}")
+        run.recent.append(mean)
         window.zero_()
         skipped.zero_()
-        longest.zero_()
         unlogged = 0
+        if stops:
+            run.leave()
+        if saves:
+            run.save()
     progress.close()
-    total, count = epoch_sums.tolist()
-    return {"train_loss": total / count if count else math.nan, "train_lr": lr}
+    total, count = run.loss.tolist()
+    return {"train_loss": total / count if count else math.nan, "train_lr": lr_of(steps - accum_iter)}
+
+
+def spikes(recent: deque[float], loss: float) -> bool:
+    """Whether a loss is far above those before it: 5 standard deviations and 5 %."""
+    if len(recent) < recent.maxlen or not math.isfinite(loss):
+        return False
+    mean, deviation = statistics.mean(recent), statistics.stdev(recent)
+    return loss > mean + max(5 * deviation, 0.05 * abs(mean))

@@ -1,0 +1,106 @@
+"""Repeat the update whose gradient was not finite, and say where it broke.
+
+    python replay_nonfinite.py ./out_b/nonfinite-epoch900-batch17
+
+reads what a run left there when it stopped (see --max_nonfinite): the state before the update and the batches of every
+process. It runs forward and backward on each, names the first modules whose output, and the parameters whose gradient,
+is not finite, and exits with 1 if there are any; a state and batches that compute well here exit with 0.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.append(str(Path(__file__).resolve().parent / "Finetuning"))
+
+import engine_finetune
+import engine_pretrain
+import main_finetune
+import main_pretrain
+from util import checkpoint, cli
+from util.dist import init_device, seed_everything
+from util.errors import UserError
+from util.nonfinite import STATE, batch_file
+from util.train_loop import autocast
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.Parser("replay_nonfinite.py", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="what the run left: OUTPUT_DIR/nonfinite-epoch...-batch...")
+    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is a GPU)")
+    return parser
+
+
+def build(content: dict) -> tuple[nn.Module, Callable[..., Tensor]]:
+    """The model of a checkpoint with its weights, and what computes the loss of a batch."""
+    args, state = content["args"], checkpoint.weights(content)
+    if checkpoint.is_pretrained(state):
+        model = main_pretrain.build_model(args)
+        compute_loss = engine_pretrain.loss_of(model)
+    else:
+        model = main_finetune.build_classifier(args, None)
+        mixup, criterion = main_finetune.training_loss(args)
+        compute_loss = engine_finetune.loss_of(model, criterion, mixup)
+    checkpoint.load(model, state)
+    return model, compute_loss
+
+
+def broken_modules(model: nn.Module) -> list[str]:
+    """A list that gets the name of every module whose output is not finite, in the order of the forward pass."""
+    found: list[str] = []
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple, output: object) -> None:
+            tensors = output if isinstance(output, (tuple, list)) else [output]
+            if any(isinstance(t, Tensor) and t.is_floating_point() and not t.isfinite().all() for t in tensors):
+                found.append(name or type(model).__name__)
+
+        return hook
+
+    for name, module in model.named_modules():
+        module.register_forward_hook(look(name))
+    return found
+
+
+def main(args: argparse.Namespace) -> None:
+    """Replay every batch of every process.
+
+    Raises:
+        UserError: the folder is not one that a run left.
+    """
+    content = checkpoint.read(args.folder / STATE)
+    device = init_device(args.device)
+    model, compute_loss = build(content)
+    model.to(device).train()
+    modules, finite = broken_modules(model), True
+    ranks = [rank for rank in range(content["args"].world_size) if batch_file(args.folder, rank).exists()]
+    if not ranks:
+        raise UserError(f"{args.folder} holds no batches")
+    for rank in ranks:
+        update = checkpoint.read(batch_file(args.folder, rank))
+        for step, batch in enumerate(update["batches"], update["first"]):
+            seed_everything(content["args"].seed, update["epoch"], step, of_rank=rank)
+            modules.clear()
+            model.zero_grad()
+            with autocast(device):
+                loss = compute_loss(*(tensor.to(device) for tensor in batch))
+            loss.backward()
+            parameters = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            images = "" if batch[0].isfinite().all() else "; the images themselves are not finite"
+            print(f"rank {rank}, batch {step}: loss {loss.item():.6g}{images}")
+            for what, names in (("outputs of modules", modules), ("gradients", parameters)):
+                if names:
+                    print(f"  {len(names)} {what} are not finite, first: {', '.join(names[:3])}")
+            finite &= not modules and not parameters and bool(loss.isfinite())
+    if not finite:
+        sys.exit(1)
+    print("everything is finite here")
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser())

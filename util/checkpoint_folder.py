@@ -1,0 +1,179 @@
+"""The checkpoints of one run: written in the background, whole or absent at any moment, and the newest found again.
+
+`checkpoint-last.pth` is the newest, `checkpoint-last-1.pth` the one before it, and so on. SHA256SUMS holds the hash of
+every file, in the form of `sha256sum`; it knows the hash of a new file before that file gets its name, so a file that
+is whole is at no moment taken for a damaged one.
+"""
+
+import copy
+import itertools
+import os
+import shutil
+import threading
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from util import checkpoint
+from util.checkpoint import SUMS, hashes, sha256
+from util.errors import RunError, UserError
+
+LAST = "checkpoint-last.pth"
+
+
+class CheckpointFolder:
+    """Where a run keeps its checkpoints; one process writes.
+
+    Args:
+        path: the folder.
+        keep: how many of the newest checkpoints stay, beside those with other names.
+        say: shows a line to the user.
+    """
+
+    def __init__(self, path: Path, keep: int, say: Callable[[str], None]) -> None:
+        self.path, self.keep, self.say = path, keep, say
+        self.sums = {name: digest for digest, name in hashes(path)}
+        self.staged: object = None
+        self.writing: threading.Thread | None = None
+        self.failed: str | None = None
+
+    def save(self, content: dict, *names: str) -> None:
+        """Copy a checkpoint to the memory of the host, and write it in the background.
+
+        A write that fails is reported and leaves the older files; training can go on.
+
+        Args:
+            content: what `torch.save` and `checkpoint.read` can handle.
+            *names: further names for the file, beside `checkpoint-last.pth`.
+        """
+        self.wait()
+        self.staged = _on_host(content, self.staged)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # the copies were only queued
+        self.writing = threading.Thread(target=self._write, args=(names,))
+        self.writing.start()
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written."""
+        if self.writing is not None:
+            self.writing.join()
+            self.writing = None
+
+    def close(self) -> None:
+        """Wait, and make sure that the last checkpoint is there.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        self.wait()
+        if self.failed:
+            raise RunError(self.failed)
+
+    def _write(self, names: tuple[str, ...]) -> None:
+        temporary = self.path / ".checkpoint.tmp"
+        try:
+            torch.save(self.staged, temporary)
+            _sync(temporary)
+            digest = sha256(temporary)
+            self._publish(temporary, digest, names)
+            self.failed = None
+        except Exception as error:  # whatever it is, the run goes on; torch reports a full disk as a RuntimeError
+            reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
+            with suppress(OSError):
+                reason += f" ({shutil.disk_usage(self.path).free / 1e6:.0f} MB are free)"
+                temporary.unlink(missing_ok=True)
+            self.failed = f"the checkpoint could not be written to {self.path}: {reason}; the older ones are untouched"
+            self.say(self.failed)
+
+    def _publish(self, temporary: Path, digest: str, names: tuple[str, ...]) -> None:
+        """Give the file its names, and those that had them their later ones."""
+        for name in (LAST, *names):  # of an earlier version, which kept no hashes
+            if name not in self.sums and (self.path / name).exists():
+                self.sums[name] = sha256(self.path / name)
+        rotated = [LAST, *(f"checkpoint-last-{age}.pth" for age in range(1, self.keep))]
+        moves = [(old, new) for old, new in itertools.pairwise(rotated) if (self.path / old).exists()]
+        after = {n: known for n, known in self.sums.items() if n not in rotated and (self.path / n).exists()}
+        after |= {new: self.sums[old] for old, new in moves if old in self.sums}
+        after |= dict.fromkeys((LAST, *names), digest)
+        self._write_sums({*self.sums.items(), *after.items()})
+        for old, new in reversed(moves):
+            os.replace(self.path / old, self.path / new)
+        for name in names:
+            _link(temporary, self.path / name)
+        os.replace(temporary, self.path / LAST)
+        _sync(self.path)
+        self._write_sums(after.items())
+        self.sums = after
+
+    def _write_sums(self, sums: Iterable[tuple[str, str]]) -> None:
+        temporary = self.path / f".{SUMS}.tmp"
+        temporary.write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums)), encoding="utf-8")
+        _sync(temporary)
+        os.replace(temporary, self.path / SUMS)
+        _sync(self.path)
+
+    def newest(self) -> tuple[Path | None, list[str]]:
+        """The checkpoint that is furthest in the run and not damaged; damaged ones are renamed to *.damaged.
+
+        Returns:
+            Its path, or None where there is none, and what was found damaged.
+        """
+        found, damaged = [], []
+        for path in sorted(self.path.glob("checkpoint-*.pth")):
+            try:
+                found.append((checkpoint.position(checkpoint.read(path, mmap=True)), path.stat().st_mtime_ns, path))
+            except UserError as error:
+                damaged.append((path, str(error)))
+        newest = None
+        for *_, path in sorted(found, reverse=True):
+            try:
+                checkpoint.read(path)
+            except UserError as error:
+                damaged.append((path, str(error)))
+            else:
+                newest = path
+                break
+        for path, _ in damaged:
+            path.rename(path.with_name(f"{path.name}.damaged"))
+        return newest, [reason for _, reason in damaged]
+
+
+def _on_host(value: object, memory: object) -> object:
+    """A copy on the CPU of nested dicts and lists of tensors, into the memory of an earlier copy where it fits."""
+    if isinstance(value, Tensor):
+        fits = isinstance(memory, Tensor) and (memory.shape, memory.dtype) == (value.shape, value.dtype)
+        if not fits:
+            memory = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return memory.copy_(value.detach(), non_blocking=True)
+    if isinstance(value, dict):
+        known = memory if isinstance(memory, dict) else {}
+        return type(value)((name, _on_host(part, known.get(name))) for name, part in value.items())
+    if isinstance(value, list):
+        known = memory if isinstance(memory, list) else []
+        return [_on_host(part, known[i] if i < len(known) else None) for i, part in enumerate(value)]
+    return copy.deepcopy(value) if isinstance(value, Namespace) else value
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy of it where the file system has no links."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+        _sync(temporary)
+    os.replace(temporary, target)
+
+
+def _sync(path: Path) -> None:
+    """Have the content of a file, or the names in a folder, survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,45 @@
+"""What is kept of an update whose gradient is not finite, for `replay_nonfinite.py` to look into."""
+
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from util.device_loader import DeviceLoader
+from util.dist import barrier, is_main, rank, world_size
+from util.errors import RunError
+from util.run import Run
+
+STATE = "state.pth"
+
+
+def batch_file(folder: Path, of_rank: int) -> Path:
+    """Where the batches of a rank are."""
+    return folder / f"batches-rank{of_rank}.pth"
+
+
+def keep_evidence(run: Run, loader: DeviceLoader, first: int, output_dir: Path) -> NoReturn:
+    """Write what reproduces an update, and end the run. All processes call it.
+
+    Args:
+        run: its weights are still those before the update.
+        loader: of the epoch; the batches are loaded again.
+        first: first batch of the update in the epoch.
+        output_dir: gets a folder with a checkpoint from before the update, and each rank's batches.
+
+    Raises:
+        RunError: says where it is.
+    """
+    folder = output_dir / f"nonfinite-epoch{run.epoch}-batch{first}"
+    folder.mkdir(parents=True, exist_ok=True)
+    batches = [[tensor.cpu() for tensor in batch] for batch in loader.again(run.epoch, first, run.args.accum_iter)]
+    torch.save({"batches": batches, "epoch": run.epoch, "first": first}, batch_file(folder, rank()))
+    run.samples, run.skipped_in_a_row = first * run.args.batch_size * world_size(), 0
+    if is_main():
+        torch.save(run.content(), folder / STATE)
+    barrier()
+    raise RunError(
+        f"the gradient was not finite in {run.args.max_nonfinite} updates in a row, from batch {first} of epoch "
+        f"{run.epoch}; none of them was made. What reproduces the first is in {folder}: python replay_nonfinite.py "
+        f"{folder} shows where it breaks. --resume {folder / STATE} with a lower --blr and --allow_changed_args goes on"
+    )

@@ -1,0 +1,232 @@
+"""A training run: where it stands, its checkpoints, and how it goes on after whatever ended its processes."""
+
+import argparse
+import hashlib
+import math
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim import Optimizer
+
+from util import checkpoint
+from util.checkpoint_folder import CheckpointFolder
+from util.cli import effective_batch_size
+from util.dist import barrier, is_main, on_main
+from util.errors import Interrupted, UserError
+from util.interrupt import StopRequest
+from util.lock import lock_folder
+from util.metrics import RunLog, SilentLog
+from util.sources import Source
+
+# Arguments that do not change what a run computes, but for rounding; some count by what follows from them: lr, data and
+# the effective batch.
+FREE = {
+    "output_dir", "log_dir", "data_path", "resume", "finetune", "model_key", "start_epoch", "allow_changed_args",
+    "save_freq", "save_every_steps", "keep", "blr", "batch_size", "accum_iter", "world_size", "num_workers",
+    "worker_timeout", "pin_mem", "max_bad_samples", "max_nonfinite", "dist_timeout", "device", "compile",
+    "deterministic", "scan_backend", "eval", "dist_eval", "eval_bad",
+}  # fmt: skip
+
+
+class Run:
+    """Everything of a training run that outlives its processes. Entered, it listens to signals and owns its folder.
+
+    Whatever is random is drawn from the seed and the position in the run, so no generator's state belongs to it, and
+    `samples` instead of batches say where an epoch stands, so the number of processes does not either.
+
+    Attributes:
+        epoch: the one under way, from 0.
+        samples: images of it, of all processes, that have been trained on.
+        loss: (2,) float64, sum and number of its finite losses.
+        skipped_in_a_row: updates up to now that were skipped.
+        best: what a finetuning run saves beside the weights: `max_accuracy`, `ema_max_accuracy`.
+
+    Args:
+        args: of the script.
+        model: the bare model.
+        optimizer: its optimizer.
+        ema: the moving average of its weights.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, model: nn.Module, optimizer: Optimizer, ema: ModelEmaV3 | None = None
+    ) -> None:
+        self.args, self.model, self.optimizer, self.ema = args, model, optimizer, ema
+        self.epoch, self.samples = args.start_epoch or 0, 0
+        self.loss = torch.zeros(2, dtype=torch.float64)
+        self.skipped_in_a_row = 0
+        self.best: dict[str, float] = {}
+        self.recent: deque[float] = deque(maxlen=20)  # losses that were logged last
+        self.stop = StopRequest()
+        self.folder: CheckpointFolder | None = None
+
+    def keep_in(self, folder: Path, log: RunLog | SilentLog) -> None:
+        """Write checkpoints to a folder; without it, none are kept."""
+        if is_main():
+            self.folder = CheckpointFolder(folder, self.args.keep, log.say)
+
+    def __enter__(self) -> "Run":
+        self.stop.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if self.folder is not None:
+            self.folder.wait()
+        if kind is Interrupted:
+            barrier(patience=20)  # the end of any process would end the one that writes
+        self.stop.__exit__(kind, *exception)
+
+    def restore(self, content: dict) -> None:
+        """Take over weights, optimizer, EMA and position from a checkpoint of this run.
+
+        Raises:
+            UserError: see `checkpoint.resume`; or arguments have changed, or it holds an EMA and this run keeps none.
+        """
+        changed = changed_arguments(self.args, content)
+        if changed and not self.args.allow_changed_args:
+            raise UserError(
+                f"{self.args.resume} is of a run with other arguments: {', '.join(changed)}; --allow_changed_args goes "
+                "on with those of now"
+            )
+        self.epoch, self.samples = checkpoint.resume(self.args, content, self.model, self.optimizer)
+        whole_batches = effective_batch_size(self.args)
+        if self.samples % whole_batches:
+            raise UserError(
+                f"{self.args.resume} stands at image {self.samples} of its epoch, which is no multiple of the "
+                f"{whole_batches} of an update: --start_epoch {self.epoch} begins the epoch again"
+            )
+        if self.samples:
+            self.loss = torch.tensor(content["loss"], dtype=torch.float64)
+        self.skipped_in_a_row = content.get("skipped_in_a_row", 0)
+        self.best = {key: content[key] for key in ("max_accuracy", "ema_max_accuracy") if key in content}
+        averaged = "model_ema" in checkpoint.kinds(content)
+        if averaged and self.ema is None:
+            raise UserError(f"{self.args.resume} holds an EMA: say --ema_decay to go on with it")
+        if averaged:
+            checkpoint.load(self.ema.module, checkpoint.weights(content, "model_ema"))
+
+    def content(self) -> dict:
+        """What a checkpoint holds; see `util.checkpoint`."""
+        content = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch - 1,
+            "samples": self.samples,
+            "loss": self.loss.tolist(),
+            "skipped_in_a_row": self.skipped_in_a_row,
+            # bf16 needs no loss scaling; tools of the MAE line expect a loadable state all the same
+            "scaler": torch.amp.GradScaler("cpu").state_dict(),
+            "args": self.args,
+            **self.best,
+        }
+        return content if self.ema is None else content | {"model_ema": self.ema.module.state_dict()}
+
+    def save(self, *names: str) -> None:
+        """Write a checkpoint in the background: checkpoint-last.pth and further names."""
+        if self.folder is not None:
+            self.folder.save(self.content(), *names)
+
+    def end_epoch(self, *names: str) -> None:
+        """Go to the next epoch and write a checkpoint, also as checkpoint-{epoch}.pth where one is due."""
+        ended = self.epoch
+        self.epoch, self.samples = self.epoch + 1, 0
+        self.loss = torch.zeros(2, dtype=torch.float64)
+        if self.epoch % self.args.save_freq == 0 or self.epoch == self.args.epochs:
+            names = (*names, f"checkpoint-{ended}.pth")
+        self.save(*names)
+
+    def improved(self, name: str, accuracy: float) -> bool:
+        """Note an accuracy; whether it is the best so far."""
+        better = accuracy > self.best.get(name, -math.inf)
+        self.best[name] = max(accuracy, self.best.get(name, -math.inf))
+        return better
+
+    def leave(self) -> NoReturn:
+        """Write a checkpoint and end the process; all processes call it.
+
+        Raises:
+            Interrupted: it is written.
+            RunError: it could not be written.
+        """
+        self.save()
+        self.close()
+        raise Interrupted(f"stopped in epoch {self.epoch} after {self.samples} images; --resume auto goes on")
+
+    def close(self) -> None:
+        """Wait until everything is written.
+
+        Raises:
+            RunError: the last checkpoint could not be.
+        """
+        if self.folder is not None:
+            self.folder.close()
+
+
+def starting_point(args: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> dict | None:
+    """Take the output folder, and read the checkpoint that the run goes on from.
+
+    What counts: `--resume FILE`, else with `--resume auto` the newest checkpoint of the folder that is not damaged,
+    else `--finetune`, else random weights. With a checkpoint to resume, `--finetune` is left behind, and
+    `--start_epoch` begins that epoch instead of where the checkpoint stands.
+
+    Args:
+        args: of the script; its `resume` becomes the path of what was found, or None.
+        folder: of the run.
+        say: shows a line to the user.
+
+    Raises:
+        UserError: another run has the folder, it holds checkpoints that this run would replace, or the file is no
+            checkpoint.
+    """
+
+    def choose() -> str | None:
+        left_behind = lock_folder(folder)
+        if left_behind:
+            say(f"{left_behind} ended without releasing {folder}")
+        kept = sorted(folder.glob("checkpoint-*.pth"))
+        if args.resume == "auto":
+            newest, damaged = CheckpointFolder(folder, args.keep, say).newest()
+            for reason in damaged:
+                say(f"{reason}; renamed to *.damaged")
+            if kept and newest is None:
+                raise UserError(f"--resume auto: every checkpoint in {folder} is damaged")
+            if newest is not None:
+                say(f"going on from {newest}")
+            return newest and str(newest)
+        if kept and not (args.resume and folder.resolve() == Path(args.resume).resolve().parent):
+            raise UserError(
+                f"--output_dir {folder} holds {kept[0].name} of another run: --resume auto goes on with it, or "
+                "choose another folder"
+            )
+        return args.resume
+
+    args.resume = on_main(choose)
+    return checkpoint.read(args.resume) if args.resume else None
+
+
+def fingerprint(source: Source) -> str:
+    """What identifies training data wherever they lie: classes, and the label of every image in its order."""
+    digest = hashlib.sha256("\0".join(source.classes).encode())
+    digest.update(source.labels.astype("int64").tobytes())
+    return digest.hexdigest()[:16]
+
+
+def changed_arguments(args: argparse.Namespace, content: dict) -> list[str]:
+    """What this command line asks for otherwise than the run that wrote a checkpoint, and would change its result.
+
+    Files of the released code and of our first versions do not tell enough: nothing is found in them.
+    """
+    if "samples" not in content:
+        return []
+    saved = vars(content["args"])
+    now = vars(args)
+    changed = [f"{k} {saved[k]} -> {now[k]}" for k in sorted(saved.keys() & now.keys() - FREE) if saved[k] != now[k]]
+    batches = [values["batch_size"] * values["accum_iter"] * values["world_size"] for values in (saved, now)]
+    if batches[0] != batches[1]:
+        changed.append(f"effective batch {batches[0]} -> {batches[1]}")
+    return changed
