@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).resolve().parent / "Finetuning"))

@@ -3,7 +3,6 @@
 test_triton.py runs on the GPU too where there is one.
 """
 
-import argparse
 import contextlib
 import copy
 
