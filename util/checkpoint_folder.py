@@ -101,7 +101,8 @@ class CheckpointFolder:
         after |= dict.fromkeys((LAST, *names), digest)
         self._write_sums({*self.sums.items(), *after.items()})
         for old, new in reversed(moves):
-            os.replace(self.path / old, self.path / new)
+            move = _link if old == LAST else os.replace  # there is always a last one
+            move(self.path / old, self.path / new)
         for name in names:
             _link(temporary, self.path / name)
         os.replace(temporary, self.path / LAST)

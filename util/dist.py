@@ -5,6 +5,7 @@ import os
 import random
 import re
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
@@ -77,7 +78,9 @@ _CONTROL: dist.ProcessGroup | None = None
 def _init_groups(backend: str, timeout: datetime.timedelta) -> None:
     """The group that trains, and one on the CPUs for what must not wait for a GPU."""
     global _STORE, _CONTROL
-    _STORE, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    # torchrun's store outlives the processes that it restarts, and what they have left there are dead addresses
+    _STORE = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     # the CPUs' group finds a process that is stuck; it has to do so before NCCL's watchdog ends the others wordlessly
     later = timeout + datetime.timedelta(seconds=60 if backend == "nccl" else 0)
     dist.init_process_group(backend, store=_STORE, rank=rank(), world_size=world_size(), timeout=later)
@@ -143,8 +146,10 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
     # of buckets, as the compiler would under DDP, only undoes what it fuses.
     torch._dynamo.config.optimize_ddp = False
     devices = [device] if device.type == "cuda" else None
-    # buffers are constants of the sizes: the same everywhere, and no reason to send them with every batch
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the new name of broadcast_buffers is unknown to older torch
+        # buffers are constants of the sizes: the same everywhere, and no reason to send them with every batch
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def reduce_sum(values: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class Run:
     Attributes:
         epoch: the one under way, from 0.
         samples: images of it, of all processes, that have been trained on.
-        loss: (2,) float64, sum and number of its finite losses.
+        loss: (2,) float64, sum of the finite losses over these images, and their number.
         skipped_in_a_row: updates up to now that were skipped.
         best: what a finetuning run saves beside the weights: `max_accuracy`, `ema_max_accuracy`.
 
@@ -101,7 +101,7 @@ class Run:
                 f"{whole_batches} of an update: --start_epoch {self.epoch} begins the epoch again"
             )
         if self.samples:
-            self.loss = torch.tensor(content["loss"], dtype=torch.float64)
+            self.loss = torch.tensor(content.get("loss", [0.0, 0.0]), dtype=torch.float64)
         self.skipped_in_a_row = content.get("skipped_in_a_row", 0)
         self.best = {key: content[key] for key in ("max_accuracy", "ema_max_accuracy") if key in content}
         averaged = "model_ema" in checkpoint.kinds(content)

@@ -122,7 +122,7 @@ def train_epoch(
         total, count, grad_norm, now_skipped, row = torch.cat(
             [window, torch.stack([norm, skipped, in_a_row]).double()]
         ).tolist()  # the one place where the host waits for the device
-        run.loss += torch.tensor([total, count], dtype=torch.float64)
+        run.loss += args.batch_size * torch.tensor([total, count], dtype=torch.float64)
         run.samples, run.skipped_in_a_row = (step + 1) * images, int(row)
         mean = total / count if count else math.nan
         progress.update(images, loss=mean, lr=lr)
