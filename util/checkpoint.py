@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ def read(path: str | os.PathLike, mmap: bool = False) -> dict:
         if path.name in (name for _, name in listed) and sha256(path) not in (digest for digest, _ in listed):
             raise UserError(f"{path} is damaged, or not the file that was written: {SUMS} beside it has another hash")
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zipfile(path))
     except pickle.UnpicklingError as error:
         unknown = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = (
@@ -302,5 +303,6 @@ def resume(args: argparse.Namespace, content: dict, model: nn.Module, optimizer:
         saved = content["optimizer"]
         if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own]:
             raise ValueError("it has other groups of parameters")
-        optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
+        groups = [{**group, "lr": before["lr"]} for group, before in zip(own, saved["param_groups"], strict=True)]
+        optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
     return position(content) if args.start_epoch is None else (args.start_epoch, 0)

@@ -1,0 +1,278 @@
+"""Checkpoint files: killed writers, damage, full and read-only disks, files that would execute something."""
+
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import REPOSITORY
+from faults.conftest import FINETUNE, PRETRAIN, assert_same_end
+from util import checkpoint
+from util.checkpoint_folder import CheckpointFolder
+from util.errors import RunError, UserError
+
+
+def content(epoch, size=200_000):
+    """A file of a megabyte, all of whose numbers say which one it is."""
+    return {"model": {"weight": torch.full((size,), float(epoch))}, "epoch": epoch - 1, "samples": 0}
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def sums_are_right(folder):
+    done = subprocess.run(
+        ["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, capture_output=True, text=True
+    )
+    return done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_is_kept(tmp_path):
+    folder = CheckpointFolder(tmp_path, 3, print)
+    for epoch in range(5):
+        folder.save(content(epoch), *([f"checkpoint-{epoch}.pth"] if epoch % 2 else []))
+        folder.wait()
+    last = [f"checkpoint-last{age}.pth" for age in ("", "-1", "-2")]
+    assert names(tmp_path) == sorted(["SHA256SUMS", "checkpoint-1.pth", "checkpoint-3.pth", *last])
+    assert [checkpoint.read(tmp_path / name)["epoch"] for name in last] == [3, 2, 1]
+    assert checkpoint.read(tmp_path / "checkpoint-3.pth")["epoch"] == 2
+    assert sums_are_right(tmp_path) == (True, sums_are_right(tmp_path)[1])
+    assert folder.newest() == (tmp_path / "checkpoint-last.pth", [])
+
+
+def test_what_is_written_is_what_was_saved(tmp_path):
+    """Training goes on while a checkpoint is written, in the memory that it was copied from."""
+    folder = CheckpointFolder(tmp_path, 2, print)
+    weight = torch.zeros(20_000_000)
+    for number in range(3):
+        weight.fill_(number)
+        folder.save({"model": {"weight": weight}, "epoch": number, "samples": 0})
+        weight.fill_(99)
+    folder.wait()
+    assert (checkpoint.read(tmp_path / "checkpoint-last.pth")["model"]["weight"] == 2).all()
+    assert (checkpoint.read(tmp_path / "checkpoint-last-1.pth")["model"]["weight"] == 1).all()
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from faults.test_files import content
+from util.checkpoint_folder import CheckpointFolder
+
+folder = CheckpointFolder(Path(sys.argv[1]), 2, print)
+for epoch in range(1_000_000):
+    folder.save(content(epoch), *([f"checkpoint-{epoch}.pth"] if epoch % 5 == 0 else []))
+    folder.wait()
+    print(epoch, flush=True)
+"""
+
+
+def test_a_writer_killed_at_20_random_moments(tmp_path):
+    """The folder holds a checkpoint that loads, at least the last one that was announced, and no false alarm."""
+    rng = random.Random(0)
+    (tmp_path / "writer.py").write_text(WRITER)
+    out = tmp_path / "out"
+    out.mkdir()
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}"}
+    command = ["python", "-c", FORKER, tmp_path / "writer.py", out]
+    with subprocess.Popen(
+        [str(word) for word in command], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, env=environment
+    ) as parent:
+        for _ in range(20):
+            pid = int(parent.stdout.readline())
+            announced = int(parent.stdout.readline())
+            end = time.monotonic() + rng.uniform(0, 0.15)
+            os.set_blocking(parent.stdout.fileno(), True)
+            time.sleep(max(0, end - time.monotonic()))
+            os.kill(pid, signal.SIGKILL)
+            parent.stdin.write("next\n")
+            parent.stdin.flush()
+            while (line := parent.stdout.readline()) != "dead\n":
+                announced = int(line)
+            newest, damaged = CheckpointFolder(out, 2, print).newest()
+            assert damaged == []
+            kept = checkpoint.read(newest)
+            assert kept["epoch"] + 1 >= announced
+            assert (kept["model"]["weight"] == kept["epoch"] + 1).all()
+        parent.stdin.close()
+
+
+FORKER = """
+import os, runpy, sys
+import torch, util.checkpoint_folder, faults.test_files
+while True:
+    pid = os.fork()
+    if pid == 0:
+        print(os.getpid(), flush=True)
+        sys.argv = sys.argv[1:]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    os.waitpid(pid, 0)
+    if not sys.stdin.readline():
+        break
+    print("dead", flush=True)
+"""
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+DAMAGES = {"truncated": truncate, "a bit": flip_a_bit, "empty": lambda path: path.write_bytes(b"")}
+
+
+def test_the_newest_file_is_damaged(start, tmp_path):
+    """It is named and put aside, and the one before it used: the run ends as if nothing had happened."""
+    argv = [PRETRAIN, "--batch_size", 4, "--keep", 3, "--save_every_steps", 4, "--output_dir"]
+    assert start(*argv, tmp_path / "whole").status() == 0
+    out = tmp_path / "out"
+    shutil.copytree(tmp_path / "whole", out, copy_function=os.link)
+    (out / "log.txt").unlink()
+    flip_a_bit(out / "checkpoint-last.pth")
+    running = start(*argv, out, "--resume", "auto")
+    assert running.status() == 0, running.text
+    for name in ("checkpoint-last.pth", "checkpoint-2.pth"):  # two names of one file
+        assert re.search(rf"{name} is damaged, or .* another hash; renamed to \*\.damaged$", running.text, re.MULTILINE)
+        assert (out / f"{name}.damaged").exists()
+    assert f"going on from {out}/checkpoint-last-1.pth" in running.text
+    flip_a_bit(tmp_path / "whole" / "checkpoint-last.pth")  # the same file: back to what it was
+    assert_same_end(out, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files(start, tmp_path, damage):
+    folder = CheckpointFolder(tmp_path, 3, print)
+    for epoch in range(3):
+        folder.save(content(epoch))
+    folder.wait()
+    DAMAGES[damage](tmp_path / "checkpoint-last.pth")
+    newest, (reason,) = folder.newest()
+    assert newest == tmp_path / "checkpoint-last-1.pth"
+    assert f"{tmp_path}/checkpoint-last.pth" in reason
+    assert (tmp_path / "checkpoint-last.pth.damaged").exists()
+    for path in tmp_path.glob("checkpoint-*.pth"):
+        DAMAGES[damage](path)
+    if damage == "a bit":
+        running = start(PRETRAIN, "--batch_size", 4, "--output_dir", tmp_path, "--resume", "auto")
+        assert running.status() == 2
+        assert f"--resume auto: every checkpoint in {tmp_path} is damaged" in running.text
+    else:
+        assert folder.newest()[0] is None
+
+
+def test_a_damaged_file_that_was_asked_for(tmp_path):
+    folder = CheckpointFolder(tmp_path, 2, print)
+    folder.save(content(1))
+    folder.wait()
+    flip_a_bit(tmp_path / "checkpoint-last.pth")
+    with pytest.raises(UserError, match=r"checkpoint-last\.pth is damaged, or not the file that was written"):
+        checkpoint.read(tmp_path / "checkpoint-last.pth")
+
+
+def test_files_of_an_earlier_version_have_no_hashes(tmp_path):
+    """They load, and being replaced does not make them look damaged."""
+    torch.save(content(3), tmp_path / "checkpoint-last.pth")
+    assert CheckpointFolder(tmp_path, 2, print).newest()[0] == tmp_path / "checkpoint-last.pth"
+    folder = CheckpointFolder(tmp_path, 2, print)
+    folder.save(content(4))
+    folder.wait()
+    assert [checkpoint.read(tmp_path / f"checkpoint-last{age}.pth")["epoch"] for age in ("", "-1")] == [3, 2]
+    assert sums_are_right(tmp_path)[0], sums_are_right(tmp_path)[1]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(path)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no file system of a given size can be mounted here: {done.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def test_a_full_disk(small_disk):
+    """Training is told and goes on; the older files stay whole; a later write succeeds once there is room."""
+    said = []
+    folder = CheckpointFolder(small_disk, 2, said.append)
+    for epoch in range(2):
+        folder.save(content(epoch))
+    filler = small_disk / "filler"
+    folder.wait()
+    filler.write_bytes(bytes(1_000_000))
+    folder.save(content(2))
+    folder.wait()
+    ((line),) = said
+    assert re.match(rf"the checkpoint could not be written to {small_disk}: .*\d+ MB are free.* untouched$", line)
+    assert folder.newest() == (small_disk / "checkpoint-last.pth", [])
+    assert checkpoint.read(small_disk / "checkpoint-last.pth")["epoch"] == 0
+    with pytest.raises(RunError, match="could not be written"):
+        folder.close()
+    filler.unlink()
+    folder.save(content(3))
+    folder.close()
+    assert checkpoint.read(small_disk / "checkpoint-last.pth")["epoch"] == 2
+    assert not [name for name in names(small_disk) if name.startswith(".")]
+
+
+def test_a_run_on_a_full_disk(start, small_disk):
+    """It trains to its end, says that nothing was written, and does not end as if all were well."""
+    (small_disk / "filler").write_bytes(bytes(2_700_000))
+    running = start(PRETRAIN, "--batch_size", 4, "--output_dir", small_disk)
+    assert running.status() == 1
+    assert "epoch 2: loss" in running.text
+    assert running.text.count("the checkpoint could not be written") >= 2
+
+
+def test_a_read_only_disk(small_disk, start):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    running = start(PRETRAIN, "--batch_size", 4, "--output_dir", small_disk / "out")
+    assert running.status() == 2
+    assert re.search(r"error: --output_dir \S+ cannot be written: Read-only file system$", running.text.strip())
+
+
+class Malicious:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+def test_a_malicious_file(start, tmp_path, form):
+    """What it would execute is not executed: not as --resume, nor --finetune, nor by --resume auto."""
+    mark, out = tmp_path / "executed", tmp_path / "out"
+    out.mkdir()
+    file = out / "checkpoint-last.pth"
+    data = {"model": {}, "epoch": 1, "samples": 0, "args": Malicious(mark)}
+    if form == "pickle":
+        file.write_bytes(pickle.dumps(data))
+    else:
+        torch.save(data, file, _use_new_zipfile_serialization=form == "zip")
+    with pytest.raises(UserError, match="refused checkpoint"):
+        checkpoint.read(file)
+    if form == "zip":
+        for flags in (["--resume", file], ["--finetune", file], ["--resume", "auto"]):
+            folder = out if flags[-1] == "auto" else tmp_path / "other"
+            running = start(FINETUNE, "--batch_size", 4, "--output_dir", folder, *flags)
+            assert running.status() == 2, running.text
+            assert re.search(r"refused checkpoint \S+: it holds a \S*mkdir", running.text)
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(Malicious(mark)))
+    assert mark.exists()  # it would have worked

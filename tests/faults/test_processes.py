@@ -1,0 +1,156 @@
+"""Broken updates, a stuck process, a second run in the same folder, other arguments."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import REPOSITORY
+from faults.conftest import FINETUNE, PRETRAIN, assert_same_end, written
+from util import checkpoint
+
+# The script, but that from some update on one of its processes gets what is not finite: images, loss or gradient.
+BREAKS = """
+import os, sys
+sys.path[:0] = [{repository!r}, {repository!r} + "/Finetuning"]
+import torch, engine_pretrain, main_pretrain
+from util import cli, device_loader
+
+kind, rank, first = {kind!r}, int(os.environ["RANK"]), {first}
+loss_of, to_device, calls = engine_pretrain.loss_of, device_loader.DeviceLoader._to_device, [0]
+
+def broken_loss_of(model):
+    compute_loss = loss_of(model)
+    def broken(imgs, labels):
+        calls[0] += 1
+        loss = compute_loss(imgs, labels)
+        if rank == 1 and calls[0] > first and kind == "loss":
+            loss = loss * float("nan")
+        if rank == 1 and calls[0] > first and kind == "gradient":
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+    return broken
+
+def broken_to_device(self, batch):
+    images, labels = to_device(self, batch)
+    if rank == 1 and calls[0] >= first and kind == "images":
+        images[1, 2, 3:5] = float("nan")
+    return [images, labels]
+
+engine_pretrain.loss_of = broken_loss_of
+device_loader.DeviceLoader._to_device = broken_to_device
+cli.run(main_pretrain.main, main_pretrain.get_args_parser())
+"""
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient", "images"])
+def test_one_of_two_processes_breaks(start, tmp_path, kind):
+    """Both skip three updates and stop, with weights of before and what reproduces the first broken one."""
+    script = tmp_path / "breaks.py"
+    script.write_text(BREAKS.format(repository=str(REPOSITORY), kind=kind, first=15))
+    two = ["--batch_size", 2, "--output_dir"]
+    running = start([script, *PRETRAIN[1:]], *two, tmp_path / "out", processes=2)
+    assert running.status() == 1
+    folder = tmp_path / "out" / "nonfinite-epoch1-batch3"  # of 12 batches an epoch
+    message = f"the gradient was not finite in 3 updates in a row, from batch 3 of epoch 1; .*{re.escape(str(folder))}"
+    assert re.search(message, running.text), running.text
+    assert checkpoint.read(tmp_path / "out" / "checkpoint-last.pth")["epoch"] == 0
+
+    # the state is that of a run that did not break and was stopped there
+    whole = start(PRETRAIN, *two, tmp_path / "whole", "--save_every_steps", 15, "--keep", 9, processes=2)
+    assert whole.status() == 0
+    state = checkpoint.read(folder / "state.pth")
+    assert (state["epoch"], state["samples"]) == (0, 12)
+    for path in (tmp_path / "whole").glob("checkpoint-last*.pth"):
+        content = checkpoint.read(path)
+        if checkpoint.position(content) == (1, 12):
+            want = content
+    for name, value in want["model"].items():
+        assert torch.equal(state["model"][name], value), name
+
+    replay = subprocess.run(
+        [sys.executable, REPOSITORY / "replay_nonfinite.py", folder, "--device", "cpu"], capture_output=True, text=True
+    )
+    assert len(re.findall(r"^rank [01], batch 3: loss ", replay.stdout, re.MULTILINE)) == 2
+    if kind == "images":  # the others were broken outside of model and data
+        assert replay.returncode == 1
+        assert "rank 1, batch 3: loss nan; the images themselves are not finite" in replay.stdout
+        assert re.search(r"outputs of modules are not finite, first: patch_embed", replay.stdout)
+        assert re.search(r"gradients are not finite, first: ", replay.stdout)
+    else:
+        assert replay.returncode == 0, replay.stdout + replay.stderr
+        assert replay.stdout.endswith("everything is finite here\n")
+    if kind == "loss":  # the evidence is a checkpoint to go on from
+        assert start(PRETRAIN, *two, tmp_path / "on", "--resume", folder / "state.pth", processes=2).status() == 0
+        assert_same_end(tmp_path / "on", tmp_path / "whole")
+
+
+def test_a_stuck_process_is_named(start, tmp_path):
+    out = tmp_path / "out"
+    argv = ["--batch_size", 4, "--output_dir", out, "--save_every_steps", 1, "--dist_timeout", 6, "--epochs", 50]
+    running = start(FINETUNE, *argv, processes=2)
+    running.until(lambda: written(out / "checkpoint-last.pth"))
+    stuck = running.ranks()[1]
+    os.kill(stuck, signal.SIGSTOP)
+    running.until(lambda: "rank 0: no answer from rank 1, which is stuck or gone" in running.text, 60)
+    os.kill(stuck, signal.SIGKILL)
+    assert running.status() == 1
+    assert checkpoint.read(out / "checkpoint-last.pth")["samples"] >= 0
+
+
+def test_a_second_run_on_one_folder(start, tmp_path):
+    """It is refused while the first one lives, and not after that was killed."""
+    argv = [PRETRAIN, "--batch_size", 4, "--output_dir", tmp_path / "out", "--resume", "auto", "--epochs", 200]
+    first = start(*argv).until(lambda: written(tmp_path / "out" / "checkpoint-last.pth"))
+    second = start(*argv)
+    assert second.status() == 2
+    owner = rf"process {first.process.pid} on \S+ since 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d"
+    assert re.search(rf"error: --output_dir {tmp_path}/out is in use by {owner}: wait for it", second.text)
+    assert first.process.poll() is None
+    first.signal(signal.SIGKILL).status()
+    third = start(*argv)
+    third.until(lambda: "from epoch" in third.text)
+    assert re.search(rf"^{owner} ended without releasing {tmp_path}/out$", third.text, re.MULTILINE)
+    third.signal(signal.SIGTERM).status()
+    assert (tmp_path / "out" / "run.lock").read_text() == "{}"
+
+
+def test_a_folder_of_another_run(start, tmp_path):
+    """Its checkpoints are not replaced by a run that does not go on with it."""
+    argv = [PRETRAIN, "--batch_size", 4, "--epochs", 1, "--warmup_epochs", 0, "--output_dir", tmp_path / "out"]
+    assert start(*argv).status() == 0
+    before = (tmp_path / "out" / "checkpoint-last.pth").read_bytes()
+    again = start(*argv)
+    assert again.status() == 2
+    assert "out holds checkpoint-0.pth of another run: --resume auto goes on with it, or choose" in again.text
+    assert (tmp_path / "out" / "checkpoint-last.pth").read_bytes() == before
+
+
+def test_changed_arguments(start, tmp_path, images):
+    """Those that change the result are listed and refused; those that do not are free."""
+    out = tmp_path / "out"
+    argv = ["--batch_size", 4, "--epochs", 2, "--output_dir", out, "--resume", "auto"]
+    assert start(PRETRAIN, *argv, "--save_freq", 1).status() == 0
+    changed = ["--batch_size", 8, "--epochs", 3, "--lr", 2e-3, "--hflip", 0, "--output_dir", out, "--resume", "auto"]
+    running = start(PRETRAIN, *changed)
+    assert running.status() == 2
+    listed = "epochs 2 -> 3, hflip 0.5 -> 0.0, lr 0.001 -> 0.002, effective batch 4 -> 8"
+    assert f"checkpoint-last.pth is of a run with other arguments: {listed}; --allow_changed_args" in running.text
+    (images.parent / "link").symlink_to(images)
+    other_place = ["--batch_size", 2, "--accum_iter", 2, "--num_workers", 0, "--data_path", images.parent / "link"]
+    running = start(PRETRAIN, *argv[2:], *other_place, data=False)
+    assert running.status() == 0, running.text
+    assert "all of them done" in running.text
+    running = start(PRETRAIN, *changed, "--allow_changed_args")
+    assert running.status() == 0, running.text
+    assert "3 epochs, from epoch 2" in running.text
+    (tmp_path / "fewer" / "train" / "a").mkdir(parents=True)
+    for path in (images / "train" / "class_0").iterdir():
+        os.link(path, tmp_path / "fewer" / "train" / "a" / path.name)
+    running = start(PRETRAIN, *changed, "--data_path", tmp_path / "fewer", data=False)
+    assert running.status() == 2
+    assert re.search(r"other arguments: data \w{16} -> \w{16};", running.text)
