@@ -65,6 +65,7 @@ def init_device(name: str | None, timeout: float = 600, deterministic: bool = Fa
             raise UserError(f"--device {name}: {processes} processes, {gpus} GPUs; under torchrun say --device cuda")
         device = torch.device("cuda", local_rank() if device.index is None else device.index)
         torch.cuda.set_device(device)
+        torch.cuda.init()
         torch.set_float32_matmul_precision("high")  # TF32 where float32 products remain
     if world_size() > 1:
         _init_groups("nccl" if device.type == "cuda" else "gloo", datetime.timedelta(seconds=timeout))
@@ -133,7 +134,10 @@ def barrier(patience: float | None = None) -> None:
 def seed_everything(*entropy: int, of_rank: int | None = None) -> None:
     """Seed every generator of this process, differently on every rank (drop path and mixup differ)."""
     words = np.random.SeedSequence((*entropy, rank() if of_rank is None else of_rank)).generate_state(3)
-    torch.manual_seed(int(words[0]))
+    # not torch.manual_seed, which takes ten times as long to find out which devices there are
+    torch.default_generator.manual_seed(int(words[0]))
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(int(words[0]))
     np.random.seed(words[1])
     random.seed(int(words[2]))
 

@@ -1,0 +1,133 @@
+"""What surviving costs: training steps with all that watches over a run, beside a bare loop, and saving a checkpoint.
+
+    python benchmarks/bench_resilience.py
+    torchrun --standalone --nproc_per_node 2 benchmarks/bench_resilience.py
+
+The bare loop is forward, backward, clipping and optimizer step. `util.train_loop.train_epoch` adds a seed for every
+step, skipping of updates that are not finite, losses and gradient norms for the log, and asking all processes whether
+one was told to stop. A checkpoint of ARM-base with AdamW's moments is saved as `util.checkpoint_folder` does it, in the
+background, and beside it by torch.save and fsync alone.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import machine
+from benchmarks.bench_train import CASES, RandomBatches, build
+from engine_pretrain import loss_of, train_one_epoch
+from util.checkpoint_folder import LAST, CheckpointFolder
+from util.dist import distribute, init_device, is_main, world_size
+from util.metrics import SilentLog
+from util.run import Run
+from util.train_loop import autocast
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    device = machine.default_device()
+    parser = argparse.ArgumentParser("bench_resilience.py", description=__doc__.splitlines()[0])
+    case = "pretrain_toy" if device.type == "cpu" else "pretrain_base"
+    parser.add_argument("--case", choices=[name for name in CASES if name.startswith("pretrain")], default=case)
+    parser.add_argument("--batch_size", type=int, help="instead of the recipe's")
+    parser.add_argument("--steps", type=int, default=40, help="updates in a round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds, after one more (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="JSON file (default: in benchmarks/results/)")
+    return parser
+
+
+def step_times(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """Seconds of an update by `train_epoch` and by the bare loop, and the median of their ratios."""
+    case = CASES[args.case]._replace(batch_size=args.batch_size or CASES[args.case].batch_size)
+    bare = build(case, "auto", device)
+    model = distribute(bare, device)
+    batches = RandomBatches(case, 1, args.steps, device)
+    compute_loss, parameters = loss_of(model), list(bare.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+    loop = argparse.Namespace(
+        lr=1e-5, min_lr=1e-5, warmup_epochs=0, epochs=1, accum_iter=1, clip_grad=3.0, seed=0, output_dir="",
+        batch_size=case.batch_size, start_epoch=None, save_every_steps=None, max_nonfinite=3,
+    )  # fmt: skip
+    run = Run(loop, bare, optimizer)
+
+    def watched() -> None:
+        run.samples = 0
+        train_one_epoch(model, batches, run, device, SilentLog())
+
+    def unwatched() -> None:
+        model.train()
+        for batch in batches:
+            with autocast(device):
+                loss = compute_loss(*batch)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, loop.clip_grad)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    times = {"train_epoch": [], "bare": []}
+    for number in range(args.rounds + 1):
+        pair = (("train_epoch", watched), ("bare", unwatched))
+        for name, function in pair if number % 2 else reversed(pair):
+            times[name].append(machine.time_once(function, device)[0] / args.steps)
+    ratios = [a / b for a, b in list(zip(*times.values(), strict=True))[1:]]
+    return {name: statistics.median(values[1:]) for name, values in times.items()} | {
+        "ratio": statistics.median(ratios)
+    }
+
+
+def save_times(device: torch.device) -> dict[str, float]:
+    """Seconds of saving ARM-base with the moments of AdamW."""
+    case = CASES["pretrain_base"]
+    model = build(case, "auto", device)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 0, "samples": 0}
+    with tempfile.TemporaryDirectory(dir=".") as temporary:
+        start = time.perf_counter()
+        torch.save(content, Path(temporary, "alone.pth"))
+        with Path(temporary, "alone.pth").open("rb") as file:
+            os.fsync(file.fileno())
+        times = {"torch.save and fsync": time.perf_counter() - start}
+        folder = CheckpointFolder(Path(temporary), 2, print)
+        for which in ("first", "later"):
+            start = time.perf_counter()
+            folder.save(content)
+            times[f"seen by training, {which}"] = time.perf_counter() - start
+            folder.close()
+            times[f"until it is written, {which}"] = time.perf_counter() - start
+        times["megabytes"] = Path(temporary, LAST).stat().st_size / 1e6
+    return times
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure, print, write everything as JSON."""
+    device = init_device(None)
+    about = machine.describe(device) | {"processes": world_size(), "case": args.case}
+    steps = step_times(args, device)
+    if not is_main():
+        return
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    print(
+        f"{args.case}: {1000 * steps['bare']:.3f} ms a step bare, {1000 * steps['train_epoch']:.3f} ms in train_epoch"
+    )
+    print(f"ratio of the pairs, median of {args.rounds}: {steps['ratio']:.4f}")
+    saves = save_times(device) if world_size() == 1 else {}
+    for name, seconds in saves.items():
+        print(f"{name}: {seconds:.2f}{'' if name == 'megabytes' else ' s'}")
+    kind = "resilience" if world_size() == 1 else f"resilience-{world_size()}"
+    machine.write(args.output or machine.result_file(kind, about), {**about, "steps": steps, "saves": saves})
+
+
+if __name__ == "__main__":
+    main(get_args_parser().parse_args())
