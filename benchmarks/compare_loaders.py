@@ -1,0 +1,96 @@
+"""Whether `--loader fast` trains to the accuracy of `--loader pil`: the demo's recipe on JPEG files, several seeds.
+
+    python benchmarks/compare_loaders.py
+
+stores the demo's digits as JPEGs (both loaders leave other files to Pillow), and for every seed and loader pretrains,
+finetunes with RandAugment and random erasing, and notes the accuracy on the held-out digits. The runs of a seed differ
+in pixels only: they draw the same numbers.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "demo"))
+
+from benchmarks import machine
+from demo import FINETUNE, MODEL, PRETRAIN, RECIPE
+from digits import unpack_digits
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser("compare_loaders.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=12, help="of pretraining (default: %(default)s)")
+    parser.add_argument("--finetune_epochs", type=int, default=6, help="(default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="JSON file (default: in benchmarks/results/)")
+    return parser
+
+
+def make_jpegs(folder: Path, quality: int = 95) -> None:
+    """The demo's digits as JPEG files."""
+    unpack_digits(folder)
+    for path in folder.rglob("*.png"):
+        Image.open(path).save(path.with_suffix(".jpg"), quality=quality)
+        path.unlink()
+
+
+def script(name: str, arguments: str, out: Path) -> None:
+    """Run a training script on one core."""
+    with (out.with_name(out.name + ".txt")).open("w") as log:
+        command = [sys.executable, ROOT / name, *shlex.split(arguments), "--output_dir", out]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([str(w) for w in command], stdout=log, stderr=log, env=environment, check=True)
+
+
+def train(folder: Path, data: Path, loader: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
+    """Pretrain and finetune; the loss of pretraining and the accuracies of the weights and of each epoch's best."""
+    common = f"{MODEL} {RECIPE} --data_path {data} --loader {loader} --seed {seed}"
+    pre, fine = folder / f"{loader}-{seed}-pre", folder / f"{loader}-{seed}-fine"
+    script("main_pretrain.py", f"{common} {PRETRAIN} --epochs {args.epochs}", pre)
+    more = f"{FINETUNE} --aa rand-m9-mstd0.5-inc1 --reprob 0.25 --epochs {args.finetune_epochs}"
+    script("Finetuning/main_finetune.py", f"{common} {more} --finetune {pre}/checkpoint-last.pth", fine)
+    rows = [json.loads(line) for log in (pre, fine) for line in (log / "log.txt").read_text().splitlines()]
+    found = {"pretrain_loss": rows[args.epochs - 1]["train_loss"], "top1": rows[-1]["test_acc1"]}
+    print(f"seed {seed}, --loader {loader}: loss {found['pretrain_loss']:.4f}, top-1 {found['top1']:.1f} %", flush=True)
+    return {"loader": loader, "seed": seed, **found}
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train everything, as many runs at a time as there are cores, print the table, write JSON."""
+    about = machine.describe(torch.device("cpu"))
+    print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        make_jpegs(folder / "digits")
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            tasks = [
+                pool.submit(train, folder, folder / "digits", loader, seed, args)
+                for seed in range(args.seeds)
+                for loader in ("fast", "pil")
+            ]
+            runs = [task.result() for task in tasks]
+    differences = [fast["top1"] - pil["top1"] for fast, pil in zip(runs[::2], runs[1::2], strict=True)]
+    for loader in ("fast", "pil"):
+        top1 = [run["top1"] for run in runs if run["loader"] == loader]
+        print(f"--loader {loader}: top-1 {statistics.mean(top1):.2f} % (deviation {statistics.stdev(top1):.2f})")
+    print(f"fast - pil: {statistics.mean(differences):+.2f} (deviation {statistics.stdev(differences):.2f})")
+    report = {**about, "epochs": args.epochs, "finetune_epochs": args.finetune_epochs, "runs": runs}
+    machine.write(args.output or machine.result_file("loaders", about), report)
+
+
+if __name__ == "__main__":
+    main(get_args_parser().parse_args())
