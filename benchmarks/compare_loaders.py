@@ -21,12 +21,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "demo"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 
 from benchmarks import machine
-from demo import FINETUNE, MODEL, PRETRAIN, RECIPE
+from demo import FINETUNE, MODEL, PRETRAIN, RECIPE, ROOT
 from digits import unpack_digits
 
 
