@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+import torch
 
 from faults.conftest import FINETUNE, PRETRAIN, assert_same_end, written
 from util import checkpoint
@@ -112,6 +113,20 @@ def test_another_number_of_processes(start, tmp_path):
         assert (got[name] - value).nan_to_num().abs().max() < 2e-4, name  # of weights that moved by up to 2e-2
     for epoch, row in log_of(tmp_path / "whole").items():
         assert log_of(out)[epoch]["train_loss"] == pytest.approx(row["train_loss"], rel=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(start, tmp_path):
+    """With --deterministic, bit for bit."""
+    out = tmp_path / "out"
+    argv = [FINETUNE, "--batch_size", 4, "--device", "cuda", "--deterministic"]
+    assert start(*argv, "--output_dir", tmp_path / "whole").status(300) == 0
+    running = start(*argv, "--output_dir", out, "--resume", "auto", "--save_every_steps", 1)
+    running.until(lambda: written(out / "checkpoint-last.pth"), 300)
+    assert running.signal(signal.SIGTERM).status(60) == INTERRUPTED, running.text
+    assert start(*argv, "--output_dir", out, "--resume", "auto").status(300) == 0
+    assert_same_end(out, tmp_path / "whole")
 
 
 def test_a_second_signal_leaves_at_once(start, tmp_path):
