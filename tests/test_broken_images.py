@@ -177,7 +177,7 @@ def test_broken_images_of_two_processes(broken_folder, tmp_path):
     assert all(f"/class_1/{name}: " in report for name in PLACED.values())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, REPOSITORY / "main_pretrain.py", *words, "--max_bad_samples", "9"],
+        [*command, REPOSITORY / "main_pretrain.py", *words, "--max_bad_samples", "9", "--output_dir", tmp_path],
         capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 1
