@@ -108,7 +108,7 @@ def test_the_next_image_takes_the_place_of_a_broken_one(broken_folder, how, work
         while index in broken:
             index += 1
         (pixels, numbers), _ = samples[1, index]
-        want = dataset.transform.finish(pixels[None], torch.tensor([numbers[:-1]]), CPU)[0]
+        want = dataset.transform.finish(pixels[None], torch.tensor([numbers[:-1]], dtype=torch.float64), CPU)[0]
         assert torch.equal(image, want)
 
 
