@@ -286,7 +286,7 @@ def main(args: argparse.Namespace) -> None:
             share = device_share(recipe, folder, args.batch_size, CPU)
             results["device_ms_per_image"][recipe] = {"cpu": share}
             print(f"\n{recipe}: a worker holds {held[0]:.0f} MB after 1 epoch, {held[-1]:.0f} MB after {len(held)}")
-            print(f"{recipe}: flip, normalisation and erasing take {share:.2f} ms an image on one core")
+            print(f"{recipe}: what the training device does takes {share:.2f} ms an image on one core")
             if torch.cuda.is_available():
                 share = device_share(recipe, folder, args.batch_size, torch.device("cuda"))
                 results["device_ms_per_image"][recipe]["cuda"] = share

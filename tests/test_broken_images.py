@@ -111,7 +111,7 @@ def test_the_next_image_takes_the_place_of_a_broken_one(broken_folder, how, work
             index += 1
         assert index not in broken
         assert numbers[-1] == dataset.source.labels[index]
-        want = dataset.transform.finish(pixels[None], torch.tensor([numbers[:-1]]), CPU)[0]
+        want = dataset.transform.finish(pixels[None], torch.tensor([numbers[:-1]], dtype=torch.float64), CPU)[0]
         assert torch.equal(image, want)
 
 

@@ -1,10 +1,12 @@
-"""Prefetching to a GPU on a side stream: the batches are those of the CPU."""
+"""Prefetching to a GPU on a side stream, and RandAugment there: the batches are those of the CPU."""
 
+import numpy as np
 import pytest
 import torch
 
 from test_data import finetune_args, loader_args
-from util import datasets
+from test_fast_images import POLICIES
+from util import augment, datasets
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,3 +34,31 @@ def test_batches_on_a_gpu_are_those_on_the_cpu(jpeg_folder, how, workers):
         assert imgs.device == labels.device == device
         assert torch.allclose(imgs.cpu(), want_imgs, atol=1e-6)
         assert torch.equal(labels.cpu(), want_labels)
+
+
+@pytest.mark.parametrize("aa", POLICIES)
+def test_randaugment_on_a_gpu_is_that_on_the_cpu(photographs, aa):
+    """To the last bit, though a GPU takes several images at once; and the host never waits for the device."""
+    transform = augment.Uint8Transform(datasets.finetune_transform((224, 192), finetune_args(aa=aa)))
+    draw, device = transform.draw, torch.device("cuda", 0)
+    pixels, notes = [], []
+    for seed in range(300):
+        datasets._seed_generators(seed)
+        numbers = draw([])
+        notes.append(numbers + augment.NO_OPERATION * (draw.num_layers - len(numbers) // augment.NOTE))
+        pixels.append(torch.from_numpy(np.array(photographs[seed % 2].resize((192, 224)))))
+    # (B, H, W, 3) -> (B, 3, H, W), and (B, 3 layers) -> (layers, B, 3)
+    images = torch.stack(pixels).permute(0, 3, 1, 2).contiguous()
+    notes = torch.tensor(notes, dtype=torch.float64).unflatten(1, (-1, augment.NOTE)).transpose(0, 1)
+    fill = torch.tensor(transform.fill, dtype=torch.uint8)[:, None, None]
+    order = notes[..., 0].argsort(dim=1)
+    got, on_gpu, fill_on_gpu, rows = (tensor.to(device) for tensor in (images, notes, fill, order))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for layer in range(draw.num_layers):
+            augment.carry_out(got, notes[layer, :, 0], rows[layer], on_gpu[layer, :, 1:], fill_on_gpu)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for layer in range(draw.num_layers):
+        augment.carry_out(images, notes[layer, :, 0], order[layer], notes[layer, :, 1:], fill)
+    assert torch.equal(got.cpu(), images)

@@ -1,4 +1,4 @@
-"""The fast path against Pillow, torchvision and timm: decoding, crops, every operation of RandAugment, erasing."""
+"""The fast path against Pillow, torchvision and timm: decoding, crops, each operation of RandAugment, erasing."""
 
 import argparse
 import copy
@@ -13,7 +13,7 @@ from timm.data.random_erasing import RandomErasing
 from torchvision import transforms
 
 from conftest import encoded
-from test_data import MEAN, STD, finetune_args, photograph
+from test_data import MEAN, STD, finetune_args
 from util import augment, datasets, decode
 
 CPU = torch.device("cpu")
@@ -136,7 +136,7 @@ def finished(transform, data, seed):
     """An image (3, H, W) as it reaches the model."""
     datasets._seed_generators(seed)
     pixels, todo = transform(data)
-    return transform.finish(pixels[None], torch.tensor([todo]), CPU)[0]
+    return transform.finish(pixels[None], torch.tensor([todo], dtype=torch.float64), CPU)[0]
 
 
 @pytest.mark.parametrize("recipe", ["pretrain", "finetune"])
@@ -197,112 +197,191 @@ def test_evaluation_transforms_agree(photographs, size, resize):
         assert difference.mean() < 0.2
 
 
-def test_colour_jitter_and_other_policies_go_through_pillow(photographs):
-    """With the same random numbers they give the same images, but for the pixels of the crop, which are rounded."""
+POLICIES = ["rand-m9-mstd0.5-inc1", "rand-m7-n3-p0.8-mstd101", "rand-n4-mstd1-inc1-tweights"]  # of the device
+IN_PILLOW = ["rand-m9-t3a", "rand-m9-t3aw", "v0", "3a", "augmix-m3-w2"]  # operations or policies that it lacks
+
+
+@pytest.mark.parametrize("aa", ["none", *POLICIES, *IN_PILLOW])
+def test_policies_and_colour_jitter_are_those_of_the_released_path(photographs, aa):
+    """The same random numbers give the same images, but for the pixels of the crop, which are rounded."""
+    changes = {"aa": aa, "color_jitter": 0.4 if aa == "none" else None}
+    released, fast = pair(datasets.finetune_transform((64, 64), finetune_args(hflip=0.0, reprob=0.0, **changes)))
+    assert (fast.draw is not None) == (aa in POLICIES)
+    assert len(fast.augment) == (aa not in POLICIES)
     data = encoded(photographs[0].resize((200, 150)), quality=93)
-    for changes in ({"aa": "none", "color_jitter": 0.4}, {"aa": "v0"}, {"aa": "augmix-m3-w2"}):
-        released, fast = pair(datasets.finetune_transform((64, 64), finetune_args(hflip=0.0, reprob=0.0, **changes)))
-        differences = [
-            (levels(finished(released, data, seed)) - levels(finished(fast, data, seed))).abs().mean()
-            for seed in range(20)
-        ]
-        assert np.median(differences) < 1, changes
+    differences = [
+        (levels(finished(released, data, seed)) - levels(finished(fast, data, seed))).abs().mean() for seed in range(20)
+    ]
+    assert np.median(differences) < 1
 
 
 # ---- RandAugment
 
-EXACT = 0, 0
-ROUNDED = 1, 1.01  # of 255: mean and largest difference
-# Pillow interpolates with another bicubic kernel (a = -1) than OpenCV (a = -0.75), which shows at edges
-BOUNDS = {
-    "AutoContrast": EXACT,
-    "Equalize": EXACT,
-    "Invert": EXACT,
-    "PosterizeIncreasing": EXACT,
-    "SolarizeIncreasing": EXACT,
-    "SolarizeAdd": EXACT,
-    "BrightnessIncreasing": EXACT,
-    "ContrastIncreasing": (1, 2),  # the mean of the image may round to the next level
-    "ColorIncreasing": (1, 2),
-    "SharpnessIncreasing": ROUNDED,
-    "Rotate": (1.5, 10),  # mean, and 99th percentile
-    "ShearX": (1.5, 10),
-    "ShearY": (1.5, 10),
-    "TranslateXRel": (1, 1),
-    "TranslateYRel": (1, 1),
-}
+
+def policy(aa, **hparams):
+    hparams = {"img_mean": (124, 116, 104), "interpolation": Image.Resampling.BICUBIC} | hparams
+    return auto_augment.rand_augment_transform(aa, hparams)
 
 
-def recipe_steps():
-    released = datasets.finetune_transform((224, 224), finetune_args())
-    (step,) = (t for t in released.transforms if isinstance(t, auto_augment.RandAugment))
-    return step, augment.on_arrays(step)
+# of any magnitude from 0 to 10, which is more than the recipe draws
+OPERATIONS = {op.name: op for aa in ("rand-m10-mstd101", "rand-m10-mstd101-inc1") for op in policy(aa).ops}
+
+
+def uint8_transform(*steps):
+    """A transform whose crop and resize change nothing in an image of 224 x 200, and which does not normalise."""
+    normalize = transforms.Normalize([0.0] * 3, [1 / 255] * 3)
+    return augment.Uint8Transform(transforms.Compose([transforms.Resize((200, 224)), *steps, normalize]))
+
+
+def carried_out(transform, images, notes):
+    """What the device makes of arrays (H, W, 3) uint8 and the numbers that the worker noted."""
+    todo = torch.tensor([[0, *numbers] for numbers in notes], dtype=torch.float64)
+    pixels = torch.from_numpy(np.stack(images))
+    kept = pixels.clone()
+    got = transform.finish(pixels, todo, CPU)
+    assert torch.equal(pixels, kept)  # the batch itself is left alone
+    return got.permute(0, 2, 3, 1).round().byte().numpy()  # (B, 3, H, W) -> (B, H, W, 3)
+
+
+def alone(name):
+    """One operation, always carried out, as timm's policy and as a transform of it."""
+    op = copy.deepcopy(OPERATIONS[name])
+    op.prob = 1
+    step = auto_augment.RandAugment([op], num_layers=1)
+    return op, uint8_transform(step)
+
+
+def against_timm(name, images):
+    """The operation on each image with a drawn magnitude: timm's result and ours."""
+    op, transform = alone(name)
+    want, notes = [], []
+    for seed, image in enumerate(images):
+        datasets._seed_generators(seed)
+        want.append(np.array(op(Image.fromarray(image))))
+        datasets._seed_generators(seed)
+        notes.append(transform.draw.ops[0]([]))
+    return np.stack(want), carried_out(transform, images, notes)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operation_against_timm(photographs, name):
+    """Each operation at 30 drawn magnitudes, also on dark and bright photographs of little contrast: the same bytes."""
+    images = [np.array(photographs[seed % 2].resize((224, 200))) for seed in range(30)]
+    images = [(image, image // 3 + 40, image // 3 + 170)[seed % 3] for seed, image in enumerate(images)]
+    want, got = against_timm(name, images)
+    assert np.array_equal(got, want)
+    assert sum(not np.array_equal(*pair) for pair in zip(got, images, strict=True)) > 15
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (2, 2), (2, 7), (3, 3), (31, 64)])
+def test_operation_on_small_images(name, size):
+    rng = np.random.default_rng(0)
+    images = list(rng.integers(0, 256, (8, *size, 3), dtype=np.uint8))
+    images += [np.full((*size, 3), (3, 200, 255), np.uint8)] * 4  # of one colour
+    want, got = against_timm(name, images)
+    assert np.array_equal(got, want)
+
+
+def test_autocontrast_of_every_range():
+    """Ramps between every two levels, three to an image."""
+    low, high = np.triu_indices(256, 1)  # 32,640 pairs
+    ramps = np.clip(np.arange(256)[:, None], low, high).astype(np.uint8)
+    images = list(ramps.T.reshape(-1, 3, 1, 256).transpose(0, 2, 3, 1))  # (256, 3 n) -> n times (1, 256, 3)
+    want, got = against_timm("AutoContrast", images)
+    assert np.array_equal(got, want)
+
+
+@pytest.mark.parametrize("aa", POLICIES)
+def test_randaugment_as_a_whole(photographs, aa):
+    """The same seeds give the same operations in the same order, and leave the generators in the same state."""
+    step = policy(aa)
+    transform = uint8_transform(step)
+    images, want, notes = [], [], []
+    for seed in range(60):
+        image = photographs[seed % 2].resize((224, 200))
+        images.append(np.array(image))
+        datasets._seed_generators(seed)
+        want.append(np.array(step(image)))
+        state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        datasets._seed_generators(seed)
+        numbers = transform.draw([])
+        assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == state
+        notes.append(numbers + augment.NO_OPERATION * (step.num_layers - len(numbers) // augment.NOTE))
+    assert np.array_equal(carried_out(transform, images, notes), np.stack(want))
 
 
 def test_randaugment_draws_what_timm_draws():
-    """The operations of the recipe are timm's, with timm's rates and magnitudes; none is left to Pillow."""
-    released, fast = recipe_steps()
-    assert [op.name for op in fast.ops] == [op.name for op in released.ops] == list(BOUNDS_ORDER)
-    for op, fast_op in zip(released.ops, fast.ops, strict=True):
-        assert fast_op.aug_fn is augment.OPERATIONS[op.aug_fn]
-        assert (fast_op.level_fn, fast_op.prob, fast_op.magnitude) == (op.level_fn, op.prob, op.magnitude)
-        assert (fast_op.magnitude_std, fast_op.magnitude_max) == (op.magnitude_std, op.magnitude_max)
-
-
-BOUNDS_ORDER = [op.name for op in recipe_steps()[0].ops]
-
-
-@pytest.mark.parametrize("name", BOUNDS_ORDER)
-def test_operation_against_timm(photographs, name):
-    """Each operation at 30 drawn magnitudes; README states these bounds."""
-    op, fast = (next(op for op in copy.deepcopy(step.ops) if op.name == name) for step in recipe_steps())
-    op.prob = fast.prob = 1
-    differences, changed = [], 0
-    for seed in range(30):
-        image = photographs[seed % 2].resize((224, 200))
-        pixels = np.array(image)
-        random.seed(seed)
-        want = np.array(op(image)).astype(int)
-        random.seed(seed)
-        got = fast(pixels).astype(int)
-        differences.append(np.abs(got - want))
-        changed += not np.array_equal(got, pixels)
-        assert np.array_equal(pixels, np.array(image))  # the argument is left alone
-    mean, largest = BOUNDS[name]
-    assert max(d.mean() for d in differences) <= mean
-    if name.startswith(("Rotate", "Shear", "Translate")):
-        assert max(np.percentile(d, 99) for d in differences) <= largest
-    else:
-        assert max(d.max() for d in differences) <= largest
-    assert changed > 20 or name == "AutoContrast"  # these photographs use all 256 levels
-
-
-def test_autocontrast_stretches():
-    pixels = np.array(photograph(50, 40)) // 3 + 40
-    got = augment.auto_contrast(pixels)
-    assert np.array_equal(got, np.array(auto_augment.auto_contrast(Image.fromarray(pixels))))
-    assert (got.min(), got.max()) == (0, 255)
-
-
-@pytest.mark.parametrize("operation", ["auto_contrast", "equalize"])
-def test_an_image_of_one_colour_stays(operation):
-    pixels = np.full((9, 7, 3), (3, 200, 255), np.uint8)
-    assert np.array_equal(getattr(augment, operation)(pixels), pixels)
-
-
-def test_randaugment_as_a_whole(photographs):
-    """The same seed gives the same operations in the same order."""
-    released, fast = recipe_steps()
-    differences = []
-    for seed in range(150):
-        image = photographs[seed % 2].resize((224, 224))
+    """The recipe's operations, their magnitudes and their rates, which are timm's."""
+    released = datasets.finetune_transform((224, 224), finetune_args())
+    (step,) = (t for t in released.transforms if isinstance(t, auto_augment.RandAugment))
+    draw, functions, drawn = augment.Uint8Transform(released).draw, list(augment.OPERATIONS), []
+    calls = copy.deepcopy(step)
+    for op in calls.ops:
+        op.aug_fn = lambda done, *magnitude, _function=op.aug_fn, **_: [*done, (_function, *magnitude)]
+    for seed in range(2000):
         datasets._seed_generators(seed)
-        want = np.array(released(image)).astype(int)
+        want = calls([])
         datasets._seed_generators(seed)
-        differences.append(np.abs(fast(np.array(image)) - want).mean())
-    assert np.median(differences) < 1
-    # an equalised or solarised rounding error can be large, but not in many images
-    assert np.mean(np.array(differences) > 5) < 0.05
+        got = draw([])
+        assert [functions[number] for number in got[:: augment.NOTE]] == [function for function, *_ in want]
+        for first, second, (function, *magnitude) in zip(got[1::3], got[2::3], want, strict=True):
+            if function is auto_augment.rotate:
+                (degrees,) = magnitude
+                assert np.rad2deg(-np.arctan2(second, first)) == pytest.approx(degrees, abs=1e-9)
+            else:
+                assert (first, second) == (*magnitude, *[0.0, 0.0][len(magnitude) :])
+        drawn += [function for function, *_ in want]
+    assert len(drawn) / 4000 == pytest.approx(0.5, abs=0.03)  # two layers, each at a rate of 0.5
+    rates = [drawn.count(op.aug_fn) / len(drawn) for op in step.ops]
+    assert rates == pytest.approx([1 / 15] * 15, abs=0.02)
+
+
+def test_an_image_does_not_depend_on_its_batch(photographs):
+    transform = augment.Uint8Transform(datasets.finetune_transform((64, 48), finetune_args()))
+    pixels, todo = [], []
+    for seed in range(64):
+        datasets._seed_generators(seed)
+        image, numbers = transform(encoded(photographs[seed % 2].resize((200, 150))))
+        pixels.append(image)
+        todo.append(numbers)
+    pixels, todo = torch.stack(pixels), torch.tensor(todo, dtype=torch.float64)
+    assert set(todo[:, [1, 4]].flatten().tolist()) == {-1.0, *map(float, range(15))}
+    batch = transform.finish(pixels, todo, CPU)
+    for i in range(64):
+        assert torch.equal(transform.finish(pixels[i : i + 1], todo[i : i + 1], CPU)[0], batch[i])
+    groups = [transform.finish(pixels[i::3], todo[i::3], CPU) for i in range(3)]
+    assert all(torch.equal(group, batch[i::3]) for i, group in enumerate(groups))
+
+
+def test_images_at_a_time_do_not_matter(photographs):
+    """A GPU carries an operation out on several images at once, a CPU on one."""
+    images = [np.array(photographs[seed % 2].resize((224, 200))) for seed in range(5)]
+    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # (n, H, W, 3) -> (n, 3, H, W)
+    fill = torch.tensor((124, 116, 104), dtype=torch.uint8)[:, None, None]
+    for name, op in OPERATIONS.items():
+        _, transform = alone(name)
+        notes = []
+        for seed in range(5):
+            datasets._seed_generators(seed)
+            notes.append(transform.draw([]))
+        parameters = torch.tensor(notes, dtype=torch.float64)[:, 1:, None, None, None].unbind(1)
+        got = augment.OPERATIONS[op.aug_fn](batch, *parameters, fill)
+        want = carried_out(transform, images, notes)
+        assert np.array_equal(got.permute(0, 2, 3, 1).numpy(), want), name
+
+
+def test_what_the_device_cannot_do_alike_is_left_to_pillow():
+    jitter, bilinear = transforms.ColorJitter(0.4), Image.Resampling.BILINEAR
+    assert uint8_transform(jitter, policy("rand-m9")).draw is not None
+    for steps in (
+        [policy("rand-m9"), jitter],  # the order is kept
+        [policy("rand-m9", interpolation=(bilinear, Image.Resampling.BICUBIC))],  # drawn from for every image
+        [policy("rand-m9", interpolation=bilinear)],
+    ):
+        transform = uint8_transform(*steps)
+        assert transform.draw is None
+        assert transform.augment == steps
 
 
 # ---- erasing

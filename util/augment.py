@@ -1,7 +1,7 @@
 """Training and evaluation transforms on uint8 pixels: what the transforms in Pillow do, several times faster.
 
-A worker decodes, crops and augments; flips, normalisation and random erasing are done on the training device, a batch
-at a time. RandAugment's operations are OpenCV's and look-up tables; timm draws them and their magnitudes.
+A worker decodes and crops, and lets timm draw RandAugment's operations, their magnitudes and the boxes to erase; the
+training device carries them out, a batch at a time, and flips and normalises.
 """
 
 import copy
@@ -10,7 +10,6 @@ import random
 from collections.abc import Callable
 from functools import partial
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -18,17 +17,17 @@ from timm.data import auto_augment as timm_ops
 from timm.data.auto_augment import RandAugment
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.transforms.v2 import functional as F
 
 from util import decode
 
-cv2.setNumThreads(0)  # parallel are the workers
-
 Array = np.ndarray  # (H, W, 3) uint8
 RANDOM_CROPS = transforms.RandomResizedCrop, RandomResizedCropAndInterpolation
 CONVERSIONS = transforms.ToTensor, MaybeToTensor
+NOTE = 3  # numbers of an operation: where it is in `OPERATIONS`, and two parameters
+NO_OPERATION = [-1, 0.0, 0.0]
 
 
 class Uint8Transform:
@@ -40,7 +39,7 @@ class Uint8Transform:
     """
 
     def __init__(self, transform: transforms.Compose) -> None:
-        self.crop, self.resize, self.centre = None, None, None
+        self.crop, self.resize, self.centre, self.draw, self.fill = None, None, None, None, (0, 0, 0)
         self.flip_rate, self.augment, self.erase, self.normalize = 0.0, [], None, None
         for step in transform.transforms:
             if isinstance(step, RANDOM_CROPS):
@@ -58,17 +57,20 @@ class Uint8Transform:
             elif isinstance(step, transforms.Normalize):
                 self.normalize = step
             elif not isinstance(step, CONVERSIONS):
-                self.augment.append(on_arrays(step))
+                self.augment.append(step)
+        if self.augment and on_device(self.augment[-1]):
+            self.fill = self.augment[-1].ops[0].kwargs["fillcolor"]
+            self.draw = note_taking(self.augment.pop())
 
-    def __call__(self, data: bytes) -> tuple[Tensor, list[int]]:
+    def __call__(self, data: bytes) -> tuple[Tensor, list[float]]:
         """What a worker does with an image.
 
         Args:
             data: content of an image file.
 
         Returns:
-            pixels (H, W, 3) uint8 and the numbers that `finish` needs: whether to flip, a seed, and top, bottom, left
-            and right of each box to erase.
+            pixels (H, W, 3) uint8 and the numbers that `finish` needs: whether to flip, the `NOTE` numbers of each
+            operation of RandAugment, a seed, and top, bottom, left and right of each box to erase.
 
         Raises:
             BrokenImage: says why.
@@ -76,13 +78,16 @@ class Uint8Transform:
         pixels = self._cropped(data)
         todo = [int(torch.rand(1) < self.flip_rate) if self.flip_rate else 0]
         for step in self.augment:
-            pixels = step(pixels)
+            pixels = np.array(step(Image.fromarray(pixels)))
+        if self.draw is not None:
+            notes = self.draw([])
+            todo += notes + NO_OPERATION * (self.draw.num_layers - len(notes) // NOTE)
         if self.erase is not None:
             height, width, _ = pixels.shape
             notes = _Notes(height, width)
             self.draw_boxes(notes)
             boxes = notes.boxes + [0, 0, 0, 0] * (self.erase.max_count - len(notes.boxes) // 4)
-            todo += [random.getrandbits(62), *boxes]
+            todo += [random.getrandbits(52), *boxes]
         return torch.from_numpy(pixels), todo
 
     def _cropped(self, data: bytes) -> Array:
@@ -105,21 +110,28 @@ class Uint8Transform:
 
         Args:
             pixels: (B, H, W, 3) uint8, on the CPU.
-            todo: (B, n) int64 on the CPU, as the workers returned it.
+            todo: (B, n) float64 on the CPU, as the workers returned it.
             device: of the result.
 
         Returns:
-            (B, 3, H, W) float32, flipped, normalised and erased.
+            (B, 3, H, W) float32, augmented, flipped, normalised and erased.
         """
         mean, std = (torch.as_tensor(v)[:, None, None].to(device) for v in (self.normalize.mean, self.normalize.std))
-        flip = todo[:, 0].bool()[:, None, None, None].to(device)
-        images = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).contiguous()  # (B, H, W, 3) -> (B, 3, H, W)
+        fill = torch.tensor(self.fill, dtype=torch.uint8)[:, None, None].to(device)
+        noted = range(1, 1 + NOTE * (0 if self.draw is None else self.draw.num_layers), NOTE)
+        notes, erasures = todo[:, : noted.stop], todo[:, noted.stop :]
+        order = notes[:, 1::NOTE].argsort(dim=0, stable=True)  # (B, layers), on the CPU: the device is not waited for
+        sent = torch.cat([notes, order], dim=1).to(device, non_blocking=True)
+        images = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
+        images = images.clone(memory_format=torch.contiguous_format)
+        for at, rows in zip(noted, sent[:, noted.stop :].long().unbind(1), strict=True):
+            carry_out(images, notes[:, at], rows, sent[:, at + 1 : at + NOTE], fill)
         if self.flip_rate:
-            images = torch.where(flip, images.flip(3), images)
+            images = torch.where(sent[:, 0].bool()[:, None, None, None], images.flip(3), images)
         images = images.float().div_(255).sub_(mean).div_(std)
         if self.erase is not None:
             generator = torch.Generator(device)
-            for image, (_, seed, *boxes) in zip(images, todo.tolist(), strict=True):
+            for image, (seed, *boxes) in zip(images, erasures.long().tolist(), strict=True):
                 if not any(boxes):
                     continue
                 generator.manual_seed(seed)
@@ -156,132 +168,201 @@ class _Notes:
         self.boxes += [rows.start, rows.stop, columns.start, columns.stop]
 
 
-def on_arrays(step: Callable) -> Callable[[Array], Array]:
-    """A transform of Pillow images as one of arrays: RandAugment's operations in OpenCV, anything else in Pillow."""
+def on_device(step: Callable) -> bool:
+    """Whether a step is a RandAugment of which `OPERATIONS` has every operation, bicubic and filled alike."""
     if not isinstance(step, RandAugment):
-        return partial(_in_pillow, step)
+        return False
+    kwargs = {"fillcolor": step.ops[0].kwargs["fillcolor"], "resample": Image.Resampling.BICUBIC}
+    return all(op.aug_fn in OPERATIONS and op.kwargs == kwargs for op in step.ops)
+
+
+def note_taking(step: RandAugment) -> RandAugment:
+    """timm's object, which called with [] returns the `NOTE` numbers of each operation that it draws."""
     step = copy.deepcopy(step)
     for op in step.ops:
-        op.aug_fn = OPERATIONS.get(op.aug_fn) or partial(_in_pillow, op.aug_fn)
+        op.aug_fn = partial(_note, op.aug_fn)
     step.ops = np.array(step.ops)  # numpy draws from it, and would make an array of a list each time
     return step
 
 
-def _in_pillow(function: Callable, image: Array, *args: object, **kwargs: object) -> Array:
-    return np.array(function(Image.fromarray(image), *args, **kwargs))
+def _note(operation: Callable, notes: list[float], magnitude: float = 0.0, **_: object) -> list[float]:
+    parameters = magnitude, 0.0
+    if operation is timm_ops.rotate:  # Python's sine is that of Pillow, to the last bit and in every batch
+        angle = -math.radians(magnitude % 360)
+        parameters = round(math.cos(angle), 15), round(math.sin(angle), 15)
+    return [*notes, list(OPERATIONS).index(operation), *parameters]
 
 
-# ---- the operations of timm.data.auto_augment, which passes `fillcolor` and `resample` (bicubic) to all of them
+# ---- the operations of timm.data.auto_augment: images (n, 3, H, W) uint8, two parameters (n, 1, 1, 1) float64, and the
+# colour (3, 1, 1) uint8 of what a warp finds outside -> (n, 3, H, W) uint8
 
 
-def _histograms(image: Array) -> Array:
-    return np.stack([cv2.calcHist([image], [c], None, [256], [0, 256]).ravel() for c in range(3)])  # (3, 256)
+def carry_out(images: Tensor, operations: Tensor, rows: Tensor, parameters: Tensor, fill: Tensor) -> None:
+    """Carry out one operation on each image, in place.
+
+    Args:
+        images: (B, 3, H, W) uint8.
+        operations: (B,) on the CPU, where each is in `OPERATIONS`; negative for none.
+        rows: (B,) int64, the order that sorts `operations`; it and the others are on the device of the images.
+        parameters: (B, 2) float64.
+        fill: (3, 1, 1) uint8.
+    """
+    numbers, counts = operations.unique(return_counts=True)
+    functions = list(OPERATIONS.values())
+    at_a_time = 1 if images.is_cpu else 16  # a CPU's caches hold about one; 16 of 224 x 224 take 0.2 GB
+    for number, alike in zip(numbers.int().tolist(), rows.split(counts.tolist()), strict=True):
+        for some in alike.split(at_a_time) if number >= 0 else ():
+            first, second = parameters[some, :, None, None, None].unbind(1)  # (n, 2) -> 2 times (n, 1, 1, 1)
+            images[some] = functions[number](images[some], first, second, fill)
 
 
-def _look_up(image: Array, tables: Array) -> Array:
-    """Replace every value; `tables` is (256,), or (3, 256) with one table a channel."""
-    tables = np.clip(tables, 0, 255).astype(np.uint8)
-    return cv2.LUT(image, tables if tables.ndim == 1 else np.ascontiguousarray(tables.T)[None])
+def _bytes(values: Tensor) -> Tensor:
+    return values.clamp_(0, 255).to(torch.uint8)  # truncates, as Pillow does
 
 
-LEVELS = np.arange(256)
+def _look_up(images: Tensor, tables: Tensor) -> Tensor:
+    """Replace every value; `tables` are (n, 3, 256)."""
+    indices = images.flatten(2).long()  # (n, 3, H, W) -> (n, 3, H W)
+    return _bytes(tables).gather(2, indices).view_as(images)
 
 
-def auto_contrast(image: Array, **_: object) -> Array:
-    tables = []
-    for histogram in _histograms(image):
-        low, high = np.flatnonzero(histogram)[[0, -1]]
-        tables.append((LEVELS - low) * (255 / (high - low)) if high > low else LEVELS)
-    return _look_up(image, np.stack(tables))
+def _blend(first: Tensor, images: Tensor, factor: Tensor) -> Tensor:
+    """From `first` at a factor of 0 to the images at 1 and beyond, rounded like Pillow's, which blends in float32."""
+    first = first.float()
+    return _bytes((images.float() - first).mul_(factor.float()).add_(first))
 
 
-def equalize(image: Array, **_: object) -> Array:
-    tables = []
-    for histogram in _histograms(image).astype(np.int64):
-        used = histogram[histogram > 0]
-        step = (used.sum() - used[-1]) // 255
-        before = np.cumsum(histogram) - histogram
-        tables.append((before + step // 2) // step if step else LEVELS)
-    return _look_up(image, np.stack(tables))
+def _grey(images: Tensor) -> Tensor:
+    red, green, blue = images.int().split(1, dim=1)
+    return (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16  # (n, 1, H, W) int32
 
 
-def invert(image: Array, **_: object) -> Array:
-    return cv2.bitwise_not(image)
+def auto_contrast(images: Tensor, *_: Tensor) -> Tensor:
+    low, high = (f(images.flatten(2), 2, keepdim=True).double() for f in (torch.amin, torch.amax))  # (n, 3, 1)
+    levels = torch.arange(256, device=images.device)
+    scale = torch.full_like(low, 255) / (high - low).clamp(min=1)  # 255 / x would be 255 (1 / x), rounded twice
+    return _look_up(images, torch.where(high > low, levels * scale + -low * scale, levels))
 
 
-def posterize(image: Array, bits_to_keep: int, **_: object) -> Array:
-    return image & np.uint8(256 - (1 << (8 - bits_to_keep))) if bits_to_keep < 8 else image
+def equalize(images: Tensor, *_: Tensor) -> Tensor:
+    values = images.flatten(2).long()  # (n, 3, H, W) -> (n, 3, H W)
+    counts = torch.zeros(*values.shape[:2], 256, dtype=torch.int64, device=values.device)
+    counts.scatter_add_(2, values, torch.ones_like(values[:1, :1, :1]).expand_as(values))
+    step = (values.shape[2] - counts.gather(2, values.amax(2, keepdim=True))) // 255  # (n, 3, 1)
+    tables = (counts.cumsum(2) - counts + step // 2) // step.clamp(min=1)
+    return _look_up(images, torch.where(step > 0, tables, torch.arange(256, device=values.device)))
 
 
-def solarize(image: Array, thresh: int, **_: object) -> Array:
-    return _look_up(image, np.where(thresh > LEVELS, LEVELS, 255 - LEVELS))
+def invert(images: Tensor, *_: Tensor) -> Tensor:
+    return ~images
 
 
-def solarize_add(image: Array, add: int, thresh: int = 128, **_: object) -> Array:
-    return _look_up(image, np.where(thresh > LEVELS, LEVELS + add, LEVELS))
+def posterize(images: Tensor, bits_to_keep: Tensor, *_: Tensor) -> Tensor:
+    return images & (255 << (8 - bits_to_keep.long().clamp(0, 8)) & 255).to(torch.uint8)
 
 
-def brightness(image: Array, factor: float, **_: object) -> Array:
-    return _look_up(image, LEVELS * factor)
+def solarize(images: Tensor, threshold: Tensor, *_: Tensor) -> Tensor:
+    return torch.where(images < threshold.short(), images, ~images)  # the threshold may be 256
 
 
-def contrast(image: Array, factor: float, **_: object) -> Array:
-    grey = int(cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0] + 0.5)
-    return _look_up(image, grey + (LEVELS - grey) * factor)
+def solarize_add(images: Tensor, add: Tensor, *_: Tensor) -> Tensor:
+    return torch.where(images < 128, images + add.to(torch.uint8), images)  # at most 127 + 128
 
 
-def color(image: Array, factor: float, **_: object) -> Array:
-    grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    return cv2.addWeighted(image, factor, grey, 1 - factor, 0)
+def brightness(images: Tensor, factor: Tensor, *_: Tensor) -> Tensor:
+    return _bytes(images * factor.float())
 
 
-SMOOTH = np.float32([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
+def contrast(images: Tensor, factor: Tensor, *_: Tensor) -> Tensor:
+    count = images.shape[2] * images.shape[3]
+    mean = (2 * _grey(images).sum((2, 3), keepdim=True) + count) // (2 * count)  # rounded half up, in integers
+    return _blend(mean, images, factor)
 
 
-def sharpness(image: Array, factor: float, **_: object) -> Array:
-    smooth = image.copy()  # the border stays as it is
-    smooth[1:-1, 1:-1] = cv2.filter2D(image, -1, SMOOTH)[1:-1, 1:-1]
-    return cv2.addWeighted(image, factor, smooth, 1 - factor, 0)
+def color(images: Tensor, factor: Tensor, *_: Tensor) -> Tensor:
+    return _blend(_grey(images), images, factor)
 
 
-def _affine(image: Array, a: float, b: float, c: float, d: float, e: float, f: float, fillcolor: tuple) -> Array:
-    """Take the pixel at (x, y) from (a x + b y + c, d x + e y + f), bicubic; coordinates are of pixel corners."""
-    matrix = np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]])  # OpenCV's are of pixel centres
-    flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
-    return cv2.warpAffine(image, matrix, image.shape[1::-1], flags=flags, borderValue=fillcolor)
+def sharpness(images: Tensor, factor: Tensor, *_: Tensor) -> Tensor:
+    smooth, values = images.float(), images.short()
+    rows = values[:, :, :-2] + values[:, :, 1:-1] + values[:, :, 2:]
+    squares = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
+    inner = smooth[:, :, 1:-1, 1:-1]  # the border stays as it is
+    inner.mul_(4).add_(squares).div_(13).add_(0.5).floor_()
+    return _blend(smooth, images, factor)
 
 
-def shear_x(image: Array, factor: float, fillcolor: tuple, **_: object) -> Array:
-    return _affine(image, 1, factor, 0, 0, 1, 0, fillcolor)
+def _cubic(v0: Tensor, v1: Tensor, v2: Tensor, v3: Tensor, d: Tensor) -> Tensor:
+    """Interpolate at d (float64) from v1 (0) to v2 (1) with Keys' kernel for a = -1: float64, in Pillow's order."""
+    left, right = v0 - v1, v2 - v3
+    both = left + right
+    return (left + both).double().sub_(both * d).mul_(d).add_(v2 - v0).mul_(d).add_(v1)
 
 
-def shear_y(image: Array, factor: float, fillcolor: tuple, **_: object) -> Array:
-    return _affine(image, 1, 0, 0, factor, 1, 0, fillcolor)
+def _warp(images: Tensor, fill: Tensor, x: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+    """Take each pixel from column x and row y, float64 that broadcast to (n, 1, H, W), or from its own where None.
+
+    Coordinates are of the corners of pixels. The image goes on with the pixels of its border, but nothing is taken
+    from points that lie outside.
+    """
+    height, width = images.shape[2:]
+    stride, inside, index, fractions = width + 4, True, 0, []
+    for at, size, step in ((x, width, 1), (y, height, stride)):
+        if at is None:
+            own = torch.arange(size, device=images.device)
+            index = index + (own if step == 1 else own[:, None]) * step
+            fractions.append(None)
+        else:
+            inside = inside & (at >= 0) & (at < size)
+            before = (at - 0.5).floor()
+            index = index + before.long().clamp_(-1, size - 1) * step
+            fractions.append(at - 0.5 - before)
+    across, down = fractions
+    index = (index + stride + 1).expand_as(images).flatten(2)  # (n, 1, H, W) -> (n, 3, H W): of the upper left one
+    padded = nn.functional.pad(images.float(), (2, 2, 2, 2), mode="replicate").flatten(2)  # (n, 3, (H + 4) (W + 4))
+
+    def row(number: int) -> Tensor:
+        taps = [
+            padded[:, :, number * stride + column :].gather(2, index).view_as(images)
+            for column in (range(4) if across is not None else (1,))
+        ]
+        return _cubic(*taps, across) if across is not None else taps[0]
+
+    values = _cubic(*map(row, range(4)), down) if down is not None else row(1)
+    return torch.where(inside, _bytes(values), fill)
 
 
-def _translate(image: Array, pixels: float, fillcolor: tuple) -> Array:
-    """Take every pixel from `pixels` further right: a whole number of them and, for the rest, Pillow's bicubic."""
-    width = image.shape[1]
-    whole = min(max(math.floor(pixels), 1 - width), width - 1)
-    d = pixels - math.floor(pixels)
-    weights = [-d + 2 * d**2 - d**3, 1 - 2 * d**2 + d**3, d + d**2 - d**3, -(d**2) + d**3]  # of the pixels -1 to 2
-    image = cv2.filter2D(image, -1, np.float32([weights]), anchor=(1, 0), borderType=cv2.BORDER_REPLICATE)
-    left, right = max(0, -whole), max(0, whole)
-    return cv2.copyMakeBorder(image[:, right : width - left], 0, 0, left, right, cv2.BORDER_CONSTANT, value=fillcolor)
+def _centres(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns (W,) and rows (H, 1) of the pixels' centres, float64."""
+    rows, columns = (torch.arange(n, dtype=torch.float64, device=images.device) + 0.5 for n in images.shape[2:])
+    return columns, rows[:, None]
 
 
-def translate_x_rel(image: Array, pct: float, fillcolor: tuple, **_: object) -> Array:
-    return _translate(image, pct * image.shape[1], fillcolor)
+def shear_x(images: Tensor, factor: Tensor, _: Tensor, fill: Tensor) -> Tensor:
+    x, y = _centres(images)
+    return _warp(images, fill, x=x + factor * y)
 
 
-def translate_y_rel(image: Array, pct: float, fillcolor: tuple, **_: object) -> Array:
-    return cv2.transpose(_translate(cv2.transpose(image), pct * image.shape[0], fillcolor))
+def shear_y(images: Tensor, factor: Tensor, _: Tensor, fill: Tensor) -> Tensor:
+    x, y = _centres(images)
+    return _warp(images, fill, y=factor * x + y)
 
 
-def rotate(image: Array, degrees: float, fillcolor: tuple, **_: object) -> Array:
-    angle, x, y = -math.radians(degrees), image.shape[1] / 2, image.shape[0] / 2
-    sin, cos = math.sin(angle), math.cos(angle)
-    return _affine(image, cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y, fillcolor)
+def translate_x_rel(images: Tensor, share: Tensor, _: Tensor, fill: Tensor) -> Tensor:
+    x, _ = _centres(images)
+    return _warp(images, fill, x=x + share * images.shape[3])
+
+
+def translate_y_rel(images: Tensor, share: Tensor, _: Tensor, fill: Tensor) -> Tensor:
+    _, y = _centres(images)
+    return _warp(images, fill, y=y + share * images.shape[2])
+
+
+def rotate(images: Tensor, cos: Tensor, sin: Tensor, fill: Tensor) -> Tensor:
+    (x, y), half_height, half_width = _centres(images), images.shape[2] / 2, images.shape[3] / 2
+    left = cos * -half_width + sin * -half_height + half_width
+    top = -sin * -half_width + cos * -half_height + half_height
+    return _warp(images, fill, cos * x + sin * y + left, -sin * x + cos * y + top)
 
 
 OPERATIONS = {

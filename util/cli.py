@@ -87,8 +87,8 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         "--loader",
         choices=("fast", "pil"),
         default="fast",
-        help="decode and augment training images with libjpeg-turbo and OpenCV, or in Pillow as the released code does "
-        "(default: %(default)s)",
+        help="decode training images with libjpeg-turbo and augment them on the training device, or both in Pillow as "
+        "the released code does (default: %(default)s)",
     )
     group.add_argument(
         "--max_bad_samples",

@@ -90,7 +90,7 @@ class PillowTransform:
     def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
         self.transform = transform
 
-    def __call__(self, data: bytes) -> tuple[Tensor, list[int]]:
+    def __call__(self, data: bytes) -> tuple[Tensor, list[float]]:
         return self.transform(decode.with_pillow(data)), []
 
     def finish(self, images: Tensor, _: Tensor, device: torch.device) -> Tensor:
@@ -112,7 +112,7 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.source.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, list[int]]:
+    def __getitem__(self, index: int) -> tuple[Tensor, list[float]]:
         """Raises `BrokenImage` with the name of what cannot be read or decoded."""
         try:
             pixels, numbers = self.transform(self.source.read(index))
@@ -120,7 +120,7 @@ class ImageDataset(Dataset):
         except (BrokenImage, OSError) as error:
             raise BrokenImage(f"{self.source.name(index)}: {error}") from error
 
-    def blank(self) -> tuple[Tensor, list[int]]:
+    def blank(self) -> tuple[Tensor, list[float]]:
         """A black sample with the label -1, in the place of a broken one."""
         file = BytesIO()
         Image.new("RGB", (1, 1)).save(file, "PNG")
@@ -204,14 +204,14 @@ class Batches:
         self.memory: list[Tensor] = []
 
     def __call__(
-        self, items: list[tuple[tuple[Tensor, list[int]], dict[int, str]]]
+        self, items: list[tuple[tuple[Tensor, list[float]], dict[int, str]]]
     ) -> tuple[Tensor, np.ndarray, dict[int, str]]:
         samples, broken = zip(*items, strict=True)
         pixels, numbers = zip(*samples, strict=True)
         # an array of few numbers travels faster from a worker than a tensor, whose memory is shared by a handshake
         return (
             torch.stack(pixels, out=self._memory(pixels[0], len(pixels))),
-            np.array(numbers),
+            np.array(numbers, dtype=np.float64),
             {index: name for found in broken for index, name in found.items()},
         )
 

@@ -22,9 +22,9 @@ class DeviceLoader:
     """Passes over a `DataLoader` whose batches are (pixels, numbers, broken images).
 
     Args:
-        loader: its batches are a tensor; an array (B, n + 1) int64 of n numbers and the label for each image; and a
+        loader: its batches are a tensor; an array (B, n + 1) float64 of n numbers and the label for each image; and a
             dict of the broken images that were met, by their index in the data.
-        finish: (tensor, (B, n) int64, device) -> images (B, 3, H, W) float32 on the device.
+        finish: (tensor, (B, n) float64, device) -> images (B, 3, H, W) float32 on the device.
         device: where the batches go.
         max_broken: so many different broken images are left to the caller in one pass; one more ends the run.
         advice: what a user can do about them.
