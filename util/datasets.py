@@ -2,8 +2,10 @@
 
 import argparse
 import math
+import os
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -280,6 +282,15 @@ def _leave_signals_to_the_run(_: int) -> None:
     """A worker that went at a signal to all processes would end the run before it has written its checkpoint."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # for this one it matters who sends it
+    parent = os.getppid()
+
+    def obey_parent() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=obey_parent, daemon=True).start()
 
 
 def _loading(args: argparse.Namespace, device: torch.device) -> dict:

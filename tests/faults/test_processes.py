@@ -154,3 +154,32 @@ def test_changed_arguments(start, tmp_path, images):
     running = start(PRETRAIN, *changed, "--data_path", tmp_path / "fewer", data=False)
     assert running.status() == 2
     assert re.search(r"other arguments: data \w{16} -> \w{16};", running.text)
+
+
+WORKER = """
+import argparse, multiprocessing, os, signal, sys, torch
+from test_data import loader_args
+from util import datasets
+
+transform = datasets.pretrain_transform((32, 32), argparse.Namespace(scale=[0.2, 1.0], hflip=0.5))
+dataset = datasets.image_dataset(sys.argv[1], "train", transform, "fast")
+loader = datasets.train_loader(dataset, loader_args(num_workers=1), torch.device("cpu"))
+batches = iter(loader)
+next(batches)
+(worker,) = multiprocessing.active_children()
+if os.fork() == 0:  # somebody else
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        os.kill(worker.pid, number)
+    os._exit(0)
+os.wait()
+print(1 + sum(1 for _ in batches), worker.is_alive())
+"""
+
+
+def test_workers_leave_signals_to_the_run(images):
+    """Those to all processes, as Slurm sends them; at the end of a script they go all the same."""
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER, images], capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert (done.returncode, done.stdout) == (0, "12 True\n"), done.stderr
