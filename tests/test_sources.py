@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import re
@@ -10,6 +11,8 @@ import subprocess
 import sys
 import tarfile
 import time
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,10 +145,230 @@ def test_shards_of_other_tools(tmp_path):
     write_shard(tmp_path / "in1k-train-0001.tar", [("b.cls", b"1\n"), ("b.JPEG", image)])
     write_shard(tmp_path / "in1k-validation-0.tar", [("x/c.png", image), ("x/c.cls", b"0")])
     train = sources.open_source(f"wds:{tmp_path}", "train")
-    assert (train.labels.tolist(), train.classes) == ([2, 1], ["0", "1", "2"])
+    assert (train.labels.tolist(), train.classes) == ([2, 1], ["", "", ""])
     assert train.read(1) == image
     assert train.name(1) == f"{tmp_path}/in1k-train-0001.tar: b.JPEG"
     assert sources.open_source(f"wds:{tmp_path}", "val").classes == ["x"]
+
+
+def write_labelled(path, *keys):
+    """A shard with an image for every KEY=LABEL."""
+    image = encoded(Image.new("RGB", (20, 20)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pairs = [key.split("=") for key in keys]
+    write_shard(path, [m for key, label in pairs for m in ((f"{key}.jpg", image), (f"{key}.cls", label.encode()))])
+
+
+@pytest.mark.parametrize(
+    ("split", "name", "belongs"),
+    [
+        ("train", "imagenet-train-000.tar", True),
+        ("train", "train_0.tar", True),
+        ("train", "retrieval-train-0.tar", True),
+        ("train", "constrained-0.tar", False),
+        ("val", "retrieval-train-0.tar", False),
+        ("val", "interval-000.tar", False),
+        ("val", "val.000.tar", True),
+        ("val", "IN1k_Val00.tar", True),
+        ("val", "imagenet1k-validation-00.tar", True),
+    ],
+)
+def test_a_split_is_a_word_of_a_file_s_name(tmp_path, split, name, belongs):
+    write_labelled(tmp_path / name, "a=0")
+    if belongs:
+        assert len(sources.TarShards(str(tmp_path), split).labels) == 1
+    else:
+        with pytest.raises(UserError, match=f"no {split}/"):
+            sources.TarShards(str(tmp_path), split)
+
+
+def empty_zip(path):
+    with zipfile.ZipFile(path, "w"):
+        pass
+
+
+DAMAGE = {
+    "nothing": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("no index"),
+    "start of a zip": lambda path: path.write_bytes(b"PK\x03\x04" + bytes(30)),
+    "half": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "middle": lambda path: path.write_bytes(path.read_bytes()[:400] + b"x" * 200 + path.read_bytes()[600:]),
+    "without keys": empty_zip,
+    "one array": lambda path: np.save(path.open("wb"), np.arange(3)),
+    "pickled": lambda path: np.savez(path, of=np.array([{}])),
+    "too few sizes": lambda path: changed(path, size=np.arange(3)),
+    "a square of labels": lambda path: changed(path, labels=np.zeros((2, 12), int)),
+    "labels in words": lambda path: changed(path, labels=np.array(["a"] * 24)),
+    "a shard too many": lambda path: changed(path, shard=np.full(24, 5)),
+    "no classes": lambda path: changed(path, classes=np.array([], str)),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+def changed(path, **arrays):
+    with np.load(path) as file:
+        np.savez(path, **(dict(file) | arrays))
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_index_is_made_again(shards, damage):
+    want = contents(sources.TarShards(str(shards), "train"))
+    index = shards / "train" / "index-train.npz"
+    good, files = index.read_bytes(), set(index.parent.iterdir())
+    DAMAGE[damage](index)
+    assert contents(sources.TarShards(str(shards), "train")) == want
+    assert index.is_dir() or index.read_bytes() == good
+    assert set(index.parent.iterdir()) == files
+
+
+def test_an_index_that_cannot_be_written_leaves_nothing_behind(shards, monkeypatch):
+    def full(file):
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sources.np, "savez", lambda file, **_: full(file if isinstance(file, Path) else file.name))
+    index = shards / "train" / "index-train.npz"
+    index.unlink()
+    files = set(index.parent.iterdir())
+    assert len(sources.TarShards(str(shards), "train").labels) == 24
+    assert set(index.parent.iterdir()) - {index.with_suffix(".lock")} == files - {index.with_suffix(".lock")}
+
+
+def test_an_index_can_be_read_by_others(shards):
+    """As the umask has it, not for its writer alone."""
+    index, other = shards / "train" / "index-train.npz", shards / "other"
+    other.write_text("")
+    assert index.stat().st_mode == other.stat().st_mode
+
+
+def test_a_folder_that_cannot_be_written(shards, monkeypatch):
+    (shards / "train" / "index-train.npz").unlink()
+    monkeypatch.setattr(sources.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")))
+    assert len(sources.TarShards(str(shards), "train").labels) == 24
+    (shards / "train" / "index-train.npz").unlink()
+    make = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda path, mode="r", *a, **k: make(path, mode, *a, **k) if mode == "r" else denied(path)
+    )
+    monkeypatch.setattr(sources.tempfile, "mkdtemp", lambda *_, **__: denied("folder"))
+    assert len(sources.TarShards(str(shards), "train").labels) == 24
+    assert not (shards / "train" / "index-train.npz").exists()
+
+
+def denied(path):
+    raise PermissionError(13, "Permission denied", str(path))
+
+
+def _start(path, barrier, slow, results):
+    """A rank that opens the shards; writes down every shard of which it reads the headers."""
+    read = sources._images_of
+
+    def counted(shard):
+        with open(f"{results}.scans", "a") as file:
+            file.write(f"{shard.name}\n")
+        time.sleep(slow)
+        return read(shard)
+
+    sources._images_of = counted
+    barrier.wait()
+    with open(f"{results}.{os.getpid()}", "w") as file:
+        try:
+            file.write(str(len(sources.TarShards(path, "train").labels)))
+        except UserError as error:
+            file.write(str(error))
+
+
+def started(shards, tmp_path, count=4):
+    fork = multiprocessing.get_context("fork")
+    barrier = fork.Barrier(count)
+    ranks = [fork.Process(target=_start, args=(str(shards), barrier, 0.2, tmp_path / "rank")) for _ in range(count)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(30)
+    scans = (tmp_path / "rank.scans").read_text().split()
+    return scans, [(tmp_path / f"rank.{rank.pid}").read_text() for rank in ranks]
+
+
+def test_one_process_of_a_machine_makes_the_index(shards, tmp_path):
+    (shards / "train" / "index-train.npz").unlink()
+    scans, results = started(shards, tmp_path)
+    assert sorted(scans) == [f"00000{number}.tar" for number in range(5)]
+    assert results == ["24"] * 4
+
+
+def test_all_processes_state_what_one_of_them_found(shards, tmp_path):
+    """And none takes as long again, so that the first one has the time to say it."""
+    (shards / "train" / "index-train.npz").unlink()
+    (shards / "train" / "000003.tar").write_text("not a tar file" * 100)
+    scans, results = started(shards, tmp_path)
+    assert len(scans) == 5
+    assert len(set(results)) == 1
+    assert "000003.tar: " in results[0]
+    write_labelled(shards / "train" / "000003.tar", "class_0/new=0")  # mended: what was found is forgotten
+    assert len(sources.TarShards(str(shards), "train").labels) == 20
+
+
+def test_labels_without_an_image_are_counted(tmp_path, caplog):
+    image = encoded(Image.new("RGB", (20, 20)))
+    members = [("a/0.jpg", image), ("a/0.cls", b"0"), ("a/1.heic", image), ("a/1.cls", b"0"), ("a/2.cls", b"0")]
+    members += [("a/3.json", b'{"label": 0}'), ("a/4.json", b'{"caption": ""}'), ("a/5.cls", b"0"), ("a/5.png", image)]
+    (tmp_path / "train").mkdir()
+    write_shard(tmp_path / "train" / "0.tar", members)
+    for _ in range(2):  # also where the index is read
+        caplog.clear()
+        assert len(sources.TarShards(str(tmp_path), "train").labels) == 2
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert record.getMessage() == (
+            f"{tmp_path}/train: 3 labels have no image of a known kind and are left out; "
+            "the first: 0.tar: a/1 (.heic, .cls)"
+        )
+    caplog.clear()
+    write_shard(tmp_path / "train" / "0.tar", members[:2])
+    sources.TarShards(str(tmp_path), "train")
+    assert not caplog.records
+    write_shard(tmp_path / "train" / "0.tar", members[2:4])
+    with pytest.raises(UserError, match=r"the shards hold no image: 1 labels .* a/1 \(\.heic, \.cls\)"):
+        sources.TarShards(str(tmp_path), "train")
+
+
+CLASSES = {
+    # train, val -> the message, or None where labels stand for the same classes
+    "the same": (["a/0=0", "b/1=1", "c/2=2"], ["c/0=2", "a/1=0", "b/2=1"], None),
+    "fewer at the end": (["a/0=0", "b/1=1", "c/2=2"], ["a/0=0", "b/1=1"], None),
+    "fewer in the middle": (["a/0=0", "b/1=1", "c/2=2"], ["a/0=0", "c/1=2"], None),
+    "names in train": (["a/0=0", "b/1=1", "c/2=2"], ["0=0", "1=2", "2=1"], None),
+    "names in val": (["0=0", "1=2", "2=1"], ["a/0=0", "b/1=1", "c/2=2"], None),
+    "folders that are no classes": (["x/0=0", "x/1=1", "y/2=0", "y/3=2"], ["z/0=0", "z/1=1", "z/2=2"], None),
+    "other labels": (["a/0=0", "b/1=1", "c/2=2"], ["a/0=0", "b/1=2"], "b, c"),
+    "other names": (["a/0=0", "b/1=1"], ["a/0=0", "x/1=1"], "b, x"),
+    "another label, unnamed in train": (["a/0=0", "b/1=2"], ["b/0=1"], "b"),
+    "more in val": (["a/0=0", "b/1=1"], ["a/0=0", "b/1=1", "c/2=2"], "c"),
+    "more in val, without names": (["0=0", "1=1"], ["0=0", "1=1", "2=2"], "2"),
+    "more in train than outputs": (["0=0", "1=3"], ["0=0", "1=1"], "has 4 classes, the classifier 3"),
+}
+
+
+@pytest.mark.parametrize("case", CLASSES)
+def test_classes_of_train_and_val(tmp_path, run_script, capsys, case):
+    """Labels are what pairs; names, as far as there are any, must agree with them."""
+    train, val, differing = CLASSES[case]
+    write_labelled(tmp_path / "train" / "0.tar", *train)
+    write_labelled(tmp_path / "val" / "0.tar", *val)
+    words = ["--data_path", f"wds:{tmp_path}", "--epochs", 1, "--warmup_epochs", 0, "--batch_size", 2]
+    words += ["--mixup", 0, "--cutmix", 0, "--output_dir", tmp_path / "out"]
+    if differing is None:
+        run_script(main_finetune, *TINY_FINETUNE, *words)
+        assert read_log(tmp_path / "out")[0]["test_images"] == len(val)
+        fewer = "val has images of 2 of 3 classes" in capsys.readouterr().out
+        assert fewer == ("fewer" in case)
+    else:
+        with pytest.raises(SystemExit) as exit_info:
+            run_script(main_finetune, *TINY_FINETUNE, *words)
+        assert exit_info.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith(f"train and val differ in their classes: {differing}") or differing in line
 
 
 def test_a_broken_image_in_a_shard_is_named(tmp_path):
@@ -160,7 +383,7 @@ def test_a_broken_image_in_a_shard_is_named(tmp_path):
 
 MISTAKES = {
     "wds:/nowhere": "--data_path wds:/nowhere: no such folder",
-    "wds:EMPTY": r"no train/\*\.tar and no \*train\*\.tar in it",
+    "wds:EMPTY": r"no train/\*\.tar, and no tar file with train in its name",
     "wds:UNLABELLED": r"0\.tar: a has no label, in a \.cls or a \.json file",
     "wds:TRUNCATED": r"0\.tar: unexpected end of data",
     "wds:TEXT": r"0\.tar: ",
