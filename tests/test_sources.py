@@ -441,6 +441,28 @@ def test_columns_of_a_hub_dataset(tmp_path):
         sources.open_source(f"hfds:{tmp_path / 'other'}", "val")
 
 
+def test_labels_of_a_hub_dataset_are_read_at_once(tmp_path):
+    """Also where rows have been chosen and shuffled before they were saved, and where one has no label."""
+    hub = pytest.importorskip("datasets")
+    labels = np.random.default_rng(0).integers(0, 9, 10**5)
+    features = hub.Features({"image": hub.Image(), "label": hub.ClassLabel(num_classes=9)})
+    rows = {"image": [{"bytes": b"%d" % label, "path": None} for label in labels], "label": labels}
+    train = hub.Dataset.from_dict(rows, features=features)
+    val = train.shuffle(seed=0).select(range(1000, 3000, 2))
+    hub.DatasetDict({"train": train, "val": val}).save_to_disk(tmp_path / "saved")
+    start = time.monotonic()
+    source = sources.open_source(f"hfds:{tmp_path / 'saved'}", "train")
+    assert time.monotonic() - start < 2  # row by row it took 5 seconds
+    assert np.array_equal(source.labels, labels)
+    source = sources.open_source(f"hfds:{tmp_path / 'saved'}", "val")
+    assert len(source.labels) == 1000
+    assert [int(source.read(index)) for index in range(1000)] == source.labels.tolist()
+    some = hub.Dataset.from_dict({"image": rows["image"][:3], "label": [0, None, -1]}, features=features)
+    hub.DatasetDict({"train": some}).save_to_disk(tmp_path / "some")
+    with pytest.raises(UserError, match="2 images have no label"):
+        sources.open_source(f"hfds:{tmp_path / 'some'}", "train")
+
+
 # ---- packing
 
 
