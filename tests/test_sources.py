@@ -1,5 +1,7 @@
 """Where images are: tar shards and Hugging Face datasets beside folders, and packing one into the other."""
 
+import contextlib
+import errno
 import io
 import json
 import multiprocessing
@@ -7,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -515,6 +518,106 @@ def test_packing_goes_on_where_it_was(jpeg_folder, tmp_path):
     assert not list(folder.glob("*.partial"))
     with pytest.raises(UserError, match="holds shards of other images or settings"):
         run_pack(jpeg_folder, tmp_path / "shards", "--short_side", "32", "--shard_images", "2")
+
+
+def _killed_at(moment, folder, words):
+    """Pack in this process; SIGKILL ends it before it opens, renames or removes its so many-th file in `folder`."""
+    os.setsid()
+    left = moment
+
+    def hook(event, arguments):
+        nonlocal left
+        if event in ("open", "os.rename", "os.remove") and str(arguments[0]).startswith(str(folder)):
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    run_pack(*words)
+
+
+def files_of(folder):
+    """Content of all files but the index, whose times differ."""
+    kept = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("index-"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
+
+
+def test_packing_killed_at_any_moment(jpeg_folder, tmp_path, capsys):
+    """The same command then ends as an uninterrupted run does: the same files, the same broken images."""
+    data = tmp_path / "data"
+    for label in (0, 1):
+        shutil.copytree(jpeg_folder / "train" / f"class_{label}", data / "train" / f"class_{label}")
+    names = ["broken.jpg", "of two\nlines.jpg", "also broken.jpg"]
+    for name in names:
+        (data / "train" / "class_0" / name).write_bytes(b"nothing")
+    words = ["--short_side", 64, "--shard_images", 5, "--max_bad_samples", 3]
+    run_pack(data, tmp_path / "whole", *words)
+    want, whole = files_of(tmp_path / "whole"), capsys.readouterr().out
+    assert "train: 16 images in 4 shards" in whole
+    assert all(f"class_0/{name}: " in whole for name in names)
+    fork = multiprocessing.get_context("fork")
+    for moment in range(100):
+        folder = tmp_path / f"killed_{moment}"
+        process = fork.Process(target=_killed_at, args=(moment, folder, (data, folder, *words)))
+        process.start()
+        process.join()  # with a limit it would wait for the workers, too
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its workers
+        capsys.readouterr()
+        run_pack(data, folder, *words)
+        assert files_of(folder) == want, moment
+        assert capsys.readouterr().out.replace(str(folder), "") == whole.replace(str(tmp_path / "whole"), ""), moment
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+    assert moment > 10
+
+
+def test_packing_again_after_an_image_was_mended(jpeg_folder, tmp_path, capsys):
+    """A shard that was not finished takes nothing over from before."""
+    data, good = tmp_path / "data", (jpeg_folder / "train" / "class_0" / "0.jpg").read_bytes()
+    shutil.copytree(jpeg_folder, data)
+    (data / "train" / "class_0" / "0.jpg").write_bytes(b"nothing")
+    words = [data, tmp_path / "shards", "--short_side", 64, "--shard_images", 100, "--max_bad_samples", 1]
+    run_pack(*words)
+    (tmp_path / "shards" / "train" / "000000.tar").unlink()
+    (data / "train" / "class_0" / "0.jpg").write_bytes(good)
+    capsys.readouterr()
+    run_pack(*words)
+    out = capsys.readouterr().out
+    assert "train: 24 images" in out
+    assert "left out" not in out
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE, errno.ENOENT])
+@pytest.mark.parametrize("more", [[], ["--short_side", 64]])
+def test_a_file_that_cannot_be_read_ends_packing(jpeg_folder, tmp_path, monkeypatch, number, more):
+    """It may be there the next time: it is not left out, and the same command goes on."""
+    read = sources.Folder.read
+
+    def failing(source, index):
+        if index == 5:
+            raise OSError(number, os.strerror(number), source.name(index))
+        return read(source, index)
+
+    words = [jpeg_folder, tmp_path / "shards", "--shard_images", 5, "--max_bad_samples", 9, *more]
+    with monkeypatch.context() as patch:
+        patch.setattr(sources.Folder, "read", failing)
+        with pytest.raises(RunError, match=rf"class_0/5\.jpg: {os.strerror(number)}.*the same command goes on"):
+            run_pack(*words)
+    run_pack(*words)
+    run_pack(jpeg_folder, tmp_path / "whole", "--shard_images", 5, *more)
+    for shard in (tmp_path / "whole").rglob("*.tar"):
+        assert (tmp_path / "shards" / shard.relative_to(tmp_path / "whole")).read_bytes() == shard.read_bytes()
+
+
+def test_a_link_that_leads_nowhere_is_broken(jpeg_folder, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(jpeg_folder / "train", data / "train")
+    (data / "train" / "class_0" / "a.jpg").symlink_to(tmp_path / "nowhere")
+    (data / "train" / "class_0" / "b.jpg").symlink_to("b.jpg")
+    run_pack(data, tmp_path / "shards", "--max_bad_samples", 2)
+    assert "left out: 2 broken images:\n  " in capsys.readouterr().out
 
 
 def test_packing_leaves_broken_images_out(jpeg_folder, tmp_path, capsys):

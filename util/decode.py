@@ -5,7 +5,7 @@ from io import BytesIO
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow, too, takes an image for a decompression bomb: 179 million
 
@@ -32,6 +32,8 @@ def with_pillow(data: bytes) -> Image.Image:
     try:
         with Image.open(BytesIO(data)) as image:
             return (_grey8(image) if image.mode[0] in "IF" else image).convert("RGB")
+    except UnidentifiedImageError as error:  # its text is the address of the bytes
+        raise BrokenImage("no image of a known kind") from error
     except Exception as error:  # decoders of broken files raise nearly anything
         raise BrokenImage(str(error) or type(error).__name__) from error
 
