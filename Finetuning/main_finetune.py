@@ -19,6 +19,7 @@ log.txt and TensorBoard files; --resume auto goes on with whatever was last writ
 import argparse
 import sys
 import time
+from itertools import zip_longest
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -40,6 +41,7 @@ from util.errors import UserError, as_user_error
 from util.lr_decay import param_groups_layer_decay
 from util.metrics import RunLog, ScreenLog, SilentLog, clock, open_log
 from util.run import Run, fingerprint, starting_point
+from util.sources import Source
 from util.train_loop import activation_dtype
 
 LAYER_DECAY, SMOOTHING = cli.number(float, 0, 1, above=True), cli.number(float, 0, 0.999)
@@ -201,11 +203,28 @@ def check_labels(dataset: ImageDataset, nb_classes: int) -> None:
     """Refuse labels beyond the classifier's outputs.
 
     Raises:
-        UserError: there are more class folders than outputs.
+        UserError: there are more classes than outputs.
     """
     source = dataset.source
     if len(source.classes) > nb_classes:
         raise UserError(f"{source.root} has {len(source.classes)} classes, the classifier {nb_classes}: --nb_classes")
+
+
+def check_classes(train: Source, val: Source) -> None:
+    """Refuse splits in which a label does not stand for the same class; `val` may hold fewer of them.
+
+    Raises:
+        UserError: names some of the classes.
+    """
+    differing = set()
+    for label, (trained, name) in enumerate(zip_longest(train.classes, val.classes)):
+        if trained is None:  # a label that is not trained
+            differing.add(name or str(label))
+        elif name and name != trained and (trained or name in train.classes):
+            differing |= {trained, name} - {""}
+    if differing:
+        named = ", ".join(sorted(differing)[:5])
+        raise UserError(f"{val.root}: train and val differ in their classes: {named}")
 
 
 def evaluate_checkpoint(
@@ -258,13 +277,15 @@ def finetune(
     with as_user_error(AssertionError, ValueError, KeyError, prefix=f"--aa {args.aa}: "):
         transform = finetune_transform(cli.image_size(args), args)
     train = image_dataset(args.data_path, "train", transform, args.loader)
-    if train.source.classes != val.source.classes:
-        differing = sorted(set(train.source.classes) ^ set(val.source.classes))
-        raise UserError(f"{args.data_path}: train and val differ in their class folders: {', '.join(differing[:5])}")
+    check_labels(train, args.nb_classes)
+    check_classes(train.source, val.source)
     args.data = fingerprint(train.source)
     if mixes(args) and args.batch_size % 2:
         raise UserError(f"--batch_size {args.batch_size}: mixup and cutmix pair images and need an even batch")
     loader, val_loader = train_loader(train, args, device), eval_loader(val, args, device)
+    trained, evaluated = (len(set(data.source.labels.tolist())) for data in (train, val))
+    if evaluated < trained:
+        log.say(f"val has images of {evaluated} of {trained} classes")
     if (
         args.finetune
         and not args.resume

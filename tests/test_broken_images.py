@@ -21,7 +21,7 @@ import main_pretrain
 from conftest import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN, encoded
 from test_data import finetune_args, loader_args
 from test_training import torchrun
-from util import datasets, decode
+from util import datasets, decode, pack_images, sources
 from util.errors import RunError
 
 CPU = torch.device("cpu")
@@ -88,6 +88,31 @@ def broken_folder(jpeg_folder, broken_files, tmp_path):
     return folder
 
 
+def as_source(kind, folder, tmp_path):
+    """What `--data_path` names the images of a folder by, once they are in shards or in a Hugging Face dataset."""
+    if kind == "wds:":
+        pack_images.main(pack_images.get_args_parser().parse_args([str(folder), str(tmp_path / "shards")]))
+        return f"wds:{tmp_path / 'shards'}"
+    if kind == "hfds:":
+        hub = pytest.importorskip("datasets")
+        splits = {}
+        for split in ("train", "val"):
+            source = sources.Folder(str(folder), split)
+            images = [{"bytes": source.read(i), "path": None} for i in range(len(source.labels))]
+            features = hub.Features({"image": hub.Image(), "label": hub.ClassLabel(names=source.classes)})
+            rows = {"image": images, "label": source.labels}
+            splits[split] = hub.Dataset.from_dict(rows, features=features)
+        hub.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+        return f"hfds:{tmp_path / 'saved'}"
+    return str(folder)
+
+
+def names_of(path, split, files):
+    """How messages name the images with these contents."""
+    source = sources.open_source(path, split)
+    return [source.name(i) for i in range(len(source.labels)) if source.read(i) in files]
+
+
 @pytest.mark.parametrize("how", ["fast", "pil"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_next_image_takes_the_place_of_a_broken_one(broken_folder, how, workers):
@@ -146,13 +171,17 @@ def pretrain(folder, *more):
     return [str(word) for word in words]
 
 
-@pytest.mark.parametrize("how", ["fast", "pil"])
-def test_training_names_and_counts_broken_images(broken_folder, tmp_path, run_script, capsys, how):
-    out = tmp_path / "out"
-    run_script(main_pretrain, *pretrain(broken_folder, "--loader", how, "--max_bad_samples", 10, "--output_dir", out))
+@pytest.mark.parametrize(("kind", "how"), [("", "fast"), ("", "pil"), ("wds:", "fast"), ("hfds:", "fast")])
+def test_training_names_and_counts_broken_images(broken_folder, broken_files, tmp_path, run_script, capsys, kind, how):
+    out, path = tmp_path / "out", as_source(kind, broken_folder, tmp_path)
+    names = names_of(path, "train", broken_files.values())
+    assert len(names) == 10
+    run_script(main_pretrain, *pretrain(path, "--loader", how, "--max_bad_samples", 10, "--output_dir", out))
     assert (out / "checkpoint-last.pth").exists()
     report = capsys.readouterr().out.partition("10 broken images:\n")[2]
-    assert all(re.search(rf"^  .*/class_1/{re.escape(name)}: .+$", report, re.MULTILINE) for name in PLACED.values())
+    assert all(re.search(rf"^  {re.escape(name)}: .+$", report, re.MULTILINE) for name in names)
+    if not kind:
+        assert sorted(map(os.path.basename, names)) == sorted(PLACED.values())
 
 
 @pytest.mark.parametrize("limit", [["--max_bad_samples", 9], []])  # the default is 0.1 % of 34: none
@@ -228,6 +257,32 @@ def test_evaluation_stops_or_counts_as_wrong(
     assert sorted(os.path.basename(text.split(": ")[1]) for text in named) == ["large.png", "truncated.jpg"]
     words = evaluation(finetuned, folder, "--eval_bad", "wrong", "--batch_size", 2, "--dist_eval")
     assert re.search(wanted, torchrun("Finetuning/main_finetune.py", *words))  # 5 and 4 images
+
+
+@pytest.mark.parametrize("kind", ["wds:", "hfds:"])
+def test_evaluation_of_broken_images_of_other_sources(
+    finetuned, jpeg_folder, broken_files, tmp_path, run_script, capsys, caplog, kind
+):
+    folder = tmp_path / "data"
+    shutil.copytree(jpeg_folder, folder)
+    faults = [broken_files[name] for name in ("empty.jpg", "text.jpg", "truncated.jpg", "large.png")]
+    for number, data in enumerate(faults):
+        (folder / "val" / "class_1" / f"{number}x.jpg").write_bytes(data)
+    path = as_source(kind, folder, tmp_path)
+    names = names_of(path, "val", faults)
+    assert len(names) == 4
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(main_finetune, *evaluation(finetuned, path))
+    assert exit_info.value.code == 1
+    error = capsys.readouterr().err
+    assert any(f"  {name}: " in error for name in names)
+    assert "--eval_bad wrong" in error
+    caplog.clear()
+    run_script(main_finetune, *evaluation(finetuned, path, "--eval_bad", "wrong", "--batch_size", 4))
+    assert "on 11 images, 4 of them broken and counted as wrong" in capsys.readouterr().out
+    messages = [record.getMessage() for record in caplog.records]
+    for name in names:
+        assert sum(message.startswith(f"broken image: {name}: ") for message in messages) == 1
 
 
 def test_evaluation_of_nothing_but_broken_images(finetuned, jpeg_folder, tmp_path, run_script, capsys):

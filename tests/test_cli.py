@@ -229,7 +229,7 @@ def damaged(folder: Path, damage: str) -> None:
             main_finetune,
             TINY_FINETUNE,
             "other classes",
-            "train and val differ in their class folders: class_2, class_x",
+            "train and val differ in their classes: class_2, class_x",
         ),
     ],
 )

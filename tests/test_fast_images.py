@@ -74,18 +74,47 @@ def test_images_of_every_kind_are_those_of_pillow(photographs, tmp_path, mode):
     assert np.array_equal(np.array(decode.with_pillow(data)), want)
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("PNG", "I;16"), ("TIFF", "I;16"), ("TIFF", "I;16B")])
-def test_16_bits_keep_their_upper_8(kind, mode):
+GREY_16 = {
+    "PNG": lambda pixels: encoded(Image.fromarray(pixels), "PNG"),
+    "TIFF": lambda pixels: encoded(Image.fromarray(pixels), "TIFF"),
+    "big-endian TIFF": lambda pixels: encoded(
+        Image.frombytes("I;16B", pixels.shape[::-1], pixels.astype(">u2").tobytes()), "TIFF"
+    ),
+    "PGM": lambda pixels: b"P5 8 8 65535\n" + pixels.astype(">u2").tobytes(),
+    "PGM in words": lambda pixels: b"P2 8 8 65535\n" + b" ".join(b"%d" % value for value in pixels.flat),
+}
+
+
+@pytest.mark.parametrize("kind", GREY_16)
+def test_16_bits_keep_their_upper_8(kind):
     """Pillow's own conversion saturates: all that is brighter than 255 of 65535 would be white."""
     pixels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1021
-    file = encoded(Image.fromarray(pixels), kind) if mode == "I;16" else big_endian_tiff(pixels)
+    file = GREY_16[kind](pixels)
     for got in (decode.crop_of(file, whole), np.array(decode.with_pillow(file))):
         assert np.array_equal(got, np.repeat((pixels >> 8)[:, :, None], 3, axis=2))
 
 
-def big_endian_tiff(pixels):
-    image = Image.frombytes("I;16B", pixels.shape[::-1], pixels.astype(">u2").tobytes())
-    return encoded(image, "TIFF")
+@pytest.mark.parametrize("white", [1023, 4095, 65535])
+def test_bits_of_a_pgm_are_those_below_its_white(white):
+    file = b"P5 3 1 %d\n" % white + np.array([0, white // 2, white], ">u2").tobytes()
+    assert np.array(decode.with_pillow(file))[0, :, 0].tolist() == [0, 127, 255]
+
+
+def test_12_bits_of_a_tiff_keep_their_upper_8():
+    grey = np.arange(2, dtype=np.uint16)[None]
+    file = encoded(Image.fromarray(grey), "TIFF", compression=None)  # 2 pixels of 16 bits, where 12 are written now
+    depth = file.index(bytes([2, 1, 3, 0, 1, 0, 0, 0, 16, 0]))
+    file = file[: depth + 8] + bytes([12, 0]) + file[depth + 10 : -4] + bytes([0xFF, 0xF8, 0x00])
+    assert np.array(decode.with_pillow(file))[0, :, 0].tolist() == [255, 128]
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(np.int32, "TIFF"), (np.float32, "TIFF"), (np.float32, "PPM")])
+@pytest.mark.parametrize("most", [1, 255, 65535, 10**6])
+def test_bits_whose_white_is_not_known_are_broken(dtype, kind, most):
+    file = encoded(Image.fromarray(np.linspace(0, most, 64).reshape(8, 8).astype(dtype)), kind)
+    for read in (decode.with_pillow, lambda data: decode.crop_of(data, whole)):
+        with pytest.raises(decode.BrokenImage, match="which value is white is not known"):
+            read(file)
 
 
 @pytest.mark.parametrize("subsampling", [0, 1, 2])

@@ -1,15 +1,21 @@
 """Where images are: tar shards and Hugging Face datasets beside folders, and packing one into the other."""
 
+import contextlib
+import errno
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import time
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,10 +148,230 @@ def test_shards_of_other_tools(tmp_path):
     write_shard(tmp_path / "in1k-train-0001.tar", [("b.cls", b"1\n"), ("b.JPEG", image)])
     write_shard(tmp_path / "in1k-validation-0.tar", [("x/c.png", image), ("x/c.cls", b"0")])
     train = sources.open_source(f"wds:{tmp_path}", "train")
-    assert (train.labels.tolist(), train.classes) == ([2, 1], ["0", "1", "2"])
+    assert (train.labels.tolist(), train.classes) == ([2, 1], ["", "", ""])
     assert train.read(1) == image
     assert train.name(1) == f"{tmp_path}/in1k-train-0001.tar: b.JPEG"
     assert sources.open_source(f"wds:{tmp_path}", "val").classes == ["x"]
+
+
+def write_labelled(path, *keys):
+    """A shard with an image for every KEY=LABEL."""
+    image = encoded(Image.new("RGB", (20, 20)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pairs = [key.split("=") for key in keys]
+    write_shard(path, [m for key, label in pairs for m in ((f"{key}.jpg", image), (f"{key}.cls", label.encode()))])
+
+
+@pytest.mark.parametrize(
+    ("split", "name", "belongs"),
+    [
+        ("train", "imagenet-train-000.tar", True),
+        ("train", "train_0.tar", True),
+        ("train", "retrieval-train-0.tar", True),
+        ("train", "constrained-0.tar", False),
+        ("val", "retrieval-train-0.tar", False),
+        ("val", "interval-000.tar", False),
+        ("val", "val.000.tar", True),
+        ("val", "IN1k_Val00.tar", True),
+        ("val", "imagenet1k-validation-00.tar", True),
+    ],
+)
+def test_a_split_is_a_word_of_a_file_s_name(tmp_path, split, name, belongs):
+    write_labelled(tmp_path / name, "a=0")
+    if belongs:
+        assert len(sources.TarShards(str(tmp_path), split).labels) == 1
+    else:
+        with pytest.raises(UserError, match=f"no {split}/"):
+            sources.TarShards(str(tmp_path), split)
+
+
+def empty_zip(path):
+    with zipfile.ZipFile(path, "w"):
+        pass
+
+
+DAMAGE = {
+    "nothing": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("no index"),
+    "start of a zip": lambda path: path.write_bytes(b"PK\x03\x04" + bytes(30)),
+    "half": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "middle": lambda path: path.write_bytes(path.read_bytes()[:400] + b"x" * 200 + path.read_bytes()[600:]),
+    "without keys": empty_zip,
+    "one array": lambda path: np.save(path.open("wb"), np.arange(3)),
+    "pickled": lambda path: np.savez(path, of=np.array([{}])),
+    "too few sizes": lambda path: changed(path, size=np.arange(3)),
+    "a square of labels": lambda path: changed(path, labels=np.zeros((2, 12), int)),
+    "labels in words": lambda path: changed(path, labels=np.array(["a"] * 24)),
+    "a shard too many": lambda path: changed(path, shard=np.full(24, 5)),
+    "no classes": lambda path: changed(path, classes=np.array([], str)),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+def changed(path, **arrays):
+    with np.load(path) as file:
+        np.savez(path, **(dict(file) | arrays))
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_index_is_made_again(shards, damage):
+    want = contents(sources.TarShards(str(shards), "train"))
+    index = shards / "train" / "index-train.npz"
+    good, files = index.read_bytes(), set(index.parent.iterdir())
+    DAMAGE[damage](index)
+    assert contents(sources.TarShards(str(shards), "train")) == want
+    assert index.is_dir() or index.read_bytes() == good
+    assert set(index.parent.iterdir()) == files
+
+
+def test_an_index_that_cannot_be_written_leaves_nothing_behind(shards, monkeypatch):
+    def full(file):
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sources.np, "savez", lambda file, **_: full(file if isinstance(file, Path) else file.name))
+    index = shards / "train" / "index-train.npz"
+    index.unlink()
+    files = set(index.parent.iterdir())
+    assert len(sources.TarShards(str(shards), "train").labels) == 24
+    assert set(index.parent.iterdir()) - {index.with_suffix(".lock")} == files - {index.with_suffix(".lock")}
+
+
+def test_an_index_can_be_read_by_others(shards):
+    """As the umask has it, not for its writer alone."""
+    index, other = shards / "train" / "index-train.npz", shards / "other"
+    other.write_text("")
+    assert index.stat().st_mode == other.stat().st_mode
+
+
+def test_a_folder_that_cannot_be_written(shards, monkeypatch):
+    (shards / "train" / "index-train.npz").unlink()
+    monkeypatch.setattr(sources.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")))
+    assert len(sources.TarShards(str(shards), "train").labels) == 24
+    (shards / "train" / "index-train.npz").unlink()
+    make = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda path, mode="r", *a, **k: make(path, mode, *a, **k) if mode == "r" else denied(path)
+    )
+    monkeypatch.setattr(sources.tempfile, "mkdtemp", lambda *_, **__: denied("folder"))
+    assert len(sources.TarShards(str(shards), "train").labels) == 24
+    assert not (shards / "train" / "index-train.npz").exists()
+
+
+def denied(path):
+    raise PermissionError(13, "Permission denied", str(path))
+
+
+def _start(path, barrier, slow, results):
+    """A rank that opens the shards; writes down every shard of which it reads the headers."""
+    read = sources._images_of
+
+    def counted(shard):
+        with open(f"{results}.scans", "a") as file:
+            file.write(f"{shard.name}\n")
+        time.sleep(slow)
+        return read(shard)
+
+    sources._images_of = counted
+    barrier.wait()
+    with open(f"{results}.{os.getpid()}", "w") as file:
+        try:
+            file.write(str(len(sources.TarShards(path, "train").labels)))
+        except UserError as error:
+            file.write(str(error))
+
+
+def started(shards, tmp_path, count=4):
+    fork = multiprocessing.get_context("fork")
+    barrier = fork.Barrier(count)
+    ranks = [fork.Process(target=_start, args=(str(shards), barrier, 0.2, tmp_path / "rank")) for _ in range(count)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(30)
+    scans = (tmp_path / "rank.scans").read_text().split()
+    return scans, [(tmp_path / f"rank.{rank.pid}").read_text() for rank in ranks]
+
+
+def test_one_process_of_a_machine_makes_the_index(shards, tmp_path):
+    (shards / "train" / "index-train.npz").unlink()
+    scans, results = started(shards, tmp_path)
+    assert sorted(scans) == [f"00000{number}.tar" for number in range(5)]
+    assert results == ["24"] * 4
+
+
+def test_all_processes_state_what_one_of_them_found(shards, tmp_path):
+    """And none takes as long again, so that the first one has the time to say it."""
+    (shards / "train" / "index-train.npz").unlink()
+    (shards / "train" / "000003.tar").write_text("not a tar file" * 100)
+    scans, results = started(shards, tmp_path)
+    assert len(scans) == 5
+    assert len(set(results)) == 1
+    assert "000003.tar: " in results[0]
+    write_labelled(shards / "train" / "000003.tar", "class_0/new=0")  # mended: what was found is forgotten
+    assert len(sources.TarShards(str(shards), "train").labels) == 20
+
+
+def test_labels_without_an_image_are_counted(tmp_path, caplog):
+    image = encoded(Image.new("RGB", (20, 20)))
+    members = [("a/0.jpg", image), ("a/0.cls", b"0"), ("a/1.heic", image), ("a/1.cls", b"0"), ("a/2.cls", b"0")]
+    members += [("a/3.json", b'{"label": 0}'), ("a/4.json", b'{"caption": ""}'), ("a/5.cls", b"0"), ("a/5.png", image)]
+    (tmp_path / "train").mkdir()
+    write_shard(tmp_path / "train" / "0.tar", members)
+    for _ in range(2):  # also where the index is read
+        caplog.clear()
+        assert len(sources.TarShards(str(tmp_path), "train").labels) == 2
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert record.getMessage() == (
+            f"{tmp_path}/train: 3 labels have no image of a known kind and are left out; "
+            "the first: 0.tar: a/1 (.heic, .cls)"
+        )
+    caplog.clear()
+    write_shard(tmp_path / "train" / "0.tar", members[:2])
+    sources.TarShards(str(tmp_path), "train")
+    assert not caplog.records
+    write_shard(tmp_path / "train" / "0.tar", members[2:4])
+    with pytest.raises(UserError, match=r"the shards hold no image: 1 labels .* a/1 \(\.heic, \.cls\)"):
+        sources.TarShards(str(tmp_path), "train")
+
+
+CLASSES = {
+    # train, val -> the message, or None where labels stand for the same classes
+    "the same": (["a/0=0", "b/1=1", "c/2=2"], ["c/0=2", "a/1=0", "b/2=1"], None),
+    "fewer at the end": (["a/0=0", "b/1=1", "c/2=2"], ["a/0=0", "b/1=1"], None),
+    "fewer in the middle": (["a/0=0", "b/1=1", "c/2=2"], ["a/0=0", "c/1=2"], None),
+    "names in train": (["a/0=0", "b/1=1", "c/2=2"], ["0=0", "1=2", "2=1"], None),
+    "names in val": (["0=0", "1=2", "2=1"], ["a/0=0", "b/1=1", "c/2=2"], None),
+    "folders that are no classes": (["x/0=0", "x/1=1", "y/2=0", "y/3=2"], ["z/0=0", "z/1=1", "z/2=2"], None),
+    "other labels": (["a/0=0", "b/1=1", "c/2=2"], ["a/0=0", "b/1=2"], "b, c"),
+    "other names": (["a/0=0", "b/1=1"], ["a/0=0", "x/1=1"], "b, x"),
+    "another label, unnamed in train": (["a/0=0", "b/1=2"], ["b/0=1"], "b"),
+    "more in val": (["a/0=0", "b/1=1"], ["a/0=0", "b/1=1", "c/2=2"], "c"),
+    "more in val, without names": (["0=0", "1=1"], ["0=0", "1=1", "2=2"], "2"),
+    "more in train than outputs": (["0=0", "1=3"], ["0=0", "1=1"], "has 4 classes, the classifier 3"),
+}
+
+
+@pytest.mark.parametrize("case", CLASSES)
+def test_classes_of_train_and_val(tmp_path, run_script, capsys, case):
+    """Labels are what pairs; names, as far as there are any, must agree with them."""
+    train, val, differing = CLASSES[case]
+    write_labelled(tmp_path / "train" / "0.tar", *train)
+    write_labelled(tmp_path / "val" / "0.tar", *val)
+    words = ["--data_path", f"wds:{tmp_path}", "--epochs", 1, "--warmup_epochs", 0, "--batch_size", 2]
+    words += ["--mixup", 0, "--cutmix", 0, "--output_dir", tmp_path / "out"]
+    if differing is None:
+        run_script(main_finetune, *TINY_FINETUNE, *words)
+        assert read_log(tmp_path / "out")[0]["test_images"] == len(val)
+        fewer = "val has images of 2 of 3 classes" in capsys.readouterr().out
+        assert fewer == ("fewer" in case)
+    else:
+        with pytest.raises(SystemExit) as exit_info:
+            run_script(main_finetune, *TINY_FINETUNE, *words)
+        assert exit_info.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith(f"train and val differ in their classes: {differing}") or differing in line
 
 
 def test_a_broken_image_in_a_shard_is_named(tmp_path):
@@ -160,7 +386,7 @@ def test_a_broken_image_in_a_shard_is_named(tmp_path):
 
 MISTAKES = {
     "wds:/nowhere": "--data_path wds:/nowhere: no such folder",
-    "wds:EMPTY": r"no train/\*\.tar and no \*train\*\.tar in it",
+    "wds:EMPTY": r"no train/\*\.tar, and no tar file with train in its name",
     "wds:UNLABELLED": r"0\.tar: a has no label, in a \.cls or a \.json file",
     "wds:TRUNCATED": r"0\.tar: unexpected end of data",
     "wds:TEXT": r"0\.tar: ",
@@ -218,6 +444,28 @@ def test_columns_of_a_hub_dataset(tmp_path):
         sources.open_source(f"hfds:{tmp_path / 'other'}", "val")
 
 
+def test_labels_of_a_hub_dataset_are_read_at_once(tmp_path):
+    """Also where rows have been chosen and shuffled before they were saved, and where one has no label."""
+    hub = pytest.importorskip("datasets")
+    labels = np.random.default_rng(0).integers(0, 9, 10**5)
+    features = hub.Features({"image": hub.Image(), "label": hub.ClassLabel(num_classes=9)})
+    rows = {"image": [{"bytes": b"%d" % label, "path": None} for label in labels], "label": labels}
+    train = hub.Dataset.from_dict(rows, features=features)
+    val = train.shuffle(seed=0).select(range(1000, 3000, 2))
+    hub.DatasetDict({"train": train, "val": val}).save_to_disk(tmp_path / "saved")
+    start = time.monotonic()
+    source = sources.open_source(f"hfds:{tmp_path / 'saved'}", "train")
+    assert time.monotonic() - start < 2  # row by row it took 5 seconds
+    assert np.array_equal(source.labels, labels)
+    source = sources.open_source(f"hfds:{tmp_path / 'saved'}", "val")
+    assert len(source.labels) == 1000
+    assert [int(source.read(index)) for index in range(1000)] == source.labels.tolist()
+    some = hub.Dataset.from_dict({"image": rows["image"][:3], "label": [0, None, -1]}, features=features)
+    hub.DatasetDict({"train": some}).save_to_disk(tmp_path / "some")
+    with pytest.raises(UserError, match="2 images have no label"):
+        sources.open_source(f"hfds:{tmp_path / 'some'}", "train")
+
+
 # ---- packing
 
 
@@ -270,6 +518,106 @@ def test_packing_goes_on_where_it_was(jpeg_folder, tmp_path):
     assert not list(folder.glob("*.partial"))
     with pytest.raises(UserError, match="holds shards of other images or settings"):
         run_pack(jpeg_folder, tmp_path / "shards", "--short_side", "32", "--shard_images", "2")
+
+
+def _killed_at(moment, folder, words):
+    """Pack in this process; SIGKILL ends it before it opens, renames or removes its so many-th file in `folder`."""
+    os.setsid()
+    left = moment
+
+    def hook(event, arguments):
+        nonlocal left
+        if event in ("open", "os.rename", "os.remove") and str(arguments[0]).startswith(str(folder)):
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    run_pack(*words)
+
+
+def files_of(folder):
+    """Content of all files but the index, whose times differ."""
+    kept = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("index-"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
+
+
+def test_packing_killed_at_any_moment(jpeg_folder, tmp_path, capsys):
+    """The same command then ends as an uninterrupted run does: the same files, the same broken images."""
+    data = tmp_path / "data"
+    for label in (0, 1):
+        shutil.copytree(jpeg_folder / "train" / f"class_{label}", data / "train" / f"class_{label}")
+    names = ["broken.jpg", "of two\nlines.jpg", "also broken.jpg"]
+    for name in names:
+        (data / "train" / "class_0" / name).write_bytes(b"nothing")
+    words = ["--short_side", 64, "--shard_images", 5, "--max_bad_samples", 3]
+    run_pack(data, tmp_path / "whole", *words)
+    want, whole = files_of(tmp_path / "whole"), capsys.readouterr().out
+    assert "train: 16 images in 4 shards" in whole
+    assert all(f"class_0/{name}: " in whole for name in names)
+    fork = multiprocessing.get_context("fork")
+    for moment in range(100):
+        folder = tmp_path / f"killed_{moment}"
+        process = fork.Process(target=_killed_at, args=(moment, folder, (data, folder, *words)))
+        process.start()
+        process.join()  # with a limit it would wait for the workers, too
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its workers
+        capsys.readouterr()
+        run_pack(data, folder, *words)
+        assert files_of(folder) == want, moment
+        assert capsys.readouterr().out.replace(str(folder), "") == whole.replace(str(tmp_path / "whole"), ""), moment
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+    assert moment > 10
+
+
+def test_packing_again_after_an_image_was_mended(jpeg_folder, tmp_path, capsys):
+    """A shard that was not finished takes nothing over from before."""
+    data, good = tmp_path / "data", (jpeg_folder / "train" / "class_0" / "0.jpg").read_bytes()
+    shutil.copytree(jpeg_folder, data)
+    (data / "train" / "class_0" / "0.jpg").write_bytes(b"nothing")
+    words = [data, tmp_path / "shards", "--short_side", 64, "--shard_images", 100, "--max_bad_samples", 1]
+    run_pack(*words)
+    (tmp_path / "shards" / "train" / "000000.tar").unlink()
+    (data / "train" / "class_0" / "0.jpg").write_bytes(good)
+    capsys.readouterr()
+    run_pack(*words)
+    out = capsys.readouterr().out
+    assert "train: 24 images" in out
+    assert "left out" not in out
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE, errno.ENOENT])
+@pytest.mark.parametrize("more", [[], ["--short_side", 64]])
+def test_a_file_that_cannot_be_read_ends_packing(jpeg_folder, tmp_path, monkeypatch, number, more):
+    """It may be there the next time: it is not left out, and the same command goes on."""
+    read = sources.Folder.read
+
+    def failing(source, index):
+        if index == 5:
+            raise OSError(number, os.strerror(number), source.name(index))
+        return read(source, index)
+
+    words = [jpeg_folder, tmp_path / "shards", "--shard_images", 5, "--max_bad_samples", 9, *more]
+    with monkeypatch.context() as patch:
+        patch.setattr(sources.Folder, "read", failing)
+        with pytest.raises(RunError, match=rf"class_0/5\.jpg: {os.strerror(number)}.*the same command goes on"):
+            run_pack(*words)
+    run_pack(*words)
+    run_pack(jpeg_folder, tmp_path / "whole", "--shard_images", 5, *more)
+    for shard in (tmp_path / "whole").rglob("*.tar"):
+        assert (tmp_path / "shards" / shard.relative_to(tmp_path / "whole")).read_bytes() == shard.read_bytes()
+
+
+def test_a_link_that_leads_nowhere_is_broken(jpeg_folder, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(jpeg_folder / "train", data / "train")
+    (data / "train" / "class_0" / "a.jpg").symlink_to(tmp_path / "nowhere")
+    (data / "train" / "class_0" / "b.jpg").symlink_to("b.jpg")
+    run_pack(data, tmp_path / "shards", "--max_bad_samples", 2)
+    assert "left out: 2 broken images:\n  " in capsys.readouterr().out
 
 
 def test_packing_leaves_broken_images_out(jpeg_folder, tmp_path, capsys):

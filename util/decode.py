@@ -5,7 +5,7 @@ from io import BytesIO
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow, too, takes an image for a decompression bomb: 179 million
 
@@ -14,7 +14,7 @@ Crop = Callable[[int, int], tuple[int, int, int, int]]
 
 
 class BrokenImage(Exception):
-    """The bytes are no image that can be decoded, or one of more than `MAX_PIXELS`."""
+    """The bytes are no image that can be decoded, of more than `MAX_PIXELS`, or grey values without a known white."""
 
 
 def with_pillow(data: bytes) -> Image.Image:
@@ -31,11 +31,23 @@ def with_pillow(data: bytes) -> Image.Image:
     """
     try:
         with Image.open(BytesIO(data)) as image:
-            if image.mode.startswith("I;16"):  # Pillow's own conversion saturates at 255 of 65535
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return image.convert("RGB")
+            return (_grey8(image) if image.mode[0] in "IF" else image).convert("RGB")
+    except UnidentifiedImageError as error:  # its text is the address of the bytes
+        raise BrokenImage("no image of a known kind") from error
     except Exception as error:  # decoders of broken files raise nearly anything
         raise BrokenImage(str(error) or type(error).__name__) from error
+
+
+BITS_PER_SAMPLE = 258  # a tag of TIFF
+
+
+def _grey8(image: Image.Image) -> Image.Image:
+    """The upper 8 bits of grey values, which Pillow's own conversion cuts off at 255."""
+    of_16 = image.mode == "I" and image.format in ("PPM", "PNG")  # Pillow stretches a PGM's values to 16 bits
+    if not of_16 and not image.mode.startswith("I;16"):
+        raise BrokenImage(f"grey values in Pillow's mode {image.mode}: which value is white is not known")
+    bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))[0]  # 12 in some TIFFs
+    return Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
 
 
 def crop_of(data: bytes, crop: Crop, size: tuple[int, int] | None = None) -> np.ndarray:

@@ -8,6 +8,7 @@ as JPEG; all others, and every image of val/, are stored as they are. A run that
 """
 
 import argparse
+import errno
 import hashlib
 import io
 import json
@@ -71,15 +72,24 @@ def encoded(source: Folder, short_side: int | None, quality: int, index: int) ->
 
     Returns:
         Suffix and content of its file, or why it is broken.
+
+    Raises:
+        RunError: the file cannot be read, which may be another time: only a link that leads nowhere is broken itself.
     """
+    name = source.name(index)
     try:
         data = source.read(index)
-        suffix = os.path.splitext(source.name(index))[1].removeprefix(".").lower()
-        if short_side is None:
-            return suffix, data
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP) and os.path.islink(name):  # it leads nowhere
+            return f"{name}: {error.strerror}"
+        raise RunError(f"{name}: {error.strerror}; the same command goes on after the last whole shard") from error
+    suffix = os.path.splitext(name)[1].removeprefix(".").lower()
+    if short_side is None:
+        return suffix, data
+    try:
         pixels = decode.crop_of(data, lambda height, width: (0, 0, height, width))
-    except (BrokenImage, OSError) as error:
-        return f"{source.name(index)}: {error}"
+    except BrokenImage as error:
+        return f"{name}: {error}"
     if min(pixels.shape[:2]) <= short_side:
         return suffix, data
     image = torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
@@ -102,7 +112,8 @@ def pack(source: Folder, folder: Path, short_side: int | None, args: argparse.Na
 
     Args:
         source: the images.
-        folder: gets 000000.tar and so on; each is complete or absent at any moment.
+        folder: gets 000000.tar and so on; each is complete or absent at any moment. The broken images of one are in
+            000000.broken.json, which counts only beside it.
         short_side: see `encoded`.
         args: `quality`, `shard_images`, `num_workers`, `max_bad_samples`.
 
@@ -111,18 +122,18 @@ def pack(source: Folder, folder: Path, short_side: int | None, args: argparse.Na
 
     Raises:
         UserError: the folder holds shards of other images or settings.
-        RunError: too many images are broken.
+        RunError: too many images are broken, or a file cannot be read.
     """
     count = len(source.labels)
     plan = {"images": count, "names": hashlib.sha256(b"\0".join(source.paths)).hexdigest(), "short_side": short_side}
     plan |= {"quality": args.quality, "shard_images": args.shard_images}
     folder.mkdir(parents=True, exist_ok=True)
-    plan_file, broken_file = folder / "packed.json", folder / "broken.txt"
+    plan_file = folder / "packed.json"
     if not plan_file.exists():
-        plan_file.write_text(json.dumps(plan))
+        plan_file.with_suffix(".partial").write_text(json.dumps(plan))
+        plan_file.with_suffix(".partial").rename(plan_file)
     elif json.loads(plan_file.read_text()) != plan:
         raise UserError(f"{folder} holds shards of other images or settings: choose another folder, or remove it")
-    broken = broken_file.read_text().splitlines() if broken_file.exists() else []
     max_broken = allowed_broken(args.max_bad_samples, count)
     order = np.random.default_rng(0).permutation(count)  # classes mixed, for readers that shuffle within a buffer
     shards = {
@@ -130,6 +141,11 @@ def pack(source: Folder, folder: Path, short_side: int | None, args: argparse.Na
         for number, start in enumerate(range(0, count, args.shard_images))
     }
     missing = [path for path in shards if not path.exists()]
+    lists = {path: path.with_suffix(".broken.json") for path in shards}
+    broken = {path: [] for path in shards}
+    for path in shards.keys() - set(missing):
+        if lists[path].exists():
+            broken[path] = json.loads(lists[path].read_text())
     done = count - sum(len(shards[path]) for path in missing)
     settings = source, short_side, args.quality
     with (
@@ -141,19 +157,22 @@ def pack(source: Folder, folder: Path, short_side: int | None, args: argparse.Na
             with tarfile.open(partial_path, "w") as tar:
                 for index, result in zip(shards[path], pool.map(_in_worker, shards[path], chunksize=16), strict=True):
                     bar.update()
-                    if isinstance(result, str):
-                        broken.append(result)
-                    else:
+                    if not isinstance(result, str):
                         _add(tar, source, index, *result)
-                    if len(broken) > max_broken:
+                        continue
+                    broken[path].append(result)
+                    found = [line for lines in broken.values() for line in lines]
+                    if len(found) > max_broken:
                         pool.shutdown(wait=False, cancel_futures=True)
                         raise RunError(
-                            f"{listed(broken)}\nthese are more than {max_broken} of {count}: mend or remove them, or "
+                            f"{listed(found)}\nthese are more than {max_broken} of {count}: mend or remove them, or "
                             "raise --max_bad_samples"
                         )
-            broken_file.write_text("".join(f"{line}\n" for line in broken))
+            lists[path].unlink(missing_ok=True)
+            if broken[path]:
+                lists[path].write_text(json.dumps(broken[path]))
             partial_path.rename(path)
-    return broken
+    return [line for lines in broken.values() for line in lines]
 
 
 def _add(tar: tarfile.TarFile, source: Folder, index: int, suffix: str, data: bytes) -> None:
@@ -170,7 +189,8 @@ def main(args: argparse.Namespace) -> None:
 
     Raises:
         UserError: there is nothing to pack, or the target holds something else.
-        RunError: too many images are broken, a worker was killed, or the shards do not hold what they should.
+        RunError: too many images are broken, a file cannot be read, a worker was killed, or the shards do not hold what
+            they should.
     """
     source, target = Path(args.source), Path(args.target)
     splits = [split for split in ("train", "val") if (source / split).is_dir()]

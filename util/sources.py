@@ -5,10 +5,17 @@ counts, and the same samples whatever the number of processes and workers. Strea
 read the same shards, but shuffle within a buffer and cannot start in the middle of an epoch.
 """
 
+import fcntl
 import json
+import logging
 import os
+import re
 import tarfile
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -19,13 +26,15 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util.errors import UserError
 
+LOGGER = logging.getLogger(__name__)
+
 
 class Source(Protocol):
     """Encoded images with labels.
 
     Attributes:
         root: what names the source in messages.
-        classes: names of the classes, by label.
+        classes: names of the classes, by label; empty for a label whose class the source does not name.
         labels: (n,) int64.
     """
 
@@ -45,7 +54,7 @@ def open_source(data_path: str, split: str) -> Source:
 
     Args:
         data_path: a folder with train/ and val/, one folder of images a class; wds:FOLDER with tar shards in
-            FOLDER/train and FOLDER/val, or with train and val in their names; hfds:NAME of a dataset on the
+            FOLDER/train and FOLDER/val, or with the word train or val in their names; hfds:NAME of a dataset on the
             Hugging Face hub or of a folder that `datasets` can load.
         split: "train" or "val".
 
@@ -90,56 +99,87 @@ class Folder:
 IMAGE_SUFFIXES = {suffix.removeprefix(".") for suffix in IMG_EXTENSIONS}
 
 
+SPLIT_WORDS = {"train": {"train"}, "val": {"val", "validation"}}
+COLUMNS = "labels", "shard", "offset", "size"  # of the images in an index: (n,) int64 each
+
+
 class TarShards:
     """Tar files of the webdataset layout: KEY.jpg (or another image) and KEY.cls, or KEY.json with a "label".
 
     The position of every image is found once and kept beside the shards in index-SPLIT.npz, where that can be
-    written. Labels get the name of the key's folder as their class, where it has one.
+    written. Where every label has a key's folder of its own, that is the name of its class.
     """
 
     def __init__(self, data_path: str, split: str) -> None:
         root = Path(data_path)
         if not root.is_dir():
             raise UserError(f"--data_path wds:{data_path}: no such folder")
-        self.shards = sorted((root / split).glob("*.tar")) or sorted(root.glob(f"*{split}*.tar"))
+        named = [path for path in root.glob("*.tar") if SPLIT_WORDS[split] & set(re.split("[^a-z]", path.name.lower()))]
+        self.shards = sorted((root / split).glob("*.tar")) or sorted(named)
         if not self.shards:
-            raise UserError(f"--data_path wds:{data_path}: no {split}/*.tar and no *{split}*.tar in it")
+            raise UserError(
+                f"--data_path wds:{data_path}: no {split}/*.tar, and no tar file with {split} in its name, as a word"
+            )
         self.root = str(self.shards[0].parent)
         index = self._index(self.shards[0].parent / f"index-{split}.npz")
-        self.labels, self.shard, self.offset, self.size = (index[k] for k in ("labels", "shard", "offset", "size"))
+        self.labels, self.shard, self.offset, self.size = (index[k] for k in COLUMNS)
         self.classes = index["classes"].tolist()
+        if index["left_out"]:
+            LOGGER.warning("%s: %s", self.root, index["left_out"])
 
     def _index(self, path: Path) -> dict[str, np.ndarray]:
         stats = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in self.shards]
         of = np.array(json.dumps(stats))
+        index = self._kept(path, of)
+        if index is None:
+            with _one_at_a_time(path.with_suffix(".lock")):
+                index = self._kept(path, of) or self._made(path, of)
+        return index
+
+    def _kept(self, path: Path, of: np.ndarray) -> dict[str, np.ndarray] | None:
         try:
             with np.load(path) as file:
-                index = dict(file)
-            if index["of"] == of:
-                return index
-        except (OSError, ValueError, KeyError):
-            pass
+                index = {
+                    name: file[name] for name in ("of", "labels", "shard", "offset", "size", "classes", "left_out")
+                }
+            columns = [index[name] for name in ("labels", "shard", "offset", "size")]
+            fits = (
+                index["of"] == of
+                and {(column.shape, column.dtype.kind) for column in columns} == {((len(columns[0]),), "i")}
+                and index["shard"].max() < len(self.shards)
+                and index["labels"].max() < len(index["classes"])
+                and index["left_out"].shape == ()
+            )
+        except Exception:  # of a damaged file, numpy and zipfile raise nearly anything
+            return None
+        return index if fits else None
+
+    def _made(self, path: Path, of: np.ndarray) -> dict[str, np.ndarray]:
         with ThreadPoolExecutor() as pool:
-            entries = list(pool.map(_images_of, self.shards))
+            entries, imageless = zip(*pool.map(_images_of, self.shards), strict=True)
+        imageless = [f"{shard.name}: {key}" for shard, keys in zip(self.shards, imageless, strict=True) for key in keys]
+        left_out = f"{len(imageless)} labels have no image of a known kind and are left out; the first: "
+        left_out = left_out + imageless[0] if imageless else ""
         labels, offset, size = (np.array([e[k] for shard in entries for e in shard]) for k in (0, 1, 2))
         if not len(labels):
-            raise UserError(f"{self.root}: the shards hold no image")
-        names = {entry[0]: entry[3] for shard in entries for entry in shard}
+            raise UserError(f"{self.root}: the shards hold no image{left_out and f': {left_out}'}")
+        named = {(label, folder) for shard in entries for label, _, _, folder in shard if folder}
+        names, folders = dict(named), {folder for _, folder in named}
+        if not len(named) == len(names) == len(folders):  # folders of something else
+            names = {}
         index = {
             "of": of,
             "labels": labels,
             "shard": np.repeat(np.arange(len(entries)), [len(shard) for shard in entries]),
             "offset": offset,
             "size": size,
-            "classes": np.array([names.get(label) or str(label) for label in range(max(names) + 1)]),
+            "classes": np.array([names.get(label, "") for label in range(labels.max() + 1)]),
+            "left_out": np.array(left_out),
         }
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        try:
-            with temporary.open("wb") as file:
-                np.savez(file, **index)
-            os.replace(temporary, path)
-        except OSError:
-            pass  # a folder that cannot be written: the next run finds the positions again
+        # in a folder that cannot be written or is full, the next run finds the positions again
+        with suppress(OSError), tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as folder:
+            np.savez(Path(folder, path.name), **index)
+            os.replace(Path(folder, path.name), path)
         return index
 
     def read(self, index: int) -> bytes:
@@ -152,14 +192,43 @@ class TarShards:
         return f"{path}: {tarfile.TarInfo.frombuf(header, 'utf-8', 'replace').name}"
 
 
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Let one process in while the others wait, as far as the file `path` can be written and locked.
+
+    Raises:
+        UserError: the process that this one has waited for met it.
+    """
+    with ExitStack() as stack:
+        file, waited = None, False
+        with suppress(OSError):
+            file = stack.enter_context(path.open("a+", encoding="utf-8", errors="surrogateescape"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waited = True
+                fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            found = file.read()
+            if waited and found:
+                raise UserError(found)
+            file.truncate(0)
+        try:
+            yield
+        except UserError as error:
+            if file is not None:
+                file.write(str(error))
+            raise
+
+
 @lru_cache(maxsize=256)
 def _opened(path: str) -> BinaryIO:
     return open(path, "rb", buffering=0)
 
 
-def _images_of(shard: Path) -> list[tuple[int, int, int, str]]:
-    """Label, offset, size and name of the class, of every image in a shard."""
-    images, labels = {}, {}
+def _images_of(shard: Path) -> tuple[list[tuple[int, int, int, str]], list[str]]:
+    """Label, offset, size and folder of every image in a shard, and the keys that have a label only."""
+    images, labels, suffixes = {}, {}, defaultdict(list)
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
@@ -168,7 +237,9 @@ def _images_of(shard: Path) -> list[tuple[int, int, int, str]]:
                 key = f"{folder}/{stem}"
                 if suffix.lower() in IMAGE_SUFFIXES:
                     images[key] = member.offset_data, member.size, folder.rpartition("/")[2]
-                elif suffix == "cls":
+                    continue
+                suffixes[key].append(f".{suffix}")
+                if suffix == "cls":
                     labels[key] = int(tar.extractfile(member).read())
                 elif suffix == "json" and key not in labels:
                     label = json.load(tar.extractfile(member)).get("label")
@@ -178,7 +249,8 @@ def _images_of(shard: Path) -> list[tuple[int, int, int, str]]:
     for key in images:
         if labels.get(key, -1) < 0:
             raise UserError(f"{shard}: {key.lstrip('/')} has no label, in a .cls or a .json file")
-    return [(labels[key], *where) for key, where in images.items()]
+    imageless = [f"{key.lstrip('/')} ({', '.join(suffixes[key])})" for key in labels if key not in images]
+    return [(labels[key], *where) for key, where in images.items()], imageless
 
 
 class HubDataset:
@@ -205,7 +277,9 @@ class HubDataset:
         image = self._column(features, datasets.Image, "image")
         label = self._column(features, datasets.ClassLabel, "label")
         self.image, self.classes = image, features[label].names
-        self.labels = np.array(splits[name].with_format("numpy", columns=[label])[label], dtype=np.int64)
+        # the whole column at once: row by row, a million take most of a minute
+        column = splits[name].select_columns(label).with_format("arrow")[:].column(label)
+        self.labels = column.fill_null(-1).to_numpy().astype(np.int64, copy=False)
         if self.labels.min() < 0:
             raise UserError(f"{self.root}: {(self.labels < 0).sum()} images have no label")
         self.rows = splits[name].select_columns(image).cast_column(image, datasets.Image(decode=False))
