@@ -13,11 +13,14 @@ import re
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from util.dist import is_main
 from util.errors import UserError, as_user_error
+from util.hub import local_file
 from util.pos_embed import resize_pos_embed
 
 StateDict = dict[str, Tensor]
@@ -31,16 +34,20 @@ NEW_IN_CLASSIFIER = {"cls_token", "norm_f.weight", "norm_f.bias", "head.weight",
 
 
 def read(path: str | os.PathLike) -> dict:
-    """Load a checkpoint file onto the CPU without executing anything in it.
+    """Load a checkpoint onto the CPU without executing anything in it.
+
+    Args:
+        path: of a file of torch.save, or .safetensors (a bare state dict); or another name that `local_file` knows.
 
     Raises:
         UserError: no such file, not a checkpoint, or a type inside other than tensors, plain values and a Namespace.
     """
-    if not Path(path).is_file():
-        raise UserError(f"no checkpoint file {path}")
+    file = local_file(path)
     try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         unknown = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = (
@@ -49,7 +56,7 @@ def read(path: str | os.PathLike) -> dict:
             else ("it is no file that torch.save wrote")
         )
         raise UserError(f"refused checkpoint {path}: {reason}") from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, SafetensorError) as error:
         reason = next(iter(str(error).splitlines()), "it ends too early")
         raise UserError(f"unreadable checkpoint {path}: {reason}") from error
     if not isinstance(content, dict):
