@@ -226,10 +226,20 @@ def test_mistakes_about_the_hub(hub, tmp_path):
         "hf://arm/base/broken.pth",
         "hf://arm",
         "hf://arm/base/w.pth#sha256=12",
+        "hf://arm/base--b/w.pth",
+        "hf://arm/base/../../../w.pth",
+        "hf://arm/base//w.pth",
+        "hf://arm/base@a%2F..%2Fb/w.pth",
     )
     assert time.monotonic() - start < 20
     offers = "arm/base has w.pth, sub/v.safetensors, half.pth, lie.pth"
     absent = "there is no such repository, or it is private: then `hf auth login` or set HF_TOKEN"
+    *results, invalid, above, absolute, revision = results
+    assert invalid.startswith("hf://arm/base--b/w.pth: Cannot have -- or ..")
+    assert above.startswith("hf://arm/base/../../../w.pth")
+    assert absolute.startswith("hf://arm/base//w.pth")
+    assert revision == "hf://arm/base@a%2F..%2Fb/w.pth: arm/base has no revision a/../b"
+    assert "\n" not in invalid + above + absolute
     assert results == [
         "hf://arm/base@v9/w.pth: arm/base has no revision v9",
         "hf://arm/base@v9: arm/base has no revision v9",

@@ -97,7 +97,8 @@ def _hub_file(name: str, sha256: str) -> Path:
     except RevisionNotFoundError as error:
         raise UserError(f"{name}: {repo} has no revision {revision}") from error
     except Exception as error:  # httpx's, hf_xet's and the system's have no base in common
-        cached = hf.try_to_load_from_cache(repo, file, revision=revision) if file else None
+        with as_user_error(ValueError, prefix=f"{name}: "):  # what can be no name
+            cached = hf.try_to_load_from_cache(repo, file or "", revision=revision)
         if not isinstance(cached, str):
             raise UserError(f"{name} is not in the cache, and {_hub_reason(error)}") from error
         LOGGER.warning("%s is taken from the cache: %s", name, _hub_reason(error))
