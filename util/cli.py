@@ -119,7 +119,9 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--save_freq", type=positive, default=20, help="epochs between kept checkpoints (default: %(default)s)"
     )
-    group.add_argument("--resume", metavar="FILE", help="go on from this checkpoint of a run")
+    group.add_argument(
+        "--resume", metavar="FILE", help="go on from this checkpoint of a run: path, URL or hf://OWNER/REPO/FILE"
+    )
     group.add_argument(
         "--start_epoch", type=natural, help="first epoch (default: the one after the resumed checkpoint's)"
     )
