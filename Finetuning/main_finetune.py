@@ -52,7 +52,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.Parser("main_finetune.py", description=__doc__.splitlines()[0])
     cli.add_shared_arguments(parser)
     group = parser.add_argument_group("finetuning")
-    group.add_argument("--finetune", metavar="FILE", help="start from these weights, of pretraining or finetuning")
+    group.add_argument(
+        "--finetune",
+        metavar="FILE",
+        help="start from these weights, of pretraining or finetuning: path, URL or hf://OWNER/REPO/FILE",
+    )
     group.add_argument(
         "--model_key", choices=("model", "model_ema"), help="which weights of --finetune, or to evaluate"
     )

@@ -7,7 +7,6 @@ a bare state dict; both are read.
 """
 
 import argparse
-import hashlib
 import math
 import os
 import pickle
@@ -16,10 +15,13 @@ from pathlib import Path
 from zipfile import is_zipfile
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from util.errors import UserError, as_user_error
+from util.hub import local_file, sha256_of
 from util.pos_embed import resize_pos_embed
 
 StateDict = dict[str, Tensor]
@@ -35,15 +37,6 @@ NEW_IN_CLASSIFIER = {"cls_token", "norm_f.weight", "norm_f.bias", "head.weight",
 SUMS = "SHA256SUMS"  # file of a checkpoint's folder
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
-
-
 def hashes(folder: Path) -> list[tuple[str, str]]:
     """The lines of a folder's SHA256SUMS: hash and name of a file. While a file is being replaced it has two."""
     if not (folder / SUMS).is_file():
@@ -53,25 +46,26 @@ def hashes(folder: Path) -> list[tuple[str, str]]:
 
 
 def read(path: str | os.PathLike, mmap: bool = False) -> dict:
-    """Load a checkpoint file onto the CPU without executing anything in it.
+    """Load a checkpoint onto the CPU without executing anything in it.
 
     Args:
-        path: of the file; a SHA256SUMS beside it that names it must have its hash.
+        path: of a file of torch.save, or .safetensors (a bare state dict); or another name that `local_file` knows. A
+            SHA256SUMS beside the file that names it must have its hash.
         mmap: leave the tensors in the file until they are used, and the hash unchecked.
 
     Raises:
         UserError: no such file, not a checkpoint, a damaged one, or a type inside other than tensors, plain values and
             a Namespace.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no checkpoint file {path}")
-    listed = [] if mmap else hashes(path.parent)
+    file = local_file(path)
     try:
-        if path.name in (name for _, name in listed) and sha256(path) not in (digest for digest, _ in listed):
+        listed = [] if mmap else hashes(file.parent)
+        if file.name in (name for _, name in listed) and sha256_of(file) not in (digest for digest, _ in listed):
             raise UserError(f"{path} is damaged, or not the file that was written: {SUMS} beside it has another hash")
+        if file.suffix == ".safetensors":
+            return load_file(file)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zipfile(path))
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and is_zipfile(file))
     except pickle.UnpicklingError as error:
         unknown = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = (
@@ -80,7 +74,7 @@ def read(path: str | os.PathLike, mmap: bool = False) -> dict:
             else ("it is no file that torch.save wrote")
         )
         raise UserError(f"refused checkpoint {path}: {reason}") from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, SafetensorError) as error:
         reason = next(iter(str(error).splitlines()), "it ends too early")
         raise UserError(f"unreadable checkpoint {path}: {reason}") from error
     if not isinstance(content, dict):

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from util import checkpoint
-from util.checkpoint import SUMS, hashes, sha256
+from util.checkpoint import SUMS, hashes
 from util.errors import RunError, UserError
+from util.hub import sha256_of
 
 LAST = "checkpoint-last.pth"
 
@@ -78,7 +79,7 @@ class CheckpointFolder:
         try:
             torch.save(self.staged, temporary)
             _sync(temporary)
-            digest = sha256(temporary)
+            digest = sha256_of(temporary)
             self._publish(temporary, digest, names)
             self.failed = None
         except Exception as error:  # whatever it is, the run goes on; torch reports a full disk as a RuntimeError
@@ -93,7 +94,7 @@ class CheckpointFolder:
         """Give the file its names, and those that had them their later ones."""
         for name in (LAST, *names):  # of an earlier version, which kept no hashes
             if name not in self.sums and (self.path / name).exists():
-                self.sums[name] = sha256(self.path / name)
+                self.sums[name] = sha256_of(self.path / name)
         rotated = [LAST, *(f"checkpoint-last-{age}.pth" for age in range(1, self.keep))]
         moves = [(old, new) for old, new in itertools.pairwise(rotated) if (self.path / old).exists()]
         after = {n: known for n, known in self.sums.items() if n not in rotated and (self.path / n).exists()}

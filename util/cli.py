@@ -134,7 +134,8 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--resume",
         metavar="FILE",
-        help="go on from this checkpoint of a run; auto: from the newest in the output folder, if there is one",
+        help="go on from this checkpoint of a run, a path, URL or hf://OWNER/REPO/FILE; auto: from the newest in the "
+        "output folder, if there is one",
     )
     group.add_argument(
         "--allow_changed_args",
