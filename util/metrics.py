@@ -92,10 +92,7 @@ class Tracker:
         self.module.log({name: self.module.Image(pixels)}, step=step)
 
     def flush(self) -> None:
-        """They send in the background."""
-
-    def close(self) -> None:
-        self.module.finish()
+        """They send in the background, and the rest when the process ends."""
 
 
 class RunLog(ScreenLog):

@@ -58,7 +58,7 @@ def draw(logs: dict[str, list[dict]]) -> Figure:
         logs: lines by the run's name, as `read` returns them.
     """
     present = [key for key in QUANTITIES if any(key in row for rows in logs.values() for row in rows)]
-    columns = min(3, len(present))
+    columns = 2 if len(present) == 4 else min(3, len(present))
     rows_of_panels = -(-len(present) // columns)
     figure = Figure(figsize=(4 * columns, 3 * rows_of_panels + 0.4), layout="constrained")
     panels = figure.subplots(rows_of_panels, columns, squeeze=False).flat
