@@ -221,7 +221,7 @@ def tracker(request, monkeypatch):
     module, told = ModuleType(request.param), []
     module.init = lambda **values: told.append(("init", values))
     module.log = lambda values, step: told.append((values, step))
-    module.Image = lambda pixels: SimpleNamespace(shape=pixels.shape)
+    module.Image = lambda pixels: SimpleNamespace(pixels=pixels)
     module.told = told
     monkeypatch.setitem(sys.modules, request.param, module)
     return module
@@ -236,7 +236,9 @@ def test_a_run_tells_a_tracker(tracker, image_folder, tmp_path, run_script):
     assert started.get("id") == (started["name"] if tracker.__name__ == "wandb" else None)
     names = {name for values, _ in points for name in values}
     assert names == {"train_loss", "lr", "grad_norm", *(f"image_{i}" for i in range(4))}
-    assert [step for values, step in points if "image_0" in values] == [1000]
+    ((image, step),) = [(values["image_0"], step) for values, step in points if "image_0" in values]
+    assert step == 1000
+    assert (image.pixels.dtype, image.pixels.ndim) == (np.uint8, 3)
     assert not list((tmp_path / "out").glob("events.out.tfevents.*"))
 
 

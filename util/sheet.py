@@ -88,7 +88,8 @@ def _sheet(image: np.ndarray, predicted: np.ndarray, losses: np.ndarray, side: i
     """
     height, width = image.shape[:2]
     inch = SIDE / max(height, width)
-    figure = Figure(figsize=(4 * (width * inch + 0.15) + 0.7, height * inch + 0.5), dpi=100, layout="constrained")
+    column = max(width * inch, 2.3) + 0.15  # no narrower than the titles
+    figure = Figure(figsize=(4 * column + 0.7, height * inch + 0.5), dpi=100, layout="constrained")
     axes = figure.subplots(1, 4)
     panels = (image, 0.65 + 0.35 * image, predicted)  # paler under the numbers
     titles = ("input", "clusters in order of prediction", "each predicted from those before")

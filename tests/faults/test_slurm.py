@@ -18,7 +18,8 @@ STUBS = {
     "srun": """
         while [[ $1 == --* ]]; do shift; done
         for ((i = 0; i < SLURM_NNODES; i++)); do SLURM_PROCID=$i "$@" & tasks+=($!); done
-        trap 'kill -USR1 "${tasks[@]}"' USR1
+        # as where cgroup.conf says SignalChildrenProcesses: torchrun gets it too
+        trap 'for task in "${tasks[@]}"; do kill -USR1 "$task"; pkill -USR1 -P "$task"; done' USR1
         status=0
         for task in "${tasks[@]}"; do
           while kill -0 "$task" 2>/dev/null; do wait "$task"; code=$?; done
@@ -103,7 +104,8 @@ SCRIPTS = sorted(path for folder in ("slurm", "recipes") for path in (REPOSITORY
 def test_shell_scripts(script):
     """They parse, and where shellcheck is installed it finds nothing in them."""
     subprocess.run(["bash", "-n", script], check=True)
-    if shutil.which("shellcheck") is None:
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if shellcheck is None:
         pytest.skip("shellcheck is not installed")
-    done = subprocess.run(["shellcheck", "--severity", "style", script], capture_output=True, text=True)
+    done = subprocess.run([shellcheck, "--severity", "style", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
