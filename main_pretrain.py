@@ -18,13 +18,13 @@ from timm.optim import param_groups_weight_decay
 import models_arm
 from engine_pretrain import train_one_epoch
 from ops import BackendUnavailable, choose_backend
-from util import cli
+from util import cli, sheet
 from util.datasets import image_dataset, pretrain_transform, train_loader
-from util.dist import distribute, init_device, seed_everything
+from util.dist import distribute, init_device, is_main, seed_everything
 from util.errors import as_user_error
 from util.metrics import clock, open_log
 from util.run import Run, fingerprint, starting_point
-from util.train_loop import activation_dtype
+from util.train_loop import activation_dtype, autocast
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -36,6 +36,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--dec_embed_dim", type=cli.positive, help="decoder channels, instead of the model's")
     group.add_argument("--dec_depth", type=cli.positive, default=4, help="decoder blocks (default: %(default)s)")
     group.add_argument("--norm_pix_loss", action="store_true", help="standardise the target pixels of each patch")
+    group.add_argument(
+        "--vis_freq",
+        type=cli.natural,
+        default=20,
+        metavar="N",
+        help="epochs between sheets of what is predicted of four images of val/, or of train/ where there is no val/; "
+        "0 draws none (default: %(default)s)",
+    )
     parser.set_defaults(
         model="arm_base_pz16",
         input_size=[192],
@@ -76,7 +84,7 @@ def main(args: argparse.Namespace) -> None:
     cli.check_arguments(args)
     device = init_device(args.device, args.dist_timeout, args.deterministic)
     folders = cli.output_folders(args)
-    log = open_log(*folders)
+    log = open_log(*folders, tracker=args.tracker)
     content = starting_point(args, folders[0], log.say)
     dataset = image_dataset(args.data_path, "train", pretrain_transform(cli.image_size(args), args), args.loader)
     args.data = fingerprint(dataset.source)
@@ -85,6 +93,9 @@ def main(args: argparse.Namespace) -> None:
     with as_user_error(TypeError, ValueError, BackendUnavailable):
         choose_backend(args.scan_backend, device, activation_dtype(device), model.embed_dim)
     loader = train_loader(dataset, args, device)
+    shown = None
+    if args.vis_freq and is_main():
+        shown = sheet.fixed_images(args.data_path, cli.image_size(args))
     groups = param_groups_weight_decay(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     run = Run(args, model, optimizer)
@@ -103,6 +114,10 @@ def main(args: argparse.Namespace) -> None:
             stats = train_one_epoch(wrapped, loader, run, device, log)
             log.epoch(**stats, epoch=epoch)
             run.end_epoch()
+            if shown is not None and run.epoch % args.vis_freq == 0:
+                with autocast(device):
+                    figures = sheet.draw_sheets(model, shown.to(device))
+                log.images(epoch, **{f"image_{i}": sheet.pixels(figure) for i, figure in enumerate(figures)})
             loader.report(log)  # which may end the run
             passed = clock(start, run.epoch - first, args.epochs - first)
             log.say(f"epoch {epoch}: loss {stats['train_loss']:.4f}; {passed}")

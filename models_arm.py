@@ -249,6 +249,32 @@ class ARMPretrain(nn.Module):
             queries = block(queries, context, self.mask)
         return self.ar_pred(self.ar_norm(queries))
 
+    @torch.no_grad()
+    def predicted_images(self, imgs: Tensor) -> tuple[Tensor, Tensor]:
+        """Images whose first cluster is given and whose others are each predicted from the true clusters before it.
+
+        With `norm_pix_loss`, standardised patches are predicted: mean and variance come from the true patch, as in
+        MAE's pictures.
+
+        Args:
+            imgs: (B, 3, H, W), normalised.
+
+        Returns:
+            (B, 3, H, W), normalised; and what each patch adds to the loss, (B, rows, columns), nan where it is given.
+        """
+        pred = self.forward_decoder(self.forward_encoder(imgs)).to(imgs.dtype)  # (B, n, 3pp)
+        losses = (pred - self.target(imgs)).square().mean(dim=-1)  # (B, n)
+        clusters = self.to_clusters(self.patchify(imgs))  # (B, clusters, c * c, 3pp)
+        pred = pred.unflatten(1, (-1, clusters.shape[2]))  # (B, n, 3pp) -> (B, clusters - 1, c * c, 3pp)
+        if self.norm_pix_loss:
+            var, mean = torch.var_mean(clusters[:, 1:], dim=-1, keepdim=True)
+            pred = pred * (var + 1e-6).sqrt() + mean
+        given = torch.full_like(losses[:, : clusters.shape[2]], float("nan"))
+        losses = torch.cat([given, losses], dim=1)  # (B, M), in the order of the sequence
+        c, columns = self.cluster_size, self.grid_size[1]
+        losses = rearrange(losses, "b (R S i j) -> b (R i) (S j)", S=columns // c, i=c, j=c)
+        return self.to_images(torch.cat([clusters[:, :1], pred], dim=1)), losses
+
     def target(self, imgs: Tensor) -> Tensor:
         """What `forward_decoder` should predict: (B, 3, H, W) -> (B, n, 3 * p * p)."""
         target = self.to_clusters(self.patchify(imgs))[:, 1:]  # (B, clusters - 1, c * c, 3pp)

@@ -188,7 +188,7 @@ def main(args: argparse.Namespace) -> None:
         log, resumed = open_log(), checkpoint.read(args.resume) if args.resume else None
     else:
         folders = cli.output_folders(args)
-        log = open_log(*folders)
+        log = open_log(*folders, tracker=args.tracker)
         resumed = starting_point(args, folders[0], log.say)
     content = checkpoint.read(args.finetune) if resumed is None and args.finetune else resumed
     model = build_classifier(args, content)

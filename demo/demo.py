@@ -6,7 +6,6 @@ runs the training scripts under torchrun, the same that train ARM-base on ImageN
 and pictures to demo_out/.
 """
 
-import json
 import os
 import re
 import shlex
@@ -20,6 +19,7 @@ import torch
 
 from digits import unpack_digits
 from pictures import draw_curves, draw_predictions
+from util import plot_log
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "demo_out"
@@ -76,10 +76,7 @@ def main() -> None:
     torchrun("Finetuning/main_finetune.py", f"{MODEL} {RECIPE} {FINETUNE} --output_dir {OUT}/scratch")
     accuracy_scratch = evaluate("scratch")
 
-    logs = {
-        run: [json.loads(line) for line in (OUT / run / "log.txt").read_text().splitlines()]
-        for run in ("pretrain", "finetune", "scratch")
-    }
+    logs = {run: plot_log.read(OUT / run) for run in ("pretrain", "finetune", "scratch")}
     draw_curves(logs, OUT / "curves.png")
     draw_predictions(OUT / "pretrain" / "checkpoint-last.pth", DATA / "val", OUT / "predictions.png")
     table = f"""

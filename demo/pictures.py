@@ -11,15 +11,12 @@ import torch
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import Tensor
 from torchvision.datasets import ImageFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import models_arm
-from main_pretrain import build_model
-from util import checkpoint
 from util.datasets import eval_transform
+from visualize import load_model
 
 
 def draw_curves(logs: dict[str, list[dict]], path: Path) -> None:
@@ -49,27 +46,6 @@ def draw_curves(logs: dict[str, list[dict]], path: Path) -> None:
     plt.close(figure)
 
 
-@torch.no_grad()
-def predicted_images(model: models_arm.ARMPretrain, imgs: Tensor) -> Tensor:
-    """Images whose first cluster is given and whose others are each predicted from the true clusters before it.
-
-    The model predicts standardised patches: mean and variance come from the true patch, as in MAE's pictures.
-
-    Args:
-        model: with `norm_pix_loss`.
-        imgs: (B, 3, H, W), normalised.
-
-    Returns:
-        (B, 3, H, W), normalised.
-    """
-    pred = model.forward_decoder(model.forward_encoder(imgs))  # (B, n, 3pp)
-    clusters = model.to_clusters(model.patchify(imgs))  # (B, clusters, c * c, 3pp)
-    pred = pred.unflatten(1, (-1, clusters.shape[2]))  # (B, n, 3pp) -> (B, clusters - 1, c * c, 3pp)
-    var, mean = torch.var_mean(clusters[:, 1:], dim=-1, keepdim=True)
-    pred = pred * (var + 1e-6).sqrt() + mean
-    return model.to_images(torch.cat([clusters[:, :1], pred], dim=1))
-
-
 def draw_predictions(path: Path, image_folder: Path, picture: Path) -> None:
     """Original images above what a pretraining checkpoint predicts of them, one image of each class.
 
@@ -78,16 +54,14 @@ def draw_predictions(path: Path, image_folder: Path, picture: Path) -> None:
         image_folder: folder with one folder of images a class.
         picture: PNG file to write.
     """
-    content = checkpoint.read(path)
-    model = build_model(content["args"]).eval()
-    checkpoint.load(model, checkpoint.weights(content))
+    model = load_model(path)
     height, width = model.grid_size[0] * model.patch_size, model.grid_size[1] * model.patch_size
     dataset = ImageFolder(str(image_folder), eval_transform((height, width), "square"))
     firsts = [dataset.targets.index(label) for label in range(len(dataset.classes))]
     imgs = torch.stack([dataset[i][0] for i in firsts])
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     # Digits are grey: the mean over channels shows them without the colours of a misplaced normalised patch.
-    rows = [(batch * std + mean).mean(dim=1) for batch in (imgs, predicted_images(model, imgs))]  # (B, H, W)
+    rows = [(batch * std + mean).mean(dim=1) for batch in (imgs, model.predicted_images(imgs)[0])]  # (B, H, W)
     side = model.cluster_size * model.patch_size
     figure, axes = plt.subplots(2, len(imgs), figsize=(len(imgs), 2.6), layout="constrained")
     for row, (images, name) in enumerate(zip(rows, ("image", "predicted"), strict=True)):

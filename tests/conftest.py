@@ -137,4 +137,8 @@ def loop_args(**changes: object) -> argparse.Namespace:
 
 
 def read_log(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    """The lines of log.txt without the speed, the one value that differs from run to run."""
+    rows = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    for row in rows:
+        del row["images_per_second"]
+    return rows

@@ -1,5 +1,6 @@
 """The command lines: a frozen list of flags, every command of the README, and one line for each mistake."""
 
+import argparse
 import os
 import re
 import shlex
@@ -24,10 +25,10 @@ SHARED = """
     model input_size patch_size embed_dim depth scan_backend
     batch_size accum_iter epochs warmup_epochs lr blr min_lr weight_decay clip_grad
     data_path loader max_bad_samples scale hflip num_workers worker_timeout pin_mem no_pin_mem
-    output_dir log_dir save_freq save_every_steps keep resume start_epoch allow_changed_args
+    output_dir log_dir tracker save_freq save_every_steps keep resume start_epoch allow_changed_args
     device seed deterministic compile no_compile max_nonfinite dist_timeout
 """
-PRETRAIN = SHARED + "cluster_size dec_embed_dim dec_depth norm_pix_loss"
+PRETRAIN = SHARED + "cluster_size dec_embed_dim dec_depth norm_pix_loss vis_freq"
 FINETUNE = (
     SHARED
     + """
@@ -52,14 +53,52 @@ def readme_commands() -> list[str]:
     return [line for line in text.splitlines() if re.search(r"main_(pretrain|finetune)\.py --", line)]
 
 
+def parsed(words: list[str]) -> argparse.Namespace:
+    """The arguments that the script in a command gets."""
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    return SCRIPTS[Path(words[at]).name].get_args_parser().parse_args(words[at + 1 :])
+
+
 @pytest.mark.parametrize("command", readme_commands())
 def test_readme_commands_parse(command):
-    words = shlex.split(command)
-    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    args = SCRIPTS[Path(words[at]).name].get_args_parser().parse_args(words[at + 1 :])
+    args = parsed(shlex.split(command))
     assert args.data_path
     if args.model:
         assert args.model in models_arm.SIZES
+
+
+RECIPES = sorted((REPOSITORY / "recipes").iterdir())
+
+
+def parsed_recipe(path: Path, *more: str) -> argparse.Namespace:
+    """The arguments that a recipe's script gets."""
+    environment = {**os.environ, "LAUNCH": r"printf %s\n"}
+    done = subprocess.run(["bash", path, "/data", *more], env=environment, capture_output=True, text=True, check=True)
+    return parsed(done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_recipes(path):
+    """They parse, say what they reach and how long it takes, and go on with the run that they have begun."""
+    kind, size, *resolution = path.stem.split("_")
+    args = parsed_recipe(path, "--seed", "7")
+    assert (args.model, args.data_path, args.resume, args.seed) == (f"arm_{size}_pz16", "/data", "auto", 7)
+    assert args.input_size == ([int(resolution[0])] if resolution else [192] if kind == "pretrain" else None)
+    header = path.read_text().partition("\nset ")[0]
+    for word in ("Recipe: published" if size in ("base", "large") else "Recipe: not published", "Reaches: ", "Takes: "):
+        assert f"\n# {word}" in header
+    assert f"recipes/{path.name} " in header
+
+
+@pytest.mark.parametrize("command", [command for command in readme_commands() if "--blr" in command])
+def test_published_recipes_are_those_of_the_readme(command):
+    want = parsed(shlex.split(command))
+    kind, size = "finetune" if "main_finetune" in command else "pretrain", want.model.split("_")[1]
+    got = parsed_recipe(REPOSITORY / "recipes" / f"{kind}_{size}.sh")
+    for args in (got, want):
+        for path in ("data_path", "output_dir", "resume", "finetune"):
+            vars(args).pop(path, None)
+    assert got == want
 
 
 def test_readme_example_in_python_runs():

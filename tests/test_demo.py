@@ -1,15 +1,13 @@
 """The parts of the demo; `make demo` runs the whole."""
 
 import numpy as np
-import pytest
-import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import main_pretrain
 from conftest import TINY_PRETRAIN
 from digits import unpack_digits
-from pictures import draw_curves, draw_predictions, predicted_images
+from pictures import draw_curves, draw_predictions
 
 
 def test_unpacked_digits(tmp_path):
@@ -25,28 +23,6 @@ def test_unpacked_digits(tmp_path):
     assert image.shape == (28, 28, 3)
     assert image.max() > 200
     assert image[0].max() == 0
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    args = main_pretrain.get_args_parser().parse_args([*TINY_PRETRAIN, "--norm_pix_loss", "--data_path", "x"])
-    return main_pretrain.build_model(args)
-
-
-def test_a_perfect_prediction_gives_the_image_back(model, monkeypatch):
-    imgs = torch.randn(2, 3, 48, 32)
-    monkeypatch.setattr(model, "forward_decoder", lambda latents: model.target(imgs))
-    assert torch.allclose(predicted_images(model, imgs), imgs, atol=1e-5)
-
-
-def test_only_the_first_cluster_is_given(model):
-    imgs = torch.randn(2, 3, 48, 32)
-    shown = predicted_images(model, imgs)
-    assert torch.equal(shown[:, :, :16, :16], imgs[:, :, :16, :16])
-    different = (shown != imgs).float()
-    assert different[:, :, 16:].mean() > 0.99
-    assert different[:, :, :, 16:].mean() > 0.99
 
 
 def test_pictures_are_drawn(image_folder, tmp_path, run_script):

@@ -118,6 +118,12 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output_dir", default="./output_dir", help="checkpoints and log.txt (default: %(default)s)")
     group.add_argument("--log_dir", help="TensorBoard files (default: the output folder)")
     group.add_argument(
+        "--tracker",
+        choices=("tensorboard", "wandb", "trackio"),
+        default="tensorboard",
+        help="what shows curves and images (default: %(default)s)",
+    )
+    group.add_argument(
         "--save_freq", type=positive, default=20, help="epochs between kept checkpoints (default: %(default)s)"
     )
     group.add_argument(

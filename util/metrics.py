@@ -1,17 +1,22 @@
-"""What a run tells: a live bar on a terminal or plain lines elsewhere, log.txt and TensorBoard."""
+"""What a run tells: a live bar on a terminal or plain lines elsewhere, log.txt and TensorBoard or another tracker."""
 
 import datetime
+import hashlib
+import importlib
 import json
 import sys
 import time
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from util.dist import is_main
+from util.errors import RunError, UserError
 
 LOG_EVERY = 20  # steps between two looks at what the device has computed: plain lines, points in TensorBoard
 
@@ -59,28 +64,67 @@ class ScreenLog:
         sys.stdout.flush()
 
 
+class Tracker:
+    """wandb or trackio with the calls of TensorBoard's `SummaryWriter` that a run uses.
+
+    Args:
+        module: wandb or trackio.
+        output_dir: of the run, which is named by it: one that goes on goes on with its curves.
+
+    Raises:
+        RunError: the tracker could not start.
+    """
+
+    def __init__(self, module: ModuleType, output_dir: Path) -> None:
+        self.module = module
+        try:
+            path = output_dir.resolve()
+            name = f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}"
+            more = {"id": name, "dir": str(output_dir)} if module.__name__ == "wandb" else {}
+            module.init(project="arm", name=name, resume="allow", **more)
+        except Exception as error:  # network, account, disk: whatever it may be, it is not ours
+            raise RunError(f"--tracker {module.__name__}: {error}") from error
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.module.log({name: value}, step=step)
+
+    def add_image(self, name: str, pixels: np.ndarray, step: int, dataformats: str = "HWC") -> None:
+        self.module.log({name: self.module.Image(pixels)}, step=step)
+
+    def flush(self) -> None:
+        """They send in the background, and the rest when the process ends."""
+
+
 class RunLog(ScreenLog):
-    """What rank 0 shows and keeps: log.txt (one JSON object a line, as MAE's tools read it) and TensorBoard files.
+    """What rank 0 shows and keeps: log.txt (one JSON object a line, as MAE's tools read it), curves and images.
 
     Args:
         output_dir: where log.txt grows; it is appended to.
         log_dir: where the TensorBoard files go, once there are values.
+        tracker: what takes curves and images instead of TensorBoard.
     """
 
-    def __init__(self, output_dir: Path, log_dir: Path) -> None:
-        self.path, self.log_dir = output_dir / "log.txt", log_dir
+    def __init__(self, output_dir: Path, log_dir: Path, tracker: ModuleType | None = None) -> None:
+        self.path, self.log_dir, self.tracker = output_dir / "log.txt", log_dir, tracker
 
     @cached_property
-    def writer(self) -> SummaryWriter:
+    def writer(self) -> SummaryWriter | Tracker:
+        if self.tracker is not None:
+            return Tracker(self.tracker, self.path.parent)
         return SummaryWriter(log_dir=str(self.log_dir))
 
     def scalars(self, step: int, **values: float) -> None:
-        """Add one point to each TensorBoard curve."""
+        """Add one point to each curve."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
+    def images(self, epoch: int, **images: np.ndarray) -> None:
+        """Show images, (h, w, 3) uint8 each, as they are after an epoch."""
+        for name, pixels in images.items():
+            self.writer.add_image(name, pixels, 1000 * (epoch + 1), dataformats="HWC")
+
     def epoch(self, **values: float) -> None:
-        """Append one line to log.txt, and a point to the TensorBoard curve of each evaluated value."""
+        """Append one line to log.txt, and a point to the curve of each evaluated value."""
         evaluated = {name: value for name, value in values.items() if "test_" in name}
         self.scalars(1000 * (values["epoch"] + 1), **evaluated)
         self.writer.flush()
@@ -98,11 +142,19 @@ class SilentLog:
         return lambda *args, **kwargs: None
 
 
-def open_log(*folders: Path) -> ScreenLog | SilentLog:
-    """The log of this rank: a `RunLog` for the two folders given, a `ScreenLog` without them, silent beyond rank 0."""
+def open_log(*folders: Path, tracker: str = "tensorboard") -> ScreenLog | SilentLog:
+    """The log of this rank: a `RunLog` for the two folders given, a `ScreenLog` without them, silent beyond rank 0.
+
+    Raises:
+        UserError: the tracker is not installed.
+    """
+    try:
+        module = None if tracker == "tensorboard" else importlib.import_module(tracker)
+    except ImportError as error:
+        raise UserError(f"--tracker {tracker}: it is not installed: pip install {tracker}") from error
     if not is_main():
         return SilentLog()
-    return RunLog(*folders) if folders else ScreenLog()
+    return RunLog(*folders, module) if folders else ScreenLog()
 
 
 def clock(start: float, done: int, total: int) -> str:

@@ -29,7 +29,7 @@ FREE = {
     "output_dir", "log_dir", "data_path", "resume", "finetune", "model_key", "start_epoch", "allow_changed_args",
     "save_freq", "save_every_steps", "keep", "blr", "batch_size", "accum_iter", "world_size", "num_workers",
     "worker_timeout", "pin_mem", "max_bad_samples", "max_nonfinite", "dist_timeout", "device", "compile",
-    "deterministic", "scan_backend", "eval", "dist_eval", "eval_bad",
+    "deterministic", "scan_backend", "eval", "dist_eval", "eval_bad", "tracker", "vis_freq",
 }  # fmt: skip
 
 

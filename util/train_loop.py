@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -59,7 +60,8 @@ def train_epoch(
         after_update: called after every update, a skipped one included.
 
     Returns:
-        `train_loss`, the mean over all batches of all processes where it is finite, and `train_lr` of the last update.
+        `train_loss`, the mean over all batches of all processes where it is finite, `train_lr` of the last update, and
+        `images_per_second` of all processes in what was left of the epoch.
 
     Raises:
         RunError: `max_nonfinite` updates in a row were skipped; the weights are those before the first of them.
@@ -75,7 +77,7 @@ def train_epoch(
     progress = log.progress(f"epoch {epoch}", steps, done)
     window = torch.zeros(2, dtype=torch.float64, device=device)  # sum and number of finite losses since the host looked
     skipped, in_a_row = torch.tensor([0.0, run.skipped_in_a_row], device=device).unbind()
-    unlogged = 0
+    unlogged, start = 0, time.monotonic()
 
     def lr_of(step: int) -> float:
         position = epoch + step / len(loader)
@@ -146,7 +148,11 @@ def train_epoch(
             run.save()
     progress.close()
     total, count = run.loss.tolist()
-    return {"train_loss": total / count if count else math.nan, "train_lr": lr_of(steps - accum_iter)}
+    return {
+        "train_loss": total / count if count else math.nan,
+        "train_lr": lr_of(steps - accum_iter),
+        "images_per_second": round(images * (steps - done) / (time.monotonic() - start), 1),
+    }
 
 
 def spikes(recent: deque[float], loss: float) -> bool:

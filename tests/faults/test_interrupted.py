@@ -1,6 +1,5 @@
 """Runs that are told to stop, or killed, go on as if nothing had happened: bit for bit."""
 
-import json
 import os
 import re
 import signal
@@ -9,6 +8,7 @@ import time
 import pytest
 import torch
 
+from conftest import read_log
 from faults.conftest import FINETUNE, PRETRAIN, assert_same_end, written
 from util import checkpoint
 from util.errors import INTERRUPTED
@@ -18,8 +18,7 @@ COMMANDS = {"pretrain": PRETRAIN, "finetune": FINETUNE}
 
 def log_of(folder):
     """The last line of every epoch."""
-    rows = (json.loads(line) for line in (folder / "log.txt").read_text().splitlines())
-    return {row["epoch"]: row for row in rows}
+    return {row["epoch"]: row for row in read_log(folder)}
 
 
 @pytest.fixture(scope="module", params=["pretrain", "finetune"])

@@ -1,0 +1,19 @@
+#!/bin/bash
+# Finetuning of ARM-huge from pretrain_huge.sh: 224 pixels, 100 epochs, batch 1,024.
+#
+# Recipe: not published; these are the arguments of finetune_large.sh, which nobody has tried here.
+# Reaches: not known. The paper reports 85.0 % top-1 on ImageNet-1k for this size.
+# Takes: not measured.
+#
+#     recipes/finetune_huge.sh /path/to/ImageNet [ARGUMENTS]
+#
+# from the repository, on one machine of 8 GPUs; LAUNCH='sbatch --nodes 2 slurm/train.sbatch' runs it on a cluster
+# instead, where --accum_iter 4 keeps the batch on 16 GPUs.
+
+set -eu
+read -ra launch <<<"${LAUNCH:-torchrun --standalone --nproc_per_node=8}"
+exec "${launch[@]}" Finetuning/main_finetune.py \
+  --model arm_huge_pz16 --finetune ./out_h/checkpoint-1599.pth --batch_size 16 --accum_iter 8 \
+  --epochs 100 --global_pool True --blr 5e-4 --layer_decay 0.75 --ema_decay 0.99992 \
+  --weight_decay 0.05 --drop_path 0.3 --reprob 0.25 --mixup 0.8 --cutmix 1.0 --dist_eval \
+  --resume auto --output_dir ./out_finetune_h/ --data_path "$@"

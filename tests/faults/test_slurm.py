@@ -1,0 +1,111 @@
+"""The job script for real: two agents of torchrun as two nodes of one machine, and stand-ins for Slurm's commands."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import REPOSITORY, read_log
+from faults.conftest import PRETRAIN, written
+
+STUBS = {
+    # starts the task on every node, passes on signals, fails if one of them does
+    "srun": """
+        while [[ $1 == --* ]]; do shift; done
+        for ((i = 0; i < SLURM_NNODES; i++)); do SLURM_PROCID=$i "$@" & tasks+=($!); done
+        # as where cgroup.conf says SignalChildrenProcesses: torchrun gets it too
+        trap 'for task in "${tasks[@]}"; do kill -USR1 "$task"; pkill -USR1 -P "$task"; done' USR1
+        status=0
+        for task in "${tasks[@]}"; do
+          while kill -0 "$task" 2>/dev/null; do wait "$task"; code=$?; done
+          ((code)) && status=$code
+        done
+        exit "$status"
+    """,
+    "scontrol": """
+        if [[ $1 == show ]]; then echo localhost; echo second; else echo "$@" >>"$STUBS/requeued"; fi
+    """,
+}
+
+
+@pytest.fixture
+def job(tmp_path, images):
+    """Start the job script; what is still running at the end of the test is killed."""
+    stubs = tmp_path / "stubs"
+    stubs.mkdir()
+    for name, text in STUBS.items():
+        (stubs / name).write_text(f"#!/bin/bash\n{text}")
+        (stubs / name).chmod(0o755)
+    environment = {
+        **os.environ, "PATH": f"{stubs}:{Path(sys.executable).parent}:{os.environ['PATH']}", "STUBS": str(stubs),
+        "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "n[1-2]", "NPROC": "1",
+        "SLURM_SUBMIT_DIR": str(REPOSITORY), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    started = []
+
+    def start(*argv: object, nodes: int = 2) -> tuple[subprocess.Popen, Path]:
+        output = tmp_path / f"job-{len(started)}.txt"
+        words = ["bash", REPOSITORY / "slurm" / "train.sbatch", *argv, "--data_path", images]
+        with output.open("w") as file:
+            how = {
+                "stdout": file,
+                "stderr": file,
+                "env": environment | {"SLURM_NNODES": str(nodes)},
+                "start_new_session": True,
+            }
+            started.append(subprocess.Popen([str(word) for word in words], **how))
+        return started[-1], output
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_a_job_on_two_nodes_that_runs_out_of_time(job, tmp_path):
+    """It writes a checkpoint and queues up again; then it goes on."""
+    out, requeued = tmp_path / "out", tmp_path / "stubs" / "requeued"
+    argv = [*PRETRAIN, "--batch_size", 4, "--resume", "auto", "--output_dir", out, "--epochs", 2]
+    process, output = job(*argv, "--save_every_steps", 1)
+    end = time.monotonic() + 120
+    while not written(out / "checkpoint-last.pth"):
+        assert process.poll() is None, output.read_text()
+        assert time.monotonic() < end, output.read_text()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(120) == 1
+    assert "stopped in epoch" in output.read_text()
+    assert requeued.read_text() == f"requeue {os.getpid()}\n"
+    process, output = job(*argv)
+    assert process.wait(120) == 0, output.read_text()
+    assert "2 x cpu" in output.read_text()
+    assert f"going on from {out}/checkpoint-last.pth" in output.read_text()
+    assert [row["epoch"] for row in read_log(out)] == [0, 1]
+    assert requeued.read_text().count("requeue") == 1
+
+
+def test_a_mistake_on_one_node_does_not_queue_up_again(job, tmp_path):
+    process, output = job("main_pretrain.py", "--output_dir", tmp_path / "out", "--batch_size", 0, nodes=1)
+    assert process.wait(60) == 1
+    assert "main_pretrain.py: error: argument --batch_size: 0 is not at least 1" in output.read_text()
+    assert not (tmp_path / "stubs" / "requeued").exists()
+
+
+SCRIPTS = sorted(path for folder in ("slurm", "recipes") for path in (REPOSITORY / folder).iterdir())
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shell_scripts(script):
+    """They parse, and where shellcheck is installed it finds nothing in them."""
+    subprocess.run(["bash", "-n", script], check=True)
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run([shellcheck, "--severity", "style", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,99 @@
+"""Compare runs by what they have logged.
+
+    python -m util.plot_log ./out_finetune_b ./out_finetune_l --output runs.png
+
+draws loss, learning rate, accuracy, accuracy of the EMA and images a second, whichever the runs have, over epochs.
+"""
+
+import argparse
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from util import cli
+from util.errors import UserError, as_user_error
+
+QUANTITIES = {
+    "train_loss": "training loss",
+    "train_lr": "learning rate",
+    "test_loss": "loss on val",
+    "test_acc1": "top-1 on val (%)",
+    "ema_test_acc1": "top-1 of the EMA on val (%)",
+    "images_per_second": "images a second",
+}
+
+
+def read(path: Path) -> list[dict]:
+    """The lines of a log.txt by epoch; where an epoch ended twice, its last line counts, and half a line does not.
+
+    Args:
+        path: of the file, or of the run's folder.
+
+    Raises:
+        UserError: no such file, or nothing is logged in it.
+    """
+    path = path / "log.txt" if path.is_dir() else path
+    with as_user_error(OSError):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows = {}
+    for line in lines:
+        try:
+            row = json.loads(line)
+            rows[row["epoch"]] = row
+        except (ValueError, TypeError, KeyError):  # what a crash has left
+            continue
+    if not rows:
+        raise UserError(f"{path}: no epoch is logged in it")
+    return [rows[epoch] for epoch in sorted(rows)]
+
+
+def draw(logs: dict[str, list[dict]]) -> Figure:
+    """One panel for each quantity that any of the runs has.
+
+    Args:
+        logs: lines by the run's name, as `read` returns them.
+    """
+    present = [key for key in QUANTITIES if any(key in row for rows in logs.values() for row in rows)]
+    columns = 2 if len(present) == 4 else min(3, len(present))
+    rows_of_panels = -(-len(present) // columns)
+    figure = Figure(figsize=(4 * columns, 3 * rows_of_panels + 0.4), layout="constrained")
+    panels = figure.subplots(rows_of_panels, columns, squeeze=False).flat
+    for axis, key in zip(panels, present, strict=False):
+        for name, rows in logs.items():
+            points = [(row["epoch"] + 1, row.get(key, math.nan)) for row in rows]
+            axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else None, markersize=3, label=name)
+        axis.set_title(QUANTITIES[key], fontsize=10)
+        axis.set_xlabel("epoch")
+        axis.grid(alpha=0.3)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in list(figure.axes)[len(present) :]:
+        axis.remove()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return figure
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.Parser("plot_log", description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder, or its log.txt")
+    parser.add_argument("--output", type=Path, default=Path("runs.png"), metavar="FILE", help="(default: %(default)s)")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write one PNG; runs are called by their folders, or where these have equal names by their paths."""
+    folders = [run if run.is_dir() else run.parent for run in args.runs]
+    counts = Counter(folder.resolve().name for folder in folders)
+    names = [folder.resolve().name if counts[folder.resolve().name] == 1 else str(folder) for folder in folders]
+    figure = draw(dict(zip(names, map(read, args.runs), strict=True)))
+    with as_user_error(OSError, ValueError, prefix="--output: "):  # ValueError: a format that matplotlib does not have
+        figure.savefig(args.output, dpi=120)
+    print(args.output)
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser())

@@ -1,0 +1,83 @@
+"""Draw what a pretrained model predicts of images.
+
+    python visualize.py ./out_b/checkpoint-1599.pth photo.jpg other.png --output sheets
+
+writes sheets/photo-sheet.png and sheets/other-sheet.png: the input, its clusters in the order of prediction, each of
+them predicted from the true clusters before it, and the loss of each patch. Images of any size and mode are resized and
+cropped to the model's input.
+"""
+
+import argparse
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+import models_arm
+from util import checkpoint, cli, sheet
+from util.decode import BrokenImage
+from util.dist import init_device
+from util.errors import UserError, as_user_error
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.Parser("visualize.py", description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", help="of pretraining, ours or a released one")
+    parser.add_argument("images", nargs="+", type=Path, help="image files")
+    parser.add_argument("--output", type=Path, default=Path("."), metavar="DIR", help="folder (default: the current)")
+    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is a GPU)")
+    return parser
+
+
+def load_model(path: str | Path) -> models_arm.ARMPretrain:
+    """The model of a pretraining checkpoint with its weights; sizes are read off the file.
+
+    Only the cluster size and what a target is come from the saved arguments; where there are none, they are those of
+    the published models.
+
+    Raises:
+        UserError: no checkpoint, or one of a classifier, or it does not fit together.
+    """
+    content = checkpoint.read(path)
+    state, args = checkpoint.weights(content), content.get("args")
+    if not checkpoint.is_pretrained(state) or "ar_token" not in state:
+        raise UserError(f"{path} is of a classifier: only a pretraining checkpoint predicts images")
+    with as_user_error(ValueError, prefix=f"{path}: "):
+        model = models_arm.ARMPretrain(
+            img_size=checkpoint.image_size(state, checkpoint.saved_size(content)),
+            **checkpoint.classifier_sizes(state),
+            cluster_size=getattr(args, "cluster_size", 4),
+            dec_embed_dim=state["ar_token"].shape[-1],
+            dec_depth=sum(name.startswith("norm_") and name.endswith(".weight") for name in state),
+            norm_pix_loss=getattr(args, "norm_pix_loss", True),
+        )
+    checkpoint.load(model, state)
+    return model.eval()
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write one sheet an image; images of the same name get numbers.
+
+    Raises:
+        UserError: a checkpoint or image that cannot be read, or a folder that cannot be written.
+    """
+    device = init_device(args.device)
+    model = load_model(args.checkpoint).to(device)
+    transform = sheet.input_transform(tuple(side * model.patch_size for side in model.grid_size))
+    seen = Counter()
+    for path in args.images:
+        with as_user_error(OSError, BrokenImage, prefix=f"{path}: "):
+            img = transform(path.read_bytes())
+        seen[path.stem] += 1
+        number = f"-{seen[path.stem]}" if seen[path.stem] > 1 else ""
+        target = args.output / f"{path.stem}-sheet{number}.png"
+        with as_user_error(OSError, prefix=f"--output {args.output}: "):
+            args.output.mkdir(parents=True, exist_ok=True)
+            (figure,) = sheet.draw_sheets(model, torch.stack([img]).to(device))
+            figure.savefig(target)
+        print(target)
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser())
