@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import operators
+from . import exported, operators
 from .operators import backend_module
 
 BACKENDS = ("auto", "torch", "cpu", "triton", "mamba_ssm")
@@ -159,6 +159,8 @@ def selective_scan(
     _check(u.device, dt=(dt, inputs), A=(A, (K, width, N)), B=(B, rows), C=(C, rows))
     _check(u.device, D=(D, (K, width)), dt_bias=(dt_bias, (K, width)), order=(order, (K, L)))
     tensors = (u, dt, A, B, C, D, dt_bias)
+    if torch.compiler.is_exporting():
+        return exported.selective_scan(*tensors, order)
     name = choose_backend(backend, u.device, u.dtype, width)
     if name == "mamba_ssm":
         return backend_module(name).selective_scan(*tensors, order)
@@ -190,6 +192,8 @@ def causal_conv1d(
     _, L, width = x.shape
     K, _, W = weight.shape
     _check(x.device, weight=(weight, (K, width, W)), bias=(bias, (K, width)), order=(order, (K, L)))
+    if torch.compiler.is_exporting():
+        return exported.causal_conv1d(x, weight, bias, order)
     name = choose_backend(backend, x.device, x.dtype, width)
     if name == "mamba_ssm":
         return backend_module(name).causal_conv1d(x, weight, bias, order)
