@@ -216,10 +216,24 @@ class ARMPretrain(nn.Module):
         pattern = "b (R S) (i j) (p q channel) -> b channel (R i p) (S j q)"
         return rearrange(tokens, pattern, S=columns // c, i=c, j=c, p=p, q=p)
 
+    def embed(self, imgs: Tensor) -> Tensor:
+        """Embedded patches in cluster order: (B, 3, H, W) -> (B, clusters, patches of a cluster, C)."""
+        x = self.patch_embed(imgs).flatten(1, 2) + self.pos_embed  # (B, rows, columns, C) -> (B, M, C)
+        return self.to_clusters(x)
+
+    def forward_features(self, imgs: Tensor) -> Tensor:
+        """Encode every cluster: (B, 3, H, W) -> (B, M, C) after the last block, patches in cluster order.
+
+        A token depends on those before it only, so all but the last cluster's are those that pretraining computes.
+        """
+        h = self.embed(imgs).flatten(1, 2)  # (B, clusters, c * c, C) -> (B, M, C)
+        for layer in self.layers:
+            h = layer(h)
+        return h
+
     def forward_encoder(self, imgs: Tensor) -> Tensor:
         """Encode every cluster but the last: (B, 3, H, W) -> latents (B, n, Cd, dec_depth), one for each block."""
-        x = self.patch_embed(imgs).flatten(1, 2) + self.pos_embed  # (B, rows, columns, C) -> (B, M, C)
-        h = self.to_clusters(x)[:, :-1].flatten(1, 2)  # (B, clusters - 1, c * c, C) -> (B, n, C)
+        h = self.embed(imgs)[:, :-1].flatten(1, 2)  # (B, clusters - 1, c * c, C) -> (B, n, C)
         h = h.contiguous()  # as every later block finds it: one compiled graph serves all
         taps = []
         for i, layer in enumerate(self.layers, start=1):
@@ -348,7 +362,7 @@ class ARMClassifier(TimmModel):
         num_patches = self.grid_size[0] * self.grid_size[1]
         if num_patches < 2:
             raise ValueError(f"image size {img_size} holds a single patch: both halves around the class token need one")
-        rates = torch.cat([torch.zeros(1), torch.linspace(0, drop_path_rate, depth)])[:depth]
+        rates = torch.cat([torch.zeros(1), torch.linspace(0, drop_path_rate, depth)])[:depth].clone()
 
         # Registration order is that of the published code: optimizer states are stored by it.
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -394,7 +408,7 @@ class ARMClassifier(TimmModel):
         """
         pos_embed, order = self.for_grid(_grid(imgs.shape[-2:], self.patch_size, "patches"))
         x = self.patch_embed(imgs).flatten(1, 2)  # (B, rows, columns, C) -> (B, M, C)
-        h = insert_middle(x, self.cls_token.expand(len(x), -1, -1)) + pos_embed  # (B, M + 1, C)
+        h = insert_middle(x, self.cls_token.expand(x.shape[0], -1, -1)) + pos_embed  # (B, M + 1, C)
         layers = self.layers[:depth]
         keep = [None] * len(layers)
         if self.training and self.drop_path_rate:

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import exported, operators
+from . import operators
 from .operators import backend_module
 
 BACKENDS = ("auto", "torch", "cpu", "triton", "mamba_ssm")
@@ -146,7 +146,7 @@ def selective_scan(
         backend: one of `BACKENDS`, see `choose_backend`.
 
     Returns:
-        y (K, B, L, D) in token order, dtype of `u`.
+        y (K, B, L, D) in token order, dtype of `u`. Inside `torch.export` its graph has operators of torch only.
 
     Raises:
         ValueError: a shape or a device does not fit, or see `choose_backend`.
@@ -160,7 +160,7 @@ def selective_scan(
     _check(u.device, D=(D, (K, width)), dt_bias=(dt_bias, (K, width)), order=(order, (K, L)))
     tensors = (u, dt, A, B, C, D, dt_bias)
     if torch.compiler.is_exporting():
-        return exported.selective_scan(*tensors, order)
+        return backend_module("export").selective_scan(*tensors, order)
     name = choose_backend(backend, u.device, u.dtype, width)
     if name == "mamba_ssm":
         return backend_module(name).selective_scan(*tensors, order)
@@ -193,7 +193,7 @@ def causal_conv1d(
     K, _, W = weight.shape
     _check(x.device, weight=(weight, (K, width, W)), bias=(bias, (K, width)), order=(order, (K, L)))
     if torch.compiler.is_exporting():
-        return exported.causal_conv1d(x, weight, bias, order)
+        return backend_module("export").causal_conv1d(x, weight, bias, order)
     name = choose_backend(backend, x.device, x.dtype, width)
     if name == "mamba_ssm":
         return backend_module(name).causal_conv1d(x, weight, bias, order)

@@ -175,6 +175,18 @@ def image_size(state_dict: StateDict, saved: tuple[int, int] | None = None) -> t
     return root * side, root * side
 
 
+def cluster_size(content: dict, state_dict: StateDict) -> int:
+    """Side of a pretraining cluster in patches: from the attention mask, else the saved arguments, else 4."""
+    if "mask" in state_dict:
+        return math.isqrt(state_dict["pos_embed"].shape[1] - len(state_dict["mask"]))  # every cluster but one
+    return getattr(content.get("args"), "cluster_size", 4)
+
+
+def without_decoder(state_dict: StateDict) -> StateDict:
+    """What a state dict has besides the decoder of pretraining."""
+    return {name: value for name, value in state_dict.items() if not _DECODER.match(name)}
+
+
 def pretrain_to_classifier(state_dict: StateDict, model: nn.Module, saved: tuple[int, int] | None = None) -> StateDict:
     """The state dict to load into a classifier, from pretraining or from a classifier of another resolution.
 
@@ -192,7 +204,7 @@ def pretrain_to_classifier(state_dict: StateDict, model: nn.Module, saved: tuple
     Raises:
         UserError: the number of patches is no square and nothing tells their shape.
     """
-    state_dict = {name: value for name, value in state_dict.items() if not _DECODER.match(name)}
+    state_dict = without_decoder(state_dict)
     pos_embed = state_dict["pos_embed"]
     if is_pretrained(state_dict):
         for name in list(state_dict):
