@@ -10,7 +10,7 @@ from torch import Tensor
 from . import operators
 from .operators import backend_module
 
-BACKENDS = ("auto", "torch", "cpu", "triton", "mamba_ssm")
+BACKENDS = ("auto", "torch", "cpu", "triton", "mamba_ssm", "export")
 FASTEST_FIRST = {"cpu": ("cpu", "torch"), "cuda": ("triton", "mamba_ssm", "torch")}  # of "auto", by kind of device
 
 
@@ -146,7 +146,7 @@ def selective_scan(
         backend: one of `BACKENDS`, see `choose_backend`.
 
     Returns:
-        y (K, B, L, D) in token order, dtype of `u`. Inside `torch.export` its graph has operators of torch only.
+        y (K, B, L, D) in token order, dtype of `u`.
 
     Raises:
         ValueError: a shape or a device does not fit, or see `choose_backend`.
@@ -159,10 +159,8 @@ def selective_scan(
     _check(u.device, dt=(dt, inputs), A=(A, (K, width, N)), B=(B, rows), C=(C, rows))
     _check(u.device, D=(D, (K, width)), dt_bias=(dt_bias, (K, width)), order=(order, (K, L)))
     tensors = (u, dt, A, B, C, D, dt_bias)
-    if torch.compiler.is_exporting():
-        return backend_module("export").selective_scan(*tensors, order)
     name = choose_backend(backend, u.device, u.dtype, width)
-    if name == "mamba_ssm":
+    if name in ("mamba_ssm", "export"):
         return backend_module(name).selective_scan(*tensors, order)
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return operators.selective_scan(*tensors, order, name, trains)[0]
@@ -192,9 +190,7 @@ def causal_conv1d(
     _, L, width = x.shape
     K, _, W = weight.shape
     _check(x.device, weight=(weight, (K, width, W)), bias=(bias, (K, width)), order=(order, (K, L)))
-    if torch.compiler.is_exporting():
-        return backend_module("export").causal_conv1d(x, weight, bias, order)
     name = choose_backend(backend, x.device, x.dtype, width)
-    if name == "mamba_ssm":
+    if name in ("mamba_ssm", "export"):
         return backend_module(name).causal_conv1d(x, weight, bias, order)
     return operators.causal_conv1d(x, weight, bias, order, name)

@@ -1,4 +1,4 @@
-"""Both ops as `torch.export` records them, whatever the backend: operators of torch alone, for any program to run.
+"""Both ops for `torch.export`: operators of torch alone, which programs without this repository can run.
 
 torch's scan (in ONNX: Scan) holds the graph of one step, where a loop would be recorded token by token. Arguments and
 results are those of `ops.selective_scan` and `ops.causal_conv1d`.
