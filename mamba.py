@@ -38,11 +38,11 @@ def scan_orders(grid: tuple[int, int]) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches, linearly embedded: (B, 3, H, W) -> (B, H / p, W / p, C)."""
+    """Non-overlapping patches, linearly embedded: (B, in_chans, H, W) -> (B, H / p, W / p, C)."""
 
-    def __init__(self, patch_size: int, embed_dim: int) -> None:
+    def __init__(self, patch_size: int, embed_dim: int, in_chans: int = 3) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
         lecun_normal_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
 

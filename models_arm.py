@@ -7,6 +7,8 @@ classifier = create_classifier("arm_base_pz16", num_classes=1000)
 logits = classifier(imgs)
 """
 
+from collections.abc import Collection
+from functools import partial
 from types import MethodType
 
 import torch
@@ -14,10 +16,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import Mlp, trunc_normal_
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mamba import FOUR_DIRECTIONS, ONE_DIRECTION, Block, PatchEmbed, drop_path_factors, scan_orders
 from ops import unavailable
-from util.pos_embed import sincos_pos_embed
+from timm_models import TimmModel, init_head, new_head, pooling, register
+from util.pos_embed import insert_middle, resize_around_token, sincos_pos_embed
 
 SIZES = {
     # published (paper, section 4.1)
@@ -212,10 +216,24 @@ class ARMPretrain(nn.Module):
         pattern = "b (R S) (i j) (p q channel) -> b channel (R i p) (S j q)"
         return rearrange(tokens, pattern, S=columns // c, i=c, j=c, p=p, q=p)
 
+    def embed(self, imgs: Tensor) -> Tensor:
+        """Embedded patches in cluster order: (B, 3, H, W) -> (B, clusters, patches of a cluster, C)."""
+        x = self.patch_embed(imgs).flatten(1, 2) + self.pos_embed  # (B, rows, columns, C) -> (B, M, C)
+        return self.to_clusters(x)
+
+    def forward_features(self, imgs: Tensor) -> Tensor:
+        """Encode every cluster: (B, 3, H, W) -> (B, M, C) after the last block, patches in cluster order.
+
+        A token depends on those before it only, so all but the last cluster's are those that pretraining computes.
+        """
+        h = self.embed(imgs).flatten(1, 2)  # (B, clusters, c * c, C) -> (B, M, C)
+        for layer in self.layers:
+            h = layer(h)
+        return h
+
     def forward_encoder(self, imgs: Tensor) -> Tensor:
         """Encode every cluster but the last: (B, 3, H, W) -> latents (B, n, Cd, dec_depth), one for each block."""
-        x = self.patch_embed(imgs).flatten(1, 2) + self.pos_embed  # (B, rows, columns, C) -> (B, M, C)
-        h = self.to_clusters(x)[:, :-1].flatten(1, 2)  # (B, clusters - 1, c * c, C) -> (B, n, C)
+        h = self.embed(imgs)[:, :-1].flatten(1, 2)  # (B, clusters - 1, c * c, C) -> (B, n, C)
         h = h.contiguous()  # as every later block finds it: one compiled graph serves all
         taps = []
         for i, layer in enumerate(self.layers, start=1):
@@ -325,21 +343,26 @@ def _supply_mask(model: ARMPretrain, state_dict: dict[str, Tensor], prefix: str,
     state_dict.setdefault(f"{prefix}mask", model.mask)
 
 
-class ARMClassifier(nn.Module):
+class ARMClassifier(TimmModel):
     """Four-direction Mamba encoder with a class token in the middle of the sequence, and a linear head.
 
     Args:
         img_size: pixels, one side or (height, width).
         patch_size: pixels a side.
-        num_classes: outputs of the head.
+        num_classes: outputs of the head; 0 leaves it out.
         drop_path_rate: stochastic depth; block i drops with element i of [0] + linspace(0, rate, depth).
-        global_pool: pool the mean over both halves of the patches around the class token; else the class token.
+        global_pool: True or "avg" pools the mean over both halves of the patches around the class token; False or
+            "token" takes the class token; "" leaves the tokens.
         embed_dim: channels C.
         depth: blocks.
         scan_backend: see `ops.choose_backend`.
+        drop_rate: dropout before the head.
+        dynamic_img_size: take images of any size that divides into patches, with the position embedding
+            interpolated; else only `img_size`.
+        in_chans: channels of the images.
 
     Raises:
-        ValueError: sizes that do not fit together; the message names values that do.
+        ValueError: sizes that do not fit together, or unknown pooling; the message names values that do.
     """
 
     def __init__(
@@ -348,49 +371,97 @@ class ARMClassifier(nn.Module):
         patch_size: int = 16,
         num_classes: int = 1000,
         drop_path_rate: float = 0.0,
-        global_pool: bool = True,
+        global_pool: bool | str = True,
         embed_dim: int = 768,
         depth: int = 12,
         scan_backend: str = "auto",
+        drop_rate: float = 0.0,
+        dynamic_img_size: bool = False,
+        in_chans: int = 3,
     ) -> None:
         super().__init__()
         self.grid_size = _grid(img_size, patch_size, "patches")
-        self.patch_size, self.global_pool, self.drop_path_rate = patch_size, global_pool, drop_path_rate
-        self.embed_dim = embed_dim
+        self.patch_size, self.global_pool, self.drop_path_rate = patch_size, pooling(global_pool), drop_path_rate
+        self.embed_dim = self.num_features = self.head_hidden_size = embed_dim  # timm's names
+        self.num_classes, self.drop_rate, self.in_chans = num_classes, drop_rate, in_chans
+        self.dynamic_img_size, self.grad_checkpointing = dynamic_img_size, False
         num_patches = self.grid_size[0] * self.grid_size[1]
         if num_patches < 2:
             raise ValueError(f"image size {img_size} holds a single patch: both halves around the class token need one")
-        self.middle = num_patches // 2  # where the class token stands
-        rates = torch.cat([torch.zeros(1), torch.linspace(0, drop_path_rate, depth)])[:depth]
+        rates = torch.cat([torch.zeros(1), torch.linspace(0, drop_path_rate, depth)])[:depth].clone()
 
         # Registration order is that of the published code: optimizer states are stored by it.
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, num_patches + 1, embed_dim))
-        self.patch_embed = PatchEmbed(patch_size, embed_dim)
-        self.head = nn.Linear(embed_dim, num_classes)
+        self.patch_embed = PatchEmbed(patch_size, embed_dim, in_chans)
+        self.head = new_head(embed_dim, num_classes)
         self.layers = nn.ModuleList(Block(embed_dim, depth, FOUR_DIRECTIONS, scan_backend) for _ in range(depth))
         self.norm_f = nn.LayerNorm(embed_dim)
         self.register_buffer("order", scan_orders(self.grid_size), persistent=False)
         self.register_buffer("drop_path_rates", rates, persistent=False)
 
-        for parameter in (self.cls_token, self.pos_embed, self.head.weight):
+        for parameter in (self.cls_token, self.pos_embed):
             trunc_normal_(parameter, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        init_head(self.head)
+
+    def for_grid(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Position embedding (1, M + 1, C) and scan order (4, M + 1) of a grid of M patches.
+
+        Raises:
+            ValueError: not the model's grid, and it is not dynamic.
+        """
+        if grid == self.grid_size:
+            return self.pos_embed, self.order
+        if not self.dynamic_img_size:
+            size, want = (tuple(self.patch_size * side for side in g) for g in (grid, self.grid_size))
+            raise ValueError(f"images of {size} pixels, the model takes {want}: build it with dynamic_img_size=True")
+        order = scan_orders(grid).to(self.order.device)
+        return resize_around_token(self.pos_embed, self.grid_size, grid), order
+
+    def encode(self, imgs: Tensor, taps: Collection[int] = (), depth: int | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Run the blocks.
+
+        Args:
+            imgs: (B, in_chans, H, W).
+            taps: indices of blocks whose output is returned too.
+            depth: how many blocks run; None is all.
+
+        Returns:
+            Tokens (B, M + 1, C) after the last block, and a list of those after each of `taps`.
+
+        Raises:
+            ValueError: an image size that does not fit; see `for_grid`.
+        """
+        pos_embed, order = self.for_grid(_grid(imgs.shape[-2:], self.patch_size, "patches"))
+        x = self.patch_embed(imgs).flatten(1, 2)  # (B, rows, columns, C) -> (B, M, C)
+        h = insert_middle(x, self.cls_token.expand(x.shape[0], -1, -1)) + pos_embed  # (B, M + 1, C)
+        layers = self.layers[:depth]
+        keep = [None] * len(layers)
+        if self.training and self.drop_path_rate:
+            keep = drop_path_factors(self.drop_path_rates, len(h))[:depth]
+        tapped = []
+        for i, (layer, factors) in enumerate(zip(layers, keep, strict=True)):
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                h = checkpoint(layer, h, order, factors, use_reentrant=False)
+            else:
+                h = layer(h, order, factors)
+            if i in taps:
+                tapped.append(h)
+        return h, tapped
 
     def forward_features(self, imgs: Tensor) -> Tensor:
-        """Pooled features: (B, 3, H, W) -> (B, C)."""
-        x = self.patch_embed(imgs).flatten(1, 2)  # (B, rows, columns, C) -> (B, M, C)
-        cls_token = self.cls_token.expand(x.shape[0], -1, -1)
-        h = torch.cat([x[:, : self.middle], cls_token, x[:, self.middle :]], dim=1) + self.pos_embed  # (B, M + 1, C)
-        keep = [None] * len(self.layers)
-        if self.training and self.drop_path_rate:
-            keep = drop_path_factors(self.drop_path_rates, len(h))
-        for layer, factors in zip(self.layers, keep, strict=True):
-            h = layer(h, self.order, factors)
-        h = self.norm_f(h)
-        if not self.global_pool:
-            return h[:, self.middle]
-        return (h[:, : self.middle].mean(dim=1) + h[:, self.middle + 1 :].mean(dim=1)) / 2
+        """Normalised tokens, the class token in the middle: (B, in_chans, H, W) -> (B, M + 1, C)."""
+        return self.norm_f(self.encode(imgs)[0])
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool tokens and classify: (B, M + 1, C) -> (B, num_classes), or (B, C) with `pre_logits`."""
+        middle, pool = (x.shape[1] - 1) // 2, pooling(self.global_pool)
+        if pool == "avg":
+            x = (x[:, :middle].mean(dim=1) + x[:, middle + 1 :].mean(dim=1)) / 2
+        elif pool == "token":
+            x = x[:, middle]
+        x = F.dropout(x, self.drop_rate, self.training)
+        return x if pre_logits else self.head(x)
 
     def compile(self, **options: object) -> None:
         """Compile in place, block by block, as `ARMPretrain.compile`."""
@@ -398,5 +469,9 @@ class ARMClassifier(nn.Module):
             layer.compile(**options)
 
     def forward(self, imgs: Tensor) -> Tensor:
-        """Logits: (B, 3, H, W) -> (B, num_classes)."""
-        return self.head(self.forward_features(imgs))
+        """Logits: (B, in_chans, H, W) -> (B, num_classes)."""
+        return self.forward_head(self.forward_features(imgs))
+
+
+for _name in SIZES:
+    register(_name, partial(create_classifier, _name))

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import operators
 from .operators import backend_module
 
-BACKENDS = ("auto", "torch", "cpu", "triton", "mamba_ssm")
+BACKENDS = ("auto", "torch", "cpu", "triton", "mamba_ssm", "export")
 FASTEST_FIRST = {"cpu": ("cpu", "torch"), "cuda": ("triton", "mamba_ssm", "torch")}  # of "auto", by kind of device
 
 
@@ -160,7 +160,7 @@ def selective_scan(
     _check(u.device, D=(D, (K, width)), dt_bias=(dt_bias, (K, width)), order=(order, (K, L)))
     tensors = (u, dt, A, B, C, D, dt_bias)
     name = choose_backend(backend, u.device, u.dtype, width)
-    if name == "mamba_ssm":
+    if name in ("mamba_ssm", "export"):
         return backend_module(name).selective_scan(*tensors, order)
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return operators.selective_scan(*tensors, order, name, trains)[0]
@@ -191,6 +191,6 @@ def causal_conv1d(
     K, _, W = weight.shape
     _check(x.device, weight=(weight, (K, width, W)), bias=(bias, (K, width)), order=(order, (K, L)))
     name = choose_backend(backend, x.device, x.dtype, width)
-    if name == "mamba_ssm":
+    if name in ("mamba_ssm", "export"):
         return backend_module(name).causal_conv1d(x, weight, bias, order)
     return operators.causal_conv1d(x, weight, bias, order, name)

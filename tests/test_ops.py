@@ -327,7 +327,7 @@ def test_order_out_of_range(backend, token):
 
 
 def test_unknown_backend():
-    message = "unknown backend 'fast'; choose from auto, torch, cpu, triton, mamba_ssm"
+    message = "unknown backend 'fast'; choose from auto, torch, cpu, triton, mamba_ssm, export"
     with pytest.raises(ValueError, match=message):
         ops.check_backend("fast")
     with pytest.raises(ValueError, match=message):

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from util.errors import UserError, as_user_error
 from util.hub import local_file, sha256_of
-from util.pos_embed import resize_pos_embed
+from util.pos_embed import insert_middle, resize_around_token
 
 StateDict = dict[str, Tensor]
 
@@ -169,6 +169,18 @@ def image_size(state_dict: StateDict, saved: tuple[int, int] | None = None) -> t
     return root * side, root * side
 
 
+def cluster_size(content: dict, state_dict: StateDict) -> int:
+    """Side of a pretraining cluster in patches: from the attention mask, else the saved arguments, else 4."""
+    if "mask" in state_dict:
+        return math.isqrt(state_dict["pos_embed"].shape[1] - len(state_dict["mask"]))  # every cluster but one
+    return getattr(content.get("args"), "cluster_size", 4)
+
+
+def without_decoder(state_dict: StateDict) -> StateDict:
+    """What a state dict has besides the decoder of pretraining."""
+    return {name: value for name, value in state_dict.items() if not _DECODER.match(name)}
+
+
 def pretrain_to_classifier(state_dict: StateDict, model: nn.Module, saved: tuple[int, int] | None = None) -> StateDict:
     """The state dict to load into a classifier, from pretraining or from a classifier of another resolution.
 
@@ -186,7 +198,7 @@ def pretrain_to_classifier(state_dict: StateDict, model: nn.Module, saved: tuple
     Raises:
         UserError: the number of patches is no square and nothing tells their shape.
     """
-    state_dict = {name: value for name, value in state_dict.items() if not _DECODER.match(name)}
+    state_dict = without_decoder(state_dict)
     pos_embed = state_dict["pos_embed"]
     if is_pretrained(state_dict):
         for name in list(state_dict):
@@ -194,17 +206,12 @@ def pretrain_to_classifier(state_dict: StateDict, model: nn.Module, saved: tuple
                 layer, parameter, log, kind = match[1], match[2], match[3] or "", match[4] or ""
                 for s in model.layers[0].mixer.directions:
                     state_dict[f"{layer}{parameter}{s}{log}{kind}"] = state_dict[name].clone()
-        patches, token = pos_embed, torch.zeros_like(pos_embed[:, :1])
-    else:
-        middle = (pos_embed.shape[1] - 1) // 2
-        patches = torch.cat([pos_embed[:, :middle], pos_embed[:, middle + 1 :]], dim=1)  # (1, M, C)
-        token = pos_embed[:, middle : middle + 1]
-    if saved is None and patches.shape[1] == model.grid_size[0] * model.grid_size[1]:
+        pos_embed = insert_middle(pos_embed, torch.zeros_like(pos_embed[:, :1]))
+    if saved is None and pos_embed.shape[1] == model.pos_embed.shape[1]:
         saved = model.grid_size[0] * model.patch_size, model.grid_size[1] * model.patch_size
     height, width = image_size(state_dict, saved)
     side = state_dict["patch_embed.proj.weight"].shape[-1]
-    patches = resize_pos_embed(patches, (height // side, width // side), model.grid_size)
-    state_dict["pos_embed"] = torch.cat([patches[:, : model.middle], token, patches[:, model.middle :]], dim=1)
+    state_dict["pos_embed"] = resize_around_token(pos_embed, (height // side, width // side), model.grid_size)
     return state_dict
 
 

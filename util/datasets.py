@@ -63,6 +63,11 @@ def finetune_transform(size: tuple[int, int], args: argparse.Namespace) -> Calla
     )
 
 
+def crop_ratio(size: tuple[int, int]) -> float:
+    """Which part of the sides of a resized image is evaluated, by height and width of the input."""
+    return 224 / 256 if max(size) <= 224 else 1.0
+
+
 def eval_transform(size: tuple[int, int], resize: str) -> Callable:
     """Resize and centre crop, bicubic: image -> (3, H, W) float32.
 
@@ -72,8 +77,7 @@ def eval_transform(size: tuple[int, int], resize: str) -> Callable:
         resize: "square" resizes to (H, W) / 0.875 whatever the aspect ratio, as the released finetuning code does;
             "shorter" keeps the aspect ratio and resizes the shorter side, as MAE does.
     """
-    crop_ratio = 224 / 256 if max(size) <= 224 else 1.0
-    resized = [int(side / crop_ratio) for side in size]
+    resized = [int(side / crop_ratio(size)) for side in size]
     if resize == "shorter":
         # the shorter side of an image is laid onto the longer side of the input, so that the crop always fits
         resized = max(resized)

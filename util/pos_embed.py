@@ -47,3 +47,23 @@ def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, in
     image = pos_embed.unflatten(1, old).permute(0, 3, 1, 2)  # (1, M, C) -> (1, C, rows, columns)
     image = F.interpolate(image, size=new, mode="bicubic", align_corners=False)
     return image.permute(0, 2, 3, 1).flatten(1, 2)  # (1, C, rows, columns) -> (1, M', C)
+
+
+def insert_middle(patches: Tensor, token: Tensor) -> Tensor:
+    """Patches (B, M, C) with a class token (B, 1, C) at index M // 2 of their sequence: (B, M + 1, C)."""
+    middle = patches.shape[1] // 2
+    return torch.cat([patches[:, :middle], token, patches[:, middle:]], dim=1)
+
+
+def split_middle(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Undo `insert_middle`: (B, M + 1, C) -> patches (B, M, C) and class token (B, 1, C)."""
+    middle = (tokens.shape[1] - 1) // 2
+    return torch.cat([tokens[:, :middle], tokens[:, middle + 1 :]], dim=1), tokens[:, middle : middle + 1]
+
+
+def resize_around_token(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """`resize_pos_embed` of the patches around a class token, whose row stays: (1, M + 1, C) -> (1, M' + 1, C)."""
+    if old == new:
+        return pos_embed
+    patches, token = split_middle(pos_embed)
+    return insert_middle(resize_pos_embed(patches, old, new), token)

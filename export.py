@@ -1,0 +1,207 @@
+"""Export a checkpoint for programs without this repository, and prove that the file computes the same.
+
+    python export.py ./out_finetune_b/checkpoint-best.pth --to onnx
+
+writes ./out_finetune_b/checkpoint-best.onnx, and beside it checkpoint-best.json: the architecture and the arguments
+that `timm.create_model` builds it from, and its input as timm describes it (size, mean, std, crop).
+
+`--to pt2` is a program of `torch.export`, `--to safetensors` the weights. `--encoder` leaves out the head: a classifier
+then returns its normalised tokens, with the class token in the middle. A checkpoint of pretraining has an encoder only:
+it reads in one direction, and returns all patches after the last block, in cluster order.
+"""
+
+import argparse
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+
+import models_arm
+from mamba import Mixer
+from timm_models import CONFIG, pooling
+from util import checkpoint, cli
+from util.datasets import crop_ratio
+from util.errors import RunError, UserError, as_user_error
+
+TOLERANCE = 1e-4  # of the largest output: sums in another order differ by some 1e-6
+ANY_BATCH = ({0: torch.export.Dim("batch")},)
+ONNX_NEEDS = ("onnx", "onnxscript", "onnxruntime")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.Parser("export.py", description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", metavar="CKPT", help="of pretraining or finetuning")
+    parser.add_argument("--to", choices=tuple(WRITERS), required=True, help="format of the file")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="(default: CKPT's name and the format's)")
+    parser.add_argument("--model_key", choices=("model", "model_ema"), help="which weights (default: model)")
+    parser.add_argument("--encoder", action="store_true", help="leave out the head and return tokens")
+    return parser
+
+
+class Encoder(nn.Module):
+    """The part of a model that computes its tokens."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, imgs: Tensor) -> Tensor:
+        """Tokens: (B, 3, H, W) -> see `forward_features` of the model."""
+        return self.model.forward_features(imgs)
+
+
+def load(args: argparse.Namespace) -> tuple[nn.Module, dict]:
+    """The model of a checkpoint in evaluation mode, and its description in the form of timm's config.json.
+
+    Raises:
+        UserError: the file is not a checkpoint of ARM, or has no head and `--encoder` is not given.
+    """
+    content = checkpoint.read(args.checkpoint)
+    state_dict = checkpoint.weights(content, args.model_key)
+    pretrained = checkpoint.is_pretrained(state_dict)
+    if pretrained and not args.encoder:
+        raise UserError(f"{args.checkpoint} comes from pretraining and has no head: export its --encoder")
+    sizes = checkpoint.classifier_sizes(state_dict)
+    sizes["img_size"] = checkpoint.image_size(state_dict, checkpoint.saved_size(content))
+    same = (n for n, s in models_arm.SIZES.items() if all(s[k] == sizes[k] for k in ("embed_dim", "depth")))
+    name = next(same, "arm_base_pz16")
+    if not pretrained:
+        sizes["global_pool"] = pooling(getattr(content.get("args"), "global_pool", True))
+        if args.encoder:
+            sizes["num_classes"] = 0
+            state_dict = {key: value for key, value in state_dict.items() if not key.startswith("head.")}
+    about = describe(name, sizes)
+    if pretrained:
+        about["cluster_size"] = checkpoint.cluster_size(content, state_dict)
+    with as_user_error(ValueError):
+        model = build(about)
+    load_weights(model, checkpoint.without_decoder(state_dict))
+    return model, about
+
+
+def describe(name: str, sizes: dict) -> dict:
+    """What timm's config.json says of a model."""
+    classes, size = sizes.get("num_classes", 0), sizes["img_size"]
+    data = {"num_classes": classes, "input_size": (3, *size), "crop_pct": crop_ratio(size)}
+    return {
+        "architecture": name,
+        "num_classes": classes,
+        "num_features": sizes["embed_dim"],
+        "model_args": sizes,
+        "pretrained_cfg": CONFIG | data,
+    }
+
+
+def build(about: dict) -> nn.Module:
+    """A model of this description with random weights, in evaluation mode: the classifier as timm builds it."""
+    sizes = about["model_args"] | {"scan_backend": "torch"}
+    if "cluster_size" not in about:
+        return timm.create_model(about["architecture"], **sizes).eval()
+    sizes |= {"cluster_size": about["cluster_size"], "dec_embed_dim": 64, "dec_depth": 1}  # the decoder stays here
+    return models_arm.create_pretrain_model(about["architecture"], **sizes).eval()
+
+
+def load_weights(model: nn.Module, state_dict: checkpoint.StateDict) -> None:
+    """Load all that a model has besides a decoder."""
+    own = model.state_dict()
+    checkpoint.load(model, state_dict, set(own) - set(checkpoint.without_decoder(own)))
+
+
+# Each writes a file, and returns what computes from it: images (B, 3, H, W) -> outputs.
+
+
+def to_safetensors(module: nn.Module, about: dict, imgs: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
+    """The weights."""
+    model = module.model if isinstance(module, Encoder) else module
+    state_dict = checkpoint.without_decoder(model.state_dict())
+    path.write_bytes(safetensors.torch.save(state_dict, {"format": "pt"}))
+    again = build(about)
+    load_weights(again, safetensors.torch.load_file(path))
+    return Encoder(again) if isinstance(module, Encoder) else again
+
+
+def program(module: nn.Module, imgs: Tensor) -> torch.export.ExportedProgram:
+    """The computation, for any number of images; `module` itself then scans in the exported form."""
+    torch._dynamo.reset()  # a size that differs from those of an earlier program would count as dynamic
+    for mixer in (m for m in module.modules() if isinstance(m, Mixer)):
+        mixer.scan_backend = "export"
+    return torch.export.export(module, (imgs,), dynamic_shapes=ANY_BATCH)
+
+
+def to_pt2(module: nn.Module, about: dict, imgs: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
+    """A program of torch.export."""
+    torch.export.save(program(module, imgs), path)
+    return torch.export.load(path).module()
+
+
+def to_onnx(module: nn.Module, about: dict, imgs: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
+    """A program of ONNX; beyond 1.5 GB the weights are a file of their own, FILE.data."""
+    import onnx
+    import onnxruntime
+
+    logging.getLogger("onnx_ir").setLevel(logging.WARNING)
+    names = {"input_names": ["imgs"], "output_names": ["tokens" if isinstance(module, Encoder) else "logits"]}
+    exported = torch.onnx.export(program(module, imgs), dynamo=True, verbose=False, dynamic_shapes=ANY_BATCH, **names)
+    exported.save(path)
+    onnx.checker.check_model(path, full_check=True)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda imgs: torch.from_numpy(session.run(None, {"imgs": imgs.numpy()})[0])
+
+
+WRITERS = {"safetensors": to_safetensors, "onnx": to_onnx, "pt2": to_pt2}
+
+
+@torch.no_grad()
+def main(args: argparse.Namespace) -> None:
+    """Write, read again, compare.
+
+    Raises:
+        UserError: the checkpoint or the output does not serve, or a package is missing.
+        RunError: what was written computes something else, or cannot be written; no file is left then.
+    """
+    missing = [name for name in ONNX_NEEDS if find_spec(name) is None] if args.to == "onnx" else []
+    if missing:
+        raise UserError(f"--to onnx needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    source = Path(args.checkpoint)
+    output = args.output or source.with_name(f"{source.stem}{'-encoder' if args.encoder else ''}.{args.to}")
+    if output.suffix != f".{args.to}":
+        raise UserError(f"--output {output}: a file of --to {args.to} ends in .{args.to}")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: {output.parent} is no folder")
+    start = time.monotonic()
+    model, about = load(args)
+    module = Encoder(model) if args.encoder else model
+    imgs = torch.randn(3, *about["pretrained_cfg"]["input_size"], generator=torch.Generator().manual_seed(0))
+    want = module(imgs)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as folder:
+            path = Path(folder) / output.name
+            compute = WRITERS[args.to](module, about, imgs[:2], path)
+            differences = [(compute(imgs[:n]) - want[:n]).abs().max() for n in (len(imgs), 1)]
+            difference, largest = max(differences).item(), want.abs().max().item()
+            if not difference <= TOLERANCE * largest:
+                raise RunError(f"the exported model differs by {difference:.3g}, where outputs reach {largest:.3g}")
+            path.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
+            for file in Path(folder).iterdir():
+                file.replace(output.parent / file.name)
+    except OSError as error:
+        raise RunError(f"{output} cannot be written: {error.strerror}") from error
+    print(
+        f"{output}: {output.stat().st_size / 1e6:.1f} MB after {time.monotonic() - start:.0f} s; read again it differs "
+        f"by at most {difference:.2g} where outputs reach {largest:.2g}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser())

@@ -1,0 +1,61 @@
+"""Both ops for `torch.export`: operators of torch alone, which programs without this repository can run.
+
+torch's scan (in ONNX: Scan) holds the graph of one step, where a loop would be recorded token by token. Arguments and
+results are those of `ops.selective_scan` and `ops.causal_conv1d`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._higher_order_ops.scan import scan
+
+
+def _state_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _gather(x: Tensor, order: Tensor | None) -> Tensor:
+    """out[k, :, t] = x[k, :, order[k, t]] of (K, B, L, D)."""
+    if order is None:
+        return x
+    return torch.stack([x_k.index_select(1, order_k) for x_k, order_k in zip(x, order, strict=True)])
+
+
+def _inverse(order: Tensor | None) -> Tensor | None:
+    if order is None:
+        return None
+    steps = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.zeros_like(order).scatter(1, order, steps)
+
+
+def _steps(x: Tensor, order: Tensor | None) -> Tensor:
+    return _gather(x, order).permute(2, 0, 1, 3)  # (K, B, L, D) -> (L, K, B, D)
+
+
+def selective_scan(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, order: Tensor | None
+) -> Tensor:
+    """All directions together, token by token."""
+    result = u.dtype
+    u, dt, A, B, C, D, dt_bias = (x.to(_state_dtype(u)) for x in (u, dt, A, B, C, D, dt_bias))
+    delta = F.softplus(dt + dt_bias[:, None, None])
+    A = A.mT[:, None]  # (K, D, N) -> (K, 1, N, D)
+
+    def step(h: Tensor, token: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        x, delta, row, column = token  # (K, B, D) or (K, B, N)
+        h = h * torch.exp(delta[:, :, None] * A) + x[:, :, None] * column[..., None]  # (K, B, N, D)
+        return h, (row[..., None] * h).sum(2)
+
+    h = u.new_zeros(*u.shape[:2], A.shape[2], u.shape[3])
+    _, y = scan(step, h, tuple(_steps(x, order) for x in (delta * u, delta, C, B)))
+    y = _gather(y.permute(1, 2, 0, 3), _inverse(order))  # (L, K, B, D) -> (K, B, L, D)
+    return (y + D[:, None, None] * u).to(result)
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) -> Tensor:
+    """The sum of shifted tokens."""
+    (K, _, W), L, result = weight.shape, x.shape[1], x.dtype
+    x, weight, bias = (tensor.to(_state_dtype(x)) for tensor in (x, weight, bias))
+    past = F.pad(_gather(x.expand(K, *x.shape), order), (0, 0, W - 1, 0))  # (K, B, W - 1 + L, D)
+    y = bias[:, None, None] + sum(weight[:, None, None, :, j] * past[:, :, j : j + L] for j in range(W))
+    return _gather(F.silu(y), _inverse(order)).to(result)

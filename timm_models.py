@@ -1,0 +1,203 @@
+"""The classifier in timm: the methods that timm's models have beyond the forward pass, and their registration.
+
+import models_arm  # registers
+model = timm.create_model("arm_base_pz16", num_classes=10, img_size=(224, 192))
+"""
+
+from collections.abc import Callable, Sequence
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from util.checkpoint import NEW_IN_CLASSIFIER, StateDict, pretrain_to_classifier
+from util.lr_decay import NO_WEIGHT_DECAY
+from util.pos_embed import split_middle
+
+POOLING = {"avg": "avg", True: "avg", "token": "token", False: "token", "": ""}  # timm's names and the scripts' flag
+CONFIG = {  # of timm.data.resolve_data_config; "squash" and the crop evaluate as util.datasets.eval_transform does
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "fixed_input_size": True,
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "interpolation": "bicubic",
+    "crop_pct": 0.875,
+    "crop_mode": "squash",
+    "first_conv": "patch_embed.proj",
+    "classifier": "head",
+}
+default_cfgs = {}  # timm looks here for the configurations of what this module registers
+
+
+def register(name: str, classifier: Callable[..., nn.Module]) -> None:
+    """Let `timm.create_model(name, ...)` build a classifier.
+
+    `pretrained=True` with a `file` in `pretrained_cfg_overlay` loads what `pretrain_to_classifier` takes: from
+    pretraining (the head keeps its random values), or from a classifier of any resolution.
+
+    Args:
+        name: of the model in timm.
+        classifier: builds it from keyword arguments.
+    """
+
+    def create(pretrained: bool = False, **kwargs: object) -> nn.Module:
+        return build_model_with_cfg(
+            classifier,
+            name,
+            pretrained,
+            pretrained_filter_fn=_adapted,
+            feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+            **kwargs,
+        )
+
+    create.__name__ = name
+    default_cfgs.update(generate_default_cfgs({name: CONFIG}))
+    register_model(create)
+
+
+def _adapted(state_dict: StateDict, model: nn.Module) -> StateDict:
+    own = model.state_dict()
+    new = {name: own[name] for name in NEW_IN_CLASSIFIER if name in own}
+    return new | pretrain_to_classifier(state_dict, model)
+
+
+class TimmModel(nn.Module):
+    """What timm asks of a classifier with `layers`, `norm_f`, `head` and `encode` (see `models_arm.ARMClassifier`)."""
+
+    @property
+    def feature_info(self) -> list[dict]:
+        """Name, channels and stride of each block's output."""
+        sizes = {"num_chs": self.embed_dim, "reduction": self.patch_size}
+        return [{"module": f"layers.{i}", **sizes} for i in range(len(self.layers))]
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that do not decay, besides the 1-D ones."""
+        return set(NO_WEIGHT_DECAY)
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Patterns that group parameters by layer, as `util.lr_decay` does; what matches none comes last."""
+        return {"stem": r"^(?:cls_token|pos_embed|patch_embed)", "blocks": r"^layers\.(\d+)"}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute each block again in the backward pass instead of keeping what is inside it."""
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        """The head: a Linear, or Identity where `num_classes` is 0."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | bool | None = None) -> None:
+        """Put a new head on, on the old one's device.
+
+        Args:
+            num_classes: its outputs; 0 for none.
+            global_pool: one of `POOLING`, None to keep it.
+
+        Raises:
+            ValueError: unknown pooling.
+        """
+        if global_pool is not None:
+            self.global_pool = pooling(global_pool)
+        self.num_classes = num_classes
+        self.head = new_head(self.embed_dim, num_classes).to(self.cls_token)
+        init_head(self.head)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the blocks after the last of `indices` (see `forward_intermediates`), `norm_f` and the head.
+
+        Returns:
+            The indices counted from the first block.
+        """
+        taken = chosen(len(self.layers), indices)
+        last = max(taken)
+        self.layers, self.drop_path_rates = self.layers[: last + 1], self.drop_path_rates[: last + 1]
+        if prune_norm:
+            self.norm_f = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return taken
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list | tuple[Tensor, list]:
+        """The patches after some of the blocks.
+
+        Args:
+            x: images (B, 3, H, W).
+            indices: of blocks, negative from the end; a number takes so many last ones; None takes all.
+            return_prefix_tokens: return pairs of the patches and the class token (B, 1, C).
+            norm: apply `norm_f` to each.
+            stop_early: leave out the blocks after the last of `indices`, and let the final tokens be its.
+            output_fmt: "NCHW" for (B, C, H / p, W / p), "NLC" for (B, M, C).
+            intermediates_only: leave out the final tokens.
+
+        Returns:
+            Final tokens (B, M + 1, C) as from `forward_features`, and one tensor or pair for each index in the
+            order of the blocks; only those with `intermediates_only`.
+
+        Raises:
+            ValueError: unknown format, or see `ARMClassifier.encode`.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"unknown output_fmt {output_fmt!r}; choose from NCHW, NLC")
+        taken = chosen(len(self.layers), indices)
+        last = max(taken)
+        h, states = self.encode(x, taken, last + 1 if stop_early else None)
+        rows = x.shape[-2] // self.patch_size
+        intermediates = []
+        for state in states:
+            patches, token = split_middle(self.norm_f(state) if norm else state)
+            if output_fmt == "NCHW":
+                patches = patches.unflatten(1, (rows, -1)).permute(0, 3, 1, 2).contiguous()  # (B, M, C) -> (B, C, h, w)
+            intermediates.append((patches, token) if return_prefix_tokens else patches)
+        return intermediates if intermediates_only else (self.norm_f(h), intermediates)
+
+
+def pooling(global_pool: str | bool) -> str:
+    """timm's name of a pooling: "avg", "token" or "" (none).
+
+    Raises:
+        ValueError: unknown.
+    """
+    if global_pool not in POOLING:
+        raise ValueError(f"unknown global_pool {global_pool!r}; choose from {', '.join(map(repr, POOLING))}")
+    return POOLING[global_pool]
+
+
+def chosen(depth: int, indices: int | Sequence[int] | None) -> list[int]:
+    """Indices of blocks, from the first one: as given (negative from the end), a number of last ones, or None for all.
+
+    Raises:
+        ValueError: there are no such blocks.
+    """
+    every = list(range(depth))
+    if indices is None:
+        return every
+    if isinstance(indices, int):
+        indices = range(-indices, 0)
+    if not indices or any(not -depth <= i < depth for i in indices):
+        raise ValueError(f"no blocks {list(indices)} among {depth}")
+    return [every[i] for i in indices]
+
+
+def new_head(embed_dim: int, num_classes: int) -> nn.Module:
+    """Linear layer to the classes, Identity for 0."""
+    return nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+
+
+def init_head(head: nn.Module) -> None:
+    """Weights of standard deviation 0.02, no bias."""
+    if isinstance(head, nn.Linear):
+        trunc_normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
