@@ -5,9 +5,9 @@
 writes ./out_finetune_b/checkpoint-best.onnx, and beside it checkpoint-best.json: the architecture and the arguments
 that `timm.create_model` builds it from, and its input as timm describes it (size, mean, std, crop).
 
-`--to pt2` is a program of `torch.export`, `--to safetensors` the weights. `--encoder` leaves out the head: a classifier
-then returns its normalised tokens, with the class token in the middle. A checkpoint of pretraining has an encoder only:
-it reads in one direction, and returns all patches after the last block, in cluster order.
+`--to pt2` writes a program of `torch.export`, `--to safetensors` the weights. `--encoder` leaves out the head: a
+classifier then returns its normalised tokens, with the class token in the middle. A checkpoint of pretraining has an
+encoder only: it reads in one direction, and returns all patches after the last block, in cluster order.
 """
 
 import argparse

@@ -101,13 +101,16 @@ def test_published_recipes_are_those_of_the_readme(command):
     assert got == want
 
 
-def test_readme_example_in_python_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+def test_readme_examples_in_python_run():
     names = {}
-    exec(code, names)
+    for code in re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL):
+        exec(code, names)
     assert names["loss"].shape == (128,)
     assert names["latents"].shape == (2, 128, 192, 4)
+    assert names["tokens"].shape == (2, 169, 192)
     assert names["features"].shape == (2, 192)
+    assert names["model"].grid_size == (14, 12)
+    assert names["pyramid"].feature_info.channels() == [768] * 3
 
 
 def test_readme_has_the_four_recipes():
