@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from timm.data import Mixup
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from util.device_loader import DeviceLoader
@@ -29,11 +30,20 @@ def train_one_epoch(
     `criterion` and `mixup`: see `loss_of`. For the rest see `util.train_loop.train_epoch`.
     """
 
-    def after_update() -> None:
+    def after_update(skipped: Tensor) -> None:
         if run.ema is not None:
-            run.ema.update(run.model)
+            follow(run.ema, run.model, skipped)
 
     return train_epoch(model, loader, loss_of(model, criterion, mixup), run, device, log, after_update)
+
+
+@torch.no_grad()
+def follow(ema: ModelEmaV3, model: nn.Module, skipped: Tensor) -> None:
+    """What `ModelEmaV3.update` does with the parameters, unless an update was skipped, which only the device knows."""
+    averages, values = list(ema.module.parameters()), list(model.parameters())
+    steps = torch._foreach_sub(values, averages)
+    torch._foreach_mul_(steps, (1 - ema.decay) * (1 - skipped))
+    torch._foreach_add_(averages, steps)
 
 
 def loss_of(model: nn.Module, criterion: nn.Module, mixup: Mixup | None) -> Callable[[Tensor, Tensor], Tensor]:

@@ -307,7 +307,7 @@ def finetune(
     if compiled:
         model.compile()
     wrapped = distribute(model, device)  # from here on all processes have the weights of rank 0
-    if ema is not None and "model_ema" not in checkpoint.kinds(content or {}):
+    if ema is not None and not (args.resume and "model_ema" in checkpoint.kinds(content)):
         ema.set(model)
         if args.resume:
             log.say(f"{args.resume} holds no EMA: it starts from the weights")

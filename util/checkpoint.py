@@ -12,7 +12,6 @@ import os
 import pickle
 import re
 from pathlib import Path
-from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError
@@ -37,35 +36,43 @@ NEW_IN_CLASSIFIER = {"cls_token", "norm_f.weight", "norm_f.bias", "head.weight",
 SUMS = "SHA256SUMS"  # file of a checkpoint's folder
 
 
-def hashes(folder: Path) -> list[tuple[str, str]]:
-    """The lines of a folder's SHA256SUMS: hash and name of a file. While a file is being replaced it has two."""
-    if not (folder / SUMS).is_file():
-        return []
-    lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
-    return [(digest, name) for digest, _, name in (line.partition("  ") for line in lines)]
+class DamagedCheckpoint(UserError):
+    """A file that is not what was written, or nothing that can be loaded."""
 
 
-def read(path: str | os.PathLike, mmap: bool = False) -> dict:
+def hashes(folder: Path) -> dict[str, set[str]]:
+    """What a folder's SHA256SUMS says: by name of a file its hash, or two while it is being replaced."""
+    sums: dict[str, set[str]] = {}
+    if (folder / SUMS).is_file():
+        text = (folder / SUMS).read_text(encoding="utf-8", errors="replace")
+        for digest, name in re.findall(r"^([0-9a-f]{64})  (.+)$", text, re.MULTILINE):
+            sums.setdefault(name, set()).add(digest)
+    return sums
+
+
+def read(path: str | os.PathLike) -> dict:
     """Load a checkpoint onto the CPU without executing anything in it.
 
     Args:
         path: of a file of torch.save, or .safetensors (a bare state dict); or another name that `local_file` knows. A
             SHA256SUMS beside the file that names it must have its hash.
-        mmap: leave the tensors in the file until they are used, and the hash unchecked.
 
     Raises:
-        UserError: no such file, not a checkpoint, a damaged one, or a type inside other than tensors, plain values and
-            a Namespace.
+        UserError: no such file, or it cannot be read at the moment.
+        DamagedCheckpoint: a damaged file, no checkpoint, or one with a type inside other than tensors, plain values
+            and a Namespace.
     """
     file = local_file(path)
     try:
-        listed = [] if mmap else hashes(file.parent)
-        if file.name in (name for _, name in listed) and sha256_of(file) not in (digest for digest, _ in listed):
-            raise UserError(f"{path} is damaged, or not the file that was written: {SUMS} beside it has another hash")
+        right = hashes(file.parent).get(file.name)
+        if right and sha256_of(file) not in right:
+            raise DamagedCheckpoint(
+                f"{path} is damaged, or not the file that was written: {SUMS} beside it has another hash"
+            )
         if file.suffix == ".safetensors":
             return load_file(file)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and is_zipfile(file))
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         unknown = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = (
@@ -73,12 +80,13 @@ def read(path: str | os.PathLike, mmap: bool = False) -> dict:
             if unknown
             else ("it is no file that torch.save wrote")
         )
-        raise UserError(f"refused checkpoint {path}: {reason}") from error
+        raise DamagedCheckpoint(f"refused checkpoint {path}: {reason}") from error
     except (RuntimeError, EOFError, OSError, ValueError, SafetensorError) as error:
         reason = next(iter(str(error).splitlines()), "it ends too early")
-        raise UserError(f"unreadable checkpoint {path}: {reason}") from error
+        passing = isinstance(error, OSError) or "allocate memory" in reason  # it may be whole, and readable later
+        raise (UserError if passing else DamagedCheckpoint)(f"unreadable checkpoint {path}: {reason}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is no checkpoint: it holds a {type(content).__name__}, not a dict")
+        raise DamagedCheckpoint(f"{path} is no checkpoint: it holds a {type(content).__name__}, not a dict")
     return content
 
 

@@ -8,6 +8,7 @@ is whole is at no moment taken for a damaged one.
 import copy
 import itertools
 import os
+import re
 import shutil
 import threading
 from argparse import Namespace
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from util import checkpoint
-from util.checkpoint import SUMS, hashes
+from util.checkpoint import SUMS, DamagedCheckpoint, hashes
 from util.errors import RunError, UserError
 from util.hub import sha256_of
 
@@ -37,7 +38,7 @@ class CheckpointFolder:
 
     def __init__(self, path: Path, keep: int, say: Callable[[str], None]) -> None:
         self.path, self.keep, self.say = path, keep, say
-        self.sums = {name: digest for digest, name in hashes(path)}
+        self.sums = self._known()
         self.staged: object = None
         self.writing: threading.Thread | None = None
         self.failed: str | None = None
@@ -77,6 +78,7 @@ class CheckpointFolder:
     def _write(self, names: tuple[str, ...]) -> None:
         temporary = self.path / ".checkpoint.tmp"
         try:
+            temporary.unlink(missing_ok=True)  # a killed run may have left it, with a further name already
             torch.save(self.staged, temporary)
             _sync(temporary)
             digest = sha256_of(temporary)
@@ -89,6 +91,17 @@ class CheckpointFolder:
                 temporary.unlink(missing_ok=True)
             self.failed = f"the checkpoint could not be written to {self.path}: {reason}; the older ones are untouched"
             self.say(self.failed)
+            with suppress(OSError):
+                self.sums = self._known()  # it may have failed between two renames
+
+    def _known(self) -> dict[str, str]:
+        """The hash of each file that SHA256SUMS names; where it names two, what the file has."""
+        known = {}
+        for name, digests in hashes(self.path).items():
+            if len(digests) > 1 and (self.path / name).exists():
+                digests = {sha256_of(self.path / name)} & digests or digests
+            known[name] = min(digests)
+        return known
 
     def _publish(self, temporary: Path, digest: str, names: tuple[str, ...]) -> None:
         """Give the file its names, and those that had them their later ones."""
@@ -97,6 +110,7 @@ class CheckpointFolder:
                 self.sums[name] = sha256_of(self.path / name)
         rotated = [LAST, *(f"checkpoint-last-{age}.pth" for age in range(1, self.keep))]
         moves = [(old, new) for old, new in itertools.pairwise(rotated) if (self.path / old).exists()]
+        too_old = set(_older(self.path)) - {self.path / name for name in rotated}
         after = {n: known for n, known in self.sums.items() if n not in rotated and (self.path / n).exists()}
         after |= {new: self.sums[old] for old, new in moves if old in self.sums}
         after |= dict.fromkeys((LAST, *names), digest)
@@ -107,9 +121,11 @@ class CheckpointFolder:
         for name in names:
             _link(temporary, self.path / name)
         os.replace(temporary, self.path / LAST)
+        for path in too_old:
+            path.unlink()
         _sync(self.path)
-        self._write_sums(after.items())
-        self.sums = after
+        self.sums = {name: known for name, known in after.items() if self.path / name not in too_old}
+        self._write_sums(self.sums.items())
 
     def _write_sums(self, sums: Iterable[tuple[str, str]]) -> None:
         temporary = self.path / f".{SUMS}.tmp"
@@ -119,29 +135,42 @@ class CheckpointFolder:
         _sync(self.path)
 
     def newest(self) -> tuple[Path | None, list[str]]:
-        """The checkpoint that is furthest in the run and not damaged; damaged ones are renamed to *.damaged.
+        """The checkpoint that was written last and is not damaged; damaged ones before it are renamed to *.damaged.
 
         Returns:
             Its path, or None where there is none, and what was found damaged.
+
+        Raises:
+            UserError: every one is damaged, or one cannot be read at the moment; nothing is renamed then.
         """
-        found, damaged = [], []
-        for path in sorted(self.path.glob("checkpoint-*.pth")):
-            try:
-                found.append((checkpoint.position(checkpoint.read(path, mmap=True)), path.stat().st_mtime_ns, path))
-            except UserError as error:
-                damaged.append((path, str(error)))
-        newest = None
-        for *_, path in sorted(found, reverse=True):
+        last = [path for path in (self.path / LAST, *_older(self.path)) if path.exists()]
+        others = sorted(set(self.path.glob("checkpoint-*.pth")) - set(last), key=lambda p: p.stat().st_mtime_ns)
+        damaged = {}
+        for path in (*last, *reversed(others)):
             try:
                 checkpoint.read(path)
-            except UserError as error:
-                damaged.append((path, str(error)))
-            else:
-                newest = path
-                break
-        for path, _ in damaged:
-            path.rename(path.with_name(f"{path.name}.damaged"))
-        return newest, [reason for _, reason in damaged]
+            except DamagedCheckpoint as error:
+                damaged[path] = str(error)
+                continue
+            for other in damaged:
+                _put_aside(other)
+            return path, list(damaged.values())
+        aside = [str(path) for path in self.path.glob("checkpoint-*.damaged*")]
+        if damaged or aside:
+            raise UserError(f"every checkpoint in {self.path} is damaged: {'; '.join([*damaged.values(), *aside])}")
+        return None, []
+
+
+def _older(folder: Path) -> list[Path]:
+    """checkpoint-last-1.pth and those before it, by age."""
+    ages = {path: re.fullmatch(r"checkpoint-last-(\d+)\.pth", path.name) for path in folder.glob("checkpoint-last-*")}
+    return sorted((path for path, age in ages.items() if age), key=lambda path: int(ages[path][1]))
+
+
+def _put_aside(path: Path) -> None:
+    """Rename a file to *.damaged, and to *.damaged-1 and so on where that is taken."""
+    names = itertools.chain([f"{path.name}.damaged"], (f"{path.name}.damaged-{i}" for i in itertools.count(1)))
+    path.rename(next(new for new in map(path.with_name, names) if not new.exists()))
 
 
 def _on_host(value: object, memory: object) -> object:

@@ -267,7 +267,8 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
         if local_rank() == 0:
             print(f"{parser.prog}: error: {error}", file=sys.stderr, flush=True)
         else:
-            time.sleep(5)
+            time.sleep(5)  # by then torchrun has ended it, unless it is alone with this mistake
+            print(f"{parser.prog}: rank {rank()}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except Interrupted as error:
         if is_main():

@@ -7,7 +7,6 @@ import re
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TypeVar
 
 import numpy as np
@@ -80,12 +79,34 @@ def _init_groups(backend: str, timeout: datetime.timedelta) -> None:
     """The group that trains, and one on the CPUs for what must not wait for a GPU."""
     global _STORE, _CONTROL
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-    # torchrun's store outlives the processes that it restarts, and what they have left there are dead addresses
-    _STORE = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    _STORE = dist.PrefixStore(_meet(store, time.monotonic() + timeout.total_seconds()), store)
     # the CPUs' group finds a process that is stuck; it has to do so before NCCL's watchdog ends the others wordlessly
     later = timeout + datetime.timedelta(seconds=60 if backend == "nccl" else 0)
     dist.init_process_group(backend, store=_STORE, rank=rank(), world_size=world_size(), timeout=later)
     _CONTROL = dist.new_group(backend="gloo", timeout=timeout)
+
+
+def _meet(store: dist.Store, deadline: float) -> str:
+    """A prefix that the processes of this start alone have.
+
+    torchrun's store outlives the processes that it restarts, and what they have left there are dead addresses. So rank
+    0 opens a new round, and it is this one when all have joined it; who joined an old one goes on to the next.
+
+    Raises:
+        RuntimeError: they have not all come by the deadline, of `time.monotonic`.
+    """
+    joined = 0
+    while time.monotonic() < deadline:
+        if not joined and is_main():
+            joined = store.add("rounds", 1)
+            store.add(f"round {joined}", 1)
+        elif not is_main() and store.add("rounds", 0) > joined:
+            joined = store.add("rounds", 0)
+            store.add(f"round {joined}", 1)
+        if joined and store.add(f"round {joined}", 0) == world_size():
+            return f"round {joined}"
+        time.sleep(0.05)
+    raise RuntimeError(f"timed out: {store.add(f'round {joined}', 0)} of {world_size()} processes have come")
 
 
 def control_group() -> dist.ProcessGroup:
@@ -120,20 +141,16 @@ def on_main(function: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def barrier(patience: float | None = None) -> None:
-    """Wait for all processes; with `patience`, no longer than so many seconds."""
-    if world_size() == 1:
-        return
-    if patience is None:
+def barrier() -> None:
+    """Wait for all processes."""
+    if world_size() > 1:
         dist.barrier(_CONTROL)
-    else:
-        with suppress(RuntimeError):
-            dist.monitored_barrier(_CONTROL, datetime.timedelta(seconds=patience))
 
 
 def seed_everything(*entropy: int, of_rank: int | None = None) -> None:
     """Seed every generator of this process, differently on every rank (drop path and mixup differ)."""
-    words = np.random.SeedSequence((*entropy, rank() if of_rank is None else of_rank)).generate_state(3)
+    key = (rank() if of_rank is None else of_rank,)
+    words = np.random.SeedSequence(entropy, spawn_key=key).generate_state(3)
     # not torch.manual_seed, which takes ten times as long to find out which devices there are
     torch.default_generator.manual_seed(int(words[0]))
     if torch.cuda.is_initialized():
@@ -167,5 +184,5 @@ def gather(value: object) -> list:
     """The values of all processes, by rank; they are pickled."""
     values = [value] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=_CONTROL)
     return values

@@ -3,14 +3,17 @@
 import atexit
 import fcntl
 import json
+import logging
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from util.errors import UserError
+from util.errors import UserError, as_user_error
 
+LOGGER = logging.getLogger(__name__)
 _HELD: dict[Path, TextIO] = {}
 
 
@@ -32,7 +35,8 @@ def lock_folder(folder: Path) -> str:
     path = folder.resolve() / "run.lock"
     if path in _HELD:
         return ""
-    file = path.open("a+", encoding="utf-8")
+    with as_user_error(OSError, prefix=f"--output_dir {folder}: "):
+        file = path.open("a+", encoding="utf-8")
     owner = _owner(file)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -41,19 +45,33 @@ def lock_folder(folder: Path) -> str:
             f"--output_dir {folder} is in use by {owner or 'another run'}: wait for it, or choose another"
         ) from error
     except OSError as error:
-        raise UserError(f"--output_dir {folder}: its file system has no locks ({error.strerror})") from error
+        if _lives(file):
+            raise UserError(f"--output_dir {folder} is in use by {owner}: wait for it, or choose another") from error
+        LOGGER.warning("%s: its file system has no locks: other hosts are not kept out", folder)
     _HELD[path] = file  # the lock goes when any handle of this process to the file is closed
-    _write(file, {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
+    with as_user_error(OSError, prefix=f"--output_dir {folder}: "):
+        _write(file, {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
     return owner
 
 
-def _owner(file: TextIO) -> str:
+def _content(file: TextIO) -> dict:
     file.seek(0)
     try:
         owner = json.loads(file.read())
-        return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
-    except (ValueError, KeyError, TypeError):
-        return ""
+        return owner if {"pid", "host", "since"} <= owner.keys() else {}
+    except (ValueError, AttributeError):
+        return {}
+
+
+def _owner(file: TextIO) -> str:
+    owner = _content(file)
+    return f"process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else ""
+
+
+def _lives(file: TextIO) -> bool:
+    """Whether the owner that the file names is a process of this host."""
+    owner = _content(file)
+    return bool(owner) and owner["host"] == socket.gethostname() and os.path.exists(f"/proc/{owner['pid']}")
 
 
 def _write(file: TextIO, owner: dict) -> None:
@@ -65,5 +83,6 @@ def _write(file: TextIO, owner: dict) -> None:
 @atexit.register
 def _release() -> None:
     for file in _HELD.values():
-        _write(file, {})
-        file.close()
+        with suppress(OSError):
+            _write(file, {})
+            file.close()

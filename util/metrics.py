@@ -6,7 +6,8 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -106,6 +107,7 @@ class RunLog(ScreenLog):
 
     def __init__(self, output_dir: Path, log_dir: Path, tracker: ModuleType | None = None) -> None:
         self.path, self.log_dir, self.tracker = output_dir / "log.txt", log_dir, tracker
+        self.complained = False
 
     @cached_property
     def writer(self) -> SummaryWriter | Tracker:
@@ -113,23 +115,36 @@ class RunLog(ScreenLog):
             return Tracker(self.tracker, self.path.parent)
         return SummaryWriter(log_dir=str(self.log_dir))
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What cannot be logged, on a full disk for example, does not end a run: it is said, once."""
+        try:
+            yield
+        except OSError as error:
+            if not self.complained:
+                self.say(f"the log cannot be written: {error}; training goes on without it")
+            self.complained = True
+
     def scalars(self, step: int, **values: float) -> None:
         """Add one point to each curve."""
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+        with self._writing():
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
 
     def images(self, epoch: int, **images: np.ndarray) -> None:
         """Show images, (h, w, 3) uint8 each, as they are after an epoch."""
-        for name, pixels in images.items():
-            self.writer.add_image(name, pixels, 1000 * (epoch + 1), dataformats="HWC")
+        with self._writing():
+            for name, pixels in images.items():
+                self.writer.add_image(name, pixels, 1000 * (epoch + 1), dataformats="HWC")
 
     def epoch(self, **values: float) -> None:
         """Append one line to log.txt, and a point to the curve of each evaluated value."""
         evaluated = {name: value for name, value in values.items() if "test_" in name}
         self.scalars(1000 * (values["epoch"] + 1), **evaluated)
-        self.writer.flush()
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        with self._writing():
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+            self.writer.flush()
 
 
 class SilentLog:

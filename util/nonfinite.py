@@ -31,15 +31,21 @@ def keep_evidence(run: Run, loader: DeviceLoader, first: int, output_dir: Path) 
         RunError: says where it is.
     """
     folder = output_dir / f"nonfinite-epoch{run.epoch}-batch{first}"
-    folder.mkdir(parents=True, exist_ok=True)
     batches = [[tensor.cpu() for tensor in batch] for batch in loader.again(run.epoch, first, run.args.accum_iter)]
-    torch.save({"batches": batches, "epoch": run.epoch, "first": first}, batch_file(folder, rank()))
     run.samples, run.skipped_in_a_row = first * run.args.batch_size * world_size(), 0
-    if is_main():
-        torch.save(run.content(), folder / STATE)
+    message = (
+        f"the gradient was not finite in {run.args.max_nonfinite} updates in a row, from batch {first} of epoch "
+        f"{run.epoch}; none of them was made. "
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save({"batches": batches, "epoch": run.epoch, "first": first}, batch_file(folder, rank()))
+        if is_main():
+            torch.save(run.content(), folder / STATE)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise RunError(f"{message}What reproduces them could not be written to {folder}: {error}") from error
     barrier()
     raise RunError(
-        f"the gradient was not finite in {run.args.max_nonfinite} updates in a row, from batch {first} of epoch "
-        f"{run.epoch}; none of them was made. What reproduces the first is in {folder}: python replay_nonfinite.py "
+        f"{message}What reproduces the first is in {folder}: python replay_nonfinite.py "
         f"{folder} shows where it breaks. --resume {folder / STATE} with a lower --blr and --allow_changed_args goes on"
     )

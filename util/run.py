@@ -75,11 +75,15 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        if self.folder is not None:
-            self.folder.wait()
-        if kind is Interrupted:
-            barrier(patience=20)  # the end of any process would end the one that writes
-        self.stop.__exit__(kind, *exception)
+        try:
+            if kind is Interrupted:
+                self.close()
+            elif self.folder is not None:
+                self.folder.wait()
+        finally:
+            if kind is Interrupted:
+                barrier()  # the end of any process would end the one that writes
+            self.stop.__exit__(kind, *exception)
 
     def restore(self, content: dict) -> None:
         """Take over weights, optimizer, EMA and position from a checkpoint of this run.
@@ -150,11 +154,9 @@ class Run:
         """Write a checkpoint and end the process; all processes call it.
 
         Raises:
-            Interrupted: it is written.
-            RunError: it could not be written.
+            Interrupted: which waits at the end of the run's context until it is written.
         """
         self.save()
-        self.close()
         raise Interrupted(f"stopped in epoch {self.epoch} after {self.samples} images; --resume auto goes on")
 
     def close(self) -> None:
@@ -193,12 +195,10 @@ def starting_point(args: argparse.Namespace, folder: Path, say: Callable[[str], 
             newest, damaged = CheckpointFolder(folder, args.keep, say).newest()
             for reason in damaged:
                 say(f"{reason}; renamed to *.damaged")
-            if kept and newest is None:
-                raise UserError(f"--resume auto: every checkpoint in {folder} is damaged")
             if newest is not None:
                 say(f"going on from {newest}")
             return newest and str(newest)
-        if kept and not (args.resume and folder.resolve() == Path(args.resume).resolve().parent):
+        if kept and not (args.resume and folder.resolve() in Path(args.resume).resolve().parents):
             raise UserError(
                 f"--output_dir {folder} holds {kept[0].name} of another run: --resume auto goes on with it, or "
                 "choose another folder"

@@ -39,7 +39,7 @@ def train_epoch(
     run: Run,
     device: torch.device,
     log: RunLog | SilentLog,
-    after_update: Callable[[], None] = lambda: None,
+    after_update: Callable[[Tensor], None] = lambda unfit: None,
 ) -> dict[str, float]:
     """Train for what is left of the epoch, `accum_iter` batches an update; batches that fill no update are left out.
 
@@ -57,7 +57,7 @@ def train_epoch(
             `max_nonfinite`, `save_every_steps` and `output_dir`.
         device: of the model.
         log: of this rank.
-        after_update: called after every update, a skipped one included.
+        after_update: called after every update with 1 if it was skipped and 0 if not, float32 on the device.
 
     Returns:
         `train_loss`, the mean over all batches of all processes where it is finite, `train_lr` of the last update, and
@@ -83,7 +83,7 @@ def train_epoch(
         position = epoch + step / len(loader)
         return lr_at(position, args.lr, args.min_lr, args.warmup_epochs, args.epochs)
 
-    for step, batch in enumerate(islice(loader, steps - done), done):
+    for step, batch in enumerate(islice(loader, max(0, steps - done)), done):
         seed_everything(args.seed, epoch, step)  # a run that goes on here draws the same numbers
         if step % accum_iter == 0:
             lr = lr_of(step)
@@ -94,9 +94,10 @@ def train_epoch(
         with model.no_sync() if waits else nullcontext():  # gradients travel once an update
             with autocast(device):
                 loss = compute_loss(*batch)
-            (loss / accum_iter).backward()
+            fit = loss.detach().isfinite()
+            (loss / accum_iter * torch.where(fit, 1.0, math.nan)).backward()  # its gradient may well be finite
         loss = loss.detach()
-        window += torch.stack([loss.nan_to_num(0, 0, 0), loss.isfinite()])
+        window += torch.stack([loss.nan_to_num(0, 0, 0), fit])
         unlogged += 1
         if not updates:
             progress.update(images, quiet=True)
@@ -110,7 +111,7 @@ def train_epoch(
         optimizer.found_inf = unfit.float()  # a fused optimizer then leaves weights and moments alone
         optimizer.step()
         optimizer.zero_grad()
-        after_update()
+        after_update(optimizer.found_inf)
         skipped += optimizer.found_inf
         in_a_row.add_(1).mul_(optimizer.found_inf)
 
@@ -124,7 +125,7 @@ def train_epoch(
         total, count, grad_norm, now_skipped, row = torch.cat(
             [window, torch.stack([norm, skipped, in_a_row]).double()]
         ).tolist()  # the one place where the host waits for the device
-        run.loss += args.batch_size * torch.tensor([total, count], dtype=torch.float64)
+        before, run.loss = run.loss, run.loss + args.batch_size * torch.tensor([total, count], dtype=torch.float64)
         run.samples, run.skipped_in_a_row = (step + 1) * images, int(row)
         mean = total / count if count else math.nan
         progress.update(images, loss=mean, lr=lr)
@@ -132,7 +133,7 @@ def train_epoch(
         abscissa = int(1000 * (epoch + (step + 1 - accum_iter) / len(loader)))
         log.scalars(abscissa, train_loss=mean, lr=lr, grad_norm=grad_norm)
         if row >= args.max_nonfinite:
-            first = max(0, step + 1 - int(row) * accum_iter)
+            first, run.loss = max(0, step + 1 - int(row) * accum_iter), before
             keep_evidence(run, loader, first, Path(args.output_dir))
         if now_skipped:
             log.say(f"epoch {epoch}, batch {step}: updates skipped, their gradient was not finite: {now_skipped:.0f}")
