@@ -31,12 +31,21 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import models_arm
-from engine_finetune import evaluate, train_one_epoch
+from engine_finetune import train_one_epoch
 from ops import BackendUnavailable, choose_backend
 from util import checkpoint, cli
-from util.datasets import ImageDataset, eval_loader, eval_transform, finetune_transform, image_dataset, train_loader
+from util.datasets import (
+    ImageDataset,
+    check_classes,
+    eval_loader,
+    eval_transform,
+    finetune_transform,
+    image_dataset,
+    train_loader,
+)
 from util.dist import distribute, init_device, seed_everything
 from util.errors import UserError, as_user_error
+from util.evaluation import evaluate, in_words
 from util.lr_decay import param_groups_layer_decay
 from util.metrics import RunLog, ScreenLog, SilentLog, clock, open_log
 from util.run import Run, fingerprint, starting_point
@@ -98,24 +107,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--dist_eval", action="store_true", help="each process evaluates a share; the result is the same"
     )
-    group.add_argument(
-        "--eval_resize",
-        choices=("square", "shorter"),
-        default="square",
-        help="resize images to a square as the released code does, or their shorter side (default: %(default)s)",
-    )
-    group.add_argument(
-        "--eval_loader",
-        choices=("fast", "pil"),
-        default="pil",
-        help="decode and resize evaluated images with libjpeg-turbo and torch, or in Pillow (default: %(default)s)",
-    )
-    group.add_argument(
-        "--eval_bad",
-        choices=("stop", "wrong"),
-        default="stop",
-        help="a broken image ends the evaluation, or counts as wrong (default: %(default)s)",
-    )
+    cli.add_eval_arguments(parser)
     parser.set_defaults(epochs=100, warmup_epochs=5, blr=5e-4, min_lr=1e-6, scale=[0.08, 1.0])
     return parser
 
@@ -234,14 +226,6 @@ def evaluate_checkpoint(
         log.say(f"{key or 'weights'}: {in_words(result)}")
 
 
-def in_words(result: dict[str, float]) -> str:
-    broken = f", {result['broken']} of them broken and counted as wrong" if "broken" in result else ""
-    return (
-        f"top-1 {result['acc1']:.2f} %, top-5 {result['acc5']:.2f} %, loss {result['loss']:.4f} "
-        f"on {result['images']} images{broken}"
-    )
-
-
 def finetune(
     args: argparse.Namespace,
     content: dict | None,
@@ -258,9 +242,7 @@ def finetune(
     with as_user_error(AssertionError, ValueError, KeyError, prefix=f"--aa {args.aa}: "):
         transform = finetune_transform(cli.image_size(args), args)
     train = image_dataset(args.data_path, "train", transform, args.loader)
-    if train.source.classes != val.source.classes:
-        differing = sorted(set(train.source.classes) ^ set(val.source.classes))
-        raise UserError(f"{args.data_path}: train and val differ in their class folders: {', '.join(differing[:5])}")
+    check_classes(args.data_path, train, val)
     args.data = fingerprint(train.source)
     if mixes(args) and args.batch_size % 2:
         raise UserError(f"--batch_size {args.batch_size}: mixup and cutmix pair images and need an even batch")

@@ -61,7 +61,7 @@ def finetune_transform(size: tuple[int, int], args: argparse.Namespace) -> Calla
     )
 
 
-def eval_transform(size: tuple[int, int], resize: str) -> Callable:
+def eval_transform(size: tuple[int, int], resize: str, crop_ratio: float | None = None) -> Callable:
     """Resize and centre crop, bicubic: image -> (3, H, W) float32.
 
     Args:
@@ -69,8 +69,10 @@ def eval_transform(size: tuple[int, int], resize: str) -> Callable:
             are not cropped.
         resize: "square" resizes to (H, W) / 0.875 whatever the aspect ratio, as the released finetuning code does;
             "shorter" keeps the aspect ratio and resizes the shorter side, as MAE does.
+        crop_ratio: of crop and resized image, where it is not that.
     """
-    crop_ratio = 224 / 256 if max(size) <= 224 else 1.0
+    if crop_ratio is None:
+        crop_ratio = 224 / 256 if max(size) <= 224 else 1.0
     resized = [int(side / crop_ratio) for side in size]
     if resize == "shorter":
         # the shorter side of an image is laid onto the longer side of the input, so that the crop always fits
@@ -134,8 +136,23 @@ def image_dataset(data_path: str, split: str, transform: transforms.Compose, loa
     Raises:
         UserError: the data is not there, or not of the form asked for.
     """
-    how = {"fast": Uint8Transform, "pil": PillowTransform}[loader]
-    return ImageDataset(open_source(data_path, split), how(transform))
+    return ImageDataset(open_source(data_path, split), pixels_by(loader, transform))
+
+
+def pixels_by(loader: str, transform: transforms.Compose) -> PillowTransform | Uint8Transform:
+    """A transform of the content of image files, carried out as "fast" or "pil" does."""
+    return {"fast": Uint8Transform, "pil": PillowTransform}[loader](transform)
+
+
+def check_classes(data_path: str, train: ImageDataset, val: ImageDataset) -> None:
+    """Refuse splits of different classes, whose labels would not be the same.
+
+    Raises:
+        UserError: names some of the classes.
+    """
+    if train.source.classes != val.source.classes:
+        differing = sorted(set(train.source.classes) ^ set(val.source.classes))
+        raise UserError(f"{data_path}: train and val differ in their class folders: {', '.join(differing[:5])}")
 
 
 class SeededSamples(Dataset):
