@@ -13,7 +13,7 @@ from util.lr_sched import lr_at, set_lr
 
 # Learning rates that are tried, for 256 images a step.
 LINEAR_LRS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-ATTENTIVE_LRS = (3e-4, 1e-3, 3e-3, 1e-2)
+ATTENTIVE_LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
 def knn(
@@ -124,9 +124,10 @@ def train_probe(
         its accuracy in percent there.
     """
     seed_everything(args.seed, seed, of_rank=0)
+    order = torch.Generator().manual_seed(torch.randint(2**31, ()).item())  # apart: the grid does not change it
     features, labels = train
     intact = (labels >= 0).nonzero()[:, 0].cpu()
-    held_out, used = intact[torch.randperm(len(intact))].tensor_split([max(1, len(intact) // 10)])
+    held_out, used = intact[torch.randperm(len(intact), generator=order)].tensor_split([max(1, len(intact) // 10)])
     size = min(args.probe_batch_size, len(used))
     steps = len(used) // size  # an epoch
     linear = features.ndim == 2
@@ -138,7 +139,7 @@ def train_probe(
     ]
     optimizer = SGD(groups, lr=0, momentum=0.9) if linear else AdamW(groups, lr=0, weight_decay=0.05)
     for epoch in range(args.probe_epochs):
-        for step, index in enumerate(used[torch.randperm(len(used))].split(size)[:steps]):
+        for step, index in enumerate(used[torch.randperm(len(used), generator=order)].split(size)[:steps]):
             set_lr(optimizer, lr_at(epoch + step / steps, 1, 0, 0, args.probe_epochs))
             logits = probes(rows_of(features, index, device).float())
             # a sum over heads: none of them changes another's gradient

@@ -2,11 +2,8 @@
 
 import argparse
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from functools import cache
 
 import numpy as np
@@ -18,13 +15,14 @@ from torchvision import transforms
 
 import models_arm
 import robustness
-from conftest import REPOSITORY
+from conftest import torchrun
 from report import wilson
 from util.datasets import BICUBIC, NORMALIZE
 
 SYNSETS = ImageNetInfo().label_names()
 REAL = list(RealLabelsImagenet(range(50_000)).real_labels.values())
 QUIET = ["--device", "cpu", "--num_workers", 0]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class World:
@@ -72,7 +70,7 @@ RANKS = {
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(tmp_path_factory, one_thread):
     world = World(tmp_path_factory.mktemp("robustness"))
     for name, ranks in RANKS.items():
         names, columns = SYNSETS, slice(None)
@@ -185,15 +183,11 @@ def test_broken_images(world, tmp_path, run_script, capsys):
 def test_two_processes_equal_one(world, results, tmp_path):
     words = [world.checkpoint, *QUIET, "--output", tmp_path / "two.json", "--batch_size", 2]
     words += ["--data", *(f"{name}={world.root / name}" for name in ("imagenet", "v2"))]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    command = [str(word) for word in (*command, REPOSITORY / "Evaluation" / "robustness.py", *words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
+    output = torchrun("Evaluation/robustness.py", *words)
     together = json.loads((tmp_path / "two.json").read_text())["results"]
     for name, row in together.items():
         assert row == {**results[name], "loss": pytest.approx(results[name]["loss"], rel=1e-5)}
-    assert done.stdout.count("| imagenet |") == 1
+    assert output.count("| imagenet |") == 1
 
 
 @pytest.mark.parametrize(
