@@ -12,7 +12,7 @@ from util.dist import seed_everything
 from util.lr_sched import lr_at, set_lr
 
 # Learning rates that are tried, for 256 images a step.
-LINEAR_LRS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+LINEAR_LRS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 ATTENTIVE_LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
