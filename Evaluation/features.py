@@ -178,6 +178,8 @@ def features(
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             np.lib.format.open_memmap(partial, "w+", record, (len(dataset),))
+            with partial.open("r+b") as file:  # a full disk would end a process that writes to the map, wordlessly
+                os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
         except OSError as error:
             raise UserError(f"--cache {path.parent} cannot be written: {error.strerror}") from error
         return str(partial)
@@ -185,7 +187,11 @@ def features(
     partial = on_main(start)
     if partial is not None:
         loader = eval_loader(dataset, args, device)
-        compute(model, loader, np.lib.format.open_memmap(partial, "r+"), blocks, tokens, device, log, split)
+        try:
+            compute(model, loader, np.lib.format.open_memmap(partial, "r+"), blocks, tokens, device, log, split)
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
         barrier()
         on_main(lambda: os.replace(partial, path))
     with as_user_error(ValueError, OSError, prefix=f"{path} is damaged, delete it: "):

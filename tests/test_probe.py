@@ -17,6 +17,7 @@ import probe
 import probes
 from conftest import torchrun
 from util.datasets import eval_transform
+from util.errors import RunError
 
 SIZES = {"img_size": (48, 32), "patch_size": 8, "embed_dim": 32, "depth": 4}
 QUIET = ["--device", "cpu", "--num_workers", 0, "--probe_epochs", 30]
@@ -251,8 +252,11 @@ def test_broken_images(checkpoints, image_folder, tmp_path):
     shutil.copytree(image_folder, tmp_path / "data")
     for split, label in (("train", 0), ("val", 1)):
         (tmp_path / "data" / split / f"class_{label}" / "x.png").write_bytes(b"")
-    words = [checkpoints / "pretrain.pth", "--data_path", tmp_path / "data", "--cache", tmp_path, "--eval_bad", "wrong"]
-    rows = run(tmp_path, *words, "--k", 24, 25)["results"]
+    words = [checkpoints / "pretrain.pth", "--data_path", tmp_path / "data", "--cache", tmp_path / "cache"]
+    with pytest.raises(RunError, match=r"x\.png"):
+        run(tmp_path, *words)
+    assert not list((tmp_path / "cache").iterdir())
+    rows = run(tmp_path, *words, "--eval_bad", "wrong", "--k", 24, 25)["results"]
     assert [row["probe"] for row in rows] == ["24-NN", "linear"]
     assert {row["images"] for row in rows} == {8}
     assert all(row["acc5"] <= 100 * 7 / 8 for row in rows)
