@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +182,8 @@ def features(
             with partial.open("r+b") as file:  # a full disk would end a process that writes to the map, wordlessly
                 os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
         except OSError as error:
+            with suppress(OSError):
+                partial.unlink()
             raise UserError(f"--cache {path.parent} cannot be written: {error.strerror}") from error
         return str(partial)
 

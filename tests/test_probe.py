@@ -1,7 +1,9 @@
 """Probes: values against NumPy, features against the models' own, whole runs from the images to the JSON file."""
 
 import argparse
+import errno
 import json
+import os
 import re
 import shutil
 from types import SimpleNamespace
@@ -93,6 +95,8 @@ def test_the_choice_does_not_see_val():
     assert right["correct"] >= 95
     assert wrong["correct"] <= 5
     assert (broken["correct"], broken["correct5"]) == (0, 0)
+    single = probes.train_probe(make, train, (x[:1], y[:1]), ARGS, 0, CPU)  # as beside any others
+    assert single["correct"] == 1
 
 
 def test_heads_side_by_side_do_not_meet(monkeypatch):
@@ -288,6 +292,18 @@ def test_mistakes(checkpoints, image_folder, tmp_path, run_script, capsys, words
     err = capsys.readouterr().err
     assert re.fullmatch(r"probe\.py: error: .*\n", err)
     assert re.search(message, err), err
+
+
+def test_a_full_disk(checkpoints, image_folder, tmp_path, run_script, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(probe, checkpoints / "pretrain.pth", "--data_path", image_folder, "--cache", tmp_path, *QUIET)
+    assert exit_info.value.code == 2
+    assert f"--cache {tmp_path} cannot be written: No space left on device" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_file_of_the_cache(checkpoints, image_folder, tmp_path, run_script, capsys):
