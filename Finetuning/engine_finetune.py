@@ -1,4 +1,4 @@
-"""One epoch of finetuning, and evaluation."""
+"""One epoch of finetuning."""
 
 from collections.abc import Callable
 
@@ -8,12 +8,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from util.device_loader import DeviceLoader
-from util.dist import reduce_sum, world_size
-from util.errors import Interrupted, RunError
-from util.interrupt import StopRequest
-from util.metrics import LOG_EVERY, RunLog, ScreenLog, SilentLog
+from util.metrics import RunLog, SilentLog
 from util.run import Run
-from util.train_loop import autocast, train_epoch
+from util.train_loop import train_epoch
 
 
 def train_one_epoch(
@@ -58,62 +55,3 @@ def loss_of(model: nn.Module, criterion: nn.Module, mixup: Mixup | None) -> Call
         return criterion(model(imgs), labels)
 
     return compute_loss
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    loader: DeviceLoader,
-    device: torch.device,
-    log: ScreenLog | SilentLog,
-    title: str = "eval",
-    stop: StopRequest | None = None,
-) -> dict[str, float]:
-    """Accuracy over every image once.
-
-    Args:
-        model: the bare classifier; processes may have unequal shares.
-        loader: its sampler has `distributed`, which says whether each process has a share or all of the images.
-        device: of the model.
-        log: of this rank.
-        title: of the progress.
-        stop: what may ask to leave; nothing of an evaluation is kept then.
-
-    Returns:
-        `acc1`, `acc5` in percent, `loss` (cross-entropy, mean) and `images`, their exact number. Broken images, which
-        have the label -1, count as wrong and have no loss; `broken` is their number where there are any.
-
-    Raises:
-        RunError: an image is broken and the loader does not let it count as wrong, or all are.
-        Interrupted: `stop` was asked.
-    """
-    model.eval()
-    progress = log.progress(title, len(loader))
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # correct, correct among five, loss, broken
-    seen = 0  # counted by the host, which does not wait for the device
-    processes = world_size() if loader.sampler.distributed else 1
-    for step, (imgs, labels) in enumerate(loader, start=1):
-        with autocast(device):
-            logits = model(imgs)
-        logits = logits.float()
-        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
-        loss = nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-1)
-        seen += len(labels)
-        sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, (labels == -1).sum()])
-        progress.update(len(labels) * processes, quiet=step % LOG_EVERY != 0 and step != len(loader))
-        if stop is not None and stop.asked:
-            raise Interrupted("stopped during an evaluation, which --resume auto begins again")
-    progress.close()
-    sums = torch.cat([sums, sums.new_tensor([seen])])
-    if loader.sampler.distributed:
-        reduce_sum(sums)
-    correct, correct5, loss, broken, images = sums.tolist()
-    if broken == images:
-        raise RunError(f"all {int(images)} images are broken")
-    result = {
-        "acc1": 100 * correct / images,
-        "acc5": 100 * correct5 / images,
-        "loss": loss / (images - broken),
-        "images": int(images),
-    }
-    return result | ({"broken": int(broken)} if broken else {})

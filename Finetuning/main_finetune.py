@@ -19,7 +19,6 @@ log.txt and TensorBoard files; --resume auto goes on with whatever was last writ
 import argparse
 import sys
 import time
-from itertools import zip_longest
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -32,16 +31,24 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import models_arm
-from engine_finetune import evaluate, train_one_epoch
+from engine_finetune import train_one_epoch
 from ops import BackendUnavailable, choose_backend
 from util import checkpoint, cli
-from util.datasets import ImageDataset, eval_loader, eval_transform, finetune_transform, image_dataset, train_loader
+from util.datasets import (
+    ImageDataset,
+    check_classes,
+    eval_loader,
+    eval_transform,
+    finetune_transform,
+    image_dataset,
+    train_loader,
+)
 from util.dist import distribute, init_device, seed_everything
 from util.errors import UserError, as_user_error
+from util.evaluation import evaluate, in_words
 from util.lr_decay import param_groups_layer_decay
 from util.metrics import RunLog, ScreenLog, SilentLog, clock, open_log
 from util.run import Run, fingerprint, starting_point
-from util.sources import Source
 from util.train_loop import activation_dtype
 
 LAYER_DECAY, SMOOTHING = cli.number(float, 0, 1, above=True), cli.number(float, 0, 0.999)
@@ -104,24 +111,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--dist_eval", action="store_true", help="each process evaluates a share; the result is the same"
     )
-    group.add_argument(
-        "--eval_resize",
-        choices=("square", "shorter"),
-        default="square",
-        help="resize images to a square as the released code does, or their shorter side (default: %(default)s)",
-    )
-    group.add_argument(
-        "--eval_loader",
-        choices=("fast", "pil"),
-        default="pil",
-        help="decode and resize evaluated images with libjpeg-turbo and torch, or in Pillow (default: %(default)s)",
-    )
-    group.add_argument(
-        "--eval_bad",
-        choices=("stop", "wrong"),
-        default="stop",
-        help="a broken image ends the evaluation, or counts as wrong (default: %(default)s)",
-    )
+    cli.add_eval_arguments(parser)
     parser.set_defaults(epochs=100, warmup_epochs=5, blr=5e-4, min_lr=1e-6, scale=[0.08, 1.0])
     return parser
 
@@ -214,23 +204,6 @@ def check_labels(dataset: ImageDataset, nb_classes: int) -> None:
         raise UserError(f"{source.root} has {len(source.classes)} classes, the classifier {nb_classes}: --nb_classes")
 
 
-def check_classes(train: Source, val: Source) -> None:
-    """Refuse splits in which a label does not stand for the same class; `val` may hold fewer of them.
-
-    Raises:
-        UserError: names some of the classes.
-    """
-    differing = set()
-    for label, (trained, name) in enumerate(zip_longest(train.classes, val.classes)):
-        if trained is None:  # a label that is not trained
-            differing.add(name or str(label))
-        elif name and name != trained and (trained or name in train.classes):
-            differing |= {trained, name} - {""}
-    if differing:
-        named = ", ".join(sorted(differing)[:5])
-        raise UserError(f"{val.root}: train and val differ in their classes: {named}")
-
-
 def evaluate_checkpoint(
     args: argparse.Namespace,
     content: dict,
@@ -255,14 +228,6 @@ def evaluate_checkpoint(
         checkpoint.load_into_classifier(content, model, key)
         result = evaluate(model, loader, device, log)
         log.say(f"{key or 'weights'}: {in_words(result)}")
-
-
-def in_words(result: dict[str, float]) -> str:
-    broken = f", {result['broken']} of them broken and counted as wrong" if "broken" in result else ""
-    return (
-        f"top-1 {result['acc1']:.2f} %, top-5 {result['acc5']:.2f} %, loss {result['loss']:.4f} "
-        f"on {result['images']} images{broken}"
-    )
 
 
 def finetune(

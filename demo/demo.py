@@ -6,6 +6,7 @@ runs the training scripts under torchrun, the same that train ARM-base on ImageN
 and pictures to demo_out/.
 """
 
+import json
 import os
 import re
 import shlex
@@ -17,9 +18,13 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from digits import unpack_digits
+from main_pretrain import build_model
 from pictures import draw_curves, draw_predictions
-from util import plot_log
+from util import checkpoint, plot_log
+from util.dist import seed_everything
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "demo_out"
@@ -62,6 +67,20 @@ def evaluate(run: str) -> float:
     return float(re.search(r"^model: top-1 ([\d.]+) %.* on 1000 images$", printed, re.MULTILINE)[1])
 
 
+def write_random_encoder(pretrained: Path, path: Path) -> None:
+    """Write the weights that the run of a pretraining checkpoint began with."""
+    args = checkpoint.read(pretrained)["args"]
+    seed_everything(args.seed)
+    torch.save({"model": build_model(args).state_dict(), "args": args}, path)
+
+
+def probe(path: Path) -> tuple[float, float]:
+    """Accuracy in percent of 20 nearest neighbours and of a linear probe, by the script on frozen features."""
+    torchrun("Evaluation/probe.py", f"{path} --seeds 2 --num_workers 1 --output {OUT}/probe.json")
+    rows = {row["probe"]: row["acc1"] for row in json.loads((OUT / "probe.json").read_text())["results"]}
+    return rows["20-NN"], rows["linear"]
+
+
 def main() -> None:
     start = time.monotonic()
     shutil.rmtree(OUT, ignore_errors=True)  # of an earlier demo
@@ -76,6 +95,10 @@ def main() -> None:
     torchrun("Finetuning/main_finetune.py", f"{MODEL} {RECIPE} {FINETUNE} --output_dir {OUT}/scratch")
     accuracy_scratch = evaluate("scratch")
 
+    write_random_encoder(OUT / "pretrain" / "checkpoint-last.pth", OUT / "random.pth")
+    knn, linear = probe(OUT / "pretrain" / "checkpoint-last.pth")
+    knn_random, linear_random = probe(OUT / "random.pth")
+
     logs = {run: plot_log.read(OUT / run) for run in ("pretrain", "finetune", "scratch")}
     draw_curves(logs, OUT / "curves.png")
     draw_predictions(OUT / "pretrain" / "checkpoint-last.pth", DATA / "val", OUT / "predictions.png")
@@ -84,6 +107,8 @@ def main() -> None:
 | --- | --- |
 | finetuned from {len(logs["pretrain"])} epochs of autoregressive pretraining | {accuracy:.1f} % |
 | the same finetuning from random weights | {accuracy_scratch:.1f} % |
+| frozen pretrained encoder: 20 nearest neighbours, linear probe | {knn:.1f} %, {linear:.1f} % |
+| frozen random encoder: 20 nearest neighbours, linear probe | {knn_random:.1f} %, {linear_random:.1f} % |
 
 {time.monotonic() - start:.0f} s in all; {OUT.name}/curves.png and {OUT.name}/predictions.png show the runs.
 """

@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,6 +98,15 @@ def jpeg_folder(tmp_path_factory, photographs) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """On tensors so small further threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def run_script(monkeypatch):
     """Run a main script in this process with a command line."""
@@ -134,6 +144,20 @@ def loop_args(**changes: object) -> argparse.Namespace:
     args = {"lr": 1.0, "min_lr": 1.0, "warmup_epochs": 0, "epochs": 1, "accum_iter": 1, "clip_grad": None, "seed": 0}
     args |= {"batch_size": 1, "start_epoch": None, "save_every_steps": None, "max_nonfinite": 3, "output_dir": "out"}
     return argparse.Namespace(**{**args, **changes})
+
+
+def torchrun(script: str, *argv: object, processes: int = 2) -> str:
+    """Run a script on several processes; returns what it prints."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    done = subprocess.run(
+        [str(word) for word in (*command, REPOSITORY / script, *argv)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def read_log(folder: Path) -> list[dict]:

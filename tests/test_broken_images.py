@@ -18,9 +18,8 @@ from PIL import Image
 
 import main_finetune
 import main_pretrain
-from conftest import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN, encoded
+from conftest import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN, encoded, torchrun
 from test_data import finetune_args, loader_args
-from test_training import torchrun
 from util import datasets, decode, pack_images, sources
 from util.errors import RunError
 

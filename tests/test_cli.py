@@ -16,6 +16,8 @@ from PIL import Image
 import main_finetune
 import main_pretrain
 import models_arm
+import probe
+import robustness
 from conftest import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN
 from util import cli
 from util.dist import init_device
@@ -38,10 +40,26 @@ FINETUNE = (
     eval dist_eval eval_resize eval_loader eval_bad
 """
 )
+EXAMINE = """
+    model_key input_size output device batch_size scan_backend num_workers worker_timeout pin_mem no_pin_mem
+    dist_timeout eval_resize eval_loader eval_bad
+"""
+PROBE = (
+    EXAMINE
+    + """
+    data_path block average_last cache max_gb
+    probe k temperature seeds probe_epochs probe_batch_size attn_heads seed
+"""
+)
+ROBUSTNESS = EXAMINE + "data"
 SCRIPTS = {"main_pretrain.py": main_pretrain, "main_finetune.py": main_finetune}
+SCRIPTS |= {"probe.py": probe, "robustness.py": robustness}
 
 
-@pytest.mark.parametrize(("script", "flags"), [(main_pretrain, PRETRAIN), (main_finetune, FINETUNE)])
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [(main_pretrain, PRETRAIN), (main_finetune, FINETUNE), (probe, PROBE), (robustness, ROBUSTNESS)],
+)
 def test_flags_are_frozen(script, flags):
     """Others write job scripts against these: adding one is a decision, removing one breaks somebody."""
     options = {o for action in script.get_args_parser()._actions for o in action.option_strings}
@@ -50,7 +68,9 @@ def test_flags_are_frozen(script, flags):
 
 def readme_commands() -> list[str]:
     text = (REPOSITORY / "README.md").read_text().replace("\\\n", " ")
-    return [line for line in text.splitlines() if re.search(r"main_(pretrain|finetune)\.py --", line)]
+    return [
+        line for line in text.splitlines() if re.search(r"(main_(pretrain|finetune)|probe|robustness)\.py \S", line)
+    ]
 
 
 def parsed(words: list[str]) -> argparse.Namespace:
@@ -62,9 +82,8 @@ def parsed(words: list[str]) -> argparse.Namespace:
 @pytest.mark.parametrize("command", readme_commands())
 def test_readme_commands_parse(command):
     args = parsed(shlex.split(command))
-    assert args.data_path
-    if args.model:
-        assert args.model in models_arm.SIZES
+    assert args.data if "robustness.py" in command else args.data_path
+    assert getattr(args, "model", None) in (None, *models_arm.SIZES)
 
 
 RECIPES = sorted((REPOSITORY / "recipes").iterdir())

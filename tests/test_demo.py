@@ -1,13 +1,16 @@
 """The parts of the demo; `make demo` runs the whole."""
 
 import numpy as np
+import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+import demo
 import main_pretrain
 from conftest import TINY_PRETRAIN
 from digits import unpack_digits
 from pictures import draw_curves, draw_predictions
+from util import checkpoint
 
 
 def test_unpacked_digits(tmp_path):
@@ -35,3 +38,13 @@ def test_pictures_are_drawn(image_folder, tmp_path, run_script):
         pixels = np.asarray(Image.open(tmp_path / name).convert("L"))
         assert pixels.shape[1] > 300
         assert pixels.std() > 10
+
+
+def test_random_encoder(image_folder, tmp_path, run_script):
+    """What a run trains from: at learning rate 0 it stays."""
+    words = ["--data_path", image_folder, "--output_dir", tmp_path, "--batch_size", 8, "--epochs", 1, "--lr", 0]
+    run_script(main_pretrain, *TINY_PRETRAIN, *words, "--weight_decay", 0, "--seed", 3)
+    demo.write_random_encoder(tmp_path / "checkpoint-0.pth", tmp_path / "random.pth")
+    want, got = (checkpoint.read(tmp_path / name)["model"] for name in ("checkpoint-0.pth", "random.pth"))
+    assert want.keys() == got.keys()
+    assert all(torch.equal(want[name], got[name]) for name in want)

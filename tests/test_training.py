@@ -22,7 +22,7 @@ import engine_finetune
 import main_finetune
 import main_pretrain
 import models_arm
-from conftest import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN, Batches, loop_args, read_log
+from conftest import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN, Batches, loop_args, read_log, torchrun
 from util import checkpoint
 from util.dist import distribute
 from util.errors import RunError
@@ -36,19 +36,6 @@ SCRIPTS = {
     "pretrain": (main_pretrain, "main_pretrain.py", [*TINY_PRETRAIN, "--norm_pix_loss"]),
     "finetune": (main_finetune, "Finetuning/main_finetune.py", FINETUNE),
 }
-
-
-def torchrun(script, *argv, processes=2):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    done = subprocess.run(
-        [str(word) for word in (*command, REPOSITORY / script, *argv)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def final_weights(folder):

@@ -49,6 +49,7 @@ rate, amount = number(float, 0, 1), number(float, 0)
 
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of pretraining and finetuning alike; recipes differ by `parser.set_defaults`."""
+    add_machine_arguments(parser)
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="NAME", help="one of models_arm.SIZES (default: %(default)s)")
     group.add_argument(
@@ -57,14 +58,8 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--patch_size", type=positive, help="pixels a side")
     group.add_argument("--embed_dim", type=positive, help="channels, instead of the model's")
     group.add_argument("--depth", type=positive, help="blocks, instead of the model's")
-    group.add_argument(
-        "--scan_backend", default="auto", help="auto, triton, mamba_ssm, cpu or torch (default: %(default)s)"
-    )
 
     group = parser.add_argument_group("optimisation")
-    group.add_argument(
-        "--batch_size", type=positive, default=64, help="images per process and step (default: %(default)s)"
-    )
     group.add_argument("--accum_iter", type=positive, default=1, help="steps accumulated into one update")
     group.add_argument("--epochs", type=positive, help="length of the run (default: %(default)s)")
     group.add_argument(
@@ -98,21 +93,6 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--scale", type=rate, nargs=2, help="area of random crops (default: %(default)s)")
     group.add_argument("--hflip", type=rate, default=0.5, help="rate of horizontal flips (default: %(default)s)")
-    group.add_argument(
-        "--num_workers",
-        type=natural,
-        default=min(10, len(os.sched_getaffinity(0))),
-        help="processes that load images (default: 10, or the number of cores)",
-    )
-    group.add_argument(
-        "--worker_timeout",
-        type=natural,
-        default=300,
-        metavar="S",
-        help="a batch that takes longer ends the run; 0 waits for ever (default: %(default)s seconds)",
-    )
-    group.add_argument("--pin_mem", action="store_true", default=True, help="pin memory for the GPU (default)")
-    group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
 
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default="./output_dir", help="checkpoints and log.txt (default: %(default)s)")
@@ -151,7 +131,6 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--start_epoch", type=natural, help="first epoch (default: the one after the resumed checkpoint's)"
     )
-    group.add_argument("--device", help="cuda or cpu (default: cuda where there is a GPU)")
     group.add_argument(
         "--compile",
         action="store_true",
@@ -171,6 +150,34 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="updates in a row whose gradient is not finite end the run (default: %(default)s)",
     )
+    group.add_argument("--seed", type=natural, default=0, help="(default: %(default)s)")
+
+
+def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of every script: what computes, and how images are loaded."""
+    group = parser.add_argument_group("machine")
+    group.add_argument(
+        "--batch_size", type=positive, default=64, help="images per process and step (default: %(default)s)"
+    )
+    group.add_argument("--device", help="cuda or cpu (default: cuda where there is a GPU)")
+    group.add_argument(
+        "--scan_backend", default="auto", help="auto, triton, mamba_ssm, cpu or torch (default: %(default)s)"
+    )
+    group.add_argument(
+        "--num_workers",
+        type=natural,
+        default=min(10, len(os.sched_getaffinity(0))),
+        help="processes that load images (default: 10, or the number of cores)",
+    )
+    group.add_argument(
+        "--worker_timeout",
+        type=natural,
+        default=300,
+        metavar="S",
+        help="a batch that takes longer ends the run; 0 waits for ever (default: %(default)s seconds)",
+    )
+    group.add_argument("--pin_mem", action="store_true", default=True, help="pin memory for the GPU (default)")
+    group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
     group.add_argument(
         "--dist_timeout",
         type=positive,
@@ -178,7 +185,40 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="a process that the others have waited for so long ends the run (default: %(default)s seconds)",
     )
-    group.add_argument("--seed", type=natural, default=0, help="(default: %(default)s)")
+
+
+def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    """How images are evaluated."""
+    group = parser.add_argument_group("evaluated images")
+    group.add_argument(
+        "--eval_resize",
+        choices=("square", "shorter"),
+        default="square",
+        help="resize images to a square as the released code does, or their shorter side (default: %(default)s)",
+    )
+    group.add_argument(
+        "--eval_loader",
+        choices=("fast", "pil"),
+        default="pil",
+        help="decode and resize evaluated images with libjpeg-turbo and torch, or in Pillow (default: %(default)s)",
+    )
+    group.add_argument(
+        "--eval_bad",
+        choices=("stop", "wrong"),
+        default="stop",
+        help="a broken image ends the evaluation, or counts as wrong (default: %(default)s)",
+    )
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """The checkpoint that a script examines, and where its result goes."""
+    group = parser.add_argument_group("checkpoint")
+    group.add_argument("checkpoint", metavar="CKPT", help="file of pretraining or finetuning")
+    group.add_argument("--model_key", choices=("model", "model_ema"), help="which of its weights (default: model)")
+    group.add_argument(
+        "--input_size", type=positive, nargs="+", metavar="PX", help="side, or height and width (default: as trained)"
+    )
+    group.add_argument("--output", metavar="FILE", help="JSON file of the result (default: beside CKPT)")
 
 
 def boolean(text: str) -> bool:
@@ -196,13 +236,22 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         UserError: names the argument.
     """
-    if args.input_size is not None and len(args.input_size) > 2:
-        raise UserError(f"--input_size takes one side, or height and width, not {len(args.input_size)} numbers")
+    check_input_size(args)
     if args.start_epoch is not None and args.start_epoch >= args.epochs:
         raise UserError(f"--start_epoch {args.start_epoch}: the run has epochs 0 to {args.epochs - 1}")
     args.world_size = world_size()
     if args.lr is None:
         args.lr = args.blr * effective_batch_size(args) / 256
+
+
+def check_input_size(args: argparse.Namespace) -> None:
+    """Refuse more than two sides.
+
+    Raises:
+        UserError: names the argument.
+    """
+    if args.input_size is not None and len(args.input_size) > 2:
+        raise UserError(f"--input_size takes one side, or height and width, not {len(args.input_size)} numbers")
 
 
 def effective_batch_size(args: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
-from itertools import islice
+from itertools import islice, zip_longest
 
 import numpy as np
 import torch
@@ -68,7 +68,7 @@ def crop_ratio(size: tuple[int, int]) -> float:
     return 224 / 256 if max(size) <= 224 else 1.0
 
 
-def eval_transform(size: tuple[int, int], resize: str) -> Callable:
+def eval_transform(size: tuple[int, int], resize: str, ratio: float | None = None) -> Callable:
     """Resize and centre crop, bicubic: image -> (3, H, W) float32.
 
     Args:
@@ -76,8 +76,9 @@ def eval_transform(size: tuple[int, int], resize: str) -> Callable:
             are not cropped.
         resize: "square" resizes to (H, W) / 0.875 whatever the aspect ratio, as the released finetuning code does;
             "shorter" keeps the aspect ratio and resizes the shorter side, as MAE does.
+        ratio: of crop and resized image, where it is not `crop_ratio`.
     """
-    resized = [int(side / crop_ratio(size)) for side in size]
+    resized = [int(side / (ratio or crop_ratio(size))) for side in size]
     if resize == "shorter":
         # the shorter side of an image is laid onto the longer side of the input, so that the crop always fits
         resized = max(resized)
@@ -140,8 +141,29 @@ def image_dataset(data_path: str, split: str, transform: transforms.Compose, loa
     Raises:
         UserError: the data is not there, or not of the form asked for.
     """
-    how = {"fast": Uint8Transform, "pil": PillowTransform}[loader]
-    return ImageDataset(open_source(data_path, split), how(transform))
+    return ImageDataset(open_source(data_path, split), pixels_by(loader, transform))
+
+
+def pixels_by(loader: str, transform: transforms.Compose) -> PillowTransform | Uint8Transform:
+    """A transform of the content of image files, carried out as "fast" or "pil" does."""
+    return {"fast": Uint8Transform, "pil": PillowTransform}[loader](transform)
+
+
+def check_classes(train: Source, val: Source) -> None:
+    """Refuse splits in which a label does not stand for the same class; `val` may hold fewer of them.
+
+    Raises:
+        UserError: names some of the classes.
+    """
+    differing = set()
+    for label, (trained, name) in enumerate(zip_longest(train.classes, val.classes)):
+        if trained is None:  # a label that is not trained
+            differing.add(name or str(label))
+        elif name and name != trained and (trained or name in train.classes):
+            differing |= {trained, name} - {""}
+    if differing:
+        named = ", ".join(sorted(differing)[:5])
+        raise UserError(f"{val.root}: train and val differ in their classes: {named}")
 
 
 class SeededSamples(Dataset):

@@ -1,0 +1,229 @@
+"""Frozen features: the encoder of a checkpoint, and what its blocks make of each image, computed once and kept."""
+
+import argparse
+import hashlib
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models_arm import ARMClassifier, ARMPretrain
+from ops import BackendUnavailable, choose_backend
+from util import checkpoint, cli
+from util.datasets import ImageDataset, eval_loader
+from util.device_loader import DeviceLoader
+from util.dist import barrier, on_main, world_size
+from util.errors import RunError, UserError, as_user_error
+from util.metrics import LOG_EVERY, ScreenLog, SilentLog
+from util.pos_embed import resize_pos_embed
+from util.run import fingerprint
+from util.train_loop import activation_dtype, autocast
+
+Model = ARMPretrain | ARMClassifier
+
+
+def load_model(args: argparse.Namespace, device: torch.device) -> Model:
+    """The model of a checkpoint, of pretraining (its encoder only: the decoder stays random) or of finetuning.
+
+    Args:
+        args: `checkpoint`, `model_key`, `input_size` and `scan_backend` count; `input_size` gets what was found.
+        device: where it goes.
+
+    Raises:
+        UserError: no checkpoint of ARM, or an input size that does not fit.
+    """
+    content = checkpoint.read(args.checkpoint)
+    state, saved = checkpoint.weights(content, args.model_key), content.get("args")
+    trained_size = checkpoint.image_size(state, checkpoint.saved_size(content))
+    sizes = checkpoint.classifier_sizes(state)
+    if args.input_size is None:
+        args.input_size = list(trained_size)
+    sizes |= {"img_size": cli.image_size(args), "scan_backend": args.scan_backend}
+    with as_user_error(TypeError, ValueError, BackendUnavailable):
+        choose_backend(args.scan_backend, device, activation_dtype(device), sizes["embed_dim"])
+        if not checkpoint.is_pretrained(state):
+            model = ARMClassifier(**sizes, global_pool=getattr(saved, "global_pool", True))
+        else:
+            model = ARMPretrain(**sizes, cluster_size=getattr(saved, "cluster_size", 4), dec_embed_dim=64, dec_depth=1)
+    if isinstance(model, ARMClassifier):
+        checkpoint.load_into_classifier(content, model, args.model_key)
+    else:
+        encoder = {k: v for k, v in state.items() if k.startswith(("patch_embed.", "layers."))}
+        grid = tuple(side // model.patch_size for side in trained_size)
+        encoder["pos_embed"] = resize_pos_embed(state["pos_embed"], grid, model.grid_size)
+        decoder = {k for k in model.state_dict() if not k.startswith(("patch_embed.", "layers.", "pos_embed"))}
+        checkpoint.load(model, encoder, decoder)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def chosen_blocks(args: argparse.Namespace, depth: int) -> range:
+    """The blocks whose outputs are averaged, from 1: `--block`, the last ones of `--average_last`, or the last.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    for name in ("block", "average_last"):
+        if (getattr(args, name) or 1) > depth:
+            raise UserError(f"--{name} {getattr(args, name)}: the encoder has {depth} blocks")
+    if args.block is not None:
+        return range(args.block, args.block + 1)
+    return range(depth + 1 - (args.average_last or 1), depth + 1)
+
+
+def encode(model: Model, imgs: Tensor, blocks: range) -> Tensor:
+    """Mean of the outputs of some blocks.
+
+    A pretrained encoder reads all clusters, the last one too, in cluster order. A classifier's outputs pass its last
+    normalisation, as the last block's do.
+
+    Args:
+        model: of pretraining or finetuning.
+        imgs: (B, 3, H, W).
+        blocks: which, from 1.
+
+    Returns:
+        Tokens (B, L, C) float32; those of a classifier have the class token in the middle.
+    """
+    x, order = model.patch_embed(imgs).flatten(1, 2), None  # (B, rows, columns, C) -> (B, M, C)
+    if isinstance(model, ARMPretrain):
+        h = model.to_clusters(x + model.pos_embed).flatten(1, 2).contiguous()  # (B, clusters, c * c, C) -> (B, M, C)
+    else:
+        middle, order = x.shape[1] // 2, model.order
+        token = model.cls_token.expand(len(x), -1, -1)
+        h = torch.cat([x[:, :middle], token, x[:, middle:]], dim=1) + model.pos_embed  # (B, M + 1, C)
+    total = 0
+    for number, layer in enumerate(model.layers[: blocks[-1]], start=1):
+        h = layer(h, order)
+        if number in blocks:
+            total = total + (h if isinstance(model, ARMPretrain) else model.norm_f(h)).float()
+    return total / len(blocks)
+
+
+def pool(model: Model, tokens: Tensor) -> Tensor:
+    """One vector an image: the mean over all tokens, for a classifier what its head reads: (B, L, C) -> (B, C)."""
+    if isinstance(model, ARMPretrain):
+        return tokens.mean(dim=1)
+    middle = tokens.shape[1] // 2
+    if model.global_pool in (False, "token"):
+        return tokens[:, middle]
+    return (tokens[:, :middle].mean(dim=1) + tokens[:, middle + 1 :].mean(dim=1)) / 2
+
+
+def hash_of(model: Model) -> str:
+    """SHA-256 of a model's weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if not isinstance(model, ARMPretrain) or name.startswith(("patch_embed.", "layers.", "pos_embed")):
+            digest.update(name.encode())
+            digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def features(
+    args: argparse.Namespace,
+    model: Model,
+    dataset: ImageDataset,
+    split: str,
+    blocks: range,
+    tokens: bool,
+    device: torch.device,
+    log: ScreenLog | SilentLog,
+) -> tuple[Tensor, Tensor]:
+    """What the frozen model makes of every image: from the cache, or computed, each process a share, and kept there.
+
+    A file of the cache is NumPy's format, which executes nothing, read through a memory map. It is named by a hash of
+    the weights, of the images' folder and labels, and of all settings that change a value.
+
+    Args:
+        args: `cache`, `max_gb`, what `eval_loader` reads, and the settings of the images.
+        model: as `load_model` returns it.
+        dataset: of one split.
+        split: its name, for the file.
+        blocks: see `encode`.
+        tokens: all tokens in float16, instead of the pooled features in float32.
+        device: of the model.
+        log: of this rank.
+
+    Returns:
+        (n, C) float32 or (n, L, C) float16, and labels (n,) int64, in the order of the data; the label of a broken
+        image is -1. Memory-mapped from the file.
+
+    Raises:
+        UserError: larger than `--max_gb`, or the folder cannot be written.
+        RunError: broken images, or features that are not finite.
+    """
+    settings = {
+        "weights": hash_of(model), "data": fingerprint(dataset.source), "root": dataset.source.root, "split": split,
+        "blocks": list(blocks), "tokens": tokens, "pool": str(getattr(model, "global_pool", "mean")),
+        "dtype": str(activation_dtype(device)), "cluster_size": getattr(model, "cluster_size", None),
+        **{name: getattr(args, name) for name in ("input_size", "eval_resize", "eval_loader", "eval_bad")},
+    }  # fmt: skip
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    path = Path(args.cache) / f"{split}-{'tokens' if tokens else 'pooled'}-{key}.npy"
+    length = model.grid_size[0] * model.grid_size[1] + isinstance(model, ARMClassifier)
+    feature = ("feature", np.float16, (length, model.embed_dim)) if tokens else ("feature", np.float32, model.embed_dim)
+    record = np.dtype([("label", np.int64), feature], align=True)
+
+    def start() -> str | None:
+        """Make the file to fill, unless there is a whole one."""
+        if path.is_file():
+            return None
+        size = len(dataset) * record.itemsize / 1e9
+        if size > args.max_gb:
+            raise UserError(f"the features of {split} take {size:.3g} GB, more than --max_gb {args.max_gb:g} allows")
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.lib.format.open_memmap(partial, "w+", record, (len(dataset),))
+            with partial.open("r+b") as file:  # a full disk would end a process that writes to the map, wordlessly
+                os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink()
+            raise UserError(f"--cache {path.parent} cannot be written: {error.strerror}") from error
+        return str(partial)
+
+    partial = on_main(start)
+    if partial is not None:
+        loader = eval_loader(dataset, args, device)
+        try:
+            compute(model, loader, np.lib.format.open_memmap(partial, "r+"), blocks, tokens, device, log, split)
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+        barrier()
+        on_main(lambda: os.replace(partial, path))
+    with as_user_error(ValueError, OSError, prefix=f"{path} is damaged, delete it: "):
+        rows = np.load(path, mmap_mode="c", allow_pickle=False)  # as if writable: torch has no read-only tensors
+    return torch.from_numpy(rows["feature"]), torch.from_numpy(rows["label"])
+
+
+@torch.inference_mode()
+def compute(
+    model: Model,
+    loader: DeviceLoader,
+    rows: np.ndarray,
+    blocks: range,
+    tokens: bool,
+    device: torch.device,
+    log: ScreenLog | SilentLog,
+    title: str,
+) -> None:
+    """Fill this process's share of the rows (n,) of features and labels; for the rest see `features`."""
+    progress, seen = log.progress(f"features of {title}", len(loader)), 0
+    for step, (imgs, labels) in enumerate(loader, start=1):
+        with autocast(device):
+            found = encode(model, imgs, blocks)
+        found = (found if tokens else pool(model, found)).cpu().numpy().astype(rows["feature"].dtype)
+        if not np.isfinite(found).all():
+            raise RunError(f"features of {title} are not finite" + " in float16" * tokens)
+        share = list(loader.sampler.indices[seen : seen + len(labels)])
+        rows["feature"][share], rows["label"][share] = found, labels.cpu()
+        seen += len(labels)
+        progress.update(len(labels) * world_size(), quiet=step % LOG_EVERY != 0 and step != len(loader))
+    progress.close()
+    rows.flush()

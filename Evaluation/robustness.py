@@ -1,0 +1,220 @@
+"""Accuracy of a classifier of ImageNet on the images that test its robustness.
+
+    python Evaluation/robustness.py out_finetune_b/checkpoint-best.pth --data imagenet=/path/ImageNet/val \
+        imagenet-a=/path/imagenet-a imagenet-r=/path/imagenet-r sketch=/path/sketch \
+        v2=/path/imagenetv2-matched-frequency-format-val c=/path/imagenet-c real=/path/ImageNet/val
+
+prints a table and writes it as JSON beside the checkpoint. Each is a folder as it is published: folders of synsets; for
+v2 folders 0 to 999; for c corruption/severity/synset; for real the validation images under their published names.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from functools import partial
+from importlib import resources
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from features import hash_of, load_model
+from models_arm import ARMClassifier
+from report import accuracy, table, with_interval, write_json
+from util import cli
+from util.datasets import ImageDataset, eval_loader, eval_transform, pixels_by
+from util.dist import init_device, on_main
+from util.errors import UserError
+from util.evaluation import evaluate, score_labels
+from util.metrics import open_log
+from util.sources import Folder
+
+# Errors of AlexNet in percent, mean over the five severities, which mCE divides by: Hendrycks & Dietterich 2019 (arXiv
+# 1903.12261), with the digits of the authors' code (github.com/hendrycks/robustness).
+ALEXNET = {
+    "gaussian_noise": 88.6428, "shot_noise": 89.4468, "impulse_noise": 92.2640, "defocus_blur": 81.9880,
+    "glass_blur": 82.6268, "motion_blur": 78.5948, "zoom_blur": 79.8360, "snow": 86.6816, "frost": 82.6572,
+    "fog": 81.9324, "brightness": 56.4592, "contrast": 85.3204, "elastic_transform": 64.6056, "pixelate": 71.7840,
+    "jpeg_compression": 60.6500,
+}  # fmt: skip
+SEVERITIES = range(1, 6)
+Score = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # see util.evaluation.evaluate
+SETS = ("imagenet", "imagenet-a", "imagenet-r", "sketch", "v2", "c", "real")
+
+
+def timm_list(name: str) -> list:
+    """A list that timm carries: synsets, one a line, or JSON."""
+    text = resources.files("timm.data").joinpath("_info", name).read_text(encoding="utf-8")
+    return json.loads(text) if name.endswith(".json") else text.split()
+
+
+def named_path(text: str) -> tuple[str, Path]:
+    """Argument type: SET=FOLDER."""
+    name, equals, path = text.partition("=")
+    if not equals or name not in SETS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not SET=FOLDER with one of {', '.join(SETS)}")
+    return name, Path(path)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.Parser("robustness.py", description=__doc__.splitlines()[0])
+    cli.add_machine_arguments(parser)
+    cli.add_eval_arguments(parser)
+    cli.add_checkpoint_arguments(parser)
+    parser.add_argument(
+        "--data", type=named_path, nargs="+", required=True, metavar="SET=FOLDER", help=f"any of {', '.join(SETS)}"
+    )
+    parser.set_defaults(dist_eval=True)
+    return parser
+
+
+def parts_of(name: str, path: Path) -> dict[str, tuple[Folder, Score]]:
+    """The images of a set and how answers are compared with them, by title: one part, for c one a folder.
+
+    Raises:
+        UserError: the folder is not there, or not of the set's form.
+    """
+    if not path.is_dir():
+        raise UserError(f"--data {name}={path}: no such folder")
+    synsets = timm_list("imagenet_synsets.txt")
+    if name == "c":
+        folders = {f"{c} {s}": path / c / str(s) for c in ALEXNET for s in SEVERITIES}
+        missing = [str(folder) for folder in folders.values() if not folder.is_dir()]
+        if missing:
+            raise UserError(f"--data c={path}: {len(missing)} folders are missing: {', '.join(missing[:3])}")
+        return {title: (labelled(folder, synsets), score_labels) for title, folder in folders.items()}
+    if name in ("imagenet-a", "imagenet-r"):
+        subset = timm_list(f"{name.replace('-', '_')}_synsets.txt")
+        columns = [synsets.index(synset) for synset in subset]
+        return {name: (labelled(path, subset), partial(score_columns, columns))}
+    if name == "real":
+        return {name: real_labelled(path, timm_list("imagenet_real_labels.json"))}
+    return {name: (labelled(path, [str(n) for n in range(1000)] if name == "v2" else synsets), score_labels)}
+
+
+def labelled(path: Path, names: list[str]) -> Folder:
+    """Images in folders that have some of these names; the label of an image is the position of the name.
+
+    Raises:
+        UserError: no images, or a folder of another name.
+    """
+    source = Folder(str(path), "")
+    unknown = sorted(set(source.classes) - set(names))
+    if unknown:
+        raise UserError(f"{path}: {len(unknown)} folders are no class of this set: {', '.join(unknown[:3])}")
+    source.labels = np.array([names.index(name) for name in source.classes])[source.labels]
+    return source
+
+
+def real_labelled(path: Path, real: list[list[int]]) -> tuple[Folder, Score]:
+    """ImageNet's validation images without those that have no ReaL label (Beyer et al. 2020).
+
+    Args:
+        path: folder with a folder a class.
+        real: right classes of each of the 50,000 images, by its number.
+
+    Raises:
+        UserError: a file whose name does not tell its number, or no image with a label.
+    """
+    source = Folder(str(path), "")
+    found = [re.search(rb"ILSVRC2012_val_(\d{8})", name) for name in source.paths]
+    numbers = np.array([int(match[1]) - 1 if match else -1 for match in found])
+    strange = np.flatnonzero((numbers < 0) | (numbers >= len(real)))
+    if len(strange):
+        raise UserError(f"{source.name(strange[0])}: no number from 1 to {len(real)} follows ILSVRC2012_val_ in it")
+    kept = np.flatnonzero([bool(real[number]) for number in numbers])
+    if not len(kept):
+        raise UserError(f"{path}: none of the images has a ReaL label")
+    source.paths, source.labels = source.paths[kept], numbers[kept]
+    classes = pad_sequence([torch.tensor(own or [-1]) for own in real], batch_first=True, padding_value=-1)
+    return source, partial(score_sets, classes)
+
+
+def score_columns(columns: list[int], logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Answers among a part of the classes, of which labels are positions; see `evaluate`."""
+    return score_labels(logits[:, columns], labels)
+
+
+def score_sets(classes: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Answers of which several can be right; see `evaluate`. The loss is that of the right classes together.
+
+    Args:
+        classes: (n, most) int64, the right classes of each image, filled up with -1.
+        logits: (B, num_classes) float32.
+        labels: (B,) numbers of images, or -1.
+    """
+    own = classes.to(labels.device)[labels].masked_fill(labels[:, None] < 0, -1)  # (B, most)
+    hits = (logits.topk(5).indices[:, :, None] == own[:, None]).any(dim=-1)  # (B, 5, most) -> (B, 5)
+    right = F.one_hot(own + 1, logits.shape[1] + 1).any(dim=1)[:, 1:]  # (B, most, num_classes + 1) -> (B, num_classes)
+    together = logits.log_softmax(dim=1).masked_fill(~right, -torch.inf).logsumexp(dim=1)
+    return hits, -together[labels >= 0].sum()
+
+
+def result_of(name: str, results: dict[str, dict]) -> dict:
+    """What was found on one set, from the results of its parts; for c also `mce` in percent."""
+    if name != "c":
+        (result,) = results.values()
+        correct, correct5 = (result[key] * result["images"] / 100 for key in ("acc1", "acc5"))
+        return result | accuracy(correct, correct5, result["images"])
+    acc1 = {c: [results[f"{c} {s}"]["acc1"] for s in SEVERITIES] for c in ALEXNET}
+    return {
+        "acc1": float(np.mean(list(acc1.values()))),
+        "acc5": float(np.mean([result["acc5"] for result in results.values()])),
+        "images": sum(result["images"] for result in results.values()),
+        "mce": float(np.mean([100 * (100 - np.mean(acc1[c])) / ALEXNET[c] for c in ALEXNET])),
+        "parts": results,
+    }
+
+
+def main(args: argparse.Namespace) -> None:
+    """Evaluate on each set.
+
+    Raises:
+        UserError: something that was asked for cannot be; nothing has been evaluated then.
+    """
+    cli.check_input_size(args)
+    device, log = init_device(args.device, args.dist_timeout), open_log()
+    model = load_model(args, device)
+    if not isinstance(model, ARMClassifier):
+        raise UserError(f"{args.checkpoint} comes from pretraining: a classifier is needed")
+    if model.head.out_features != 1000:
+        raise UserError(f"{args.checkpoint} has {model.head.out_features} outputs, not the 1000 of ImageNet")
+    if len(dict(args.data)) < len(args.data):
+        raise UserError("--data names a set twice")
+    sets = {name: parts_of(name, path) for name, path in args.data}
+    rows = {}
+    for name, parts in sets.items():
+        # images of C are stored as the crop that is to be evaluated
+        transform = eval_transform(cli.image_size(args), args.eval_resize, 1.0 if name == "c" else None)
+        results = {}
+        for title, (source, score) in parts.items():
+            loader = eval_loader(ImageDataset(source, pixels_by(args.eval_loader, transform)), args, device)
+            results[title] = evaluate(model, loader, device, log, title, score=score)
+            results[title]["classes"] = len(source.classes)
+        rows[name] = result_of(name, results)
+    head = ["data", "top-1 (95 % over images)", "top-5", "images", "mCE"]
+    log.say(table(head, *([name, *cells(row)] for name, row in rows.items())))
+    content = {"checkpoint": str(args.checkpoint), "weights": hash_of(model), "results": rows}
+    settings = {"input_size": args.input_size, "data": {name: str(path) for name, path in args.data}}
+    settings |= {name: getattr(args, name) for name in ("model_key", "eval_resize", "eval_loader", "eval_bad")}
+    output = Path(args.output or Path(args.checkpoint).with_suffix(".robustness.json"))
+    on_main(lambda: write_json(output, {**content, "args": settings}))
+
+
+def cells(row: dict) -> list:
+    """A row of results for the table. Corrupted images are copies of the same ones: no interval is told for them."""
+    broken = f", {row['broken']} of them broken" if "broken" in row else ""
+    top1 = with_interval(row) if "interval" in row else f"{row['acc1']:.2f} %"
+    return [top1, f"{row['acc5']:.2f} %", f"{row['images']}{broken}", f"{row['mce']:.1f} %" if "mce" in row else ""]
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser())
