@@ -4,7 +4,7 @@ import argparse
 import json
 import re
 import shutil
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -15,9 +15,11 @@ from torchvision import transforms
 
 import models_arm
 import robustness
-from conftest import torchrun
+from conftest import Batches, torchrun
 from report import wilson
 from util.datasets import BICUBIC, NORMALIZE
+from util.evaluation import evaluate
+from util.metrics import SilentLog
 
 SYNSETS = ImageNetInfo().label_names()
 REAL = list(RealLabelsImagenet(range(50_000)).real_labels.values())
@@ -52,9 +54,9 @@ class World:
         with torch.no_grad():
             return self.model(transforms.Compose(steps)(self.images[i])[None])[0].numpy()
 
-    def fill(self, folder, names, ranks, crop=True, columns=slice(None)):
+    def fill(self, folder, names, ranks, crop=True, columns=slice(None), chosen=range(24)):
         """Put an image in the folder of the class that it is answered with at each of these ranks."""
-        for i, rank in enumerate(ranks):
+        for i, rank in zip(chosen, ranks, strict=False):
             name = names[self.answers(i, crop, columns)[rank]]
             (folder / name).mkdir(parents=True, exist_ok=True)
             self.images[i].save(folder / name / f"{i}.png")
@@ -80,11 +82,13 @@ def world(tmp_path_factory, one_thread):
         if name == "v2":
             names = [str(number) for number in range(1000)]
         world.fill(world.root / name, names, ranks, columns=columns)
+    sensitive = [i for i in range(24) if world.answers(i)[0] != world.answers(i, crop=False)[0]]
+    assert len(sensitive) > 1  # to the crop, which C is spared
     for corruption in robustness.ALEXNET:
         for severity in range(1, 6):
             right = {"snow": 2, "fog": 1}.get(corruption, 0) if severity < 3 else 0
             ranks = [0] * right + [3] * (2 - right)
-            world.fill(world.root / "c" / corruption / str(severity), SYNSETS, ranks, crop=False)
+            world.fill(world.root / "c" / corruption / str(severity), SYNSETS, ranks, crop=False, chosen=sensitive)
     return world
 
 
@@ -162,6 +166,15 @@ def test_loss_of_a_set_of_labels():
     best = np.argsort(-p, axis=1)[:, :5]
     want = [[c in (2, 5) for c in best[0]], [False] * 5, [c == 1 for c in best[2]]]
     assert hits.tolist() == want
+
+
+def test_an_image_counts_once_among_five():
+    """Also where several of its labels are."""
+    loader = Batches([torch.tensor([[5.0, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5]]), torch.tensor([0, 1])])
+    loader.sampler.distributed = False
+    score = partial(robustness.score_sets, torch.tensor([[1, 2, 4], [0, -1, -1]]))
+    result = evaluate(torch.nn.Identity(), loader, torch.device("cpu"), SilentLog(), score=score)
+    assert (result["acc1"], result["acc5"], result["images"]) == (0, 50, 2)
 
 
 def test_broken_images(world, tmp_path, run_script, capsys):
