@@ -272,14 +272,18 @@ def test_bare_state_dict_is_evaluated(image_folder, tmp_path, run_script, capsys
     assert re.search(r"^weights: top-1 .* on 7 images$", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_ema_is_the_recursion_over_updates():
+def test_ema_is_the_recursion_over_updates(monkeypatch):
     """Two updates of two accumulated batches each, against the formula on the weights after each update."""
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
     history = [model.weight.detach().clone()]
     ema = ModelEmaV3(model, decay=0.9)
-    update = ema.update
-    ema.update = lambda m: (history.append(m.weight.detach().clone()), update(m))
+    follow = engine_finetune.follow
+    monkeypatch.setattr(
+        engine_finetune,
+        "follow",
+        lambda e, m, skipped: (history.append(m.weight.detach().clone()), follow(e, m, skipped)),
+    )
     loader = Batches(*([torch.randn(2, 3), torch.randint(2, (2,))] for _ in range(4)))
     args = loop_args(lr=0.1, min_lr=0, accum_iter=2, batch_size=2)
     run = Run(args, model, torch.optim.AdamW(model.parameters(), fused=True), ema)
@@ -288,6 +292,31 @@ def test_ema_is_the_recursion_over_updates():
     want = 0.9 * (0.9 * history[0] + 0.1 * history[1]) + 0.1 * history[2]
     assert torch.allclose(ema.module.weight, want, rtol=1e-6)
     assert not torch.equal(ema.module.weight, history[2])
+
+
+def test_ema_is_that_of_timm_and_stays_at_skipped_updates():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(30, 20)
+    ours, theirs = ModelEmaV3(model, decay=0.9), ModelEmaV3(model, decay=0.9)
+    for skipped in (0.0, 1.0, 0.0):
+        torch.nn.init.normal_(model.weight)
+        before = ours.module.weight.clone()
+        engine_finetune.follow(ours, model, torch.tensor(skipped))
+        if skipped:
+            assert torch.equal(ours.module.weight, before)
+        else:
+            theirs.update(model)
+        assert torch.allclose(ours.module.weight, theirs.module.weight, rtol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is():
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(model.weight)
+    run = Run(loop_args(), model, plain_sgd(model.parameters()))
+    loader = Batches(*([torch.tensor([[sample]])] for sample in (5.0, 2.0, 3.0)))
+    losses = iter([0.0, math.inf, 0.0])
+    train_epoch(model, loader, lambda x: model(x).mean() + next(losses), run, torch.device("cpu"), SilentLog())
+    assert model.weight.item() == 1 - 5 - 3
 
 
 def plain_sgd(parameters):

@@ -7,7 +7,9 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from faults.conftest import FINETUNE, PRETRAIN, assert_same_end
 from util import checkpoint
 from util.checkpoint_folder import CheckpointFolder
 from util.errors import RunError, UserError
+from util.hub import sha256_of
 
 
 def content(epoch, size=200_000):
@@ -66,10 +69,13 @@ WRITER = """
 import sys
 from pathlib import Path
 from faults.test_files import content
+from util import checkpoint
 from util.checkpoint_folder import CheckpointFolder
 
 folder = CheckpointFolder(Path(sys.argv[1]), 2, print)
-for epoch in range(1_000_000):
+newest, _ = folder.newest()
+begin = 0 if newest is None else checkpoint.read(newest)["epoch"] + 2
+for epoch in range(begin, 1_000_000):
     folder.save(content(epoch), *([f"checkpoint-{epoch}.pth"] if epoch % 5 == 0 else []))
     folder.wait()
     print(epoch, flush=True)
@@ -77,33 +83,69 @@ for epoch in range(1_000_000):
 
 
 def test_a_writer_killed_at_20_random_moments(tmp_path):
-    """The folder holds a checkpoint that loads, at least the last one that was announced, and no false alarm."""
+    """Each writer goes on from what the one before has left. Every file loads at every moment and is what its name
+    says, and the newest is at least the last that was announced."""
     rng = random.Random(0)
     (tmp_path / "writer.py").write_text(WRITER)
     out = tmp_path / "out"
     out.mkdir()
     environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}"}
-    command = ["python", "-c", FORKER, tmp_path / "writer.py", out]
+    command = [sys.executable, "-c", FORKER, tmp_path / "writer.py", out]
     with subprocess.Popen(
         [str(word) for word in command], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, env=environment
     ) as parent:
         for _ in range(20):
             pid = int(parent.stdout.readline())
             announced = int(parent.stdout.readline())
-            end = time.monotonic() + rng.uniform(0, 0.15)
-            os.set_blocking(parent.stdout.fileno(), True)
-            time.sleep(max(0, end - time.monotonic()))
+            time.sleep(rng.uniform(0, 0.15))
             os.kill(pid, signal.SIGKILL)
-            parent.stdin.write("next\n")
-            parent.stdin.flush()
             while (line := parent.stdout.readline()) != "dead\n":
                 announced = int(line)
-            newest, damaged = CheckpointFolder(out, 2, print).newest()
-            assert damaged == []
-            kept = checkpoint.read(newest)
-            assert kept["epoch"] + 1 >= announced
-            assert (kept["model"]["weight"] == kept["epoch"] + 1).all()
+            found = {}
+            for path in out.glob("checkpoint-*.pth"):
+                kept = checkpoint.read(path)  # by its hash, too
+                found[path.name] = kept["epoch"] + 1
+                assert (kept["model"]["weight"] == found[path.name]).all()
+                number = re.fullmatch(r"checkpoint-(\d+)\.pth", path.name)
+                assert number is None or int(number[1]) == found[path.name]
+            assert found["checkpoint-last.pth"] >= announced
+            assert found.get("checkpoint-last-1.pth", -1) <= found["checkpoint-last.pth"]
+            assert CheckpointFolder(out, 2, print).newest() == (out / "checkpoint-last.pth", [])
+            parent.stdin.write("next\n")
+            parent.stdin.flush()
+        os.kill(int(parent.stdout.readline()), signal.SIGKILL)
         parent.stdin.close()
+    assert announced > 20
+
+
+def test_a_writer_killed_between_two_names(tmp_path, monkeypatch):
+    """What has a name already is not written to again."""
+    folder = CheckpointFolder(tmp_path, 2, print)
+    folder.save(content(0))
+    folder.wait()
+    replace = os.replace
+
+    def killed(old, new):
+        if Path(new).name == "checkpoint-last.pth":
+            raise KeyboardInterrupt  # which nobody catches, like a kill
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        folder._publish(*written_aside(tmp_path, content(5)), ("checkpoint-5.pth",))
+    monkeypatch.undo()
+    again = CheckpointFolder(tmp_path, 2, print)
+    for epoch in (6, 7):
+        again.save(content(epoch))
+        again.wait()
+        assert checkpoint.read(tmp_path / "checkpoint-5.pth")["epoch"] == 4
+    assert [checkpoint.read(tmp_path / f"checkpoint-last{age}.pth")["epoch"] for age in ("", "-1")] == [6, 5]
+
+
+def written_aside(folder, data):
+    path = folder / ".checkpoint.tmp"
+    torch.save(data, path)
+    return path, sha256_of(path)
 
 
 FORKER = """
@@ -116,9 +158,9 @@ while True:
         sys.argv = sys.argv[1:]
         runpy.run_path(sys.argv[0], run_name="__main__")
     os.waitpid(pid, 0)
+    print("dead", flush=True)
     if not sys.stdin.readline():
         break
-    print("dead", flush=True)
 """
 
 
@@ -145,9 +187,10 @@ def test_the_newest_file_is_damaged(start, tmp_path):
     flip_a_bit(out / "checkpoint-last.pth")
     running = start(*argv, out, "--resume", "auto")
     assert running.status() == 0, running.text
-    for name in ("checkpoint-last.pth", "checkpoint-2.pth"):  # two names of one file
-        assert re.search(rf"{name} is damaged, or .* another hash; renamed to \*\.damaged$", running.text, re.MULTILINE)
-        assert (out / f"{name}.damaged").exists()
+    assert re.search(
+        r"checkpoint-last\.pth is damaged, or .* another hash; renamed to \*\.damaged$", running.text, re.M
+    )
+    assert (out / "checkpoint-last.pth.damaged").exists()
     assert f"going on from {out}/checkpoint-last-1.pth" in running.text
     flip_a_bit(tmp_path / "whole" / "checkpoint-last.pth")  # the same file: back to what it was
     assert_same_end(out, tmp_path / "whole")
@@ -166,12 +209,13 @@ def test_damaged_files(start, tmp_path, damage):
     assert (tmp_path / "checkpoint-last.pth.damaged").exists()
     for path in tmp_path.glob("checkpoint-*.pth"):
         DAMAGES[damage](path)
+    for _ in range(2):  # and a second start does not begin from nothing
+        with pytest.raises(UserError, match=f"every checkpoint in {tmp_path} is damaged"):
+            folder.newest()
     if damage == "a bit":
         running = start(PRETRAIN, "--batch_size", 4, "--output_dir", tmp_path, "--resume", "auto")
         assert running.status() == 2
-        assert f"--resume auto: every checkpoint in {tmp_path} is damaged" in running.text
-    else:
-        assert folder.newest()[0] is None
+        assert f"error: every checkpoint in {tmp_path} is damaged: " in running.text
 
 
 def test_a_damaged_file_that_was_asked_for(tmp_path):
@@ -181,6 +225,65 @@ def test_a_damaged_file_that_was_asked_for(tmp_path):
     flip_a_bit(tmp_path / "checkpoint-last.pth")
     with pytest.raises(UserError, match=r"checkpoint-last\.pth is damaged, or not the file that was written"):
         checkpoint.read(tmp_path / "checkpoint-last.pth")
+
+
+def test_two_files_that_changed_places(tmp_path):
+    """Each has a hash of its own."""
+    folder = CheckpointFolder(tmp_path, 2, print)
+    for epoch in range(2):
+        folder.save(content(epoch))
+    folder.wait()
+    (tmp_path / "checkpoint-last.pth").rename(tmp_path / "other")
+    (tmp_path / "checkpoint-last-1.pth").rename(tmp_path / "checkpoint-last.pth")
+    with pytest.raises(UserError, match="damaged, or not the file"):
+        checkpoint.read(tmp_path / "checkpoint-last.pth")
+
+
+def test_what_cannot_be_read_now_is_not_damaged(tmp_path, monkeypatch):
+    """An error of the disk or of memory ends the start; no file is renamed, and the next start finds it."""
+    folder = CheckpointFolder(tmp_path, 2, print)
+    folder.save(content(1))
+    folder.wait()
+    for error in (
+        OSError(5, "Input/output error"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+    ):
+
+        def fails(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(torch, "load", fails)
+        with pytest.raises(UserError, match="unreadable checkpoint"):
+            folder.newest()
+        monkeypatch.undo()
+        assert folder.newest() == (tmp_path / "checkpoint-last.pth", [])
+
+
+def test_the_newest_is_what_was_written_last(tmp_path):
+    """Also where a run went back to an earlier epoch; and a smaller --keep removes what is older."""
+    folder = CheckpointFolder(tmp_path, 4, print)
+    for epoch in (1, 2, 3, 900):
+        folder.save(content(epoch), f"checkpoint-{epoch}.pth")
+        folder.wait()
+    folder = CheckpointFolder(tmp_path, 2, print)
+    folder.save(content(500))
+    folder.wait()
+    assert folder.newest()[0] == tmp_path / "checkpoint-last.pth"
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-last*")) == [
+        "checkpoint-last-1.pth",
+        "checkpoint-last.pth",
+    ]
+    (tmp_path / "checkpoint-last.pth").unlink()
+    (tmp_path / "checkpoint-last-1.pth").unlink()
+    assert folder.newest()[0] == tmp_path / "checkpoint-900.pth"
+
+
+def test_hashes_that_are_damaged_themselves(tmp_path):
+    folder = CheckpointFolder(tmp_path, 2, print)
+    folder.save(content(1))
+    folder.wait()
+    (tmp_path / "SHA256SUMS").write_bytes(b"\xff\xfe nothing\n")
+    assert CheckpointFolder(tmp_path, 2, print).newest()[0] == tmp_path / "checkpoint-last.pth"
 
 
 def test_files_of_an_earlier_version_have_no_hashes(tmp_path):
@@ -231,12 +334,19 @@ def test_a_full_disk(small_disk):
 
 
 def test_a_run_on_a_full_disk(start, small_disk):
-    """It trains to its end, says that nothing was written, and does not end as if all were well."""
-    (small_disk / "filler").write_bytes(bytes(2_700_000))
+    """It trains to its end, says what was not written, and does not end as if all were well."""
     running = start(PRETRAIN, "--batch_size", 4, "--output_dir", small_disk)
+    running.until((small_disk / "run.lock").exists)
+    with suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):  # to the last byte: no log either
+            pass
     assert running.status() == 1
     assert "epoch 2: loss" in running.text
     assert running.text.count("the checkpoint could not be written") >= 2
+    assert running.text.count("the log cannot be written") == 1
+    full = start(PRETRAIN, "--batch_size", 4, "--output_dir", small_disk / "more")
+    assert full.status() == 2
+    assert "No space left on device" in full.text.splitlines()[-1]
 
 
 def test_a_read_only_disk(small_disk, start):
