@@ -23,8 +23,8 @@ from util.lock import lock_folder
 from util.metrics import RunLog, SilentLog
 from util.sources import Source
 
-# Arguments that do not change what a run computes, but for rounding; some count by what follows from them: lr, data and
-# the effective batch.
+# Arguments that do not change what a run computes, but for rounding and for what each process draws; some count by what
+# follows from them: lr, data and the effective batch.
 FREE = {
     "output_dir", "log_dir", "data_path", "resume", "finetune", "model_key", "start_epoch", "allow_changed_args",
     "save_freq", "save_every_steps", "keep", "blr", "batch_size", "accum_iter", "world_size", "num_workers",
