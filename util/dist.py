@@ -90,7 +90,7 @@ def _meet(store: dist.Store, deadline: float) -> str:
     """A prefix that the processes of this start alone have.
 
     torchrun's store outlives the processes that it restarts, and what they have left there are dead addresses. So rank
-    0 opens a new round, and it is this one when all have joined it; who joined an old one goes on to the next.
+    0 opens a new round, and when all have joined it, says so; who joined an older one goes on to the next.
 
     Raises:
         RuntimeError: they have not all come by the deadline, of `time.monotonic`.
@@ -103,8 +103,11 @@ def _meet(store: dist.Store, deadline: float) -> str:
         elif not is_main() and store.add("rounds", 0) > joined:
             joined = store.add("rounds", 0)
             store.add(f"round {joined}", 1)
-        if joined and store.add(f"round {joined}", 0) == world_size():
-            return f"round {joined}"
+        if joined and store.add(f"round {joined}", 0) == world_size():  # and not more: an old one that was complete
+            if is_main():
+                store.set(f"round {joined} is complete", "")
+            if store.check([f"round {joined} is complete"]):
+                return f"round {joined}"
         time.sleep(0.05)
     raise RuntimeError(f"timed out: {store.add(f'round {joined}', 0)} of {world_size()} processes have come")
 
