@@ -183,3 +183,33 @@ def test_workers_leave_signals_to_the_run(images):
         [sys.executable, "-c", WORKER, images], capture_output=True, text=True, timeout=60, env=environment
     )
     assert (done.returncode, done.stdout) == (0, "12 True\n"), done.stderr
+
+
+MEETS = """
+import sys, time
+import torch.distributed
+from util import dist
+time.sleep(float(sys.argv[2]))
+store = torch.distributed.TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False)
+print(dist._meet(store, time.monotonic() + 60))
+"""
+
+
+def test_processes_meet_in_a_round_of_their_own():
+    """Whatever those of earlier starts have left in torchrun's store: rounds that some, all or all and others joined."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for joined, complete in ((1, False), (3, True), (2, False)):
+        number = store.add("rounds", 1)
+        store.add(f"round {number}", joined)
+        if complete:
+            store.set(f"round {number} is complete", "")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEETS, str(store.port), delay],
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "RANK": rank, "WORLD_SIZE": "3"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank, delay in (("1", "0"), ("2", "0.5"), ("0", "1"))
+    ]
+    assert [process.communicate(timeout=120)[0] for process in processes] == ["round 4\n"] * 3
