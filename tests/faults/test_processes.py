@@ -196,7 +196,7 @@ print(dist._meet(store, time.monotonic() + 60))
 
 
 def test_processes_meet_in_a_round_of_their_own():
-    """Whatever those of earlier starts have left in torchrun's store: rounds that some, all or all and others joined."""
+    """Whatever earlier starts have left in the store of torchrun: rounds that some, all, or all and others joined."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for joined, complete in ((1, False), (3, True), (2, False)):
         number = store.add("rounds", 1)
