@@ -133,7 +133,8 @@ def test_a_second_signal_leaves_at_once(start, tmp_path):
     out = tmp_path / "out"
     (tmp_path / "images" / "train" / "a").mkdir(parents=True)
     os.mkfifo(tmp_path / "images" / "train" / "a" / "0.png")  # opening it waits for a writer
-    running = start(PRETRAIN, "--batch_size", 1, "--output_dir", out, "--data_path", tmp_path / "images", data=False)
+    argv = ["--batch_size", 1, "--vis_freq", 0, "--output_dir", out, "--data_path", tmp_path / "images"]
+    running = start(PRETRAIN, *argv, data=False)
     running.until(lambda: "batch 1 =" in running.text)
     time.sleep(0.5)
     running.signal(signal.SIGTERM).until(lambda: "SIGTERM: the run stops" in running.text)
