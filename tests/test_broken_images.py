@@ -248,7 +248,8 @@ def test_evaluation_stops_or_counts_as_wrong(
         assert "--eval_bad wrong" in error
         assert "top-1" not in out
 
-    wanted = f"top-1 {100 * round(float(clean[1]) * 7 / 100) / 9:.2f} %, .* loss {clean[2]} on 9 images, 2 of them broken and counted as"
+    correct = round(float(clean[1]) * 7 / 100)
+    wanted = f"top-1 {100 * correct / 9:.2f} %, .* loss {clean[2]} on 9 images, 2 of them broken and counted as"
     caplog.clear()
     run_script(main_finetune, *evaluation(finetuned, folder, "--eval_bad", "wrong", "--batch_size", 4))
     assert re.search(wanted, capsys.readouterr().out)
