@@ -88,29 +88,21 @@ def encode(model: Model, imgs: Tensor, blocks: range) -> Tensor:
     Returns:
         Tokens (B, L, C) float32; those of a classifier have the class token in the middle.
     """
-    x, order = model.patch_embed(imgs).flatten(1, 2), None  # (B, rows, columns, C) -> (B, M, C)
-    if isinstance(model, ARMPretrain):
-        h = model.to_clusters(x + model.pos_embed).flatten(1, 2).contiguous()  # (B, clusters, c * c, C) -> (B, M, C)
+    if isinstance(model, ARMClassifier):
+        _, taps = model.encode(imgs, [number - 1 for number in blocks], blocks[-1])
+        taps = [model.norm_f(h) for h in taps]
     else:
-        middle, order = x.shape[1] // 2, model.order
-        token = model.cls_token.expand(len(x), -1, -1)
-        h = torch.cat([x[:, :middle], token, x[:, middle:]], dim=1) + model.pos_embed  # (B, M + 1, C)
-    total = 0
-    for number, layer in enumerate(model.layers[: blocks[-1]], start=1):
-        h = layer(h, order)
-        if number in blocks:
-            total = total + (h if isinstance(model, ARMPretrain) else model.norm_f(h)).float()
-    return total / len(blocks)
+        h, taps = model.embed(imgs).flatten(1, 2).contiguous(), []  # (B, clusters, c * c, C) -> (B, M, C)
+        for number, layer in enumerate(model.layers[: blocks[-1]], start=1):
+            h = layer(h)
+            if number in blocks:
+                taps.append(h)
+    return sum(h.float() for h in taps) / len(blocks)
 
 
 def pool(model: Model, tokens: Tensor) -> Tensor:
     """One vector an image: the mean over all tokens, for a classifier what its head reads: (B, L, C) -> (B, C)."""
-    if isinstance(model, ARMPretrain):
-        return tokens.mean(dim=1)
-    middle = tokens.shape[1] // 2
-    if model.global_pool in (False, "token"):
-        return tokens[:, middle]
-    return (tokens[:, :middle].mean(dim=1) + tokens[:, middle + 1 :].mean(dim=1)) / 2
+    return tokens.mean(dim=1) if isinstance(model, ARMPretrain) else model.forward_head(tokens, pre_logits=True)
 
 
 def hash_of(model: Model) -> str:
