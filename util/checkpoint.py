@@ -274,8 +274,7 @@ def load_into_classifier(content: dict, model: nn.Module, key: str | None = None
 
 def position(content: dict) -> tuple[int, int]:
     """Where in its run a checkpoint was written: the epoch under way, and the images of it that were trained on."""
-    epoch, samples = content.get("epoch"), content.get("samples", 0)
-    return (epoch + 1 if isinstance(epoch, int) else -1), samples if isinstance(samples, int) else 0
+    return content["epoch"] + 1, content.get("samples", 0)
 
 
 def resume(args: argparse.Namespace, content: dict, model: nn.Module, optimizer: Optimizer) -> tuple[int, int]:
