@@ -59,14 +59,18 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory) -> Path:
     """Three classes of coloured noise of odd sizes: 8 images each to train, 7 in all to validate."""
-    root = tmp_path_factory.mktemp("images")
+    return noise_images(tmp_path_factory.mktemp("images"), train=8, height=37)
+
+
+def noise_images(root: Path, train: int, height: int) -> Path:
+    """Write three classes of coloured noise: `train` images each to train, 7 in all to validate, ever higher ones."""
     rng = np.random.default_rng(0)
-    for split, counts in (("train", (8, 8, 8)), ("val", (3, 2, 2))):
+    for split, counts in (("train", (train, train, train)), ("val", (3, 2, 2))):
         for label, count in enumerate(counts):
             folder = root / split / f"class_{label}"
             folder.mkdir(parents=True)
             for i in range(count):
-                pixels = rng.normal(100 + 40 * label, 40, (37 + i, 53, 3)).clip(0, 255).astype(np.uint8)
+                pixels = rng.normal(100 + 40 * label, 40, (height + i, 53, 3)).clip(0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.png")
     return root
 

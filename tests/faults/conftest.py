@@ -8,12 +8,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from conftest import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN
+from conftest import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN, noise_images
 from util import checkpoint
 
 LENGTH = "--epochs 3 --warmup_epochs 1 --lr 1e-3 --num_workers 1 --save_freq 2".split()
@@ -26,16 +24,7 @@ FINETUNE = ["Finetuning/main_finetune.py", *TINY_FINETUNE, *LENGTH, *RANDOM]
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
     """Three classes: 16 images each to train, 7 in all to validate."""
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for split, counts in (("train", (16, 16, 16)), ("val", (3, 2, 2))):
-        for label, count in enumerate(counts):
-            folder = root / split / f"class_{label}"
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.normal(100 + 40 * label, 40, (50 + i, 53, 3)).clip(0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i}.png")
-    return root
+    return noise_images(tmp_path_factory.mktemp("images"), train=16, height=50)
 
 
 class Started:
