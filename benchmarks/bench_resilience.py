@@ -23,7 +23,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import machine
-from benchmarks.bench_train import CASES, RandomBatches, build
+from benchmarks.bench_train import CASES, RandomBatches, build, loop_args
 from engine_pretrain import loss_of, train_one_epoch
 from util.checkpoint_folder import LAST, CheckpointFolder
 from util.dist import distribute, init_device, is_main, world_size
@@ -53,10 +53,7 @@ def step_times(args: argparse.Namespace, device: torch.device) -> dict[str, floa
     batches = RandomBatches(case, 1, args.steps, device)
     compute_loss, parameters = loss_of(model), list(bare.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
-    loop = argparse.Namespace(
-        lr=1e-5, min_lr=1e-5, warmup_epochs=0, epochs=1, accum_iter=1, clip_grad=3.0, seed=0, output_dir="",
-        batch_size=case.batch_size, start_epoch=None, save_every_steps=None, max_nonfinite=3,
-    )  # fmt: skip
+    loop = loop_args(case)
     run = Run(loop, bare, optimizer)
 
     def watched() -> None:

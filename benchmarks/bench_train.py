@@ -107,6 +107,15 @@ def build(case: Case, backend: str, device: torch.device) -> nn.Module:
         return models_arm.create_classifier(case.model, drop_path_rate=rate, **sizes)
 
 
+def loop_args(case: Case) -> argparse.Namespace:
+    """The arguments that `train_epoch` looks at, for one epoch at a constant learning rate."""
+    return argparse.Namespace(
+        lr=1e-5, min_lr=1e-5, warmup_epochs=0, epochs=1, accum_iter=1, seed=0, output_dir="", start_epoch=None,
+        batch_size=case.batch_size, clip_grad=3.0 if case.task == "pretrain" else None, save_every_steps=None,
+        max_nonfinite=3,
+    )  # fmt: skip
+
+
 def flops_per_image(case: Case) -> int:
     """Floating-point operations of the products in one image's forward pass; nothing is computed for it."""
     meta = torch.device("meta")
@@ -121,13 +130,10 @@ def epoch_runner(case: Case, how: Composition, steps: int, device: torch.device)
     model = build(case, how.backend, device)
     classes = 1 if case.task == "pretrain" else model.head.out_features
     loader = RandomBatches(case, classes, steps, device)
-    args = {"lr": 1e-5, "min_lr": 1e-5, "warmup_epochs": 0, "epochs": 1, "accum_iter": 1, "seed": 0, "output_dir": ""}
-    args |= {"batch_size": case.batch_size, "start_epoch": None, "save_every_steps": None, "max_nonfinite": 3}
+    args = loop_args(case)
     if case.task == "pretrain":
-        args = SimpleNamespace(**args, clip_grad=3.0)
         groups, betas, ema = param_groups_weight_decay(model, 0.05), (0.9, 0.95), None
     else:
-        args = SimpleNamespace(**args, clip_grad=None)
         groups, betas = param_groups_layer_decay(model, 0.05, 0.65), (0.9, 0.999)
         ema = ModelEmaV3(model, decay=0.99992, foreach=not how.released_loop)
         mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=classes)
