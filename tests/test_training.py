@@ -404,7 +404,8 @@ samples = [[5.0, 1.0, 3.0], [3.0, math.nan, 1.0]][rank()]
 loader = Batches(*([torch.tensor([[sample]])] for sample in samples))
 model = distribute(bare, device)
 run = Run(loop_args(), bare, torch.optim.SGD(bare.parameters(), fused=True))
-stats = train_epoch(model, loader, lambda x: model(x).mean(), run, device, SilentLog())
+with run:
+    stats = train_epoch(model, loader, lambda x: model(x).mean(), run, device, SilentLog())
 loss = stats["train_loss"]
 print(f"rank {rank()}: weight {bare.weight.item()}, loss {loss}\\n", end="")
 """

@@ -28,7 +28,9 @@ class StopRequest:
         self.before = {number: signal.signal(number, self._notice) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self.pending is not None:
+            self.pending[0].wait()  # a process that ended meanwhile would break it off for the others
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
