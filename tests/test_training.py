@@ -392,7 +392,7 @@ def test_every_log_line_tells_of_its_own_batches():
 ONE_RANK_BREAKS = """
 import math, torch
 from conftest import Batches, loop_args
-from util.dist import distribute, init_device, rank
+from util.dist import distribute, end_groups, init_device, rank
 from util.metrics import SilentLog
 from util.run import Run
 from util.train_loop import train_epoch
@@ -408,6 +408,7 @@ with run:
     stats = train_epoch(model, loader, lambda x: model(x).mean(), run, device, SilentLog())
 loss = stats["train_loss"]
 print(f"rank {rank()}: weight {bare.weight.item()}, loss {loss}\\n", end="")
+end_groups()
 """
 
 
@@ -477,7 +478,7 @@ def alone_in_a_group(tmp_path):
     """A process group of this process alone."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     yield
-    torch.distributed.destroy_process_group()
+    end_groups()
 
 
 @pytest.mark.usefixtures("alone_in_a_group")

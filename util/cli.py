@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from util.dist import is_main, local_rank, missing_ranks, rank, world_size
+from util.dist import end_groups, is_main, local_rank, missing_ranks, rank, world_size
 from util.errors import INTERRUPTED, Interrupted, RunError, UserError
 
 
@@ -323,6 +323,7 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
         if is_main():
             print(f"{parser.prog}: {error}", flush=True)
         _kill_workers()
+        end_groups()
         sys.exit(INTERRUPTED)
     except (RunError, RuntimeError) as error:
         if isinstance(error, RunError) or str(error).startswith("DataLoader"):  # killed, or silent for too long
@@ -335,8 +336,7 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
         _kill_workers()
         print(f"{parser.prog}: rank {rank()}: {reason}", file=sys.stderr, flush=True)
         sys.exit(1)
-    if dist.is_initialized():  # not after an error: it waits for processes that may be gone
-        dist.destroy_process_group()
+    end_groups()
 
 
 def _kill_workers() -> None:

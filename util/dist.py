@@ -86,6 +86,17 @@ def _init_groups(backend: str, timeout: datetime.timedelta) -> None:
     _CONTROL = dist.new_group(backend="gloo", timeout=timeout)
 
 
+def end_groups() -> None:
+    """Leave the other processes; not after an error, since it waits for some that may be gone.
+
+    Every process has to before Python ends: a thread of gloo that gives back a tensor after that aborts it.
+    """
+    global _STORE, _CONTROL
+    if dist.is_initialized():
+        _STORE = _CONTROL = None  # a group's threads end with the last that knows it
+        dist.destroy_process_group()
+
+
 def _meet(store: dist.Store, deadline: float) -> str:
     """A prefix that the processes of this start alone have.
 

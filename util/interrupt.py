@@ -31,6 +31,7 @@ class StopRequest:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None and self.pending is not None:
             self.pending[0].wait()  # a process that ended meanwhile would break it off for the others
+        self.pending = None
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
