@@ -24,7 +24,7 @@ import main_pretrain
 import models_arm
 from conftest import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN, Batches, loop_args, read_log, torchrun
 from util import checkpoint
-from util.dist import distribute
+from util.dist import distribute, end_groups
 from util.errors import RunError
 from util.metrics import Progress, SilentLog
 from util.run import Run
