@@ -81,7 +81,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, dict]:
             state_dict = {key: value for key, value in state_dict.items() if not key.startswith("head.")}
     about = describe(name, sizes)
     if pretrained:
-        about["cluster_size"] = checkpoint.cluster_size(content, state_dict)
+        about["switches"] = checkpoint.switches(content, state_dict)
     with as_user_error(ValueError):
         model = build(about)
     load_weights(model, checkpoint.without_decoder(state_dict))
@@ -104,9 +104,9 @@ def describe(name: str, sizes: dict) -> dict:
 def build(about: dict) -> nn.Module:
     """A model of this description with random weights, in evaluation mode: the classifier as timm builds it."""
     sizes = about["model_args"] | {"scan_backend": "torch"}
-    if "cluster_size" not in about:
+    if "switches" not in about:
         return timm.create_model(about["architecture"], **sizes).eval()
-    sizes |= {"cluster_size": about["cluster_size"], "dec_embed_dim": 64, "dec_depth": 1}  # the decoder stays here
+    sizes |= about["switches"] | {"dec_embed_dim": 64, "dec_depth": 1}  # the decoder stays here
     return models_arm.create_pretrain_model(about["architecture"], **sizes).eval()
 
 

@@ -27,6 +27,13 @@ from util.run import Run, fingerprint, starting_point
 from util.train_loop import activation_dtype, autocast
 
 
+class Target(argparse.Action):
+    """`--target`, the other spelling of `--norm_pix_loss`."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, value: str, option: object = None) -> None:
+        namespace.norm_pix_loss = value == "norm_pix"
+
+
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line; defaults are those of the published base recipe."""
     parser = cli.Parser("main_pretrain.py", description=__doc__.splitlines()[0])
@@ -35,7 +42,30 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--cluster_size", type=cli.positive, default=4, help="patches a side (default: %(default)s)")
     group.add_argument("--dec_embed_dim", type=cli.positive, help="decoder channels, instead of the model's")
     group.add_argument("--dec_depth", type=cli.positive, default=4, help="decoder blocks (default: %(default)s)")
+    group.add_argument(
+        "--order", choices=models_arm.ORDERS, default="row", help="in which clusters are read (default: %(default)s)"
+    )
+    group.add_argument(
+        "--taps",
+        choices=models_arm.TAPS,
+        default="even",
+        help="encoder blocks that the decoder reads: evenly from the middle to the last, or the last (default: "
+        "%(default)s)",
+    )
     group.add_argument("--norm_pix_loss", action="store_true", help="standardise the target pixels of each patch")
+    group.add_argument(
+        "--target",
+        choices=("norm_pix", "pix"),
+        action=Target,
+        default=argparse.SUPPRESS,
+        help="norm_pix is --norm_pix_loss, pix the pixels as they are (default: pix)",
+    )
+    group.add_argument(
+        "--objective",
+        choices=tuple(models_arm.OBJECTIVES),
+        default="arm",
+        help="predict the next cluster, or as a baseline 75 %% of the patches, hidden at random (default: %(default)s)",
+    )
     group.add_argument(
         "--vis_freq",
         type=cli.natural,
@@ -57,7 +87,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_model(args: argparse.Namespace) -> models_arm.ARMPretrain:
+def build_model(args: argparse.Namespace) -> models_arm.PretrainModel:
     """The model that the command line, or the arguments saved in a checkpoint, ask for.
 
     Raises:
@@ -71,7 +101,7 @@ def build_model(args: argparse.Namespace) -> models_arm.ARMPretrain:
             scan_backend=args.scan_backend,
             cluster_size=args.cluster_size,
             dec_depth=args.dec_depth,
-            **cli.given(args, "patch_size", "embed_dim", "depth", "dec_embed_dim"),
+            **cli.given(args, "patch_size", "embed_dim", "depth", "dec_embed_dim", "order", "taps", "objective"),
         )
 
 

@@ -10,6 +10,7 @@ logits = classifier(imgs)
 from collections.abc import Collection
 from functools import partial
 from types import MethodType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,17 +35,24 @@ SIZES = {
 }
 
 
-def create_pretrain_model(name: str, **overrides: object) -> "ARMPretrain":
+ORDERS = ("row", "row_reverse", "column", "column_reverse", "random", "random_per_image")  # of clusters
+TAPS = ("even", "last")
+
+
+def create_pretrain_model(name: str, objective: str = "arm", **overrides: object) -> "PretrainModel":
     """The pretraining model of a published or own size (`SIZES`).
 
     Args:
         name: key of `SIZES`.
-        **overrides: keyword arguments of `ARMPretrain` that replace the values of that size.
+        objective: key of `OBJECTIVES`: "arm" predicts the next cluster, "mae" hidden patches.
+        **overrides: keyword arguments of `PretrainModel` that replace the values of that size.
 
     Raises:
-        ValueError: unknown name, or sizes that do not fit together; the message names values that do.
+        ValueError: unknown name or objective, or sizes that do not fit together; the message names values that do.
     """
-    return ARMPretrain(**{**_size(name), **overrides})
+    if objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {objective!r}; choose from {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[objective](**{**_size(name), **overrides})
 
 
 def create_classifier(name: str, **overrides: object) -> "ARMClassifier":
@@ -98,21 +106,22 @@ def _xavier(module: nn.Module) -> None:
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of queries (B or 1, n, C) over context (B, n, C), heads of 64 channels."""
+    """Multi-head attention of queries (B or 1, m, C) over context (B, n, C), heads of 64 channels."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.num_heads = dim // 64
         self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
 
-    def forward(self, queries: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, queries: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, n, C) -> (B, heads, n, 64)
 
         k, v = self.kv(context).chunk(2, dim=-1)
         q = heads(self.q(queries)).expand(len(context), -1, -1, -1)
-        out = F.scaled_dot_product_attention(q, heads(k), heads(v), attn_mask=mask.to(q.dtype))
-        return self.proj(out.transpose(1, 2).flatten(2))  # (B, heads, n, 64) -> (B, n, C)
+        mask = mask if mask is None else mask.to(q.dtype)
+        out = F.scaled_dot_product_attention(q, heads(k), heads(v), attn_mask=mask)
+        return self.proj(out.transpose(1, 2).flatten(2))  # (B, heads, m, 64) -> (B, m, C)
 
 
 class DecoderBlock(nn.Module):
@@ -124,31 +133,42 @@ class DecoderBlock(nn.Module):
         self.norm2_1, self.norm2_2, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.mlp = Mlp(dim, 4 * dim)
 
-    def forward(self, queries: Tensor, latents: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, queries: Tensor, latents: Tensor, mask: Tensor | None = None) -> Tensor:
         queries = queries + self.attn2(self.norm2_1(queries), self.norm2_2(latents), mask)
         return queries + self.mlp(self.norm2(queries))
 
 
-class ARMPretrain(nn.Module):
-    """Predicts the pixels of each cluster of patches from the clusters before it.
+class Prediction(NamedTuple):
+    """What a pretraining model makes of images; see `PretrainModel.predicted_images`."""
+
+    images: Tensor
+    losses: Tensor
+    places: Tensor | None
+
+
+class PretrainModel(nn.Module):
+    """What every objective shares: a one-direction Mamba encoder over clusters of patches, and a decoder of pixels.
 
     The grid of patches is cut into clusters of `cluster_size` x `cluster_size` patches. The sequence runs over
-    clusters in raster order and, inside a cluster, over patches in raster order. The encoder reads every cluster
-    but the last (n tokens) and the decoder predicts every cluster but the first (n positions).
+    clusters in some order and, inside a cluster, over patches in raster order. Decoder queries read the encoder's
+    latents by cross-attention.
 
     Args:
         img_size: pixels, one side or (height, width).
         patch_size: pixels a side, p.
-        cluster_size: patches a side.
+        cluster_size: patches a side; 1 makes every patch a cluster.
         embed_dim: encoder channels C.
         depth: encoder blocks.
         dec_embed_dim: decoder channels Cd, a multiple of 64 (one attention head each).
         dec_depth: decoder blocks; block j reads the encoder after the j-th of `taps`.
         norm_pix_loss: standardise the target pixels of each patch.
         scan_backend: see `ops.choose_backend`.
+        order: of clusters, one of `ORDERS`: in rows or columns, or these reversed; "random" is one permutation, drawn
+            now and kept in the state dict; "random_per_image" draws one for each image in every forward pass.
+        taps: see `decoder_taps`.
 
     Raises:
-        ValueError: sizes that do not fit together; the message names values that do.
+        ValueError: sizes that do not fit together, or an unknown order; the message names values that do.
     """
 
     def __init__(
@@ -162,29 +182,27 @@ class ARMPretrain(nn.Module):
         dec_depth: int = 4,
         norm_pix_loss: bool = False,
         scan_backend: str = "auto",
+        order: str = "row",
+        taps: str = "even",
     ) -> None:
         super().__init__()
         clusters = _grid(img_size, patch_size * cluster_size, f"{cluster_size} x {cluster_size}-patch clusters")
-        if clusters == (1, 1):
-            raise ValueError(f"image size {img_size} holds a single cluster: there is no next one to predict")
         if embed_dim % 4 or embed_dim <= 0:
             raise ValueError(f"encoder width {embed_dim} is not a multiple of 4, as its position embedding needs")
         if dec_embed_dim % 64 or dec_embed_dim <= 0:
             raise ValueError(f"decoder width {dec_embed_dim} is not a multiple of 64, the width of a head")
         self.patch_size, self.cluster_size, self.norm_pix_loss = patch_size, cluster_size, norm_pix_loss
-        self.embed_dim = embed_dim
+        self.embed_dim, self.order = embed_dim, order
         self.grid_size = (clusters[0] * cluster_size, clusters[1] * cluster_size)
-        self.taps = decoder_taps(depth, dec_depth)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.taps = decoder_taps(depth, dec_depth, taps)
         self.dec_depth = dec_depth
-        num_patches, per_cluster = self.grid_size[0] * self.grid_size[1], cluster_size**2
 
         # Registration order is that of the published code: optimizer states are stored by it.
         self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, self.grid_size), requires_grad=False)
         self.ar_token = nn.Parameter(torch.zeros(1, 1, dec_embed_dim))
         self.dec_pos_embed = nn.Parameter(sincos_pos_embed(dec_embed_dim, self.grid_size), requires_grad=False)
-        cluster = torch.arange(num_patches - per_cluster) // per_cluster
-        visible = cluster[:, None] >= cluster[None, :]  # the queries of cluster i + 1 see clusters 0..i
-        self.register_buffer("mask", torch.zeros(visible.shape).masked_fill(~visible, float("-inf")))
+        self.register_buffer("cluster_order", cluster_order(order, clusters), persistent=order == "random")
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.layers = nn.ModuleList(Block(embed_dim, depth, ONE_DIRECTION, scan_backend) for _ in range(depth))
         self.enc2dec = nn.Linear(embed_dim * dec_depth, dec_embed_dim * dec_depth)
@@ -198,49 +216,64 @@ class ARMPretrain(nn.Module):
         _zero_bias(self.enc2dec)
         _zero_bias(self.ar_pred)
         _xavier(self.dec_block)
-        self.register_load_state_dict_pre_hook(_supply_mask)
 
-    def to_clusters(self, patches: Tensor) -> Tensor:
-        """Raster order -> cluster order: (B, rows * columns, X) -> (B, clusters, patches of a cluster, X)."""
+    def draw_order(self, batch: int) -> Tensor | None:
+        """Orders of clusters (batch, clusters) where every image has its own; None is the model's, for all images."""
+        if self.order != "random_per_image":
+            return None
+        clusters = self.num_patches // self.cluster_size**2
+        return torch.rand(batch, clusters, device=self.pos_embed.device).argsort(dim=1)
+
+    def to_clusters(self, patches: Tensor, order: Tensor | None = None) -> Tensor:
+        """Cut into clusters, and put these in order.
+
+        Args:
+            patches: (B, rows * columns, X) in raster order.
+            order: (B, clusters) as from `draw_order`; B may be 1 in either and is then repeated.
+
+        Returns:
+            (B, clusters, patches of a cluster, X).
+        """
         c, columns = self.cluster_size, self.grid_size[1]
-        return rearrange(patches, "b (R i S j) x -> b (R S) (i j) x", S=columns // c, i=c, j=c)
+        clusters = rearrange(patches, "b (R i S j) x -> b (R S) (i j) x", S=columns // c, i=c, j=c)
+        order = self.cluster_order if order is None else order
+        return clusters if order is None else clusters.take_along_dim(order[:, :, None, None], dim=1)
 
     def patchify(self, imgs: Tensor) -> Tensor:
         """Pixels of each patch in (row, column, channel) order: (B, 3, H, W) -> (B, rows * columns, 3 * p * p)."""
         p = self.patch_size
         return rearrange(imgs, "b channel (h p) (w q) -> b (h w) (p q channel)", p=p, q=p)
 
-    def to_images(self, tokens: Tensor) -> Tensor:
-        """Undo `patchify` and `to_clusters`: (B, clusters, patches of a cluster, 3 * p * p) -> (B, 3, H, W)."""
-        c, p, columns = self.cluster_size, self.patch_size, self.grid_size[1]
-        pattern = "b (R S) (i j) (p q channel) -> b channel (R i p) (S j q)"
-        return rearrange(tokens, pattern, S=columns // c, i=c, j=c, p=p, q=p)
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """Undo `patchify`: (B, rows * columns, 3 * p * p) -> (B, 3, H, W)."""
+        p, columns = self.patch_size, self.grid_size[1]
+        return rearrange(patches, "b (h w) (p q channel) -> b channel (h p) (w q)", w=columns, p=p, q=p)
 
-    def embed(self, imgs: Tensor) -> Tensor:
+    def embed(self, imgs: Tensor, order: Tensor | None = None) -> Tensor:
         """Embedded patches in cluster order: (B, 3, H, W) -> (B, clusters, patches of a cluster, C)."""
         x = self.patch_embed(imgs).flatten(1, 2) + self.pos_embed  # (B, rows, columns, C) -> (B, M, C)
-        return self.to_clusters(x)
+        return self.to_clusters(x, order)
 
     def forward_features(self, imgs: Tensor) -> Tensor:
         """Encode every cluster: (B, 3, H, W) -> (B, M, C) after the last block, patches in cluster order.
 
         A token depends on those before it only, so all but the last cluster's are those that pretraining computes.
+        Where every image has an order of its own, the clusters are read in rows here.
         """
         h = self.embed(imgs).flatten(1, 2)  # (B, clusters, c * c, C) -> (B, M, C)
         for layer in self.layers:
             h = layer(h)
         return h
 
-    def forward_encoder(self, imgs: Tensor) -> Tensor:
-        """Encode every cluster but the last: (B, 3, H, W) -> latents (B, n, Cd, dec_depth), one for each block."""
-        h = self.embed(imgs)[:, :-1].flatten(1, 2)  # (B, clusters - 1, c * c, C) -> (B, n, C)
+    def latents(self, h: Tensor) -> Tensor:
+        """Run the encoder on embedded tokens (B, n, C): latents (B, n, Cd, dec_depth), one for each decoder block."""
         h = h.contiguous()  # as every later block finds it: one compiled graph serves all
-        taps = []
+        outputs = {}
         for i, layer in enumerate(self.layers, start=1):
             h = layer(h)
             if i in self.taps:
-                taps.append(h)
-        return self.read_taps(taps)
+                outputs[i] = h
+        return self.read_taps([outputs[i] for i in self.taps])
 
     def read_taps(self, taps: list[Tensor]) -> Tensor:
         """Latents for each decoder block from the encoder's output at each tap.
@@ -260,16 +293,35 @@ class ARMPretrain(nn.Module):
         latents = F.linear(torch.cat(normed, dim=-1), weight, bias)  # (B, n, dec_depth * C) -> (B, n, dec_depth * Cd)
         return latents.unflatten(-1, (self.dec_depth, -1)).mT  # (B, n, dec_depth, Cd) -> (B, n, Cd, dec_depth)
 
-    def forward_decoder(self, latents: Tensor) -> Tensor:
-        """Predict the pixels of every cluster but the first: (B, n, Cd, dec_depth) -> (B, n, 3 * p * p)."""
-        queries = self.to_clusters(self.ar_token + self.dec_pos_embed)[:, 1:].flatten(1, 2)  # (1, n, Cd)
+    def decode(self, queries: Tensor, latents: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Pixels from the latents that each query may see.
+
+        Args:
+            queries: (B or 1, m, Cd).
+            latents: (B, n, Cd, dec_depth).
+            mask: (m, n), 0 where a query may look and -inf elsewhere; None lets all see all.
+
+        Returns:
+            (B, m, 3 * p * p).
+        """
         for block, context in zip(self.dec_block, latents.unbind(-1), strict=True):
-            queries = block(queries, context, self.mask)
+            queries = block(queries, context, mask)
         return self.ar_pred(self.ar_norm(queries))
 
+    def as_target(self, patches: Tensor) -> Tensor:
+        """Pixels (..., 3 * p * p) of patches, standardised with `norm_pix_loss`."""
+        if not self.norm_pix_loss:
+            return patches
+        var, mean = torch.var_mean(patches, dim=-1, keepdim=True)  # unbiased
+        return (patches - mean) / (var + 1e-6).sqrt()
+
+    def _predict(self, imgs: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Predicted patches (B, m, 3 * p * p), their indices in raster order (B, m), and the order of clusters."""
+        raise NotImplementedError
+
     @torch.no_grad()
-    def predicted_images(self, imgs: Tensor) -> tuple[Tensor, Tensor]:
-        """Images whose first cluster is given and whose others are each predicted from the true clusters before it.
+    def predicted_images(self, imgs: Tensor) -> Prediction:
+        """Images with every predicted patch in its place, the others as they are.
 
         With `norm_pix_loss`, standardised patches are predicted: mean and variance come from the true patch, as in
         MAE's pictures.
@@ -278,33 +330,21 @@ class ARMPretrain(nn.Module):
             imgs: (B, 3, H, W), normalised.
 
         Returns:
-            (B, 3, H, W), normalised; and what each patch adds to the loss, (B, rows, columns), nan where it is given.
+            `images` (B, 3, H, W), normalised; `losses`, what each patch adds to the loss, (B, rows, columns), nan where
+            it is given; `places` of the clusters in the order of prediction, (B, cluster rows, cluster columns) int64
+            from 0, or None where all are predicted at once.
         """
-        pred = self.forward_decoder(self.forward_encoder(imgs)).to(imgs.dtype)  # (B, n, 3pp)
-        losses = (pred - self.target(imgs)).square().mean(dim=-1)  # (B, n)
-        clusters = self.to_clusters(self.patchify(imgs))  # (B, clusters, c * c, 3pp)
-        pred = pred.unflatten(1, (-1, clusters.shape[2]))  # (B, n, 3pp) -> (B, clusters - 1, c * c, 3pp)
+        pred, index, places = self._predict(imgs)
+        pred, index = pred.to(imgs.dtype), index.expand(len(imgs), -1)
+        patches = self.patchify(imgs)  # (B, M, 3pp)
+        true = patches.take_along_dim(index[:, :, None], dim=1)  # (B, m, 3pp)
+        loss = (pred - self.as_target(true)).square().mean(dim=-1)  # (B, m)
         if self.norm_pix_loss:
-            var, mean = torch.var_mean(clusters[:, 1:], dim=-1, keepdim=True)
+            var, mean = torch.var_mean(true, dim=-1, keepdim=True)
             pred = pred * (var + 1e-6).sqrt() + mean
-        given = torch.full_like(losses[:, : clusters.shape[2]], float("nan"))
-        losses = torch.cat([given, losses], dim=1)  # (B, M), in the order of the sequence
-        c, columns = self.cluster_size, self.grid_size[1]
-        losses = rearrange(losses, "b (R S i j) -> b (R i) (S j)", S=columns // c, i=c, j=c)
-        return self.to_images(torch.cat([clusters[:, :1], pred], dim=1)), losses
-
-    def target(self, imgs: Tensor) -> Tensor:
-        """What `forward_decoder` should predict: (B, 3, H, W) -> (B, n, 3 * p * p)."""
-        target = self.to_clusters(self.patchify(imgs))[:, 1:]  # (B, clusters - 1, c * c, 3pp)
-        target = target.flatten(1, 2)  # (B, n, 3pp)
-        if self.norm_pix_loss:
-            var, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased
-            target = (target - mean) / (var + 1e-6).sqrt()
-        return target
-
-    def forward_loss(self, imgs: Tensor, pred: Tensor) -> Tensor:
-        """Squared error per predicted position, averaged over batch and pixels: (n,)."""
-        return (pred - self.target(imgs)).square().mean(dim=(0, 2))
+        images = self.unpatchify(patches.scatter(1, index[:, :, None].expand_as(pred), pred))
+        losses = torch.full_like(patches[:, :, 0], float("nan")).scatter(1, index, loss)
+        return Prediction(images, losses.unflatten(1, self.grid_size), places)  # (B, M) -> (B, rows, columns)
 
     def compile(self, **options: object) -> None:
         """Compile in place, block by block: all blocks of a kind share one graph, so this takes seconds at any depth.
@@ -316,25 +356,175 @@ class ARMPretrain(nn.Module):
         for name in ("read_taps", "forward_loss"):  # bound anew, so that a deep copy binds them to itself
             setattr(self, name, MethodType(torch.compile(getattr(type(self), name), **options), self))
 
-    def forward(self, imgs: Tensor) -> Tensor:
-        """Loss per predicted position (n,); the training loss is its mean."""
-        return self.forward_loss(imgs, self.forward_decoder(self.forward_encoder(imgs)))
 
+class ARMPretrain(PretrainModel):
+    """Predicts the pixels of each cluster of patches from the clusters before it.
 
-def decoder_taps(depth: int, dec_depth: int) -> list[int]:
-    """After how many encoder blocks each decoder block reads: linspace(depth / 2, depth, dec_depth), rounded.
+    The encoder reads every cluster but the last (n tokens) and the decoder predicts every cluster but the first (n
+    positions).
 
-    A single decoder block reads the last encoder block.
+    Args:
+        **sizes: see `PretrainModel`.
 
     Raises:
-        ValueError: no block, or a depth too small for distinct taps.
+        ValueError: see `PretrainModel`; or there is a single cluster.
+    """
+
+    def __init__(self, **sizes: object) -> None:
+        super().__init__(**sizes)
+        per_cluster = self.cluster_size**2
+        if self.num_patches == per_cluster:
+            size = tuple(self.patch_size * side for side in self.grid_size)
+            raise ValueError(f"an image of {size} pixels holds a single cluster: there is no next one to predict")
+        cluster = torch.arange(self.num_patches - per_cluster) // per_cluster
+        visible = cluster[:, None] >= cluster[None, :]  # the queries of cluster i + 1 see clusters 0..i
+        self.register_buffer("mask", torch.zeros(visible.shape).masked_fill(~visible, float("-inf")))
+        self.register_load_state_dict_pre_hook(_supply_mask)
+
+    def forward_encoder(self, imgs: Tensor, order: Tensor | None = None) -> Tensor:
+        """Encode every cluster but the last: (B, 3, H, W) -> latents (B, n, Cd, dec_depth), one for each block."""
+        return self.latents(self.embed(imgs, order)[:, :-1].flatten(1, 2))  # (B, clusters - 1, c * c, C) -> (B, n, C)
+
+    def forward_decoder(self, latents: Tensor, order: Tensor | None = None) -> Tensor:
+        """Predict the pixels of every cluster but the first: (B, n, Cd, dec_depth) -> (B, n, 3 * p * p)."""
+        queries = self.to_clusters(self.ar_token + self.dec_pos_embed, order)[:, 1:].flatten(1, 2)  # (1 or B, n, Cd)
+        return self.decode(queries, latents, self.mask)
+
+    def target(self, imgs: Tensor, order: Tensor | None = None) -> Tensor:
+        """What `forward_decoder` should predict: (B, 3, H, W) -> (B, n, 3 * p * p)."""
+        target = self.to_clusters(self.patchify(imgs), order)[:, 1:]  # (B, clusters - 1, c * c, 3pp)
+        return self.as_target(target.flatten(1, 2))
+
+    def forward_loss(self, imgs: Tensor, pred: Tensor, order: Tensor | None = None) -> Tensor:
+        """Squared error per predicted position, averaged over batch and pixels: (n,)."""
+        return (pred - self.target(imgs, order)).square().mean(dim=(0, 2))
+
+    def forward(self, imgs: Tensor) -> Tensor:
+        """Loss per predicted position (n,); the training loss is its mean."""
+        order = self.draw_order(len(imgs))
+        return self.forward_loss(imgs, self.forward_decoder(self.forward_encoder(imgs, order), order), order)
+
+    def _predict(self, imgs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        order = self.draw_order(len(imgs))
+        pred = self.forward_decoder(self.forward_encoder(imgs, order), order)
+        raster = torch.arange(self.num_patches, device=imgs.device)[None, :, None]  # (1, M, 1)
+        index = self.to_clusters(raster, order)  # (1 or B, clusters, c * c, 1)
+        rows = self.grid_size[0] // self.cluster_size
+        firsts = index[:, :, 0, 0]  # the raster index of each cluster's first patch sorts as the cluster's own
+        places = firsts.argsort(dim=1).unflatten(1, (rows, -1)).expand(len(imgs), -1, -1)
+        return pred, index[:, 1:].flatten(1), places
+
+
+class MaskedPretrain(PretrainModel):
+    """The baseline: predicts the pixels of hidden patches from the others, as MAE does (He et al. 2022).
+
+    The encoder reads the whole sequence, with a learned token in the place of every hidden patch, because a recurrent
+    encoder that skipped them would not know where it is. The decoder is that of ARM without its mask.
+
+    Args:
+        mask_ratio: share of the patches that are hidden, drawn for every image.
+        **sizes: see `PretrainModel`.
+
+    Raises:
+        ValueError: see `PretrainModel`; or there is a single patch.
+    """
+
+    def __init__(self, mask_ratio: float = 0.75, **sizes: object) -> None:
+        super().__init__(**sizes)
+        self.num_hidden = min(max(1, round(mask_ratio * self.num_patches)), self.num_patches - 1)
+        if not self.num_hidden:
+            raise ValueError(f"an image of {self.patch_size} pixels is a single patch: nothing is left to predict it")
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
+        trunc_normal_(self.mask_token, std=0.02)
+
+    def draw_hidden(self, batch: int) -> Tensor:
+        """The patches to hide, by index in raster order: (batch, num_hidden)."""
+        return torch.rand(batch, self.num_patches, device=self.pos_embed.device).argsort(dim=1)[:, : self.num_hidden]
+
+    def forward_encoder(self, imgs: Tensor, hidden: Tensor, order: Tensor | None = None) -> Tensor:
+        """Encode all patches, those of `hidden` (B, m) replaced: (B, 3, H, W) -> latents (B, M, Cd, dec_depth)."""
+        x = self.patch_embed(imgs).flatten(1, 2)  # (B, rows, columns, C) -> (B, M, C)
+        is_hidden = torch.zeros_like(x[:, :, :1], dtype=torch.bool).scatter(1, hidden[:, :, None], True)  # (B, M, 1)
+        x = torch.where(is_hidden, self.mask_token, x) + self.pos_embed
+        return self.latents(self.to_clusters(x, order).flatten(1, 2))  # (B, clusters, c * c, C) -> (B, M, C)
+
+    def forward_decoder(self, latents: Tensor, hidden: Tensor) -> Tensor:
+        """Predict the pixels of the patches `hidden` (B, m): (B, M, Cd, dec_depth) -> (B, m, 3 * p * p)."""
+        queries = (self.ar_token + self.dec_pos_embed).take_along_dim(hidden[:, :, None], dim=1)  # (B, m, Cd)
+        return self.decode(queries, latents)
+
+    def forward_loss(self, imgs: Tensor, pred: Tensor, hidden: Tensor) -> Tensor:
+        """Squared error per image, averaged over its hidden patches and pixels: (B,)."""
+        target = self.patchify(imgs).take_along_dim(hidden[:, :, None], dim=1)  # (B, m, 3pp)
+        return (pred - self.as_target(target)).square().mean(dim=(1, 2))
+
+    def forward(self, imgs: Tensor) -> Tensor:
+        """Loss per image (B,); the training loss is its mean."""
+        pred, hidden, _ = self._predict(imgs)
+        return self.forward_loss(imgs, pred, hidden)
+
+    def _predict(self, imgs: Tensor) -> tuple[Tensor, Tensor, None]:
+        order, hidden = self.draw_order(len(imgs)), self.draw_hidden(len(imgs))
+        return self.forward_decoder(self.forward_encoder(imgs, hidden, order), hidden), hidden, None
+
+
+OBJECTIVES = {"arm": ARMPretrain, "mae": MaskedPretrain}
+
+
+def cluster_order(order: str, clusters: tuple[int, int]) -> Tensor | None:
+    """The order in which clusters are read.
+
+    Args:
+        order: one of `ORDERS`.
+        clusters: rows and columns of them.
+
+    Returns:
+        (1, rows * columns) int64, raster indices; None for rows, or where every image has its own.
+
+    Raises:
+        ValueError: unknown order.
+    """
+    raster = torch.arange(clusters[0] * clusters[1])
+    column = raster.view(clusters).t().flatten()  # (rows, columns) -> (columns * rows,)
+    orders = {
+        "row": None,
+        "row_reverse": raster.flip(0)[None],
+        "column": column[None],
+        "column_reverse": column.flip(0)[None],
+        "random_per_image": None,
+    }
+    if order == "random":  # drawn only then, so that all other models begin with the same weights
+        return torch.randperm(len(raster))[None]
+    if order not in orders:
+        raise ValueError(f"unknown order {order!r}; choose from {', '.join(ORDERS)}")
+    return orders[order]
+
+
+def decoder_taps(depth: int, dec_depth: int, kind: str = "even") -> list[int]:
+    """After how many encoder blocks each decoder block reads.
+
+    Args:
+        depth: encoder blocks.
+        dec_depth: decoder blocks.
+        kind: "even" is linspace(depth / 2, depth, dec_depth), rounded, and `depth` for a single decoder block; "last"
+            lets every decoder block read the last encoder block.
+
+    Raises:
+        ValueError: no block, a depth too small for distinct taps, or an unknown kind.
     """
     if depth < 1 or dec_depth < 1:
         raise ValueError(f"encoder and decoder need at least one block each, not {depth} and {dec_depth}")
+    if kind not in TAPS:
+        raise ValueError(f"unknown taps {kind!r}; choose from {', '.join(TAPS)}")
+    if kind == "last":
+        return [depth] * dec_depth
     taps = torch.linspace(depth, depth / 2, dec_depth, dtype=torch.float64, device="cpu").flip(0).tolist()
     taps = [round(tap) for tap in taps]
     if len(set(taps)) < dec_depth or taps[0] < 1:
-        raise ValueError(f"depth {depth} is too small for {dec_depth} decoder blocks: they would share encoder blocks")
+        raise ValueError(
+            f"depth {depth} is too small for {dec_depth} decoder blocks: they would share encoder blocks, which taps "
+            "'last' lets them"
+        )
     return taps
 
 
@@ -344,7 +534,7 @@ def _supply_mask(model: ARMPretrain, state_dict: dict[str, Tensor], prefix: str,
 
 
 class ARMClassifier(TimmModel):
-    """Four-direction Mamba encoder with a class token in the middle of the sequence, and a linear head.
+    """Mamba encoder with a class token in the middle of the sequence, and a linear head.
 
     Args:
         img_size: pixels, one side or (height, width).
@@ -360,6 +550,7 @@ class ARMClassifier(TimmModel):
         dynamic_img_size: take images of any size that divides into patches, with the position embedding
             interpolated; else only `img_size`.
         in_chans: channels of the images.
+        directions: 4 scans rows and columns, forward and backward; 1 scans rows forward, as pretraining does.
 
     Raises:
         ValueError: sizes that do not fit together, or unknown pooling; the message names values that do.
@@ -378,8 +569,12 @@ class ARMClassifier(TimmModel):
         drop_rate: float = 0.0,
         dynamic_img_size: bool = False,
         in_chans: int = 3,
+        directions: int = 4,
     ) -> None:
         super().__init__()
+        if directions not in (1, 4):
+            raise ValueError(f"{directions} scan directions: choose 1 or 4")
+        names = FOUR_DIRECTIONS[:directions]
         self.grid_size = _grid(img_size, patch_size, "patches")
         self.patch_size, self.global_pool, self.drop_path_rate = patch_size, pooling(global_pool), drop_path_rate
         self.embed_dim = self.num_features = self.head_hidden_size = embed_dim  # timm's names
@@ -395,9 +590,9 @@ class ARMClassifier(TimmModel):
         self.pos_embed = nn.Parameter(torch.zeros(1, num_patches + 1, embed_dim))
         self.patch_embed = PatchEmbed(patch_size, embed_dim, in_chans)
         self.head = new_head(embed_dim, num_classes)
-        self.layers = nn.ModuleList(Block(embed_dim, depth, FOUR_DIRECTIONS, scan_backend) for _ in range(depth))
+        self.layers = nn.ModuleList(Block(embed_dim, depth, names, scan_backend) for _ in range(depth))
         self.norm_f = nn.LayerNorm(embed_dim)
-        self.register_buffer("order", scan_orders(self.grid_size), persistent=False)
+        self.register_buffer("order", scan_orders(self.grid_size)[:directions], persistent=False)
         self.register_buffer("drop_path_rates", rates, persistent=False)
 
         for parameter in (self.cls_token, self.pos_embed):
@@ -405,7 +600,7 @@ class ARMClassifier(TimmModel):
         init_head(self.head)
 
     def for_grid(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Position embedding (1, M + 1, C) and scan order (4, M + 1) of a grid of M patches.
+        """Position embedding (1, M + 1, C) and scan order (directions, M + 1) of a grid of M patches.
 
         Raises:
             ValueError: not the model's grid, and it is not dynamic.
@@ -415,7 +610,7 @@ class ARMClassifier(TimmModel):
         if not self.dynamic_img_size:
             size, want = (tuple(self.patch_size * side for side in g) for g in (grid, self.grid_size))
             raise ValueError(f"images of {size} pixels, the model takes {want}: build it with dynamic_img_size=True")
-        order = scan_orders(grid).to(self.order.device)
+        order = scan_orders(grid)[: len(self.order)].to(self.order.device)
         return resize_around_token(self.pos_embed, self.grid_size, grid), order
 
     def encode(self, imgs: Tensor, taps: Collection[int] = (), depth: int | None = None) -> tuple[Tensor, list[Tensor]]:

@@ -30,27 +30,24 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load_model(path: str | Path) -> models_arm.ARMPretrain:
-    """The model of a pretraining checkpoint with its weights; sizes are read off the file.
-
-    Only the cluster size and what a target is come from the saved arguments; where there are none, they are those of
-    the published models.
+def load_model(path: str | Path) -> models_arm.PretrainModel:
+    """The model of a pretraining checkpoint with its weights; sizes and switches are read off the file.
 
     Raises:
         UserError: no checkpoint, or one of a classifier, or it does not fit together.
     """
     content = checkpoint.read(path)
-    state, args = checkpoint.weights(content), content.get("args")
+    state = checkpoint.weights(content)
     if not checkpoint.is_pretrained(state) or "ar_token" not in state:
         raise UserError(f"{path} is of a classifier: only a pretraining checkpoint predicts images")
     with as_user_error(ValueError, prefix=f"{path}: "):
-        model = models_arm.ARMPretrain(
+        model = models_arm.create_pretrain_model(
+            "arm_base_pz16",
             img_size=checkpoint.image_size(state, checkpoint.saved_size(content)),
             **checkpoint.classifier_sizes(state),
-            cluster_size=getattr(args, "cluster_size", 4),
+            **checkpoint.switches(content, state),
             dec_embed_dim=state["ar_token"].shape[-1],
             dec_depth=sum(name.startswith("norm_") and name.endswith(".weight") for name in state),
-            norm_pix_loss=getattr(args, "norm_pix_loss", True),
         )
     checkpoint.load(model, state)
     return model.eval()

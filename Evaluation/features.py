@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models_arm import ARMClassifier, ARMPretrain
+from models_arm import ARMClassifier, PretrainModel, create_pretrain_model
 from ops import BackendUnavailable, choose_backend
 from util import checkpoint, cli
 from util.datasets import ImageDataset, eval_loader
@@ -23,7 +23,8 @@ from util.pos_embed import resize_pos_embed
 from util.run import fingerprint
 from util.train_loop import activation_dtype, autocast
 
-Model = ARMPretrain | ARMClassifier
+Model = PretrainModel | ARMClassifier
+ENCODER = ("patch_embed.", "layers.", "pos_embed", "cluster_order")  # what of a pretraining model makes features
 
 
 def load_model(args: argparse.Namespace, device: torch.device) -> Model:
@@ -48,14 +49,15 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Model:
         if not checkpoint.is_pretrained(state):
             model = ARMClassifier(**sizes, global_pool=getattr(saved, "global_pool", True))
         else:
-            model = ARMPretrain(**sizes, cluster_size=getattr(saved, "cluster_size", 4), dec_embed_dim=64, dec_depth=1)
+            sizes |= checkpoint.switches(content, state) | {"dec_embed_dim": 64, "dec_depth": 1}
+            model = create_pretrain_model("arm_base_pz16", **sizes)
     if isinstance(model, ARMClassifier):
         checkpoint.load_into_classifier(content, model, args.model_key)
     else:
-        encoder = {k: v for k, v in state.items() if k.startswith(("patch_embed.", "layers."))}
+        encoder = {k: v for k, v in state.items() if k.startswith(ENCODER)}
         grid = tuple(side // model.patch_size for side in trained_size)
         encoder["pos_embed"] = resize_pos_embed(state["pos_embed"], grid, model.grid_size)
-        decoder = {k for k in model.state_dict() if not k.startswith(("patch_embed.", "layers.", "pos_embed"))}
+        decoder = {k for k in model.state_dict() if not k.startswith(ENCODER)}
         checkpoint.load(model, encoder, decoder)
     return model.to(device).eval().requires_grad_(False)
 
@@ -102,14 +104,14 @@ def encode(model: Model, imgs: Tensor, blocks: range) -> Tensor:
 
 def pool(model: Model, tokens: Tensor) -> Tensor:
     """One vector an image: the mean over all tokens, for a classifier what its head reads: (B, L, C) -> (B, C)."""
-    return tokens.mean(dim=1) if isinstance(model, ARMPretrain) else model.forward_head(tokens, pre_logits=True)
+    return tokens.mean(dim=1) if isinstance(model, PretrainModel) else model.forward_head(tokens, pre_logits=True)
 
 
 def hash_of(model: Model) -> str:
     """SHA-256 of a model's weights."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        if not isinstance(model, ARMPretrain) or name.startswith(("patch_embed.", "layers.", "pos_embed")):
+        if not isinstance(model, PretrainModel) or name.startswith(ENCODER):
             digest.update(name.encode())
             digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -152,6 +154,7 @@ def features(
         "weights": hash_of(model), "data": fingerprint(dataset.source), "root": dataset.source.root, "split": split,
         "blocks": list(blocks), "tokens": tokens, "pool": str(getattr(model, "global_pool", "mean")),
         "dtype": str(activation_dtype(device)), "cluster_size": getattr(model, "cluster_size", None),
+        "order": model.order if isinstance(model, PretrainModel) else None,
         **{name: getattr(args, name) for name in ("input_size", "eval_resize", "eval_loader", "eval_bad")},
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

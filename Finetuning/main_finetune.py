@@ -76,6 +76,13 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="classify the mean of the patches, or with False the class token (default: True, or what --resume used)",
     )
     group.add_argument("--cls_token", action="store_false", dest="global_pool", help="the same as --global_pool False")
+    group.add_argument(
+        "--directions",
+        type=int,
+        choices=(4, 1),
+        help="scans: rows and columns, forward and backward, or the pretrained one alone (default: 4, or what the "
+        "checkpoint has)",
+    )
     group.add_argument("--drop_path", type=cli.rate, default=0.1, help="stochastic depth rate (default: %(default)s)")
     group.add_argument(
         "--layer_decay",
@@ -138,7 +145,7 @@ def build_classifier(args: argparse.Namespace, content: dict | None) -> models_a
             sizes.pop("num_classes", None)
         elif args.input_size is None:
             sizes["img_size"] = checkpoint.image_size(state_dict, checkpoint.saved_size(content))
-    sizes |= cli.given(args, "patch_size", "embed_dim", "depth")
+    sizes |= cli.given(args, "patch_size", "embed_dim", "depth", "directions")
     if args.input_size is not None:
         sizes["img_size"] = cli.image_size(args)
     if args.nb_classes is not None:
@@ -155,7 +162,7 @@ def build_classifier(args: argparse.Namespace, content: dict | None) -> models_a
             **sizes,
         )
     args.input_size = [side * model.patch_size for side in model.grid_size]
-    args.nb_classes = model.head.out_features
+    args.nb_classes, args.directions = model.head.out_features, len(model.order)
     return model
 
 

@@ -228,7 +228,7 @@ def test_incomplete_pretraining_checkpoint_is_refused():
 
 
 def test_sizes_are_read_off_the_shapes():
-    assert checkpoint.classifier_sizes(classifier().state_dict()) == {**SIZES, "num_classes": 3}
+    assert checkpoint.classifier_sizes(classifier().state_dict()) == {**SIZES, "num_classes": 3, "directions": 4}
     assert checkpoint.classifier_sizes(pretrained().state_dict()) == SIZES
     assert checkpoint.image_size(classifier().state_dict(), (48, 32)) == (48, 32)
     assert checkpoint.image_size(classifier((48, 48)).state_dict()) == (48, 48)

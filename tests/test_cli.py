@@ -30,11 +30,11 @@ SHARED = """
     output_dir log_dir tracker save_freq save_every_steps keep resume start_epoch allow_changed_args
     device seed deterministic compile no_compile max_nonfinite dist_timeout
 """
-PRETRAIN = SHARED + "cluster_size dec_embed_dim dec_depth norm_pix_loss vis_freq"
+PRETRAIN = SHARED + "cluster_size dec_embed_dim dec_depth norm_pix_loss target order taps objective vis_freq"
 FINETUNE = (
     SHARED
     + """
-    finetune model_key nb_classes global_pool cls_token drop_path layer_decay ema_decay
+    finetune model_key nb_classes global_pool cls_token directions drop_path layer_decay ema_decay
     color_jitter aa smoothing reprob remode recount
     mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode
     eval dist_eval eval_resize eval_loader eval_bad
@@ -172,7 +172,10 @@ def test_global_pool_is_neither():
         main_finetune.get_args_parser().parse_args(["--data_path", "x", "--global_pool", "maybe"])
 
 
-@pytest.mark.parametrize(("words", "want"), [([], False), (["--norm_pix_loss"], True)])
+@pytest.mark.parametrize(
+    ("words", "want"),
+    [([], False), (["--norm_pix_loss"], True), (["--target", "norm_pix"], True), (["--target", "pix"], False)],
+)
 def test_norm_pix_loss(words, want):
     """The released code normalises whatever the flag says."""
     args = main_pretrain.get_args_parser().parse_args([*TINY_PRETRAIN, "--data_path", "x", *words])

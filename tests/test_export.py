@@ -129,7 +129,7 @@ def test_the_encoder_of_pretraining(runs, run_script, tmp_path, imgs, kind):
         assert relative_error(compute(output, imgs), want) < 1e-5
         return
     about = json.loads(output.with_suffix(".json").read_text())
-    assert about["cluster_size"] == 2
+    assert about["switches"]["cluster_size"] == 2
     again = models_arm.create_pretrain_model("arm_tiny_pz16", dec_embed_dim=64, dec_depth=1, **sizes)
     again.load_state_dict(safetensors.torch.load_file(output), strict=False)
     assert torch.equal(again.forward_features(imgs), want)

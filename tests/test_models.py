@@ -9,6 +9,7 @@ import torch
 import models_arm
 from conftest import relative_error
 from mamba import SwiGLU, drop_path_factors, scan_orders
+from util import checkpoint
 
 SMALL = {"embed_dim": 32, "depth": 4, "dec_embed_dim": 64}
 
@@ -26,6 +27,7 @@ def small_pretrain(**overrides):
 )
 def test_taps(depth, dec_depth, taps):
     assert models_arm.decoder_taps(depth, dec_depth) == taps
+    assert models_arm.decoder_taps(depth, dec_depth, "last") == [depth] * dec_depth
 
 
 @pytest.mark.parametrize(
@@ -40,6 +42,10 @@ def test_taps(depth, dec_depth, taps):
         ({"dec_embed_dim": 100}, "decoder width 100 is not a multiple of 64"),
         ({"depth": 4, "dec_depth": 4}, "depth 4 is too small for 4 decoder blocks"),
         ({"depth": 12, "dec_depth": 0}, "at least one block"),
+        ({"order": "spiral"}, "unknown order 'spiral'; choose from row, row_reverse"),
+        ({"taps": "first"}, "unknown taps 'first'; choose from even, last"),
+        ({"objective": "simmim"}, "unknown objective 'simmim'; choose from arm, mae"),
+        ({"objective": "mae", "img_size": 16, "cluster_size": 1}, "single patch"),
         ({"scan_backend": "fast"}, "unknown backend 'fast'"),
     ],
 )
@@ -53,6 +59,7 @@ def test_pretraining_sizes_that_do_not_fit(overrides, message):
     [
         ({"img_size": 225}, "image size 225 does not divide into patches of 16 pixels; nearest: 224 or 240"),
         ({"img_size": 16}, "single patch"),
+        ({"directions": 2}, "2 scan directions: choose 1 or 4"),
     ],
 )
 def test_classifier_sizes_that_do_not_fit(overrides, message):
@@ -81,10 +88,73 @@ def test_clusters_are_in_raster_order():
     assert clusters[0, :, :, 0].tolist() == want
 
 
-def test_images_come_back_from_clusters():
-    model = small_pretrain()
+@pytest.mark.parametrize("cluster_size", [1, 2])
+@pytest.mark.parametrize("order", models_arm.ORDERS)
+def test_every_order_is_a_permutation(order, cluster_size):
+    """Of the patches; undone, it gives the images back."""
+    model = small_pretrain(order=order, cluster_size=cluster_size)
     imgs = torch.randn(2, 3, 48, 32, dtype=torch.float64)
-    assert torch.equal(model.to_images(model.to_clusters(model.patchify(imgs))), imgs)
+    drawn = model.draw_order(2)
+    index = model.to_clusters(torch.arange(24).view(1, 24, 1), drawn).flatten(1).expand(2, -1)  # (2, M)
+    assert index.sort(dim=1).values.tolist() == [list(range(24))] * 2
+    patches = model.to_clusters(model.patchify(imgs), drawn).flatten(1, 2)  # (2, M, 3pp)
+    assert torch.equal(model.unpatchify(patches.take_along_dim(index.argsort(dim=1)[:, :, None], dim=1)), imgs)
+    assert torch.equal(
+        model.unpatchify(torch.empty_like(patches).scatter(1, index[..., None].expand_as(patches), patches)), imgs
+    )
+
+
+def test_orders_by_hand():
+    """Clusters 0 1 / 2 3 / 4 5; inside one, patches stay in raster order."""
+    for order, want in {
+        "row": [0, 1, 2, 3, 4, 5],
+        "row_reverse": [5, 4, 3, 2, 1, 0],
+        "column": [0, 2, 4, 1, 3, 5],
+        "column_reverse": [5, 3, 1, 4, 2, 0],
+    }.items():
+        model = small_pretrain(order=order)
+        index = model.to_clusters(torch.arange(24).view(1, 24, 1))[0, :, :, 0]  # (clusters, c * c)
+        firsts = [0, 2, 8, 10, 16, 18]  # patches, in rows of four
+        assert index[:, 0].tolist() == [firsts[i] for i in want]
+        assert (index - index[:, :1]).tolist() == [[0, 1, 4, 5]] * 6
+
+
+def test_a_random_order_is_the_models():
+    """Drawn from the seed, kept in the state dict; the other weights are those of the model in rows."""
+    first, again = small_pretrain(order="random"), small_pretrain(order="random")
+    assert torch.equal(first.cluster_order, again.cluster_order)
+    assert first.cluster_order.tolist() != [list(range(6))]
+    torch.manual_seed(7)
+    other = models_arm.create_pretrain_model("arm_tiny_pz16", **SMALL, img_size=(48, 32), patch_size=8, cluster_size=2,
+                                             dec_depth=2, norm_pix_loss=True, order="random").double()  # fmt: skip
+    assert not torch.equal(first.cluster_order, other.cluster_order)
+    other.load_state_dict(first.state_dict())
+    imgs = torch.randn(2, 3, 48, 32, dtype=torch.float64)
+    assert torch.equal(first(imgs), other(imgs))
+    for order in set(models_arm.ORDERS) - {"random"}:
+        assert small_pretrain(order=order).state_dict().keys() == small_pretrain().state_dict().keys()
+
+
+def test_every_image_has_its_order():
+    model = small_pretrain(order="random_per_image")
+    orders = model.draw_order(64)
+    assert len({tuple(order) for order in orders.tolist()}) > 32
+    imgs = torch.randn(2, 3, 48, 32, dtype=torch.float64)
+    both = model.forward_encoder(imgs, orders[:2])
+    for i in (0, 1):
+        assert relative_error(both[i : i + 1], model.forward_encoder(imgs[i : i + 1], orders[i : i + 1])) < 1e-12
+
+
+def test_a_reversed_order_is_the_order_on_the_turned_image():
+    """With one patch a cluster: reading backward is reading the patches of the turned image forward."""
+    turned = small_pretrain(order="row_reverse", cluster_size=1)
+    plain = small_pretrain(cluster_size=1)
+    plain.load_state_dict(turned.state_dict())
+    for table in (plain.pos_embed, plain.dec_pos_embed):
+        table.data = table.data.flip(1)
+    imgs = torch.randn(2, 3, 48, 32, dtype=torch.float64)
+    backward = plain.unpatchify(plain.patchify(imgs).flip(1))
+    assert relative_error(turned(imgs), plain(backward)) < 1e-12
 
 
 def test_target_is_the_pixels_of_the_next_clusters():
@@ -108,17 +178,72 @@ def test_norm_pix_loss_decides_about_normalisation():
     assert torch.allclose(normalised(imgs), (pred - want).square().mean((0, 2)), rtol=1e-12)
 
 
-def test_no_prediction_sees_its_own_or_later_clusters():
+@pytest.mark.parametrize("taps", models_arm.TAPS)
+@pytest.mark.parametrize("cluster_size", [1, 2])
+@pytest.mark.parametrize("order", models_arm.ORDERS)
+def test_no_prediction_sees_its_own_or_later_clusters(order, cluster_size, taps):
     """The gradient of a cluster's prediction is zero at its own pixels and later ones, and not at every earlier one."""
-    model = small_pretrain()
-    imgs = torch.randn(1, 3, 48, 32, dtype=torch.float64, requires_grad=True)
-    pred = model.forward_decoder(model.forward_encoder(imgs))  # (1, 5 clusters * 4, 3pp)
-    for target_cluster in range(1, 6):
-        tokens = pred[:, (target_cluster - 1) * 4 : target_cluster * 4]
+    model = small_pretrain(order=order, cluster_size=cluster_size, taps=taps)
+    imgs = torch.randn(2, 3, 48, 32, dtype=torch.float64, requires_grad=True)
+    drawn, size = model.draw_order(2), cluster_size**2
+    pred = model.forward_decoder(model.forward_encoder(imgs, drawn), drawn)  # (2, (clusters - 1) * c * c, 3pp)
+    for target_cluster in range(1, 24 // size):
+        tokens = pred[:, (target_cluster - 1) * size : target_cluster * size]
         (gradient,) = torch.autograd.grad(tokens.square().sum(), imgs, retain_graph=True)
-        seen = model.to_clusters(model.patchify(gradient)).abs().sum((0, 2, 3))  # (clusters,)
-        assert (seen[target_cluster:] == 0).all(), target_cluster
-        assert (seen[:target_cluster] > 0).all(), target_cluster
+        seen = model.to_clusters(model.patchify(gradient), drawn).abs().sum((2, 3))  # (2, clusters)
+        assert (seen[:, target_cluster:] == 0).all(), target_cluster
+        assert (seen[:, :target_cluster] > 0).all(), target_cluster
+
+
+def test_hidden_patches_are_not_seen():
+    """And the loss is that of them alone: neither gradient reaches what it must not."""
+    model = small_pretrain(objective="mae", order="column")
+    imgs = torch.randn(2, 3, 48, 32, dtype=torch.float64, requires_grad=True)
+    hidden = model.draw_hidden(2)
+    assert hidden.shape == (2, 18)
+    is_hidden = torch.zeros(2, 24, dtype=torch.bool).scatter(1, hidden, True)
+    assert is_hidden.sum(1).tolist() == [18, 18]
+    pred = model.forward_decoder(model.forward_encoder(imgs, hidden), hidden)  # (2, 18, 3pp)
+    (gradient,) = torch.autograd.grad(pred.square().sum(), imgs)
+    seen = model.patchify(gradient).abs().sum(2)  # (2, M)
+    assert (seen[is_hidden] == 0).all()
+    assert (seen[~is_hidden] > 0).all()
+    loss = model.forward_loss(imgs, pred.detach(), hidden)
+    (gradient,) = torch.autograd.grad(loss.sum(), imgs)
+    counts = model.patchify(gradient).abs().sum(2)
+    assert (counts[~is_hidden] == 0).all()
+    assert (counts[is_hidden] > 0).all()
+    target = model.as_target(model.patchify(imgs))
+    error = torch.stack([(pred[i] - target[i, hidden[i]]).square().mean() for i in (0, 1)])
+    assert relative_error(loss, error) < 1e-12
+
+
+def test_masks_differ_from_image_to_image():
+    hidden = small_pretrain(objective="mae").draw_hidden(64)
+    assert len({tuple(sorted(patches)) for patches in hidden.tolist()}) == 64
+
+
+def test_every_parameter_of_every_objective_learns():
+    for objective in models_arm.OBJECTIVES:
+        model = small_pretrain(objective=objective, taps="last")
+        model(torch.randn(2, 3, 48, 32, dtype=torch.float64)).mean().backward()
+        assert [n for n, p in model.named_parameters() if p.requires_grad and not p.grad.any()] == []
+
+
+def test_one_direction_is_the_pretrained_scan():
+    """A classifier of one direction carries the parameters of pretraining, one by one, and reads rows forward."""
+    sizes = {"embed_dim": 32, "depth": 2, "img_size": (48, 32), "patch_size": 8, "num_classes": 3}
+    model = models_arm.create_classifier("arm_tiny_pz16", **sizes, directions=1).double()
+    pretrained = small_pretrain(depth=2).state_dict()
+    own = set(checkpoint.without_decoder(pretrained)) | checkpoint.NEW_IN_CLASSIFIER
+    assert model.state_dict().keys() == own
+    checkpoint.load_into_classifier({"model": pretrained}, model)
+    imgs = torch.randn(1, 3, 48, 32, dtype=torch.float64)
+    changed = imgs.clone()
+    changed[:, :, 40:, 24:] += 1  # the last patch
+    tokens, after = model.forward_features(imgs), model.forward_features(changed)
+    assert torch.equal(tokens[:, :-1], after[:, :-1])
+    assert not torch.equal(tokens[:, -1], after[:, -1])
 
 
 def test_state_dict_without_mask_loads():

@@ -35,15 +35,15 @@ def build():
 @pytest.mark.parametrize("words", [[], ["--norm_pix_loss"]])
 def test_a_perfect_prediction_gives_the_image_back(build, monkeypatch, words):
     model, imgs = build(*words), torch.randn(2, 3, 48, 32)
-    monkeypatch.setattr(model, "forward_decoder", lambda latents: model.target(imgs))
-    predicted, losses = model.predicted_images(imgs)
+    monkeypatch.setattr(model, "forward_decoder", lambda latents, order: model.target(imgs))
+    predicted, losses, _ = model.predicted_images(imgs)
     assert torch.allclose(predicted, imgs, atol=1e-5)
     assert losses.nan_to_num().max() == 0
 
 
 def test_only_the_first_cluster_is_given(build):
     model, imgs = build("--norm_pix_loss"), torch.randn(2, 3, 48, 32)
-    predicted, losses = model.predicted_images(imgs)
+    predicted, losses, _ = model.predicted_images(imgs)
     assert torch.equal(predicted[:, :, :16, :16], imgs[:, :, :16, :16])
     different = (predicted != imgs).float()
     assert different[:, :, 16:].mean() > 0.99
@@ -58,10 +58,57 @@ def test_losses_stand_where_their_patches_are(build, monkeypatch):
     model, imgs = build(), torch.randn(1, 3, 48, 32)
     worse = imgs.clone()
     worse[:, :, 16:24, 8:16] += 1
-    monkeypatch.setattr(model, "forward_decoder", lambda latents: model.target(worse))
-    _, losses = model.predicted_images(imgs)
+    monkeypatch.setattr(model, "forward_decoder", lambda latents, order: model.target(worse))
+    losses = model.predicted_images(imgs).losses
     assert losses[0, 2, 1].item() == pytest.approx(1)
     assert losses.nansum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("order", "places"),
+    [
+        ("row", [[0, 1], [2, 3], [4, 5]]),
+        ("row_reverse", [[5, 4], [3, 2], [1, 0]]),
+        ("column", [[0, 3], [1, 4], [2, 5]]),
+        ("column_reverse", [[5, 2], [4, 1], [3, 0]]),
+    ],
+)
+def test_pictures_of_every_order(build, order, places):
+    """The cluster that is read first is the one that is given."""
+    model, imgs = build("--order", order), torch.randn(2, 3, 48, 32)
+    predicted = model.predicted_images(imgs)
+    assert predicted.places.tolist() == [places] * 2
+    given = (torch.tensor(places) == 0).repeat_interleave(2, 0).repeat_interleave(2, 1)  # (rows, columns)
+    assert torch.equal(predicted.losses.isnan(), given.expand(2, -1, -1))
+    pixels = given.repeat_interleave(8, 0).repeat_interleave(8, 1)  # (H, W)
+    same = predicted.images == imgs
+    assert same[:, :, pixels].all()
+    assert same[:, :, ~pixels].float().mean() < 0.01
+
+
+def test_random_orders_in_pictures(build):
+    imgs = torch.randn(4, 3, 48, 32)
+    for order in ("random", "random_per_image"):
+        predicted = build("--order", order).predicted_images(imgs)
+        assert predicted.places.flatten(1).sort().values.tolist() == [list(range(6))] * 4
+        given = (predicted.places == 0).repeat_interleave(2, 1).repeat_interleave(2, 2)
+        assert torch.equal(predicted.losses.isnan(), given)
+    assert len({str(places) for places in predicted.places.tolist()}) > 1
+
+
+def test_hidden_patches_in_pictures(build):
+    model, imgs = build("--objective", "mae"), torch.randn(2, 3, 48, 32)
+    images, losses, places = model.predicted_images(imgs)
+    assert places is None
+    assert (~losses.isnan()).sum((1, 2)).tolist() == [18, 18]  # 75 % of 24
+    hidden = (~losses.isnan()).repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None].expand_as(imgs)
+    assert torch.equal(images[~hidden], imgs[~hidden])
+    assert (images == imgs)[hidden].float().mean() < 0.01
+    (figure, _) = sheet.draw_sheets(model, imgs)
+    seen = figure.axes[1].images[0].get_array()
+    losses = figure.axes[3].images[0].get_array()
+    grey = (seen == 0.5).all(-1)[::8, ::8]
+    assert (grey == ~np.isnan(losses)).all()
 
 
 @pytest.fixture(scope="module")

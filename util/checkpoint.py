@@ -28,7 +28,7 @@ StateDict = dict[str, Tensor]
 # Parameters that each scan direction owns, in a one-direction checkpoint.
 _SCAN = re.compile(r"^(layers\.\d+\.mixer\.)(A|D|conv1d|x_proj|dt_proj)(_log)?(\.weight|\.bias)?$")
 # What pretraining has and the classifier has not.
-_DECODER = re.compile(r"^(ar_token|dec_pos_embed|mask|enc2dec\.|dec_block\.|norm_\d+\.|ar_norm\.|ar_pred\.)")
+_DECODER = re.compile(r"^(ar_token|dec_pos_embed|mask|mask_token|enc2dec\.|dec_block\.|norm_\d+\.|ar_norm\.|ar_pred\.)")
 # What the classifier has and pretraining has not.
 NEW_IN_CLASSIFIER = {"cls_token", "norm_f.weight", "norm_f.bias", "head.weight", "head.bias"}
 
@@ -136,12 +136,15 @@ def classifier_sizes(state_dict: StateDict) -> dict[str, int]:
         state_dict: of a pretraining model or a classifier, as `weights` returns it.
 
     Returns:
-        `embed_dim`, `depth` and `patch_size`; for a classifier also `num_classes`.
+        `embed_dim`, `depth` and `patch_size`; for a classifier also `num_classes` and `directions`.
     """
     embed_dim, _, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
     blocks = {int(name.split(".")[1]) for name in state_dict if re.match(r"layers\.\d+\.", name)}
     sizes = {"embed_dim": embed_dim, "depth": len(blocks), "patch_size": patch_size}
-    return sizes if is_pretrained(state_dict) else sizes | {"num_classes": len(state_dict["head.weight"])}
+    if is_pretrained(state_dict):
+        return sizes
+    directions = 4 if "layers.0.mixer.A_b_log" in state_dict else 1
+    return sizes | {"num_classes": len(state_dict["head.weight"]), "directions": directions}
 
 
 def saved_size(content: dict) -> tuple[int, int] | None:
@@ -177,11 +180,22 @@ def image_size(state_dict: StateDict, saved: tuple[int, int] | None = None) -> t
     return root * side, root * side
 
 
-def cluster_size(content: dict, state_dict: StateDict) -> int:
-    """Side of a pretraining cluster in patches: from the attention mask, else the saved arguments, else 4."""
-    if "mask" in state_dict:
-        return math.isqrt(state_dict["pos_embed"].shape[1] - len(state_dict["mask"]))  # every cluster but one
-    return getattr(content.get("args"), "cluster_size", 4)
+def switches(content: dict, state_dict: StateDict) -> dict[str, object]:
+    """Keyword arguments of `create_pretrain_model` that sizes do not show.
+
+    Args:
+        content: of a pretraining checkpoint, as `read` returns it.
+        state_dict: its weights.
+
+    Returns:
+        `objective`, `order`, `taps`, `norm_pix_loss` and `cluster_size`: from the attention mask, else from the saved
+        arguments, else those of the published models.
+    """
+    published = {"objective": "arm", "order": "row", "taps": "even", "norm_pix_loss": True, "cluster_size": 4}
+    found = {name: getattr(content.get("args"), name, value) for name, value in published.items()}
+    if "mask" in state_dict:  # every cluster but one
+        found["cluster_size"] = math.isqrt(state_dict["pos_embed"].shape[1] - len(state_dict["mask"]))
+    return found
 
 
 def without_decoder(state_dict: StateDict) -> StateDict:
@@ -207,6 +221,7 @@ def pretrain_to_classifier(state_dict: StateDict, model: nn.Module, saved: tuple
         UserError: the number of patches is no square and nothing tells their shape.
     """
     state_dict = without_decoder(state_dict)
+    state_dict.pop("cluster_order", None)  # the classifier reads rows
     pos_embed = state_dict["pos_embed"]
     if is_pretrained(state_dict):
         for name in list(state_dict):

@@ -265,8 +265,8 @@ def image_size(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def given(args: argparse.Namespace, *names: str) -> dict:
-    """Those of the named arguments that have a value."""
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    """Those of the named arguments that have a value; a file of an earlier version may lack some."""
+    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
 
 def output_folders(args: argparse.Namespace) -> tuple[Path, Path]:

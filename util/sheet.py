@@ -53,21 +53,22 @@ def fixed_images(data_path: str, size: tuple[int, int], count: int = 4) -> Tenso
 
 
 def draw_sheets(model: nn.Module, imgs: Tensor) -> list[Figure]:
-    """Input, clusters in the order of prediction, prediction and loss of each patch: one figure an image.
+    """Input, what is predicted and in which order, prediction and loss of each patch: one figure an image.
 
     Args:
-        model: an `ARMPretrain`; compiled blocks run eagerly here, so that drawing compiles nothing.
+        model: a `PretrainModel`; compiled blocks run eagerly here, so that drawing compiles nothing.
         imgs: (B, 3, H, W), normalised, on the model's device.
     """
     with torch.compiler.set_stance("force_eager"):
-        predicted, losses = model.predicted_images(imgs)
+        predicted, losses, places = model.predicted_images(imgs)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     shown = [
         (batch.float().cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
         for batch in (imgs, predicted)
     ]
     side = model.cluster_size * model.patch_size
-    return [_sheet(*panels, side) for panels in zip(*shown, losses.float().cpu().numpy(), strict=True)]
+    places = [None] * len(imgs) if places is None else places.tolist()
+    return [_sheet(*panels, side) for panels in zip(*shown, losses.float().cpu().numpy(), places, strict=True)]
 
 
 def pixels(figure: Figure) -> np.ndarray:
@@ -77,38 +78,47 @@ def pixels(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _sheet(image: np.ndarray, predicted: np.ndarray, losses: np.ndarray, side: int) -> Figure:
+def _sheet(
+    image: np.ndarray, predicted: np.ndarray, losses: np.ndarray, places: list[list[int]] | None, side: int
+) -> Figure:
     """One sheet.
 
     Args:
         image: (H, W, 3), from 0 to 1.
-        predicted: the same, given and predicted clusters.
+        predicted: the same, given and predicted patches.
         losses: (rows, columns) of the patches; nan where they are given.
+        places: (rows, columns) of the clusters in the order of prediction; None where all are predicted at once.
         side: pixels a side of a cluster.
     """
     height, width = image.shape[:2]
     inch = SIDE / max(height, width)
-    column = max(width * inch, 2.3) + 0.15  # no narrower than the titles
-    figure = Figure(figsize=(4 * column + 0.7, height * inch + 0.5), dpi=100, layout="constrained")
+    panel = max(width * inch, 2.3) + 0.15  # no narrower than the titles
+    figure = Figure(figsize=(4 * panel + 0.7, height * inch + 0.5), dpi=100, layout="constrained")
     axes = figure.subplots(1, 4)
-    panels = (image, 0.65 + 0.35 * image, predicted)  # paler under the numbers
-    titles = ("input", "clusters in order of prediction", "each predicted from those before")
+    if places is None:
+        hidden = np.kron(~np.isnan(losses), np.ones((height // len(losses),) * 2)).astype(bool)  # (H, W)
+        panels = (image, np.where(hidden[..., None], 0.5, image), predicted)
+        titles = ("input", "what the encoder sees", "hidden patches predicted")
+    else:
+        panels = (image, 0.65 + 0.35 * image, predicted)  # paler under the numbers
+        titles = ("input", "clusters in order of prediction", "each predicted from those before")
     for axis, panel, title in zip(axes, panels, titles, strict=False):
         axis.imshow(panel, interpolation="nearest", extent=(0, width, height, 0))
         axis.set_title(title, fontsize=10)
-    for y in range(0, height, side):
-        for x in range(0, width, side):
-            number = y // side * (width // side) + x // side
+    for row, numbers in enumerate(places or []):
+        for column, number in enumerate(numbers):
+            x, y = column * side, row * side
             axes[1].add_patch(Rectangle((x, y), side, side, fill=False, edgecolor="black", linewidth=0.8))
             axes[1].text(
                 x + side / 2, y + side / 2, str(number) if number else "given", ha="center", va="center",
                 fontsize=min(14, 26 * side * inch), color="black",
             )  # fmt: skip
+            if number == 0:
+                for axis in axes[1:]:
+                    axis.add_patch(Rectangle((x, y), side, side, fill=False, edgecolor=GIVEN, linewidth=2))
     errors = axes[3].imshow(losses, cmap="viridis", vmin=0, interpolation="nearest", extent=(0, width, height, 0))
     axes[3].set_title(f"loss of each patch, mean {np.nanmean(losses):.3g}", fontsize=10)
     figure.colorbar(errors, ax=axes[3], fraction=0.05 * height / width, pad=0.02)
     for axis in axes:
         axis.set(xticks=[], yticks=[])
-    for axis in axes[1:]:
-        axis.add_patch(Rectangle((0, 0), side, side, fill=False, edgecolor=GIVEN, linewidth=2))
     return figure

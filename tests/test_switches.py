@@ -1,0 +1,86 @@
+"""The switches of pretraining and finetuning, each through the scripts and everything that reads their checkpoints."""
+
+import json
+
+import pytest
+import torch
+
+import export
+import features
+import main_finetune
+import main_pretrain
+import models_arm
+import probe
+import visualize
+from conftest import TINY_FINETUNE, TINY_PRETRAIN
+from util import checkpoint
+
+RUN = "--batch_size 8 --epochs 1 --warmup_epochs 0 --save_freq 1".split()
+SWITCHES = {
+    "order random, target norm_pix, taps last": "--order random --target norm_pix --taps last --dec_depth 3",
+    "order random_per_image, cluster_size 1": "--order random_per_image --cluster_size 1",
+    "objective mae, order column": "--objective mae --order column --target norm_pix",
+}
+
+
+@pytest.mark.parametrize("words", SWITCHES.values(), ids=SWITCHES)
+def test_a_pretraining_run(words, image_folder, tmp_path, run_script, capsys):
+    """Its checkpoint goes on, is drawn, gives features and an exported encoder, and is finetuned."""
+    data = ["--data_path", image_folder]
+    run_script(main_pretrain, *TINY_PRETRAIN, *words.split(), *RUN, *data, "--output_dir", tmp_path)
+    last = tmp_path / "checkpoint-last.pth"
+    args = [*TINY_PRETRAIN, *words.split(), *RUN, *data, "--output_dir", tmp_path, "--epochs", 2]
+    run_script(main_pretrain, *args, "--resume", "auto", "--allow_changed_args")
+    assert "epoch 1: loss" in capsys.readouterr().out
+
+    content = checkpoint.read(last)
+    model = main_pretrain.build_model(content["args"]).eval()
+    model.load_state_dict(content["model"])
+    imgs = torch.randn(3, 3, 48, 32)
+    outputs = []
+    for same in (model, visualize.load_model(last)):
+        torch.manual_seed(0)
+        outputs.append(same(imgs))
+    assert torch.equal(*outputs)
+
+    args = probe.get_args_parser().parse_args([str(last), "--data_path", "x"])
+    encoder = features.load_model(args, torch.device("cpu"))
+    want = model.forward_features(imgs)
+    assert torch.equal(encoder.forward_features(imgs), want)
+    run_script(export, last, "--to", "safetensors", "--encoder", "--output", tmp_path / "encoder.safetensors")
+    about = json.loads((tmp_path / "encoder.json").read_text())
+    again = export.build(about)
+    export.load_weights(again, checkpoint.read(tmp_path / "encoder.safetensors"))
+    assert torch.allclose(again.forward_features(imgs), want, atol=1e-5)  # another backend
+
+    args = [*TINY_FINETUNE, *RUN, *data, "--finetune", last, "--output_dir", tmp_path / "finetune"]
+    run_script(main_finetune, *args)
+    assert "checkpoint-best.pth" in {path.name for path in (tmp_path / "finetune").iterdir()}
+
+
+@pytest.mark.parametrize("directions", [1, 4])
+def test_finetuning_with_some_directions(directions, image_folder, tmp_path, run_script, capsys):
+    """What the checkpoint has is what --eval and --resume build."""
+    data = ["--data_path", image_folder]
+    args = [*TINY_FINETUNE, *RUN, *data, "--output_dir", tmp_path, "--directions", directions]
+    run_script(main_finetune, *args)
+    said = capsys.readouterr().out
+    content = checkpoint.read(tmp_path / "checkpoint-last.pth")
+    assert len([name for name in content["model"] if name.startswith("layers.0.mixer.conv1d")]) == 2 * directions
+    run_script(main_finetune, "--eval", "--resume", tmp_path / "checkpoint-last.pth", *data)
+    accuracy = said[said.index("top-1") :].splitlines()[0].split(";")[0]
+    assert accuracy in capsys.readouterr().out
+    run_script(main_finetune, *args[:-2], "--resume", "auto", "--epochs", 2, "--allow_changed_args")
+    assert "epoch 1: loss" in capsys.readouterr().out
+
+
+def test_the_published_settings_are_the_defaults():
+    args = main_pretrain.get_args_parser().parse_args(["--data_path", "x"])
+    assert (args.order, args.taps, args.objective, args.cluster_size, args.dec_depth) == ("row", "even", "arm", 4, 4)
+    with torch.device("meta"):
+        model = main_pretrain.build_model(args)
+    assert type(model) is models_arm.ARMPretrain
+    assert (model.taps, model.cluster_order) == ([6, 8, 10, 12], None)
+    del args.order, args.taps, args.objective  # as in a file of an earlier version
+    with torch.device("meta"):
+        assert main_pretrain.build_model(args).state_dict().keys() == model.state_dict().keys()
