@@ -143,6 +143,11 @@ def test_every_image_has_its_order():
     both = model.forward_encoder(imgs, orders[:2])
     for i in (0, 1):
         assert relative_error(both[i : i + 1], model.forward_encoder(imgs[i : i + 1], orders[i : i + 1])) < 1e-12
+    fixed = small_pretrain(order="column")
+    fixed.load_state_dict(model.state_dict())
+    order = fixed.cluster_order.expand(2, -1)
+    pred = model.forward_decoder(model.forward_encoder(imgs, order), order)
+    assert relative_error(model.forward_loss(imgs, pred, order), fixed(imgs)) < 1e-12
 
 
 def test_a_reversed_order_is_the_order_on_the_turned_image():
