@@ -1,4 +1,4 @@
-"""The command lines: a frozen list of flags, every command of the README, and one line for each mistake."""
+"""The command lines: a frozen list of flags, all that README.md and docs/ say to run, one line for each mistake."""
 
 import argparse
 import os
@@ -12,14 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
+import export
+import features
 import main_finetune
 import main_pretrain
 import models_arm
 import probe
 import robustness
+import visualize
 from conftest import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN
-from util import cli
+from util import cli, pack_images, plot_log
 from util.dist import init_device
 from util.errors import UserError
 
@@ -53,7 +57,8 @@ PROBE = (
 )
 ROBUSTNESS = EXAMINE + "data"
 SCRIPTS = {"main_pretrain.py": main_pretrain, "main_finetune.py": main_finetune}
-SCRIPTS |= {"probe.py": probe, "robustness.py": robustness}
+SCRIPTS |= {"probe.py": probe, "robustness.py": robustness, "export.py": export, "visualize.py": visualize}
+MODULES = {"util.pack_images": pack_images, "util.plot_log": plot_log}
 
 
 @pytest.mark.parametrize(
@@ -66,24 +71,50 @@ def test_flags_are_frozen(script, flags):
     assert options == {f"--{flag}" for flag in flags.split()} | {"-h", "--help"}
 
 
-def readme_commands() -> list[str]:
-    text = (REPOSITORY / "README.md").read_text().replace("\\\n", " ")
+README = REPOSITORY / "README.md"
+PAGES = [README, *sorted((REPOSITORY / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """What stands between the fences of a page."""
     return [
-        line for line in text.splitlines() if re.search(r"(main_(pretrain|finetune)|probe|robustness)\.py \S", line)
+        body for found, body in re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.M | re.S) if found == language
     ]
+
+
+def commands(pages: list[Path]) -> list[str]:
+    """Each line of Python or of a launcher in some pages: those of blocks, and those within a text."""
+    found = []
+    for page in pages:
+        lines = [line for body in blocks(page, "") for line in body.replace("\\\n", " ").splitlines()]
+        text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+        lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text)]
+        found += [line for line in lines if re.match(r"(python|torchrun|sbatch) .*(\.py\b|-m )", line)]
+    return found
 
 
 def parsed(words: list[str]) -> argparse.Namespace:
     """The arguments that the script in a command gets."""
-    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    return SCRIPTS[Path(words[at]).name].get_args_parser().parse_args(words[at + 1 :])
+    at = next(i for i, word in enumerate(words) if word.endswith(".py") or word in MODULES)
+    script = MODULES.get(words[at]) or SCRIPTS[Path(words[at]).name]
+    return script.get_args_parser().parse_args(words[at + 1 :])
 
 
-@pytest.mark.parametrize("command", readme_commands())
-def test_readme_commands_parse(command):
+@pytest.mark.parametrize("command", [command for command in commands(PAGES) if "benchmarks/" not in command])
+def test_commands_of_the_pages_parse(command):
     args = parsed(shlex.split(command))
-    assert args.data if "robustness.py" in command else args.data_path
+    if any(name in command for name in ("main_", "probe.py")):
+        assert args.data_path
     assert getattr(args, "model", None) in (None, *models_arm.SIZES)
+
+
+@pytest.mark.parametrize("command", [command for command in commands(PAGES) if "benchmarks/" in command])
+def test_benchmarks_of_the_pages_exist(command):
+    """Importing them would change the process; their flags stand in their source."""
+    _, script, *words = shlex.split(command)
+    source = (REPOSITORY / script).read_text()
+    for word in words:
+        assert not word.startswith("-") or f'"{word}"' in source
 
 
 RECIPES = sorted((REPOSITORY / "recipes").iterdir())
@@ -109,7 +140,7 @@ def test_recipes(path):
     assert f"recipes/{path.name} " in header
 
 
-@pytest.mark.parametrize("command", [command for command in readme_commands() if "--blr" in command])
+@pytest.mark.parametrize("command", [command for command in commands(PAGES) if "--blr" in command])
 def test_published_recipes_are_those_of_the_readme(command):
     want = parsed(shlex.split(command))
     kind, size = "finetune" if "main_finetune" in command else "pretrain", want.model.split("_")[1]
@@ -120,20 +151,52 @@ def test_published_recipes_are_those_of_the_readme(command):
     assert got == want
 
 
-def test_readme_examples_in_python_run():
+def run_examples(page: Path) -> dict:
+    """The names that a page's blocks of Python leave behind."""
     names = {}
-    for code in re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL):
+    for code in blocks(page, "python"):
         exec(code, names)
-    assert names["loss"].shape == (128,)
-    assert names["latents"].shape == (2, 128, 192, 4)
-    assert names["tokens"].shape == (2, 169, 192)
-    assert names["features"].shape == (2, 192)
-    assert names["model"].grid_size == (14, 12)
-    assert names["pyramid"].feature_info.channels() == [768] * 3
+    return names
+
+
+@pytest.fixture
+def example_files(tmp_path, monkeypatch):
+    """A folder with the files that examples read: checkpoints of the smallest size, and a photograph."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out_b").mkdir()
+    (tmp_path / "out_finetune_b").mkdir()
+    args = main_pretrain.get_args_parser().parse_args(["--data_path", "x", "--model", "arm_tiny_pz16"])
+    model = models_arm.create_pretrain_model("arm_tiny_pz16")
+    torch.save({"model": model.state_dict(), "args": args}, "out_b/checkpoint-1599.pth")
+    model = models_arm.create_classifier("arm_tiny_pz16", num_classes=10)
+    torch.save({"model": model.state_dict()}, "out_finetune_b/checkpoint-best.pth")
+    Image.fromarray(load_sample_images().images[0]).save("photo.jpg")
+
+
+def test_the_example_of_the_readme_runs(example_files, capsys):
+    (code,) = blocks(README, "python")
+    assert sum(map(bool, code.splitlines())) <= 10
+    names = run_examples(README)
+    assert capsys.readouterr().out == "torch.Size([1, 192])\n"
+    tokens = features.encode(names["model"], names["image"][None], range(12, 13))
+    assert torch.allclose(names["features"], features.pool(names["model"], tokens), atol=1e-5)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks(page, "python")], ids=lambda page: page.name)
+def test_the_examples_of_a_page_run(example_files, page):
+    names = run_examples(page)
+    if page.name == "using.md":
+        assert names["loss"].shape == (128,)
+        assert names["latents"].shape == (2, 128, 192, 4)
+        assert names["tokens"].shape == (2, 169, 192)
+        assert names["features"].shape == (2, 192)
+        assert names["pooled"].shape == (1, 192)
+        assert names["model"].grid_size == (14, 12)
+        assert names["pyramid"].feature_info.channels() == [768] * 3
 
 
 def test_readme_has_the_four_recipes():
-    models = [re.search(r"--model (\w+)", command) for command in readme_commands()]
+    models = [re.search(r"--model (\w+)", command) for command in commands([README])]
     assert [m[1] for m in models if m].count("arm_base_pz16") >= 2
     assert [m[1] for m in models if m].count("arm_large_pz16") >= 2
 
@@ -392,11 +455,44 @@ def test_images_of_any_mode_are_read(run_script, image_folder, tmp_path):
     assert (tmp_path / "out" / "checkpoint-0.pth").exists()
 
 
-def test_readme_has_no_marks_left():
-    """Names of files that it gives exist, and no place waits for a figure."""
-    text = (REPOSITORY / "README.md").read_text()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_have_no_marks_left(page):
+    """Files that a page names exist, and no place waits for a figure."""
+    text = page.read_text()
     assert not re.findall(r"\b[A-Z]{3,}_[A-Z_]+\b", text)
-    files = re.findall(r"benchmarks/results/[\w.-]+\.json", text)
-    assert files
-    for name in files:
-        assert (REPOSITORY / name).is_file(), name
+    folders = "benchmarks|recipes|demo|slurm|util|tests|Evaluation|Finetuning"
+    for name in re.findall(rf"\b(?:{folders})/[\w./*-]+\.\w+", text):
+        assert list(REPOSITORY.glob(name)), name
+
+
+def anchors(page: Path) -> set[str]:
+    """What can follow a # in a link to a page, as GitHub makes it of the headings."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"https?://", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_each_page_is_linked_from_the_readme():
+    text = README.read_text()
+    for page in PAGES[1:]:
+        assert f"(docs/{page.name})" in text, page.name
+
+
+def test_the_ratios_of_the_readme_are_those_of_the_tables():
+    """Its table of speeds repeats six figures."""
+    section = README.read_text().partition("\n## Speed\n")[2].partition("\n## ")[0]
+    ratios = re.findall(r"\| (\d+\.\d) \(", section)
+    tables = "".join((REPOSITORY / "docs" / name).read_text() for name in ("kernels.md", "data.md"))
+    assert len(ratios) == 6
+    for ratio in ratios:
+        assert f"({ratio})" in tables, ratio
