@@ -104,8 +104,10 @@ def draw(runs: list[dict]) -> Figure:
     panels = figure.subplots(len(found), 2 if curves else 1, squeeze=False, height_ratios=heights)
     for axes, (labels, arms) in zip(panels, found.items(), strict=True):
         _draw_accuracy(axes[0], labels, arms)
-        if curves:
+        if curves and any(len(run["curve"]) > 1 for of_arm in arms.values() for run in of_arm):
             _draw_curves(axes[1], labels, arms)
+        elif curves:
+            axes[1].remove()
     return figure
 
 

@@ -131,18 +131,27 @@ def plan(
     return found
 
 
+def parse(step: Step, machine: Machine) -> argparse.Namespace:
+    """The arguments of a run as its script will see them.
+
+    Raises:
+        UserError: the script would refuse them.
+    """
+    args = PARSERS[step.kind]().parse_args(shlex.split(step.arguments(machine)))
+    if args.batch_size * machine.processes != int(step.flags["--batch_size"][0]):
+        raise UserError(f"--processes {machine.processes} cannot share out a batch of {step.flags['--batch_size'][0]}")
+    cli.check_arguments(args)
+    return args
+
+
 def check(steps: list[Step], machine: Machine) -> None:
     """Refuse what the scripts would refuse, before any of them runs.
 
     Raises:
-        UserError: names the flag.
+        UserError: flags that there are not, or sizes that do not fit together.
     """
     for step in steps:
-        batch = step.flags.get("--batch_size", ["64"])[0]
-        args = PARSERS[step.kind]().parse_args(shlex.split(step.arguments(machine)))
-        if int(batch) % machine.processes:
-            raise UserError(f"--processes {machine.processes} do not share out a batch of {batch}")
-        cli.check_arguments(args)
+        args = parse(step, machine)
         args.resume = None  # there is no checkpoint yet to take sizes from
         if step.kind == "pretrain":
             main_pretrain.build_model(args)

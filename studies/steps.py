@@ -116,6 +116,7 @@ class Step:
         last = rows[-1]
         kept = {name: last[name] for name in ("train_loss", "test_acc1", "test_loss", "test_images") if name in last}
         return {
+            "run": self.name,
             **kept,
             "images_per_second": round(speeds[len(speeds) // 2], 1),
             "seconds": round(sum(attempt["end"] - attempt["start"] for attempt in record["attempts"]), 1),

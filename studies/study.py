@@ -98,13 +98,15 @@ def flags(*texts: str) -> Flags:
         UserError: the text does not begin with a flag.
     """
     found: Flags = {}
-    for word in shlex.split(" ".join(texts)):
-        if word.startswith("--"):
-            found[word] = values = []
-        elif not found:
-            raise UserError(f"{word}: flags begin with --")
-        else:
-            values.append(word)
+    for text in texts:
+        values = None
+        for word in shlex.split(text):
+            if word.startswith("--"):
+                found[word] = values = []
+            elif values is None:
+                raise UserError(f"{word}: flags begin with --")
+            else:
+                values.append(word)
     return found
 
 
