@@ -14,18 +14,18 @@ FINETUNE = "--layer_decay 0.9 --aa none --reprob 0 --dist_eval"
 BUDGETS = {
     "cpu": Budget(
         common=f"{SMALL} --save_every_steps 100",
-        pretrain=f"{PRETRAIN} --epochs 6",
+        pretrain=f"{PRETRAIN} --epochs 5",
         finetune=FINETUNE,
         few="--epochs 5",
         all="--epochs 1",
     ),
     "gpu": Budget(
         common=f"{SMALL} --batch_size 256 --no_compile",  # a run is about as long as compiling takes
-        pretrain=f"{PRETRAIN} --epochs 10",
+        pretrain=f"{PRETRAIN} --epochs 6",
         finetune=FINETUNE,
-        few="--epochs 10 --batch_size 64",
-        all="--epochs 4",
-        runs_per_gpu=3,  # the model is too small to keep a GPU busy
+        few="--epochs 5 --batch_size 64",
+        all="--epochs 2",
+        runs_per_gpu=4,  # the model is too small to keep a GPU busy
     ),
     # the published recipes of ARM-base with fewer epochs
     "imagenet": Budget(
