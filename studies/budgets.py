@@ -17,14 +17,14 @@ BUDGETS = {
         pretrain=f"{PRETRAIN} --epochs 5",
         finetune=FINETUNE,
         few="--epochs 5",
-        all="--epochs 1",
+        all="--epochs 1 --warmup_epochs 0",  # whole epochs only: one would be all of it
     ),
     "gpu": Budget(
         common=f"{SMALL} --batch_size 256 --no_compile",  # a run is about as long as compiling takes
         pretrain=f"{PRETRAIN} --epochs 6",
         finetune=FINETUNE,
         few="--epochs 5 --batch_size 64",
-        all="--epochs 2",
+        all="--epochs 2 --warmup_epochs 0",
         runs_per_gpu=4,  # the model is too small to keep a GPU busy
     ),
     # the published recipes of ARM-base with fewer epochs

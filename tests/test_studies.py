@@ -87,8 +87,9 @@ def steps_of(runs: list[run.ArmRun]) -> list[Step]:
 def test_every_command_is_valid(study):
     """For the scripts' own parsers; and for a small budget their models can be built."""
     for budget in BUDGETS:
-        for step in steps_of(planned(study, budget)):
+        for step in steps_of(planned(study, budget, (3,))):
             args = run.parse(step, ONE)
+            assert args.seed == 3
             assert args.output_dir == f"out/runs/{step.name}"
             assert args.resume == "auto"
     run.check(steps_of(planned(study, "cpu")), ONE)
@@ -131,7 +132,9 @@ def test_killed_study_goes_on(clothes, tmp_path, run_script, capsys):
     run_script(run, *argv)  # while what the first one has started may still be ending
     assert not alive(pid)
     (folder,) = tmp_path.glob("runs/pretrain-*")
-    assert "going on from" in (folder / "output.txt").read_text()
+    stopped, _, gone_on = (folder / "output.txt").read_text().partition("going on from")
+    assert "main_pretrain.py: stopped in epoch" in stopped  # when its runner was killed
+    assert "epoch 1: loss" in gone_on
     results = json.loads((tmp_path / "pretrain_vs_scratch-smoke" / "results.json").read_text())
     assert [(r["labels"], r["arm"]) for r in results["runs"]] == [
         (labels, arm) for labels in ("20 labels", "all 80 labels") for arm in ("random weights", "pretrained")
