@@ -9,7 +9,6 @@ and pictures to demo_out/.
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -23,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from digits import unpack_digits
 from main_pretrain import build_model
 from pictures import draw_curves, draw_predictions
-from util import checkpoint, plot_log
+from util import checkpoint, launch, plot_log
 from util.dist import seed_everything
+from util.launch import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "demo_out"
 DATA = OUT / "digits"
 
@@ -38,20 +37,13 @@ FINETUNE = "--nb_classes 10 --epochs 4 --layer_decay 0.9 --aa none --reprob 0 --
 
 
 def torchrun(script: str, arguments: str) -> str:
-    """Run a training script with two processes (on a single GPU with one), show and return what it prints."""
+    """Run a training script with two processes (on a single GPU with one); show and return what it prints."""
     gpus = torch.cuda.device_count()
     processes = min(2, gpus) if gpus else 2
-    command = f"torchrun --standalone --nproc_per_node {processes} {script} {arguments} --data_path {DATA}"
-    command = command.replace(f"{ROOT}/", "")
+    command = launch.command_line(script, f"{arguments} --data_path {DATA}", processes).replace(f"{ROOT}/", "")
     print(f"\n$ {command}", flush=True)
-    threads = str(max(1, len(os.sched_getaffinity(0)) // processes))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *shlex.split(command)[1:]],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": threads},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    process = launch.start(command, {"OMP_NUM_THREADS": str(threads)}, stdout=subprocess.PIPE, text=True)
     printed = ""
     for line in process.stdout:
         print(line, end="", flush=True)

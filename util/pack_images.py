@@ -29,7 +29,7 @@ from util import cli, decode
 from util.decode import BrokenImage
 from util.device_loader import allowed_broken, listed
 from util.errors import RunError, UserError
-from util.sources import Folder, TarShards
+from util.sources import Folder, Source, TarShards
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -158,7 +158,7 @@ def pack(source: Folder, folder: Path, short_side: int | None, args: argparse.Na
                 for index, result in zip(shards[path], pool.map(_in_worker, shards[path], chunksize=16), strict=True):
                     bar.update()
                     if not isinstance(result, str):
-                        _add(tar, source, index, *result)
+                        add_image(tar, source, index, *result)
                         continue
                     broken[path].append(result)
                     found = [line for lines in broken.values() for line in lines]
@@ -175,7 +175,8 @@ def pack(source: Folder, folder: Path, short_side: int | None, args: argparse.Na
     return [line for lines in broken.values() for line in lines]
 
 
-def _add(tar: tarfile.TarFile, source: Folder, index: int, suffix: str, data: bytes) -> None:
+def add_image(tar: tarfile.TarFile, source: Source, index: int, suffix: str, data: bytes) -> None:
+    """Add an image and its label to a shard, in a folder named by its class."""
     label = source.labels[index]
     stem = Path(source.name(index)).stem.replace(".", "_")  # a key ends at its first dot
     for kind, content in ((suffix, data), ("cls", b"%d" % label)):

@@ -1,0 +1,54 @@
+"""How large studies are, by what they run on."""
+
+from studies.study import Budget
+
+# 24 x 24 pixels: 6 x 6 patches in 3 x 3 clusters, as many clusters as ARM-base has of an image of ImageNet
+SMALL = (
+    "--model arm_tiny_pz16 --embed_dim 64 --depth 6 --input_size 24 --patch_size 4 "
+    "--batch_size 64 --lr 1e-3 --warmup_epochs 1 --scale 0.6 1"
+)
+PRETRAIN = "--cluster_size 2 --dec_embed_dim 64 --norm_pix_loss --vis_freq 0"
+# no RandAugment and no erasing, which few epochs of small images are too short for
+FINETUNE = "--layer_decay 0.9 --aa none --reprob 0 --dist_eval"
+
+BUDGETS = {
+    "cpu": Budget(
+        common=f"{SMALL} --save_every_steps 100",
+        pretrain=f"{PRETRAIN} --epochs 5",
+        finetune=FINETUNE,
+        few="--epochs 5",
+        all="--epochs 1 --warmup_epochs 0",  # whole epochs only: one would be all of it
+    ),
+    "gpu": Budget(
+        common=f"{SMALL} --batch_size 256 --no_compile",  # a run is about as long as compiling takes
+        pretrain=f"{PRETRAIN} --epochs 6",
+        finetune=FINETUNE,
+        few="--epochs 5 --batch_size 64",
+        all="--epochs 2 --warmup_epochs 0",
+        runs_per_gpu=4,  # the model is too small to keep a GPU busy
+    ),
+    # the published recipes of ARM-base with fewer epochs
+    "imagenet": Budget(
+        common="--model arm_base_pz16 --patch_size 16 --weight_decay 0.05 --save_every_steps 500",
+        pretrain="--input_size 192 --cluster_size 4 --norm_pix_loss --batch_size 2048 --epochs 100 "
+        "--warmup_epochs 10 --blr 1.5e-4",
+        finetune="--input_size 224 --batch_size 1024 --blr 5e-4 --layer_decay 0.65 --drop_path 0.1 --reprob 0.25 "
+        "--mixup 0.8 --cutmix 1.0 --dist_eval",
+        few="--epochs 10 --warmup_epochs 1",
+        all="--epochs 100 --warmup_epochs 5",
+        labels=("all",),
+        per_class=13,  # 1 %
+        one_run=True,
+    ),
+    # to see that every command is valid
+    "smoke": Budget(
+        common=f"{SMALL} --embed_dim 32 --batch_size 8 --save_every_steps 1 --no_compile",
+        pretrain=f"{PRETRAIN} --epochs 2",
+        finetune=FINETUNE,
+        few="--epochs 2",
+        all="--epochs 2",
+        per_class=2,
+        repeats=2,
+        images_per_class=8,
+    ),
+}

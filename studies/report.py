@@ -1,0 +1,137 @@
+"""What a study found: means and deviations over seeds, as a table and as a plot."""
+
+import math
+import statistics
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from Evaluation.report import table, wilson
+
+
+def mean_std(values: list[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation, which a single value does not have."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def compare(values: list[float], reference: list[float]) -> dict[str, float | None]:
+    """How values differ from those of a reference with the same seeds.
+
+    Returns:
+        `difference` and `std` of the differences, seed by seed, and `effect`, the difference in standard deviations
+        of the two groups (the root of their mean variance); None where a single seed, or equal ones, do not tell.
+    """
+    difference, std = mean_std([a - b for a, b in zip(values, reference, strict=True)])
+    pooled = math.hypot(*(mean_std(group)[1] or 0 for group in (values, reference))) / math.sqrt(2)
+    return {"difference": difference, "std": std, "effect": difference / pooled if pooled else None}
+
+
+def groups(runs: list[dict]) -> dict[str, dict[str, list[dict]]]:
+    """Runs by labels and arm, in order; those of an arm by seed."""
+    found: dict[str, dict[str, list[dict]]] = {}
+    for run in sorted(runs, key=lambda run: run["seed"]):
+        found.setdefault(run["labels"], {}).setdefault(run["arm"], []).append(run)
+    order = list(dict.fromkeys((run["labels"], run["arm"]) for run in runs))
+    return {labels: {arm: found[labels][arm] for of, arm in order if of == labels} for labels, _ in order}
+
+
+def summary(runs: list[dict]) -> list[dict]:
+    """Mean and deviation of every arm, and how it differs from the first arm that has the same labels."""
+    rows = []
+    for labels, arms in groups(runs).items():
+        reference = [run["accuracy"] for run in next(iter(arms.values()))]
+        for number, (arm, of_arm) in enumerate(arms.items()):
+            accuracy = [run["accuracy"] for run in of_arm]
+            mean, std = mean_std(accuracy)
+            row = {"labels": labels, "arm": arm, "seeds": [run["seed"] for run in of_arm], "mean": mean, "std": std}
+            for kind in ("pretrain", "finetune"):
+                row[f"{kind}_seconds"] = statistics.fmean([run[kind]["seconds"] if run[kind] else 0 for run in of_arm])
+            rows.append(row | ({"compared": compare(accuracy, reference)} if number else {}))
+    return rows
+
+
+def markdown(results: dict) -> str:
+    """The table of a study, with what has to be known to read it."""
+    runs = results["runs"]
+    head = [
+        "trained with",
+        "arm",
+        "top-1 (%)",
+        "compared with the first (paired)",
+        "in deviations",
+        "seeds",
+        "time (s)",
+    ]
+    body = []
+    for row in summary(runs):
+        compared = row.get("compared")
+        difference = _plus_minus(compared["difference"], compared["std"], "+") if compared else ""
+        effect = f"{compared['effect']:+.1f}" if compared and compared["effect"] is not None else ""
+        seconds = f"{row['pretrain_seconds']:.0f} + {row['finetune_seconds']:.0f}"
+        accuracy = _plus_minus(row["mean"], row["std"])
+        body.append([row["labels"], row["arm"], accuracy, difference, effect, len(row["seeds"]), seconds])
+    images = runs[0]["images"]
+    low, high = wilson(runs[0]["accuracy"] / 100 * images, images)
+    machine = results["machine"]
+    return "\n".join(
+        [
+            table(head, *body),
+            "",
+            f"Accuracy after the last epoch on {images:,} images of val/, mean ± sample standard deviation over seeds; "
+            "no epoch was chosen by it. Drawing other images would move a single one by about "
+            f"{(high - low) / 2:.1f} (95 %). Paired: the differences of equal seeds. In deviations: the difference "
+            "over the root of the mean variance of both arms. Time: of pretraining + finetuning a run, "
+            f"{machine['jobs']} at a time. {machine.get('gpu', machine['cpu'])}, {machine['cores']} cores, torch "
+            f"{machine['torch']}, {machine['date']}, budget {results['budget']}.",
+            "",
+        ]
+    )
+
+
+def _plus_minus(mean: float, std: float | None, sign: str = "") -> str:
+    return f"{mean:{sign}.2f}" + ("" if std is None else f" ± {std:.2f}")
+
+
+def draw(runs: list[dict]) -> Figure:
+    """For each kind of labels, accuracy of every seed with mean and deviation, and beside it accuracy over epochs."""
+    found = groups(runs)
+    curves = any(len(run["curve"]) > 1 for run in runs)
+    heights = [0.38 * len(arms) + 1.2 for arms in found.values()]
+    if curves:
+        heights = [max(2.6, height) for height in heights]
+    figure = Figure(figsize=(10 if curves else 6, sum(heights)), layout="constrained")
+    panels = figure.subplots(len(found), 2 if curves else 1, squeeze=False, height_ratios=heights)
+    for axes, (labels, arms) in zip(panels, found.items(), strict=True):
+        _draw_accuracy(axes[0], labels, arms)
+        if curves and any(len(run["curve"]) > 1 for of_arm in arms.values() for run in of_arm):
+            _draw_curves(axes[1], labels, arms)
+        elif curves:
+            axes[1].remove()
+    return figure
+
+
+def _draw_accuracy(axis: Axes, labels: str, arms: dict[str, list[dict]]) -> None:
+    for number, of_arm in enumerate(arms.values()):
+        accuracy = [run["accuracy"] for run in of_arm]
+        mean, std = mean_std(accuracy)
+        colour = f"C{number}"
+        axis.plot(accuracy, [number] * len(accuracy), "o", color=colour, alpha=0.45, markersize=6, mew=0)
+        if std is not None:
+            axis.errorbar(mean, number, xerr=std, color=colour, capsize=4, linewidth=1.5)
+        axis.plot(mean, number, "|", color=colour, markersize=16, markeredgewidth=2)
+    axis.set(title=labels, xlabel="top-1 after the last epoch (%)", ylim=(len(arms) - 0.5, -0.5))
+    axis.set_yticks(range(len(arms)), list(arms))
+    axis.grid(axis="x", alpha=0.3)
+
+
+def _draw_curves(axis: Axes, labels: str, arms: dict[str, list[dict]]) -> None:
+    for number, of_arm in enumerate(arms.values()):
+        epochs = range(1, len(of_arm[0]["curve"]) + 1)
+        for run in of_arm:
+            axis.plot(epochs, run["curve"], color=f"C{number}", alpha=0.3, linewidth=1)
+        mean = [statistics.fmean(values) for values in zip(*(run["curve"] for run in of_arm), strict=True)]
+        axis.plot(epochs, mean, "o-", color=f"C{number}", markersize=4)
+    axis.set(title=labels, xlabel="epoch of finetuning", ylabel="top-1 on val (%)")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.grid(alpha=0.3)

@@ -1,0 +1,269 @@
+"""Run a study: every arm with every seed, through the training scripts, and say what it found.
+
+    python -m studies.run pretrain_vs_scratch
+
+writes results.json, table.md and plot.png to out_studies/pretrain_vs_scratch-cpu/ (or -gpu, -imagenet). The same
+command goes on after any end; what is finished is not repeated, also where another study asks for it.
+"""
+
+import argparse
+import hashlib
+import itertools
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks import machine as hardware
+from Evaluation.report import write_json
+from studies import fashion_mnist, report
+from studies.budgets import BUDGETS
+from studies.shards import write_subset
+from studies.steps import SCRIPTS, Machine, Step, run_steps
+from studies.study import Arm, Budget, Flags, Study, flags, load, names
+from util import cli
+from util.errors import UserError
+from util.launch import ROOT
+from util.sources import open_source
+
+sys.path.insert(0, str(ROOT / "Finetuning"))
+
+import main_finetune
+import main_pretrain
+
+PARSERS = {"pretrain": main_pretrain.get_args_parser, "finetune": main_finetune.get_args_parser}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.Parser("studies.run", description=__doc__.splitlines()[0])
+    parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(names())}")
+    parser.add_argument("--data_path", help="images, as the scripts take them (default: Fashion-MNIST)")
+    parser.add_argument("--seeds", type=cli.natural, nargs="+", help="(default: those of the study, 0 1 2)")
+    parser.add_argument(
+        "--budget", choices=sorted(BUDGETS), help="(default: cpu without a GPU; else imagenet for 1000 classes, or gpu)"
+    )
+    parser.add_argument("--smoke", action="store_const", const="smoke", dest="budget", help="--budget smoke: tiny")
+    parser.add_argument(
+        "--processes", type=cli.positive, help="of each run (default: 1; for ImageNet the number of GPUs)"
+    )
+    parser.add_argument(
+        "--jobs", type=cli.positive, help="runs side by side (default: one a core, or what the budget puts on each GPU)"
+    )
+    for kind in ("", "pretrain_", "finetune_"):
+        scripts = SCRIPTS.get(kind.removesuffix("_"), "both scripts")
+        parser.add_argument(
+            f"--{kind}flags", default="", metavar="'...'", help=f"more flags of {scripts}, for all arms"
+        )
+    parser.add_argument("--output", type=Path, default=Path("out_studies"), help="folder (default: %(default)s)")
+    return parser
+
+
+@dataclass(frozen=True)
+class ArmRun:
+    """One arm with one seed: finetuning, and the pretraining before it, if any."""
+
+    arm: str
+    setting: Arm
+    labels: str
+    seed: int
+    pretrain: Step | None
+    finetune: Step
+
+    def result(self, in_words: dict[str, str]) -> dict:
+        """What results.json holds of it."""
+        pretrained, finetuned = self.pretrain and self.pretrain.result(), self.finetune.result()
+        accuracy, loss, images = (finetuned.pop(f"test_{name}") for name in ("acc1", "loss", "images"))
+        return {
+            "arm": self.arm,
+            "labels": in_words[self.labels],
+            "seed": self.seed,
+            "setting": {"pretrain": self.setting.pretrain, "finetune": self.setting.finetune},
+            "accuracy": accuracy,
+            "loss": loss,
+            "images": images,
+            "curve": finetuned.pop("curve"),
+            "pretrain": pretrained,
+            "finetune": finetuned,
+        }
+
+
+@dataclass(frozen=True)
+class Data:
+    """What runs train on, as the scripts take it: everything, and few labels by seed."""
+
+    everything: str
+    few: dict[int, str]
+    classes: int
+
+
+def plan(
+    study: Study, name: str, budget: Budget, seeds: list[int], data: Data, runs: Path, more: Flags
+) -> list[ArmRun]:
+    """All runs of a study.
+
+    Args:
+        study: what to run.
+        name: of the budget.
+        budget: what all runs share.
+        seeds: of each arm.
+        data: what they train on.
+        runs: folder of all runs, of all studies.
+        more: flags of the command line by script, and by "" for both.
+    """
+    found = []
+    arms = {arm: setting for arm, setting in study.arms.items() if setting.budgets is None or name in setting.budgets}
+    for labels, (arm, setting), seed in itertools.product(study.labels or budget.labels, arms.items(), seeds):
+        pretrain = None
+        if setting.pretrain is not None:
+            words = budget.common, budget.pretrain, setting.pretrain, more[""], more["pretrain"]
+            pretrain = Step("pretrain", seed, flags(*words) | {"--data_path": [data.everything]}, runs)
+        of_labels, images = (budget.few, data.few[seed]) if labels == "few" else (budget.all, data.everything)
+        words = budget.common, budget.finetune, of_labels, setting.finetune, more[""], more["finetune"]
+        given = {"--data_path": [images], "--nb_classes": [str(data.classes)]}
+        found.append(
+            ArmRun(arm, setting, labels, seed, pretrain, Step("finetune", seed, flags(*words) | given, runs, pretrain))
+        )
+    return found
+
+
+def parse(step: Step, machine: Machine) -> argparse.Namespace:
+    """The arguments of a run as its script will see them.
+
+    Raises:
+        UserError: the script would refuse them.
+    """
+    args = PARSERS[step.kind]().parse_args(shlex.split(step.arguments(machine)))
+    if args.batch_size * machine.processes != int(step.flags["--batch_size"][0]):
+        raise UserError(f"--processes {machine.processes} cannot share out a batch of {step.flags['--batch_size'][0]}")
+    cli.check_arguments(args)
+    return args
+
+
+def check(steps: list[Step], machine: Machine) -> None:
+    """Refuse what the scripts would refuse, before any of them runs.
+
+    Raises:
+        UserError: flags that there are not, or sizes that do not fit together.
+    """
+    for step in steps:
+        args = parse(step, machine)
+        args.resume = None  # there is no checkpoint yet to take sizes from
+        if step.kind == "pretrain":
+            main_pretrain.build_model(args)
+        else:
+            main_finetune.build_classifier(args, None)
+
+
+def find_machine(args: argparse.Namespace, budget: Budget) -> Machine:
+    """How runs are started here.
+
+    Raises:
+        UserError: more processes are asked for than there are GPUs.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+    gpus = gpus if torch.cuda.is_available() else []
+    processes = args.processes or (max(1, len(gpus)) if budget.one_run else 1)
+    if gpus and processes > len(gpus):
+        raise UserError(f"--processes {processes}: there are {len(gpus)} GPUs")
+    room = len(gpus) * budget.runs_per_gpu if gpus else len(os.sched_getaffinity(0))
+    return Machine(processes, args.jobs or max(1, room // processes), tuple(gpus))
+
+
+def find_data(data_path: str, folder: Path, budget: Budget, seeds: list[int]) -> Data:
+    """What the runs of a budget train on; subsets are written once, to a folder.
+
+    Raises:
+        UserError: the data are not there, or a class has fewer images than the budget asks for.
+    """
+    digest = hashlib.sha256(data_path.replace(f"{folder.parent}/", "").encode()).hexdigest()[:6]
+    name = f"{Path(data_path.partition(':')[2] or data_path).name}-{digest}"
+    if budget.images_per_class is not None:
+        count = budget.images_per_class
+        write_subset(data_path, data_path, folder / f"{name}-{count}", count, 0, val_per_class=count)
+        name, data_path = f"{name}-{count}", f"wds:{folder}/{name}-{count}"
+    few = {seed: f"{folder}/{name}-few{budget.per_class}x{budget.repeats}-seed{seed}" for seed in seeds}
+    val = data_path
+    for seed, path in few.items():
+        write_subset(data_path, val, Path(path), budget.per_class, seed, budget.repeats)
+        val = f"wds:{path}"
+    classes = len(open_source(data_path, "train").classes)
+    return Data(data_path, {seed: f"wds:{path}" for seed, path in few.items()}, classes)
+
+
+def commit() -> str | None:
+    """The commit of this repository, with "-dirty" where files differ from it; None where git does not tell."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--match="]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run a study and write what it found.
+
+    Raises:
+        UserError: something that was asked for cannot be; no run has started then.
+        RunError: a run failed.
+        Interrupted: asked to stop; the same command goes on.
+    """
+    study = load(args.name)
+    more = {"": args.flags, "pretrain": args.pretrain_flags, "finetune": args.finetune_flags}
+    output = (
+        Path(os.path.relpath(args.output, ROOT)) if ROOT in args.output.resolve().parents else args.output.resolve()
+    )
+    data_path = args.data_path
+    if data_path is None:
+        fashion_mnist.unpack(output / "data" / "fashion_mnist")
+        data_path = f"wds:{output}/data/fashion_mnist"
+    train = open_source(data_path, "train")
+    name = args.budget or (
+        "cpu" if not torch.cuda.is_available() else "imagenet" if len(train.classes) == 1000 else "gpu"
+    )
+    budget = study.budgets.get(name, BUDGETS[name])
+    seeds = list(dict.fromkeys(args.seeds or (study.seeds[:1] if name == "smoke" else study.seeds)))
+    machine = find_machine(args, budget)
+    data = find_data(data_path, output / "data", budget, seeds)
+    runs = plan(study, name, budget, seeds, data, output / "runs", more)
+    steps = {step.name: step for run in runs for step in (run.pretrain, run.finetune) if step is not None}
+    steps = sorted(steps.values(), key=lambda step: step.kind != "pretrain")
+    check(steps, machine)
+    print(study.question, flush=True)
+    run_steps(steps, machine, commit())
+
+    few = budget.per_class * data.classes
+    in_words = {"few": f"{few:,} labels", "all": f"all {len(open_source(data.everything, 'train').labels):,} labels"}
+    found = [run.result(in_words) for run in runs]
+    results = {
+        "study": args.name,
+        "question": study.question,
+        "budget": name,
+        "command": shlex.join(["python", "-m", "studies.run", *sys.argv[1:]]),
+        "commit": commit(),
+        "machine": {
+            **hardware.describe(hardware.default_device()),
+            "cores": len(os.sched_getaffinity(0)),
+            "threads": machine.cores,
+            "processes": machine.processes,
+            "jobs": machine.jobs,
+        },
+        "data": {"data_path": data_path, "classes": data.classes, "images": len(train.labels)},
+        "summary": report.summary(found),
+        "runs": found,
+    }
+    folder = ROOT / output / f"{args.name}-{name}"
+    write_json(folder / "results.json", results)
+    text = report.markdown(results)
+    (folder / "table.md").write_text(text, encoding="utf-8")
+    report.draw(found).savefig(folder / "plot.png", dpi=150)
+    print(f"\n{text}\nresults.json, table.md and plot.png are in {output}/{args.name}-{name}")
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser())

@@ -1,0 +1,92 @@
+"""Images as tar shards that `--data_path wds:FOLDER` reads: a whole split, or as many images of each class."""
+
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from util.errors import UserError
+from util.pack_images import add_image
+from util.sources import IMAGE_SUFFIXES, Source, TarShards, open_source
+
+
+def write_shard(path: Path, source: Source, indices: Iterable[int]) -> None:
+    """Write images of a source, as they are, to a tar file, which is complete or absent at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with tarfile.open(partial, "w") as tar:
+        for index in indices:
+            suffix = Path(source.name(index)).suffix.removeprefix(".").lower()
+            # what a file is called does not matter to who decodes it, as long as it is called an image
+            add_image(tar, source, index, suffix if suffix in IMAGE_SUFFIXES else "jpg", source.read(index))
+    partial.rename(path)
+
+
+def balanced(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
+    """Indices of `per_class` images of every class, drawn with a seed, in ascending order.
+
+    Args:
+        labels: (n,) of all images.
+        per_class: images to draw of each class.
+        seed: the same one draws the same images.
+
+    Raises:
+        UserError: a class has fewer images.
+    """
+    rng = np.random.default_rng([seed, per_class])
+    drawn = []
+    for label in np.unique(labels):
+        (of_class,) = np.nonzero(labels == label)
+        if len(of_class) < per_class:
+            raise UserError(f"class {label} has {len(of_class)} images: {per_class} cannot be drawn")
+        drawn.append(rng.choice(of_class, per_class, replace=False))
+    return np.sort(np.concatenate(drawn))
+
+
+def write_subset(
+    data_path: str,
+    val_path: str,
+    folder: Path,
+    per_class: int,
+    seed: int,
+    repeats: int = 1,
+    val_per_class: int | None = None,
+) -> None:
+    """Make a data set with a few training images of each class.
+
+    Args:
+        data_path: where train/ is, whatever the scripts take.
+        val_path: where val/ is; what is in shards already is linked to, not copied.
+        folder: gets train/ and val/; a split that is there already is left alone.
+        per_class: training images of each class, drawn with the seed.
+        seed: of the drawing.
+        repeats: how often an epoch has each of them: with fewer and longer epochs, less time goes into evaluation.
+        val_per_class: images of each class in val/; None takes all.
+
+    Raises:
+        UserError: the data are not there, or a class has too few images.
+    """
+    if not (folder / "train").exists():
+        train = open_source(data_path, "train")
+        partial = folder / "train.partial"
+        write_shard(partial / "0.tar", train, balanced(train.labels, per_class, seed))
+        for number in range(1, repeats):
+            _link(partial / f"{number}.tar", Path("0.tar"))
+        partial.rename(folder / "train")
+    if not (folder / "val").exists():
+        val = open_source(val_path, "val")
+        partial = folder / "val.partial"
+        if val_per_class is None and isinstance(val, TarShards):
+            partial.mkdir(parents=True, exist_ok=True)
+            for number, shard in enumerate(val.shards):
+                _link(partial / f"{number:06d}.tar", shard.resolve())
+        else:
+            every = range(len(val.labels)) if val_per_class is None else balanced(val.labels, val_per_class, seed)
+            write_shard(partial / "0.tar", val, every)
+        partial.rename(folder / "val")
+
+
+def _link(path: Path, target: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to(target)

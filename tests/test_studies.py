@@ -1,0 +1,205 @@
+"""Studies: every command, the runner with its end and its going on, and the numbers that it reports."""
+
+import gzip
+import json
+import math
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import REPOSITORY
+from studies import fashion_mnist, report, run, shards
+from studies.budgets import BUDGETS
+from studies.steps import Machine, Step, run_steps
+from studies.study import flags, load, names
+from util.decode import with_pillow
+from util.errors import RunError, UserError
+from util.sources import open_source
+
+ONE = Machine(processes=1, jobs=1)
+
+
+@pytest.fixture(scope="module")
+def clothes(tmp_path_factory) -> Path:
+    """Noise in the files of Fashion-MNIST, unpacked: ten classes, 12 images each to train, 8 to validate."""
+    originals, folder = (tmp_path_factory.mktemp(name) for name in ("originals", "clothes"))
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("t10k", 8)):
+        labels = rng.permutation(np.repeat(np.arange(10, dtype=np.uint8), count))
+        images = rng.integers(0, 256, (len(labels), 28, 28), dtype=np.uint8)
+        for kind, header, values in (("images-idx3", 16, images), ("labels-idx1", 8, labels)):
+            with gzip.open(originals / f"{split}-{kind}-ubyte.gz", "wb") as file:
+                file.write(bytes(header) + values.tobytes())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fashion_mnist, "PACKAGE", originals)
+        fashion_mnist.unpack(folder)
+    return folder
+
+
+def test_unpacked_fashion_mnist(clothes):
+    for split, count in (("train", 120), ("val", 80)):
+        source = open_source(f"wds:{clothes}", split)
+        assert source.classes == fashion_mnist.CLASSES
+        assert len(source.labels) == count
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.repeat(np.arange(10), 12))
+    images = rng.integers(0, 256, (120, 28, 28), dtype=np.uint8)
+    source = open_source(f"wds:{clothes}", "train")
+    assert source.labels.tolist() == labels.tolist()
+    assert (np.asarray(with_pillow(source.read(7)))[..., 0] == images[7]).all()
+
+
+def test_few_labels_are_balanced_and_fixed_by_the_seed(clothes, tmp_path):
+    """Each folder is drawn anew; an epoch has each image so often; val/ is the whole one, without a copy."""
+    drawn = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        data = f"wds:{clothes}"
+        shards.write_subset(data, data, tmp_path / name, per_class=3, seed=seed, repeats=2)
+        source = open_source(f"wds:{tmp_path / name}", "train")
+        contents = Counter(source.read(i) for i in range(len(source.labels)))
+        assert np.bincount(source.labels).tolist() == [6] * 10
+        assert len(contents) == 30
+        assert set(contents.values()) == {2}
+        drawn.append(set(contents))
+        assert len(open_source(f"wds:{tmp_path / name}", "val").labels) == 80
+        assert (tmp_path / name / "val" / "000000.tar").is_symlink()
+    assert drawn[0] == drawn[1] != drawn[2]
+    with pytest.raises(UserError, match="has 12 images: 13 cannot be drawn"):
+        shards.write_subset(f"wds:{clothes}", f"wds:{clothes}", tmp_path / "d", per_class=13, seed=0)
+
+
+def planned(study: str, budget: str, seeds: tuple[int, ...] = (0,)) -> list[run.ArmRun]:
+    data = run.Data("wds:all", {seed: f"wds:few{seed}" for seed in seeds}, classes=10)
+    more = dict.fromkeys(("", "pretrain", "finetune"), "")
+    return run.plan(load(study), budget, BUDGETS[budget], list(seeds), data, Path("out/runs"), more)
+
+
+def steps_of(runs: list[run.ArmRun]) -> list[Step]:
+    return [step for r in runs for step in (r.pretrain, r.finetune) if step is not None]
+
+
+@pytest.mark.parametrize("study", names())
+def test_every_command_is_valid(study):
+    """For the scripts' own parsers; and for a small budget their models can be built."""
+    for budget in BUDGETS:
+        for step in steps_of(planned(study, budget, (3,))):
+            args = run.parse(step, ONE)
+            assert args.seed == 3
+            assert args.output_dir == f"out/runs/{step.name}"
+            assert args.resume == "auto"
+    run.check(steps_of(planned(study, "cpu")), ONE)
+
+
+def test_equal_runs_are_one(tmp_path):
+    """Pretraining is shared by labels, arms and studies; seeds, flags and data tell runs apart; processes do not."""
+    runs = planned("pretrain_vs_scratch", "cpu", (0, 1))
+    assert len(steps_of(runs)) == 12
+    assert len({step.name for step in steps_of(runs)}) == 10
+    shared = {r.pretrain.name for r in runs if r.pretrain} & {r.pretrain.name for r in planned("order", "cpu", (0, 1))}
+    assert len(shared) == 2
+    step = runs[-1].finetune
+    two = run.parse(step, Machine(processes=2, jobs=1))
+    assert (two.batch_size, two.output_dir) == (32, run.parse(step, ONE).output_dir)
+    with pytest.raises(UserError, match="--processes 3 cannot share out a batch of 64"):
+        run.parse(step, Machine(processes=3, jobs=1))
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_killed_study_goes_on(clothes, tmp_path, run_script, capsys):
+    """Killed in the middle of pretraining, started again to the end, and a third time with nothing left to do."""
+    argv = ["pretrain_vs_scratch", "--smoke", "--data_path", f"wds:{clothes}", "--output", str(tmp_path)]
+    first = subprocess.Popen([sys.executable, "-m", "studies.run", *argv, "--jobs", "1"], cwd=REPOSITORY)
+    end = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/pretrain-*/checkpoint-last.pth")):
+        assert first.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    (lock,) = tmp_path.glob("runs/*/run.lock")
+    pid = json.loads(lock.read_text())["pid"]
+    first.kill()
+    first.wait()
+    run_script(run, *argv)  # while what the first one has started may still be ending
+    assert not alive(pid)
+    (folder,) = tmp_path.glob("runs/pretrain-*")
+    stopped, _, gone_on = (folder / "output.txt").read_text().partition("going on from")
+    assert "main_pretrain.py: stopped in epoch" in stopped  # when its runner was killed
+    assert "epoch 1: loss" in gone_on
+    results = json.loads((tmp_path / "pretrain_vs_scratch-smoke" / "results.json").read_text())
+    assert [(r["labels"], r["arm"]) for r in results["runs"]] == [
+        (labels, arm) for labels in ("20 labels", "all 80 labels") for arm in ("random weights", "pretrained")
+    ]
+    for r in results["runs"]:
+        last = json.loads((tmp_path / "runs" / r["finetune"]["run"] / "log.txt").read_text().splitlines()[-1])
+        assert (r["accuracy"], r["loss"], r["images"], last["epoch"]) == (last["test_acc1"], last["test_loss"], 80, 1)
+        assert f"--seed {r['seed']}" in r["finetune"]["command"]
+    assert [r["pretrain"]["attempts"] for r in results["runs"] if r["pretrain"]] == [2, 2]
+    assert (tmp_path / "pretrain_vs_scratch-smoke" / "plot.png").stat().st_size > 10000
+    assert "| all 80 labels | pretrained |" in (tmp_path / "pretrain_vs_scratch-smoke" / "table.md").read_text()
+
+    before = {path: path.read_bytes() for path in tmp_path.glob("runs/*/run.json")}
+    assert len(before) == 5
+    capsys.readouterr()
+    run_script(run, *argv)
+    assert "5 runs, 5 of them finished" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in tmp_path.glob("runs/*/run.json")} == before
+
+
+def test_a_failed_run_ends_the_study(tmp_path):
+    """With what it said; and it does not count as finished."""
+    step = Step("pretrain", 0, flags("--data_path /nowhere --batch_size 8 --epochs 1 --device cpu"), tmp_path / "runs")
+    with pytest.raises(RunError, match=r"failed with exit status 2(?s:.)*--data_path /nowhere: no such folder"):
+        run_steps([step], ONE, None)
+    assert not step.finished
+
+
+def result(arm: str, seed: int, accuracy: float) -> dict:
+    times = {"seconds": 10.0 + seed}
+    more = {"labels": "20 labels", "images": 10000, "curve": [accuracy], "pretrain": None, "finetune": times}
+    return {"arm": arm, "seed": seed, "accuracy": accuracy, **more}
+
+
+def test_numbers_of_the_table():
+    """By hand: 1, 2, 4 have the sample deviation (7 / 3) ** 0.5, and 0, 2, 1 have 1; differences are 1, 0, 3."""
+    runs = [result("a", seed, value) for seed, value in ((2, 1.0), (0, 0.0), (1, 2.0))]  # in any order
+    runs += [result("b", seed, value) for seed, value in ((0, 1.0), (1, 2.0), (2, 4.0))]
+    first, second = report.summary(runs)
+    assert (first["mean"], first["std"], first["seeds"]) == (1.0, 1.0, [0, 1, 2])
+    assert "compared" not in first
+    assert second["mean"] == pytest.approx(7 / 3)
+    assert second["std"] == pytest.approx(math.sqrt(7 / 3))
+    assert (second["pretrain_seconds"], second["finetune_seconds"]) == (0, 11.0)
+    wanted = {"difference": 4 / 3, "std": math.sqrt(7 / 3), "effect": 4 / 3 / math.sqrt((7 / 3 + 1) / 2)}
+    assert second["compared"] == pytest.approx(wanted)
+    about = {"jobs": 1, "cpu": "a CPU", "cores": 2, "torch": "2", "date": "today"}
+    text = report.markdown({"runs": runs, "machine": about, "budget": "cpu"})
+    assert "| 20 labels | b | 2.33 ± 1.53 | +1.33 ± 1.53 | +1.0 | 3 | 0 + 11 |" in text
+    assert report.compare([1.0], [2.0]) == {"difference": -1.0, "std": None, "effect": None}
+
+
+def test_mistakes_of_users(run_script, capsys, tmp_path, clothes):
+    data = ["--smoke", "--data_path", f"wds:{clothes}", "--output", tmp_path]
+    for argv, wanted in (
+        (["sizes"], "unknown study 'sizes'; choose from cluster_size, "),
+        (["order", "--data_path", tmp_path / "none"], "no such folder"),
+        (["decoder", *data, "--flags", "lr 1"], "lr: flags begin with --"),
+        (["pretrain_vs_scratch", *data, "--pretrain_flags", "--cluster_size 5"], "does not divide"),
+        (["pretrain_vs_scratch", *data, "--finetune_flags", "--layers 5"], "unrecognized arguments: --layers 5"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run_script(run, *argv)
+        assert ended.value.code == 2
+        error = capsys.readouterr().err
+        assert wanted in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
