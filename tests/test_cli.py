@@ -21,6 +21,7 @@ import main_pretrain
 import models_arm
 import probe
 import robustness
+import studies.run
 import visualize
 from conftest import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN
 from util import cli, pack_images, plot_log
@@ -58,7 +59,7 @@ PROBE = (
 ROBUSTNESS = EXAMINE + "data"
 SCRIPTS = {"main_pretrain.py": main_pretrain, "main_finetune.py": main_finetune}
 SCRIPTS |= {"probe.py": probe, "robustness.py": robustness, "export.py": export, "visualize.py": visualize}
-MODULES = {"util.pack_images": pack_images, "util.plot_log": plot_log}
+MODULES = {"util.pack_images": pack_images, "util.plot_log": plot_log, "studies.run": studies.run}
 
 
 @pytest.mark.parametrize(
