@@ -22,6 +22,7 @@ from util import cli, sheet
 from util.datasets import image_dataset, pretrain_transform, train_loader
 from util.dist import distribute, init_device, is_main, seed_everything
 from util.errors import as_user_error
+from util.fsdp import whole
 from util.metrics import clock, open_log
 from util.run import Run, fingerprint, starting_point
 from util.train_loop import activation_dtype, autocast
@@ -126,6 +127,7 @@ def main(args: argparse.Namespace) -> None:
     shown = None
     if args.vis_freq and is_main():
         shown = sheet.fixed_images(args.data_path, cli.image_size(args))
+    wrapped = distribute(model, device, args.fsdp)
     groups = param_groups_weight_decay(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     run = Run(args, model, optimizer)
@@ -133,7 +135,6 @@ def main(args: argparse.Namespace) -> None:
         run.restore(content)
     if models_arm.compiles(args.compile, device):
         model.compile()
-    wrapped = distribute(model, device)
     run.keep_in(folders[0], log)
 
     log.say(cli.describe(args, model, len(dataset), device, run.epoch))
@@ -144,9 +145,9 @@ def main(args: argparse.Namespace) -> None:
             stats = train_one_epoch(wrapped, loader, run, device, log)
             log.epoch(**stats, epoch=epoch)
             run.end_epoch()
-            if shown is not None and run.epoch % args.vis_freq == 0:
-                with autocast(device):
-                    figures = sheet.draw_sheets(model, shown.to(device))
+            if args.vis_freq and run.epoch % args.vis_freq == 0:
+                with whole(model), autocast(device):  # rank 0 alone draws
+                    figures = [] if shown is None else sheet.draw_sheets(model, shown.to(device))
                 log.images(epoch, **{f"image_{i}": sheet.pixels(figure) for i, figure in enumerate(figures)})
             loader.report(log)  # which may end the run
             passed = clock(start, run.epoch - first, args.epochs - first)

@@ -269,16 +269,18 @@ def finetune(
     ):
         trunc_normal_(model.head.weight, std=2e-5)
     model.to(device)
+    ema = ModelEmaV3(model, decay=args.ema_decay) if args.ema_decay is not None else None
+    wrapped = distribute(model, device, args.fsdp)  # from here on all processes have the weights of rank 0
+    if ema is not None and args.fsdp:
+        distribute(ema.module, device, sharded=True)
     groups = param_groups_layer_decay(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
-    ema = ModelEmaV3(model, decay=args.ema_decay) if args.ema_decay is not None else None
     run = Run(args, model, optimizer, ema)
     if args.resume:
         run.restore(content)
     compiled = models_arm.compiles(args.compile, device)
     if compiled:
         model.compile()
-    wrapped = distribute(model, device)  # from here on all processes have the weights of rank 0
     if ema is not None and not (args.resume and "model_ema" in checkpoint.kinds(content)):
         ema.set(model)
         if args.resume:

@@ -33,7 +33,7 @@ SHARED = """
     batch_size accum_iter epochs warmup_epochs lr blr min_lr weight_decay clip_grad
     data_path loader max_bad_samples scale hflip num_workers worker_timeout pin_mem no_pin_mem
     output_dir log_dir tracker save_freq save_every_steps keep resume start_epoch allow_changed_args
-    device seed deterministic compile no_compile max_nonfinite dist_timeout
+    device seed deterministic compile no_compile fsdp max_nonfinite dist_timeout
 """
 PRETRAIN = SHARED + "cluster_size dec_embed_dim dec_depth norm_pix_loss target order taps objective vis_freq"
 FINETUNE = (
@@ -269,6 +269,7 @@ PRETRAIN_MISTAKES = {
     "--scan_backend warp": "unknown backend 'warp'",
     "--scan_backend mamba_ssm": "pip install --no-build-isolation -r requirements-cuda.txt",
     "--data_path /nowhere": "--data_path /nowhere: no such folder",
+    "--fsdp": "--fsdp shards over processes, and there is one: start several with torchrun",
     "--accum_iter 25": "24 training images do not fill one update: batch size 4 x 1 processes x 25",
     "--batch_size 25": "24 training images do not fill one update: batch size 25",
     "--resume none.pth": "no checkpoint file none.pth",

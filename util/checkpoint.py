@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from util.errors import UserError, as_user_error
+from util.fsdp import like
 from util.hub import local_file, sha256_of
 from util.pos_embed import insert_middle, resize_around_token
 
@@ -260,7 +261,7 @@ def load(model: nn.Module, state_dict: StateDict, allow_missing: set[str] = froz
     ]
     if problems:
         raise UserError("the checkpoint does not fit the model: " + "; ".join(problems))
-    model.load_state_dict(state_dict, strict=not allow_missing)
+    model.load_state_dict({k: like(v, own.get(k)) for k, v in state_dict.items()}, strict=not allow_missing)
 
 
 def load_into_classifier(content: dict, model: nn.Module, key: str | None = None, keep_head: bool = True) -> bool:
@@ -327,5 +328,10 @@ def resume(args: argparse.Namespace, content: dict, model: nn.Module, optimizer:
         if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own]:
             raise ValueError("it has other groups of parameters")
         groups = [{**group, "lr": before["lr"]} for group, before in zip(own, saved["param_groups"], strict=True)]
-        optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        state = {
+            index: {name: like(value, parameters[index]) for name, value in values.items()}
+            for index, values in saved["state"].items()
+        }
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
     return position(content) if args.start_epoch is None else (args.start_epoch, 0)

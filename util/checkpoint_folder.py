@@ -22,6 +22,7 @@ from torch import Tensor
 from util import checkpoint
 from util.checkpoint import SUMS, DamagedCheckpoint, hashes
 from util.errors import RunError, UserError
+from util.fsdp import full
 from util.hub import sha256_of
 
 LAST = "checkpoint-last.pth"
@@ -49,13 +50,11 @@ class CheckpointFolder:
         A write that fails is reported and leaves the older files; training can go on.
 
         Args:
-            content: what `torch.save` and `checkpoint.read` can handle.
+            content: what `torch.save` and `checkpoint.read` can handle; see `on_host`.
             *names: further names for the file, beside `checkpoint-last.pth`.
         """
         self.wait()
-        self.staged = _on_host(content, self.staged)
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # the copies were only queued
+        self.staged = on_host(content, self.staged)
         self.writing = threading.Thread(target=self._write, args=(names,))
         self.writing.start()
 
@@ -173,19 +172,30 @@ def _put_aside(path: Path) -> None:
     path.rename(next(new for new in map(path.with_name, names) if not new.exists()))
 
 
-def _on_host(value: object, memory: object) -> object:
-    """A copy on the CPU of nested dicts and lists of tensors, into the memory of an earlier copy where it fits."""
+def on_host(content: dict, memory: object = None) -> dict:
+    """A copy on the CPU of nested dicts and lists of tensors, into the memory of an earlier copy where it fits.
+
+    Sharded tensors become whole, one after the other, while the other processes `take_part`.
+    """
+    copied = _copy(content, memory)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # the copies were only queued
+    return copied
+
+
+def _copy(value: object, memory: object) -> object:
     if isinstance(value, Tensor):
+        value = full(value)
         fits = isinstance(memory, Tensor) and (memory.shape, memory.dtype) == (value.shape, value.dtype)
         if not fits:
             memory = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
         return memory.copy_(value.detach(), non_blocking=True)
     if isinstance(value, dict):
         known = memory if isinstance(memory, dict) else {}
-        return type(value)((name, _on_host(part, known.get(name))) for name, part in value.items())
+        return type(value)((name, _copy(part, known.get(name))) for name, part in value.items())
     if isinstance(value, list):
         known = memory if isinstance(memory, list) else []
-        return [_on_host(part, known[i] if i < len(known) else None) for i, part in enumerate(value)]
+        return [_copy(part, known[i] if i < len(known) else None) for i, part in enumerate(value)]
     return copy.deepcopy(value) if isinstance(value, Namespace) else value
 
 

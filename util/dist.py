@@ -7,14 +7,17 @@ import re
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from util import fsdp
 from util.errors import UserError
 
 T = TypeVar("T")
@@ -173,9 +176,18 @@ def seed_everything(*entropy: int, of_rank: int | None = None) -> None:
     random.seed(int(words[2]))
 
 
-def distribute(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model itself, or wrapped for several processes."""
+def distribute(model: nn.Module, device: torch.device, sharded: bool = False) -> nn.Module:
+    """The model itself, or wrapped for several processes; from here on all of them have the weights of rank 0.
+
+    Args:
+        model: on `device`.
+        device: of this process.
+        sharded: shard the model itself over the processes, before its optimizer is made; see `util.fsdp`.
+    """
     if world_size() == 1:
+        return model
+    if sharded:
+        fsdp.shard(model, device)
         return model
     # Blocks are compiled one by one, so that gradients travel between them anyway; cutting their graphs at the borders
     # of buckets, as the compiler would under DDP, only undoes what it fuses.
@@ -185,6 +197,13 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
         warnings.simplefilter("ignore", FutureWarning)  # the new name of broadcast_buffers is unknown to older torch
         # buffers are constants of the sizes: the same everywhere, and no reason to send them with every batch
         return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+def gradients_wait(model: nn.Module, wait: bool) -> AbstractContextManager:
+    """While it is entered, a backward pass of a distributed model keeps its gradient in this process, if told to."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(not wait)
+    return model.no_sync() if wait and isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def reduce_sum(values: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from util.device_loader import DeviceLoader
 from util.dist import gather, reduce_sum, world_size
 from util.errors import Interrupted, RunError
+from util.fsdp import whole
 from util.interrupt import StopRequest
 from util.metrics import LOG_EVERY, ScreenLog, SilentLog
 from util.train_loop import autocast
@@ -33,7 +34,7 @@ def evaluate(
     """Accuracy over every image once.
 
     Args:
-        model: the bare classifier; processes may have unequal shares.
+        model: the bare classifier, or a sharded one; processes may have unequal shares.
         loader: its sampler has `distributed`, which says whether each process has a share or all of the images.
         device: of the model.
         log: of this rank.
@@ -56,15 +57,16 @@ def evaluate(
     seen = 0  # counted by the host, which does not wait for the device
     processes = world_size() if loader.sampler.distributed else 1
     common = min(gather(len(loader)))  # batches that every process has: a last one may be of some only
-    for step, (imgs, labels) in enumerate(loader, start=1):
-        with autocast(device):
-            logits = model(imgs)
-        hits, loss = score(logits.float(), labels)
-        seen += len(labels)
-        sums += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum(), loss, (labels == -1).sum()])
-        progress.update(len(labels) * processes, quiet=step % LOG_EVERY != 0 and step != len(loader))
-        if stop is not None and step <= common and stop.agreed():
-            raise Interrupted("stopped during an evaluation, which --resume auto begins again")
+    with whole(model):
+        for step, (imgs, labels) in enumerate(loader, start=1):
+            with autocast(device):
+                logits = model(imgs)
+            hits, loss = score(logits.float(), labels)
+            seen += len(labels)
+            sums += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum(), loss, (labels == -1).sum()])
+            progress.update(len(labels) * processes, quiet=step % LOG_EVERY != 0 and step != len(loader))
+            if stop is not None and step <= common and stop.agreed():
+                raise Interrupted("stopped during an evaluation, which --resume auto begins again")
     progress.close()
     sums = torch.cat([sums, sums.new_tensor([seen])])
     if loader.sampler.distributed:

@@ -5,9 +5,11 @@ from typing import NoReturn
 
 import torch
 
+from util.checkpoint_folder import on_host
 from util.device_loader import DeviceLoader
 from util.dist import barrier, is_main, rank, world_size
 from util.errors import RunError
+from util.fsdp import take_part
 from util.run import Run
 
 STATE = "state.pth"
@@ -41,7 +43,9 @@ def keep_evidence(run: Run, loader: DeviceLoader, first: int, output_dir: Path) 
         folder.mkdir(parents=True, exist_ok=True)
         torch.save({"batches": batches, "epoch": run.epoch, "first": first}, batch_file(folder, rank()))
         if is_main():
-            torch.save(run.content(), folder / STATE)
+            torch.save(on_host(run.content()), folder / STATE)
+        else:
+            take_part(run.content())
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise RunError(f"{message}What reproduces them could not be written to {folder}: {error}") from error
     barrier()

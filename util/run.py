@@ -18,6 +18,7 @@ from util.checkpoint_folder import CheckpointFolder
 from util.cli import effective_batch_size
 from util.dist import barrier, is_main, on_main
 from util.errors import Interrupted, UserError
+from util.fsdp import take_part
 from util.interrupt import StopRequest
 from util.lock import lock_folder
 from util.metrics import RunLog, SilentLog
@@ -29,7 +30,7 @@ FREE = {
     "output_dir", "log_dir", "data_path", "resume", "finetune", "model_key", "start_epoch", "allow_changed_args",
     "save_freq", "save_every_steps", "keep", "blr", "batch_size", "accum_iter", "world_size", "num_workers",
     "worker_timeout", "pin_mem", "max_bad_samples", "max_nonfinite", "dist_timeout", "device", "compile",
-    "deterministic", "scan_backend", "eval", "dist_eval", "eval_bad", "tracker", "vis_freq",
+    "deterministic", "fsdp", "scan_backend", "eval", "dist_eval", "eval_bad", "tracker", "vis_freq",
 }  # fmt: skip
 
 
@@ -115,7 +116,7 @@ class Run:
             checkpoint.load(self.ema.module, checkpoint.weights(content, "model_ema"))
 
     def content(self) -> dict:
-        """What a checkpoint holds; see `util.checkpoint`."""
+        """What a checkpoint holds; see `util.checkpoint`. With --fsdp, tensors are still sharded."""
         content = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -131,12 +132,14 @@ class Run:
         return content if self.ema is None else content | {"model_ema": self.ema.module.state_dict()}
 
     def save(self, *names: str) -> None:
-        """Write a checkpoint in the background: checkpoint-last.pth and further names."""
+        """Write a checkpoint in the background: checkpoint-last.pth and further names; all processes call it."""
         if self.folder is not None:
             self.folder.save(self.content(), *names)
+        else:
+            take_part(self.content())
 
     def end_epoch(self, *names: str) -> None:
-        """Go to the next epoch and write a checkpoint, also as checkpoint-{epoch}.pth where one is due."""
+        """Go to the next epoch and `save`, also as checkpoint-{epoch}.pth where one is due."""
         ended = self.epoch
         self.epoch, self.samples = self.epoch + 1, 0
         self.loss = torch.zeros(2, dtype=torch.float64)

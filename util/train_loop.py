@@ -5,16 +5,15 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from util.device_loader import DeviceLoader
-from util.dist import reduce_sum, seed_everything, world_size
+from util.dist import gradients_wait, reduce_sum, seed_everything, world_size
+from util.fsdp import full
 from util.lr_sched import lr_at, set_lr
 from util.metrics import LOG_EVERY, RunLog, SilentLog
 from util.nonfinite import keep_evidence
@@ -90,8 +89,7 @@ def train_epoch(
             set_lr(optimizer, lr)
         updates = (step + 1) % accum_iter == 0
 
-        waits = isinstance(model, DistributedDataParallel) and not updates
-        with model.no_sync() if waits else nullcontext():  # gradients travel once an update
+        with gradients_wait(model, not updates):  # they travel once an update
             with autocast(device):
                 loss = compute_loss(*batch)
             fit = loss.detach().isfinite()
@@ -103,10 +101,9 @@ def train_epoch(
             progress.update(images, quiet=True)
             continue
 
+        norm = full(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         if args.clip_grad:
-            norm = nn.utils.clip_grad_norm_(parameters, args.clip_grad)
-        else:
-            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            nn.utils.clip_grads_with_norm_(parameters, args.clip_grad, norm)
         unfit = ~norm.isfinite() | (in_a_row >= args.max_nonfinite)
         optimizer.found_inf = unfit.float()  # a fused optimizer then leaves weights and moments alone
         optimizer.step()
