@@ -298,9 +298,9 @@ def output_folders(args: argparse.Namespace) -> tuple[Path, Path]:
 
 def describe(args: argparse.Namespace, model: nn.Module, images: int, device: torch.device, epoch: int) -> str:
     """What a run is about to do from an epoch on, in two lines."""
-    parameters = sum(p.numel() for p in model.parameters())
+    name, parameters = type(model).__name__.removeprefix("FSDP"), sum(p.numel() for p in model.parameters())
     return (
-        f"{type(model).__name__}: {parameters / 1e6:.1f} M parameters, input {' x '.join(map(str, image_size(args)))}, "
+        f"{name}: {parameters / 1e6:.1f} M parameters, input {' x '.join(map(str, image_size(args)))}, "
         f"{images} training images, {world_size()} x {device.type}\n"
         f"batch {effective_batch_size(args)} = {args.batch_size} x {args.accum_iter} accumulated x {world_size()} "
         f"processes, lr {args.lr:.3g}, {args.epochs} epochs"
