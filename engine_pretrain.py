@@ -1,4 +1,4 @@
-"""One epoch of autoregressive pretraining."""
+"""One epoch of pretraining."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from util.train_loop import train_epoch
 def train_one_epoch(
     model: nn.Module, loader: DeviceLoader, run: Run, device: torch.device, log: RunLog | SilentLog
 ) -> dict[str, float]:
-    """Predict the clusters of every image, each from those before it; labels are not used.
+    """Train on the model's own objective: autoregressive, or masked prediction; labels are not used.
 
     Arguments, result and errors: see `util.train_loop.train_epoch`.
     """

@@ -164,7 +164,8 @@ class PretrainModel(nn.Module):
         norm_pix_loss: standardise the target pixels of each patch.
         scan_backend: see `ops.choose_backend`.
         order: of clusters, one of `ORDERS`: in rows or columns, or these reversed; "random" is one permutation, drawn
-            now and kept in the state dict; "random_per_image" draws one for each image in every forward pass.
+            from torch's seed and kept in the state dict; "random_per_image" draws one for each image in every forward
+            pass.
         taps: see `decoder_taps`.
 
     Raises:
@@ -229,7 +230,7 @@ class PretrainModel(nn.Module):
 
         Args:
             patches: (B, rows * columns, X) in raster order.
-            order: (B, clusters) as from `draw_order`; B may be 1 in either and is then repeated.
+            order: (clusters,) or (B, clusters), of each image its own; None is the model's. B may be 1 in `patches`.
 
         Returns:
             (B, clusters, patches of a cluster, X).
@@ -237,7 +238,11 @@ class PretrainModel(nn.Module):
         c, columns = self.cluster_size, self.grid_size[1]
         clusters = rearrange(patches, "b (R i S j) x -> b (R S) (i j) x", S=columns // c, i=c, j=c)
         order = self.cluster_order if order is None else order
-        return clusters if order is None else clusters.take_along_dim(order[:, :, None, None], dim=1)
+        if order is None:
+            return clusters
+        if order.ndim == 1:
+            return clusters.index_select(1, order)
+        return clusters.take_along_dim(order[:, :, None, None], dim=1)
 
     def patchify(self, imgs: Tensor) -> Tensor:
         """Pixels of each patch in (row, column, channel) order: (B, 3, H, W) -> (B, rows * columns, 3 * p * p)."""
@@ -479,7 +484,7 @@ def cluster_order(order: str, clusters: tuple[int, int]) -> Tensor | None:
         clusters: rows and columns of them.
 
     Returns:
-        (1, rows * columns) int64, raster indices; None for rows, or where every image has its own.
+        (rows * columns,) int64, raster indices; None for rows, or where every image has its own.
 
     Raises:
         ValueError: unknown order.
@@ -488,13 +493,14 @@ def cluster_order(order: str, clusters: tuple[int, int]) -> Tensor | None:
     column = raster.view(clusters).t().flatten()  # (rows, columns) -> (columns * rows,)
     orders = {
         "row": None,
-        "row_reverse": raster.flip(0)[None],
-        "column": column[None],
-        "column_reverse": column.flip(0)[None],
+        "row_reverse": raster.flip(0),
+        "column": column,
+        "column_reverse": column.flip(0),
         "random_per_image": None,
     }
-    if order == "random":  # drawn only then, so that all other models begin with the same weights
-        return torch.randperm(len(raster))[None]
+    if order == "random":  # by a generator of its own, so that models of all orders begin with the same weights
+        generator = torch.Generator().manual_seed(torch.initial_seed())
+        return torch.randperm(len(raster), generator=generator, device="cpu")
     if order not in orders:
         raise ValueError(f"unknown order {order!r}; choose from {', '.join(ORDERS)}")
     return orders[order]

@@ -16,7 +16,7 @@ import torch
 import models_arm
 from util import checkpoint, cli, sheet
 from util.decode import BrokenImage
-from util.dist import init_device
+from util.dist import init_device, seed_everything
 from util.errors import UserError, as_user_error
 
 
@@ -61,6 +61,7 @@ def main(args: argparse.Namespace) -> None:
     """
     device = init_device(args.device)
     model = load_model(args.checkpoint).to(device)
+    seed_everything(0)  # what is hidden, and an order of each image's own, are the same in every sheet of an image
     transform = sheet.input_transform(tuple(side * model.patch_size for side in model.grid_size))
     seen = Counter()
     for path in args.images:

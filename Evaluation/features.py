@@ -50,6 +50,8 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Model:
             model = ARMClassifier(**sizes, global_pool=getattr(saved, "global_pool", True))
         else:
             sizes |= checkpoint.switches(content, state) | {"dec_embed_dim": 64, "dec_depth": 1}
+            if sizes["order"] == "random" and sizes["img_size"] != trained_size:
+                raise ValueError(f"--input_size: a random order of clusters holds for {trained_size} pixels alone")
             model = create_pretrain_model("arm_base_pz16", **sizes)
     if isinstance(model, ARMClassifier):
         checkpoint.load_into_classifier(content, model, args.model_key)

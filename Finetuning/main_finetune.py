@@ -51,8 +51,6 @@ from util.metrics import RunLog, ScreenLog, SilentLog, clock, open_log
 from util.run import Run, fingerprint, starting_point
 from util.train_loop import activation_dtype
 
-LAYER_DECAY, SMOOTHING = cli.number(float, 0, 1, above=True), cli.number(float, 0, 0.999)
-
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line; defaults are those of the published base recipe."""
@@ -95,7 +93,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("augmentation")
     group.add_argument("--color_jitter", type=cli.amount, help="strength; only where --aa is none")
     group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm policy, or none (default: %(default)s)")
-    group.add_argument("--smoothing", type=SMOOTHING, default=0.1, help="label smoothing (default: %(default)s)")
+    group.add_argument(
+        "--smoothing", type=cli.number(float, 0, 0.999), default=0.1, help="label smoothing (default: %(default)s)"
+    )
     group.add_argument("--reprob", type=cli.rate, default=0.25, help="random erasing rate (default: %(default)s)")
     group.add_argument(
         "--remode",

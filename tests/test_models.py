@@ -123,7 +123,9 @@ def test_a_random_order_is_the_models():
     """Drawn from the seed, kept in the state dict; the other weights are those of the model in rows."""
     first, again = small_pretrain(order="random"), small_pretrain(order="random")
     assert torch.equal(first.cluster_order, again.cluster_order)
-    assert first.cluster_order.tolist() != [list(range(6))]
+    assert first.cluster_order.tolist() != list(range(6))
+    for name, value in small_pretrain().state_dict().items():
+        assert torch.equal(value, first.state_dict()[name]), name
     torch.manual_seed(7)
     other = models_arm.create_pretrain_model("arm_tiny_pz16", **SMALL, img_size=(48, 32), patch_size=8, cluster_size=2,
                                              dec_depth=2, norm_pix_loss=True, order="random").double()  # fmt: skip

@@ -1,5 +1,6 @@
 """The switches of pretraining and finetuning, each through the scripts and everything that reads their checkpoints."""
 
+import argparse
 import json
 
 import pytest
@@ -12,7 +13,7 @@ import main_pretrain
 import models_arm
 import probe
 import visualize
-from conftest import TINY_FINETUNE, TINY_PRETRAIN
+from conftest import TINY_FINETUNE, TINY_PRETRAIN, read_log, torchrun
 from util import checkpoint
 
 RUN = "--batch_size 8 --epochs 1 --warmup_epochs 0 --save_freq 1".split()
@@ -47,15 +48,66 @@ def test_a_pretraining_run(words, image_folder, tmp_path, run_script, capsys):
     encoder = features.load_model(args, torch.device("cpu"))
     want = model.forward_features(imgs)
     assert torch.equal(encoder.forward_features(imgs), want)
-    run_script(export, last, "--to", "safetensors", "--encoder", "--output", tmp_path / "encoder.safetensors")
-    about = json.loads((tmp_path / "encoder.json").read_text())
-    again = export.build(about)
+    for kind in ("safetensors", "pt2"):  # which compares with what it has written
+        run_script(export, last, "--to", kind, "--encoder", "--output", tmp_path / f"encoder.{kind}")
+    again = export.build(json.loads((tmp_path / "encoder.json").read_text()))
     export.load_weights(again, checkpoint.read(tmp_path / "encoder.safetensors"))
     assert torch.allclose(again.forward_features(imgs), want, atol=1e-5)  # another backend
+    # without what it was trained with; the cluster size of masked prediction stands there alone
+    told = {"input_size": [48, 32], "cluster_size": model.cluster_size}
+    torch.save({"model": content["model"], "args": argparse.Namespace(**told)}, tmp_path / "untold.pth")
+    untold = visualize.load_model(tmp_path / "untold.pth")
+    assert type(untold) is type(model)
+    assert untold.state_dict().keys() == content["model"].keys()
 
     args = [*TINY_FINETUNE, *RUN, *data, "--finetune", last, "--output_dir", tmp_path / "finetune"]
     run_script(main_finetune, *args)
     assert "checkpoint-best.pth" in {path.name for path in (tmp_path / "finetune").iterdir()}
+
+
+def test_two_processes_have_one_order(image_folder, tmp_path, run_script):
+    """A random order is that of rank 0: what two processes compute is what one does."""
+    words = [*TINY_PRETRAIN, *"--order random --vis_freq 0 --epochs 2 --warmup_epochs 0 --lr 1e-3".split()]
+    words += ["--data_path", image_folder]
+    torchrun("main_pretrain.py", *words, "--batch_size", 4, "--output_dir", tmp_path / "two")
+    run_script(main_pretrain, *words, "--batch_size", 8, "--output_dir", tmp_path / "one")
+    one, two = (checkpoint.read(tmp_path / name / "checkpoint-last.pth")["model"] for name in ("one", "two"))
+    assert torch.equal(one["cluster_order"], two["cluster_order"])
+    losses = [[row["train_loss"] for row in read_log(tmp_path / name)] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_switches_that_a_file_does_not_tell_are_the_published_ones(image_folder, tmp_path, run_script, capsys):
+    """A file of an earlier version does not go on with others."""
+    data = ["--data_path", image_folder, "--output_dir", tmp_path]
+    run_script(main_pretrain, *TINY_PRETRAIN, *RUN, *data)
+    content = checkpoint.read(tmp_path / "checkpoint-last.pth")
+    for name in ("order", "taps", "objective"):
+        delattr(content["args"], name)
+    for path in tmp_path.glob("*"):
+        if path.is_file():
+            path.unlink()
+    torch.save(content, tmp_path / "checkpoint-last.pth")
+    args = [*TINY_PRETRAIN, *RUN, *data, "--resume", "auto", "--epochs", 2]
+    with pytest.raises(SystemExit) as stopped:
+        run_script(main_pretrain, *args, "--order", "column", "--taps", "last")
+    assert stopped.value.code == 2
+    assert "epochs 1 -> 2, order row -> column, taps even -> last;" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "switches", [{"order": "column"}, {"order": "random_per_image"}, {"objective": "mae"}, {"taps": "last"}], ids=str
+)
+def test_compiled(switches):
+    """In whole graphs, with the values of eager code."""
+    sizes = {"img_size": 32, "patch_size": 8, "cluster_size": 2, "embed_dim": 32, "dec_embed_dim": 64, "dec_depth": 2}
+    model = models_arm.create_pretrain_model("arm_tiny_pz16", **sizes, depth=4, norm_pix_loss=True, **switches)
+    imgs, losses = torch.randn(2, 3, 32, 32), []
+    for _ in range(2):
+        torch.manual_seed(0)
+        losses.append(model(imgs))
+        model.compile(backend="aot_eager", fullgraph=True)
+    assert torch.allclose(*losses, rtol=1e-5)
 
 
 @pytest.mark.parametrize("directions", [1, 4])

@@ -35,6 +35,15 @@ NEW_IN_CLASSIFIER = {"cls_token", "norm_f.weight", "norm_f.bias", "head.weight",
 
 
 SUMS = "SHA256SUMS"  # file of a checkpoint's folder
+# switches of the published models, and so of files that say nothing else
+PUBLISHED = {
+    "objective": "arm",
+    "order": "row",
+    "taps": "even",
+    "norm_pix_loss": True,
+    "cluster_size": 4,
+    "directions": 4,
+}
 
 
 class DamagedCheckpoint(UserError):
@@ -189,11 +198,15 @@ def switches(content: dict, state_dict: StateDict) -> dict[str, object]:
         state_dict: its weights.
 
     Returns:
-        `objective`, `order`, `taps`, `norm_pix_loss` and `cluster_size`: from the attention mask, else from the saved
-        arguments, else those of the published models.
+        `objective`, `order`, `taps`, `norm_pix_loss` and `cluster_size`: from the names and the attention mask, else
+        from the saved arguments, else those of the published models.
     """
-    published = {"objective": "arm", "order": "row", "taps": "even", "norm_pix_loss": True, "cluster_size": 4}
-    found = {name: getattr(content.get("args"), name, value) for name, value in published.items()}
+    found = {name: getattr(content.get("args"), name, value) for name, value in PUBLISHED.items()}
+    del found["directions"]  # of a classifier
+    if "mask_token" in state_dict:
+        found["objective"] = "mae"
+    if "cluster_order" in state_dict:
+        found["order"] = "random"
     if "mask" in state_dict:  # every cluster but one
         found["cluster_size"] = math.isqrt(state_dict["pos_embed"].shape[1] - len(state_dict["mask"]))
     return found

@@ -189,13 +189,15 @@ def distribute(model: nn.Module, device: torch.device, sharded: bool = False) ->
     if sharded:
         fsdp.shard(model, device)
         return model
+    for buffer in model.buffers():  # the order of clusters may be drawn, by each process otherwise
+        dist.broadcast(buffer, 0)
     # Blocks are compiled one by one, so that gradients travel between them anyway; cutting their graphs at the borders
     # of buckets, as the compiler would under DDP, only undoes what it fuses.
     torch._dynamo.config.optimize_ddp = False
     devices = [device] if device.type == "cuda" else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the new name of broadcast_buffers is unknown to older torch
-        # buffers are constants of the sizes: the same everywhere, and no reason to send them with every batch
+        # buffers do not change: no reason to send them with every batch
         return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 

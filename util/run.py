@@ -226,8 +226,7 @@ def changed_arguments(args: argparse.Namespace, content: dict) -> list[str]:
     """
     if "samples" not in content:
         return []
-    saved = vars(content["args"])
-    now = vars(args)
+    saved, now = checkpoint.PUBLISHED | vars(content["args"]), vars(args)
     changed = [f"{k} {saved[k]} -> {now[k]}" for k in sorted(saved.keys() & now.keys() - FREE) if saved[k] != now[k]]
     batches = [values["batch_size"] * values["accum_iter"] * values["world_size"] for values in (saved, now)]
     if batches[0] != batches[1]:
