@@ -30,6 +30,7 @@ from timm_models import CONFIG, pooling
 from util import checkpoint, cli
 from util.datasets import crop_ratio
 from util.errors import RunError, UserError, as_user_error
+from util.hub import beside
 
 TOLERANCE = 1e-4  # of the largest output: sums in another order differ by some 1e-6
 ANY_BATCH = ({0: torch.export.Dim("batch")},)
@@ -66,7 +67,8 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, dict]:
         UserError: the file is not a checkpoint of ARM, or has no head and `--encoder` is not given.
     """
     content = checkpoint.read(args.checkpoint)
-    state_dict = checkpoint.weights(content, args.model_key)
+    key = checkpoint.chosen_key(content, args.model_key)
+    state_dict = checkpoint.weights(content, key)
     pretrained = checkpoint.is_pretrained(state_dict)
     if pretrained and not args.encoder:
         raise UserError(f"{args.checkpoint} comes from pretraining and has no head: export its --encoder")
@@ -79,7 +81,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, dict]:
         if args.encoder:
             sizes["num_classes"] = 0
             state_dict = {key: value for key, value in state_dict.items() if not key.startswith("head.")}
-    about = describe(name, sizes)
+    about = describe(name, sizes) | {"weights": key}
     if pretrained:
         about["switches"] = checkpoint.switches(content, state_dict)
     with as_user_error(ValueError):
@@ -173,10 +175,12 @@ def main(args: argparse.Namespace) -> None:
     missing = [name for name in ONNX_NEEDS if find_spec(name) is None] if args.to == "onnx" else []
     if missing:
         raise UserError(f"--to onnx needs {', '.join(missing)}: pip install {' '.join(missing)}")
-    source = Path(args.checkpoint)
+    source = beside(args.checkpoint)
     output = args.output or source.with_name(f"{source.stem}{'-encoder' if args.encoder else ''}.{args.to}")
     if output.suffix != f".{args.to}":
         raise UserError(f"--output {output}: a file of --to {args.to} ends in .{args.to}")
+    if output.resolve() == source.resolve():
+        raise UserError(f"--output {output} is the checkpoint itself")
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: {output.parent} is no folder")
     start = time.monotonic()

@@ -31,13 +31,14 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Model:
     """The model of a checkpoint, of pretraining (its encoder only: the decoder stays random) or of finetuning.
 
     Args:
-        args: `checkpoint`, `model_key`, `input_size` and `scan_backend` count; `input_size` gets what was found.
+        args: `checkpoint`, `model_key`, `input_size` and `scan_backend` count; the middle ones get what was found.
         device: where it goes.
 
     Raises:
         UserError: no checkpoint of ARM, or an input size that does not fit.
     """
     content = checkpoint.read(args.checkpoint)
+    args.model_key = checkpoint.chosen_key(content, args.model_key)
     state, saved = checkpoint.weights(content, args.model_key), content.get("args")
     trained_size = checkpoint.image_size(state, checkpoint.saved_size(content))
     sizes = checkpoint.classifier_sizes(state)
@@ -153,7 +154,8 @@ def features(
         RunError: broken images, or features that are not finite.
     """
     settings = {
-        "weights": hash_of(model), "data": fingerprint(dataset.source), "root": dataset.source.root, "split": split,
+        "weights": hash_of(model), "data": fingerprint(dataset.source), "split": split,
+        "root": os.path.abspath(dataset.source.root),
         "blocks": list(blocks), "tokens": tokens, "pool": str(getattr(model, "global_pool", "mean")),
         "dtype": str(activation_dtype(device)), "cluster_size": getattr(model, "cluster_size", None),
         "order": model.order if isinstance(model, PretrainModel) else None,
@@ -172,6 +174,9 @@ def features(
         size = len(dataset) * record.itemsize / 1e9
         if size > args.max_gb:
             raise UserError(f"the features of {split} take {size:.3g} GB, more than --max_gb {args.max_gb:g} allows")
+        for left in path.parent.glob(f".{path.name}.*"):  # by a process that was killed
+            if not Path("/proc", left.suffix[1:]).exists():
+                left.unlink(missing_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

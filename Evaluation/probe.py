@@ -25,9 +25,12 @@ from probes import AttentiveHead, LinearHead, knn, train_probe
 from report import accuracy, table, with_interval, write_json
 from util import cli
 from util.datasets import check_classes, eval_transform, image_dataset
-from util.dist import gather, init_device, on_main, rank, reduce_sum, seed_everything, world_size
+from util.dist import gather_late, init_device, on_main, rank, reduce_sum, seed_everything, world_size
 from util.errors import UserError
+from util.hub import beside
 from util.metrics import open_log
+
+KS = [10, 20, 100, 200]
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -50,11 +53,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("probes")
     group.add_argument("--probe", nargs="+", choices=("knn", "linear", "attentive"), default=["knn", "linear"])
-    group.add_argument("--k", type=cli.positive, nargs="+", default=[10, 20, 100, 200], help="neighbours")
+    group.add_argument("--k", type=cli.positive, nargs="+", help=f"neighbours (default: those of {KS} that there are)")
     group.add_argument("--temperature", type=cli.number(float, 0, above=True), default=0.07, help="of kNN's votes")
     group.add_argument("--seeds", type=cli.positive, default=3, help="trained probes of a kind (default: %(default)s)")
     group.add_argument("--probe_epochs", type=cli.positive, default=50, help="(default: %(default)s)")
-    group.add_argument("--probe_batch_size", type=cli.positive, default=256, help="(default: %(default)s)")
+    group.add_argument("--probe_batch_size", type=cli.number(int, 2), default=256, help="(default: %(default)s)")
     group.add_argument("--attn_heads", type=cli.positive, help="of the attentive probe (default: 64 channels each)")
     group.add_argument("--seed", type=cli.natural, default=0, help="(default: %(default)s)")
     parser.set_defaults(dist_eval=True)
@@ -73,7 +76,9 @@ def main(args: argparse.Namespace) -> None:
     device, log = init_device(args.device, args.dist_timeout), open_log()
     seed_everything(args.seed)
     model = load_model(args, device)
-    args.cache = args.cache or Path(args.checkpoint).parent / "features"
+    torch.set_float32_matmul_precision("highest")  # TF32 would choose other neighbours than a CPU
+    source = beside(args.checkpoint)
+    args.cache = args.cache or source.parent / "features"
     blocks = chosen_blocks(args, len(model.layers))
     heads = args.attn_heads or max(1, model.embed_dim // 64)
     if "attentive" in args.probe and model.embed_dim % heads:
@@ -103,21 +108,23 @@ def main(args: argparse.Namespace) -> None:
     log.say(table(head, *map(cells, rows)))
     content = {"checkpoint": str(args.checkpoint), "weights": hash_of(model), "blocks": list(blocks)}
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    output = Path(args.output or Path(args.checkpoint).with_suffix(".probe.json"))
+    output = Path(args.output or source.with_suffix(".probe.json"))
     on_main(lambda: write_json(output, {**content, "results": rows, "args": settings}))
 
 
 def evaluate_knn(
     train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], args: argparse.Namespace, classes: int
 ) -> list[dict]:
-    """A row of results for each of `--k` that the training images suffice for; each process asks a share of `val`."""
-    ks = [k for k in args.k if k <= (train[1] >= 0).sum()]
-    if not ks:
-        raise UserError(f"--k {min(args.k)}: there are {len(train[1])} training images")
+    """A row of results for each of `--k`; each process asks a share of `val`."""
     intact = train[1] >= 0
+    if args.k is not None and max(args.k) > intact.sum():
+        raise UserError(f"--k {max(args.k)}: there are {intact.sum()} training images")
+    ks = dict.fromkeys(args.k or [k for k in KS if k <= intact.sum()])
+    if not ks:
+        raise UserError(f"{intact.sum()} training images: choose --k")
     queries, labels = (part[rank() :: world_size()] for part in val)
     rows = []
-    for k, best in knn(train[0][intact], train[1][intact], queries, ks, args.temperature, classes).items():
+    for k, best in knn(train[0][intact], train[1][intact], queries, list(ks), args.temperature, classes).items():
         hits = (best == labels[:, None]) & (labels[:, None] >= 0)  # (m, up to 5)
         counts = reduce_sum(torch.stack([hits[:, 0].sum(), hits.sum()]))
         rows.append({"probe": f"{k}-NN", "k": k, **accuracy(*counts.tolist(), len(val[1]))})
@@ -133,7 +140,7 @@ def train_seeds(
     device: torch.device,
 ) -> dict:
     """A row of results of `--seeds` probes, their mean and its deviation; each process trains some of them."""
-    shares = gather(
+    shares = gather_late(
         [train_probe(make_head, train, val, args, s, device) for s in range(args.seeds)[rank() :: world_size()]]
     )
     runs = [shares[s % world_size()][s // world_size()] for s in range(args.seeds)]

@@ -35,7 +35,8 @@ def knn(
     train, found = F.normalize(train), {k: [] for k in ks}
     for part in F.normalize(queries).split(256):
         similarity, nearest = (part @ train.T).topk(max(ks))  # (b, max k), sorted
-        weights, voted = (similarity / temperature).exp(), labels[nearest]
+        # from the nearest on, whose weight is 1: a low temperature would overflow
+        weights, voted = ((similarity - similarity[:, :1]) / temperature).exp(), labels[nearest]
         for k in ks:
             votes = weights.new_zeros(len(part), classes).scatter_add_(1, voted[:, :k], weights[:, :k])
             best = votes.topk(min(5, classes))

@@ -33,6 +33,7 @@ from util.datasets import ImageDataset, eval_loader, eval_transform, pixels_by
 from util.dist import init_device, on_main
 from util.errors import UserError
 from util.evaluation import evaluate, score_labels
+from util.hub import beside
 from util.metrics import open_log
 from util.sources import Folder
 
@@ -205,7 +206,7 @@ def main(args: argparse.Namespace) -> None:
     content = {"checkpoint": str(args.checkpoint), "weights": hash_of(model), "results": rows}
     settings = {"input_size": args.input_size, "data": {name: str(path) for name, path in args.data}}
     settings |= {name: getattr(args, name) for name in ("model_key", "eval_resize", "eval_loader", "eval_bad")}
-    output = Path(args.output or Path(args.checkpoint).with_suffix(".robustness.json"))
+    output = Path(args.output or beside(args.checkpoint).with_suffix(".robustness.json"))
     on_main(lambda: write_json(output, {**content, "args": settings}))
 
 

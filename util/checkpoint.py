@@ -7,6 +7,7 @@ a bare state dict; both are read.
 """
 
 import argparse
+import logging
 import math
 import os
 import pickle
@@ -24,6 +25,7 @@ from util.fsdp import like
 from util.hub import local_file, sha256_of
 from util.pos_embed import insert_middle, resize_around_token
 
+LOGGER = logging.getLogger(__name__)
 StateDict = dict[str, Tensor]
 
 # Parameters that each scan direction owns, in a one-direction checkpoint.
@@ -103,6 +105,14 @@ def read(path: str | os.PathLike) -> dict:
 def kinds(content: dict) -> list[str]:
     """Which of `model` and `model_ema` a checkpoint holds; neither where it is a bare state dict."""
     return [key for key in ("model", "model_ema") if content.get(key) is not None]
+
+
+def chosen_key(content: dict, key: str | None) -> str | None:
+    """The weights that `weights` takes, which is said where `key` leaves it open; None for a bare state dict."""
+    present = kinds(content)
+    if key is None and len(present) > 1:
+        LOGGER.info("the checkpoint holds %s: %s is taken; --model_key chooses", " and ".join(present), present[0])
+    return key or (present[0] if present else None)
 
 
 def weights(content: dict, key: str | None = None) -> StateDict:

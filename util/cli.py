@@ -141,7 +141,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--fsdp",
         action="store_true",
-        help="shard weights, gradients and optimizer over the processes, for models that are too large for one GPU",
+        help="shard weights, gradients and moments over the processes, which together may be too large for one GPU",
     )
     group.add_argument(
         "--deterministic",
@@ -245,6 +245,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.start_epoch is not None and args.start_epoch >= args.epochs:
         raise UserError(f"--start_epoch {args.start_epoch}: the run has epochs 0 to {args.epochs - 1}")
     args.world_size = world_size()
+    if args.fsdp and getattr(args, "eval", False):
+        raise UserError("--eval does not shard: leave --fsdp out")
     if args.fsdp and args.world_size == 1:
         raise UserError("--fsdp shards over processes, and there is one: start several with torchrun")
     if args.lr is None:

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import pickle
 import random
 import re
 import time
@@ -213,6 +214,20 @@ def reduce_sum(values: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def gather_late(value: T) -> list[T]:
+    """The values of all processes, by rank, where some come long after the others: nobody is missed meanwhile.
+
+    All call it, as often as each other. A process that dies ends the others through torchrun.
+    """
+    if world_size() == 1:
+        return [value]
+    key = f"late {_STORE.add(f'calls of {rank()}', 1)} of "
+    _STORE.set(f"{key}{rank()}", pickle.dumps(value))
+    while not _STORE.check([f"{key}{r}" for r in range(world_size())]):
+        time.sleep(0.1)
+    return [pickle.loads(_STORE.get(f"{key}{r}")) for r in range(world_size())]
 
 
 def gather(value: object) -> list:

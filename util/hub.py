@@ -5,6 +5,7 @@ hf://OWNER/REPO@REVISION/FILE. `#sha256=HEX` at its end demands that content. No
 run: each calls `local_file`, and locks on files let one of a machine download while the others wait.
 """
 
+import errno
 import glob
 import hashlib
 import http.client
@@ -23,6 +24,7 @@ from util.errors import UserError, as_user_error
 
 LOGGER = logging.getLogger(__name__)
 TIMEOUT = 10  # seconds of silence; huggingface_hub's default too
+OF_THIS_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -56,6 +58,12 @@ def local_file(name: str | os.PathLike) -> Path:
     with as_user_error(OSError):
         _check(source, sha256, path)
     return path
+
+
+def beside(name: str | os.PathLike) -> Path:
+    """The path of weights, beside which results about them go; of a URL or hf:// name the file's, in this folder."""
+    source = os.fspath(name).partition("#sha256=")[0]
+    return Path(PurePosixPath(urlsplit(source).path).name if re.match("(https?|hf)://", source) else source)
 
 
 def sha256_of(path: Path) -> str:
@@ -102,6 +110,9 @@ def _hub_file(name: str, sha256: str) -> Path:
             cached = hf.try_to_load_from_cache(repo, file or "", revision=revision)
         if not isinstance(cached, str):
             raise UserError(f"{name} is not in the cache, and {_hub_reason(error)}") from error
+        refused = getattr(getattr(error, "response", None), "status_code", 500) < 500
+        if refused or getattr(error, "errno", None) in OF_THIS_MACHINE:  # older weights would be no answer
+            raise UserError(f"{name}: {_hub_reason(error)}") from error
         LOGGER.warning("%s is taken from the cache: %s", name, _hub_reason(error))
         path = Path(cached)
     with as_user_error(OSError):

@@ -43,7 +43,7 @@ class Progress:
                 self.bar.set_postfix(shown, refresh=False)
             else:
                 left = seconds / (self.step - self.done) * (self.steps - self.step)
-                left = time.strftime("%H:%M:%S", time.gmtime(left))
+                left = datetime.timedelta(seconds=round(left))
                 text = "  ".join(f"{name} {value}" for name, value in shown.items())
                 print(f"{self.title}  [{self.step}/{self.steps}]  {text}  left {left}", flush=True)
         if self.bar is not None:
@@ -118,9 +118,13 @@ class RunLog(ScreenLog):
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """What cannot be logged, on a full disk for example, does not end a run: it is said, once."""
+        # a tracker fails in its own ways
+        failures = (OSError,) if self.tracker is None else (Exception,)
         try:
             yield
-        except OSError as error:
+        except RunError:  # it could not start
+            raise
+        except failures as error:
             if not self.complained:
                 self.say(f"the log cannot be written: {error}; training goes on without it")
             self.complained = True

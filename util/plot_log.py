@@ -56,8 +56,13 @@ def draw(logs: dict[str, list[dict]]) -> Figure:
 
     Args:
         logs: lines by the run's name, as `read` returns them.
+
+    Raises:
+        UserError: none has any.
     """
     present = [key for key in QUANTITIES if any(key in row for rows in logs.values() for row in rows)]
+    if not present:
+        raise UserError(f"nothing to draw: no line has any of {', '.join(QUANTITIES)}")
     columns = 2 if len(present) == 4 else min(3, len(present))
     rows_of_panels = -(-len(present) // columns)
     figure = Figure(figsize=(4 * columns, 3 * rows_of_panels + 0.4), layout="constrained")

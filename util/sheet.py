@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from util.datasets import eval_transform
 from util.decode import BrokenImage, with_pillow
-from util.errors import UserError
-from util.sources import open_source
+from util.sources import NoSplit, open_source
 
 SIDE = 3.3  # inches, the longer side of a panel
 GIVEN = "tab:orange"
@@ -41,7 +40,7 @@ def fixed_images(data_path: str, size: tuple[int, int], count: int = 4) -> Tenso
     """
     try:
         source = open_source(data_path, "val")
-    except UserError:
+    except NoSplit:
         source = open_source(data_path, "train")
     transform, images = input_transform(size), []
     for index in range(0, len(source.labels), -(-len(source.labels) // count)):

@@ -29,6 +29,10 @@ from util.errors import UserError
 LOGGER = logging.getLogger(__name__)
 
 
+class NoSplit(UserError):
+    """The data have no such split."""
+
+
 class Source(Protocol):
     """Encoded images with labels.
 
@@ -59,7 +63,7 @@ def open_source(data_path: str, split: str) -> Source:
         split: "train" or "val".
 
     Raises:
-        UserError: it is not there, or not of this form.
+        UserError: it is not there, or not of this form; `NoSplit` where there is another split.
     """
     kind, colon, path = data_path.partition(":")
     if colon and kind == "wds":
@@ -78,7 +82,7 @@ class Folder:
             raise UserError(f"--data_path {data_path}: no such folder")
         folder = root / split
         if not folder.is_dir():
-            raise UserError(f"--data_path {data_path}: there is no folder {split!r} in it")
+            raise NoSplit(f"--data_path {data_path}: there is no folder {split!r} in it")
         try:
             found = ImageFolder(str(folder))
         except FileNotFoundError as error:
@@ -117,7 +121,7 @@ class TarShards:
         named = [path for path in root.glob("*.tar") if SPLIT_WORDS[split] & set(re.split("[^a-z]", path.name.lower()))]
         self.shards = sorted((root / split).glob("*.tar")) or sorted(named)
         if not self.shards:
-            raise UserError(
+            raise NoSplit(
                 f"--data_path wds:{data_path}: no {split}/*.tar, and no tar file with {split} in its name, as a word"
             )
         self.root = str(self.shards[0].parent)
@@ -271,7 +275,7 @@ class HubDataset:
         names = ("train",) if split == "train" else ("validation", "val", "test")
         name = next((name for name in names if name in splits), None)
         if name is None:
-            raise UserError(f"--data_path {self.root}: it has the splits {', '.join(splits)}, and no {names[0]}")
+            raise NoSplit(f"--data_path {self.root}: it has the splits {', '.join(splits)}, and no {names[0]}")
         self.root += f" ({name})"
         features = splits[name].features
         image = self._column(features, datasets.Image, "image")
