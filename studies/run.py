@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import machine as hardware
 from Evaluation.report import write_json
 from studies import fashion_mnist, report
 from studies.budgets import BUDGETS
@@ -26,6 +25,7 @@ from studies.shards import write_subset
 from studies.steps import SCRIPTS, Machine, Step, run_steps
 from studies.study import Arm, Budget, Flags, Study, flags, load, names
 from util import cli
+from util import machine as hardware
 from util.errors import UserError
 from util.launch import ROOT
 from util.sources import open_source
