@@ -21,9 +21,9 @@ import torch
 from Evaluation.report import write_json
 from studies import fashion_mnist, report
 from studies.budgets import BUDGETS
-from studies.shards import write_subset
+from studies.shards import alone, write_subset
 from studies.steps import SCRIPTS, Machine, Step, run_steps
-from studies.study import Arm, Budget, Flags, Study, flags, load, names
+from studies.study import SEEDS, Arm, Budget, Flags, Study, flags, load, names
 from util import cli
 from util import machine as hardware
 from util.errors import UserError
@@ -43,7 +43,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.Parser("studies.run", description=__doc__.splitlines()[0])
     parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(names())}")
     parser.add_argument("--data_path", help="images, as the scripts take them (default: Fashion-MNIST)")
-    parser.add_argument("--seeds", type=cli.natural, nargs="+", help="(default: those of the study, 0 1 2)")
+    parser.add_argument("--seeds", type=cli.natural, nargs="+", help="(default: 0 1 2)")
     parser.add_argument(
         "--budget", choices=sorted(BUDGETS), help="(default: cpu without a GPU; else imagenet for 1000 classes, or gpu)"
     )
@@ -94,7 +94,7 @@ class ArmRun:
 
 @dataclass(frozen=True)
 class Data:
-    """What runs train on, as the scripts take it: everything, and few labels by seed."""
+    """What runs train on, as the scripts take it: everything, and few labels by seed, where a study asks for them."""
 
     everything: str
     few: dict[int, str]
@@ -175,8 +175,8 @@ def find_machine(args: argparse.Namespace, budget: Budget) -> Machine:
     return Machine(processes, args.jobs or max(1, room // processes), tuple(gpus))
 
 
-def find_data(data_path: str, folder: Path, budget: Budget, seeds: list[int]) -> Data:
-    """What the runs of a budget train on; subsets are written once, to a folder.
+def find_data(data_path: str, folder: Path, budget: Budget, labels: tuple[str, ...], seeds: list[int]) -> Data:
+    """What the runs of a budget train on; subsets are written once, to a folder: of few labels if `labels` has them.
 
     Raises:
         UserError: the data are not there, or a class has fewer images than the budget asks for.
@@ -187,6 +187,7 @@ def find_data(data_path: str, folder: Path, budget: Budget, seeds: list[int]) ->
         count = budget.images_per_class
         write_subset(data_path, data_path, folder / f"{name}-{count}", count, 0, val_per_class=count)
         name, data_path = f"{name}-{count}", f"wds:{folder}/{name}-{count}"
+    seeds = seeds if "few" in labels else []
     few = {seed: f"{folder}/{name}-few{budget.per_class}x{budget.repeats}-seed{seed}" for seed in seeds}
     val = data_path
     for seed, path in few.items():
@@ -220,16 +221,18 @@ def main(args: argparse.Namespace) -> None:
     )
     data_path = args.data_path
     if data_path is None:
-        fashion_mnist.unpack(output / "data" / "fashion_mnist")
+        with alone(output / "data"):
+            fashion_mnist.unpack(output / "data" / "fashion_mnist")
         data_path = f"wds:{output}/data/fashion_mnist"
     train = open_source(data_path, "train")
     name = args.budget or (
         "cpu" if not torch.cuda.is_available() else "imagenet" if len(train.classes) == 1000 else "gpu"
     )
-    budget = study.budgets.get(name, BUDGETS[name])
-    seeds = list(dict.fromkeys(args.seeds or (study.seeds[:1] if name == "smoke" else study.seeds)))
+    budget = BUDGETS[name]
+    seeds = list(dict.fromkeys(args.seeds or (SEEDS[:1] if name == "smoke" else SEEDS)))
     machine = find_machine(args, budget)
-    data = find_data(data_path, output / "data", budget, seeds)
+    with alone(output / "data"):
+        data = find_data(data_path, output / "data", budget, study.labels or budget.labels, seeds)
     runs = plan(study, name, budget, seeds, data, output / "runs", more)
     steps = {step.name: step for run in runs for step in (run.pretrain, run.finetune) if step is not None}
     steps = sorted(steps.values(), key=lambda step: step.kind != "pretrain")

@@ -73,7 +73,46 @@ def test_few_labels_are_balanced_and_fixed_by_the_seed(clothes, tmp_path):
         shards.write_subset(f"wds:{clothes}", f"wds:{clothes}", tmp_path / "d", per_class=13, seed=0)
 
 
-def planned(study: str, budget: str, seeds: tuple[int, ...] = (0,)) -> list[run.ArmRun]:
+def test_subsets_can_be_moved_with_what_they_link_to(clothes, tmp_path):
+    """A shard that is gone is named; shards of others stay where they are."""
+    data, moved = tmp_path / "data", tmp_path / "deeper" / "moved"
+    shards.write_subset(f"wds:{clothes}", f"wds:{clothes}", data / "a", per_class=5, seed=0, val_per_class=4)
+    shards.write_subset(f"wds:{data / 'a'}", f"wds:{data / 'a'}", data / "b", per_class=3, seed=0)
+    shards.write_subset(f"wds:{data / 'a'}", f"wds:{data / 'b'}", data / "c", per_class=3, seed=1)
+    shards.write_subset(f"wds:{clothes}", f"wds:{clothes}", data / "d", per_class=3, seed=0)
+    moved.parent.mkdir()
+    data.rename(moved)
+    for name, images in (("b", 40), ("c", 40), ("d", 80)):
+        assert len(open_source(f"wds:{moved / name}", "val").labels) == images
+    (moved / "a" / "val" / "0.tar").unlink()
+    with pytest.raises(UserError, match=r"b/val/000000.tar links to ../../a/val/0.tar, which is gone"):
+        shards.write_subset(f"wds:{moved / 'a'}", f"wds:{moved / 'a'}", moved / "b", per_class=3, seed=0)
+
+
+def test_one_runner_makes_data(tmp_path):
+    """A second one waits until the first has made them, or has died."""
+    program = "import sys; from pathlib import Path; from studies import shards\nprint('waits', flush=True)\n"
+    program += "with shards.alone(Path(sys.argv[1])): Path(sys.argv[1], 'made').touch()"
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with shards.alone(tmp_path):
+        second = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE)
+        assert second.stdout.readline() == b"waits\n"
+        time.sleep(0.5)
+        assert not (tmp_path / "made").exists()
+    assert second.wait(60) == 0
+    assert (tmp_path / "made").exists()
+    second.stdout.close()
+
+
+def test_few_labels_are_drawn_only_where_they_are_asked_for(clothes, tmp_path):
+    """No class need have as many images else."""
+    found = run.find_data(f"wds:{clothes}", tmp_path, BUDGETS["cpu"], ("all",), [0])
+    assert (found.few, list(tmp_path.iterdir())) == ({}, [])
+    with pytest.raises(UserError, match="100 cannot be drawn"):
+        run.find_data(f"wds:{clothes}", tmp_path, BUDGETS["cpu"], ("few", "all"), [0])
+
+
+def planned(study: str, budget: str, seeds: tuple[int, ...] = (0,), **more: str) -> list[run.ArmRun]:
     data = run.Data("wds:all", {seed: f"wds:few{seed}" for seed in seeds}, classes=10)
     more = dict.fromkeys(("", "pretrain", "finetune"), "")
     return run.plan(load(study), budget, BUDGETS[budget], list(seeds), data, Path("out/runs"), more)
