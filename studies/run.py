@@ -13,6 +13,8 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from studies import fashion_mnist, report
 from studies.budgets import BUDGETS
 from studies.shards import alone, write_subset
 from studies.steps import SCRIPTS, Machine, Step, run_steps
-from studies.study import SEEDS, Arm, Budget, Flags, Study, flags, load, names
+from studies.study import SEEDS, Arm, Budget, Study, flags, load, names
 from util import cli
 from util import machine as hardware
 from util.errors import UserError
@@ -102,7 +104,7 @@ class Data:
 
 
 def plan(
-    study: Study, name: str, budget: Budget, seeds: list[int], data: Data, runs: Path, more: Flags
+    study: Study, name: str, budget: Budget, seeds: list[int], data: Data, runs: Path, more: dict[str, str]
 ) -> list[ArmRun]:
     """All runs of a study.
 
@@ -113,17 +115,17 @@ def plan(
         seeds: of each arm.
         data: what they train on.
         runs: folder of all runs, of all studies.
-        more: flags of the command line by script, and by "" for both.
+        more: flags of the command line by script, and by "" for both; where an arm says otherwise, that counts.
     """
     found = []
     arms = {arm: setting for arm, setting in study.arms.items() if setting.budgets is None or name in setting.budgets}
     for labels, (arm, setting), seed in itertools.product(study.labels or budget.labels, arms.items(), seeds):
         pretrain = None
         if setting.pretrain is not None:
-            words = budget.common, budget.pretrain, setting.pretrain, more[""], more["pretrain"]
+            words = budget.common, budget.pretrain, more[""], more["pretrain"], setting.pretrain
             pretrain = Step("pretrain", seed, flags(*words) | {"--data_path": [data.everything]}, runs)
         of_labels, images = (budget.few, data.few[seed]) if labels == "few" else (budget.all, data.everything)
-        words = budget.common, budget.finetune, of_labels, setting.finetune, more[""], more["finetune"]
+        words = budget.common, budget.finetune, of_labels, more[""], more["finetune"], setting.finetune
         given = {"--data_path": [images], "--nb_classes": [str(data.classes)]}
         found.append(
             ArmRun(arm, setting, labels, seed, pretrain, Step("finetune", seed, flags(*words) | given, runs, pretrain))
@@ -137,11 +139,26 @@ def parse(step: Step, machine: Machine) -> argparse.Namespace:
     Raises:
         UserError: the script would refuse them.
     """
-    args = PARSERS[step.kind]().parse_args(shlex.split(step.arguments(machine)))
+    parser = PARSERS[step.kind]()
+    parser.allow_abbrev = False  # a step knows its flags by their whole names
+    args = parser.parse_args(shlex.split(step.arguments(machine)))
     if args.batch_size * machine.processes != int(step.flags["--batch_size"][0]):
         raise UserError(f"--processes {machine.processes} cannot share out a batch of {step.flags['--batch_size'][0]}")
-    cli.check_arguments(args)
+    with _world_size(machine.processes):
+        cli.check_arguments(args)
     return args
+
+
+@contextmanager
+def _world_size(processes: int) -> Iterator[None]:
+    """Let checks see as many processes as torchrun will start."""
+    before = os.environ.get("WORLD_SIZE")
+    os.environ["WORLD_SIZE"] = str(processes)
+    try:
+        yield
+    finally:
+        del os.environ["WORLD_SIZE"]
+        os.environ.update({} if before is None else {"WORLD_SIZE": before})
 
 
 def check(steps: list[Step], machine: Machine) -> None:
@@ -171,8 +188,8 @@ def find_machine(args: argparse.Namespace, budget: Budget) -> Machine:
     processes = args.processes or (max(1, len(gpus)) if budget.one_run else 1)
     if gpus and processes > len(gpus):
         raise UserError(f"--processes {processes}: there are {len(gpus)} GPUs")
-    room = len(gpus) * budget.runs_per_gpu if gpus else len(os.sched_getaffinity(0))
-    return Machine(processes, args.jobs or max(1, room // processes), tuple(gpus))
+    room = len(gpus) // processes * budget.runs_per_gpu if gpus else len(os.sched_getaffinity(0)) // processes
+    return Machine(processes, args.jobs or max(1, room), tuple(gpus))
 
 
 def find_data(data_path: str, folder: Path, budget: Budget, labels: tuple[str, ...], seeds: list[int]) -> Data:

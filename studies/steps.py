@@ -42,9 +42,12 @@ class Machine:
         return max(1, len(os.sched_getaffinity(0)) // (self.jobs * self.processes))
 
     def environment(self, slot: int) -> dict[str, str]:
-        """Variables of the run in a slot: the threads of a process, and the GPU of a run that needs a single one."""
-        one = {"CUDA_VISIBLE_DEVICES": self.gpus[slot % len(self.gpus)]} if self.gpus and self.processes == 1 else {}
-        return {"OMP_NUM_THREADS": str(self.cores), **one}
+        """Variables of the run in a slot: the threads of a process, and the GPUs of the run, one for each process."""
+        found = {"OMP_NUM_THREADS": str(self.cores)}
+        if self.gpus:
+            first = slot % (len(self.gpus) // self.processes) * self.processes
+            found["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus[first : first + self.processes])
+        return found
 
 
 class Step:

@@ -99,7 +99,8 @@ def flags(*texts: str) -> Flags:
         values = None
         for word in shlex.split(text):
             if word.startswith("--"):
-                found[word] = values = []
+                name, equals, value = word.partition("=")
+                found[name] = values = [value] if equals else []
             elif values is None:
                 raise UserError(f"{word}: flags begin with --")
             else:

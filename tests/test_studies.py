@@ -3,9 +3,11 @@
 import gzip
 import json
 import math
+import os
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
@@ -114,7 +116,7 @@ def test_few_labels_are_drawn_only_where_they_are_asked_for(clothes, tmp_path):
 
 def planned(study: str, budget: str, seeds: tuple[int, ...] = (0,), **more: str) -> list[run.ArmRun]:
     data = run.Data("wds:all", {seed: f"wds:few{seed}" for seed in seeds}, classes=10)
-    more = dict.fromkeys(("", "pretrain", "finetune"), "")
+    more = {kind: more.get(kind or "both", "") for kind in ("", "pretrain", "finetune")}
     return run.plan(load(study), budget, BUDGETS[budget], list(seeds), data, Path("out/runs"), more)
 
 
@@ -146,6 +148,44 @@ def test_equal_runs_are_one(tmp_path):
     assert (two.batch_size, two.output_dir) == (32, run.parse(step, ONE).output_dir)
     with pytest.raises(UserError, match="--processes 3 cannot share out a batch of 64"):
         run.parse(step, Machine(processes=3, jobs=1))
+
+
+def test_more_flags(monkeypatch):
+    """Count less than those of an arm, more than the budget's, in either form; are known by whole names only."""
+    more = {"finetune": "--layer_decay=0.75 --epochs=20", "pretrain": "--cluster_size 3"}
+    random, pretrained, *_ = planned("pretrain_vs_scratch", "cpu", **more)
+    assert run.parse(random.finetune, ONE).layer_decay == 1
+    assert run.parse(pretrained.finetune, ONE).layer_decay == 0.75
+    assert run.parse(pretrained.pretrain, ONE).cluster_size == 3
+    assert run.parse(pretrained.finetune, ONE).epochs == 20
+    assert pretrained.finetune.flags["--epochs"] == ["20"]
+    spaced = planned("pretrain_vs_scratch", "cpu", **{kind: text.replace("=", " ") for kind, text in more.items()})
+    assert pretrained.finetune.name == spaced[1].finetune.name
+    for words in ("--epoch 20", "--epoch=20"):
+        with pytest.raises(UserError, match="unrecognized arguments: --epoch 20"):
+            run.check(steps_of(planned("order", "cpu", both=words)), ONE)
+    sharded = planned("order", "cpu", both="--fsdp")[0].pretrain
+    with pytest.raises(UserError, match="--fsdp shards over processes"):
+        run.parse(sharded, ONE)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert run.parse(sharded, Machine(processes=2, jobs=1)).fsdp
+    assert "WORLD_SIZE" not in os.environ
+
+
+def test_gpus_are_shared_out(monkeypatch):
+    """By processes of a run, then by runs: as many groups as there are whole ones."""
+    monkeypatch.setattr(run.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
+    for budget, processes, jobs, wanted in (
+        ("imagenet", None, 1, ["0,1,2,3,4,5,6,7"]),
+        ("imagenet", 4, 2, ["0,1,2,3", "4,5,6,7", "0,1,2,3"]),
+        ("imagenet", 3, 2, ["0,1,2", "3,4,5", "0,1,2"]),
+        ("gpu", None, 32, ["0", "1", "2"]),
+    ):
+        machine = run.find_machine(Namespace(processes=processes, jobs=None), BUDGETS[budget])
+        assert machine.jobs == jobs
+        assert [machine.environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(len(wanted))] == wanted
+    assert "CUDA_VISIBLE_DEVICES" not in ONE.environment(0)
 
 
 def alive(pid: int) -> bool:
