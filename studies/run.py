@@ -27,7 +27,6 @@ from studies.shards import alone, write_subset
 from studies.steps import SCRIPTS, Machine, Step, run_steps
 from studies.study import SEEDS, Arm, Budget, Study, flags, load, names
 from util import cli
-from util import machine as hardware
 from util.errors import UserError
 from util.launch import ROOT
 from util.sources import open_source
@@ -266,13 +265,7 @@ def main(args: argparse.Namespace) -> None:
         "budget": name,
         "command": shlex.join(["python", "-m", "studies.run", *sys.argv[1:]]),
         "commit": commit(),
-        "machine": {
-            **hardware.describe(hardware.default_device()),
-            "cores": len(os.sched_getaffinity(0)),
-            "threads": machine.cores,
-            "processes": machine.processes,
-            "jobs": machine.jobs,
-        },
+        "machines": report.machines(found, machine.describe()),
         "data": {"data_path": data_path, "classes": data.classes, "images": len(train.labels)},
         "summary": report.summary(found),
         "runs": found,

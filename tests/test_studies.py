@@ -223,6 +223,8 @@ def test_killed_study_goes_on(clothes, tmp_path, run_script, capsys):
         assert (r["accuracy"], r["loss"], r["images"], last["epoch"]) == (last["test_acc1"], last["test_loss"], 80, 1)
         assert f"--seed {r['seed']}" in r["finetune"]["command"]
     assert [r["pretrain"]["attempts"] for r in results["runs"] if r["pretrain"]] == [2, 2]
+    killed, second = results["runs"][1]["pretrain"]["machines"]
+    assert (killed["jobs"], second["jobs"]) == (1, len(os.sched_getaffinity(0)))
     assert (tmp_path / "pretrain_vs_scratch-smoke" / "plot.png").stat().st_size > 10000
     assert "| all 80 labels | pretrained |" in (tmp_path / "pretrain_vs_scratch-smoke" / "table.md").read_text()
 
@@ -242,8 +244,20 @@ def test_a_failed_run_ends_the_study(tmp_path):
     assert not step.finished
 
 
+def test_a_run_goes_on_whose_runner_died_before_its_first_word(tmp_path):
+    """Between writing run.json and opening output.txt: that attempt has taken no time."""
+    step = Step("pretrain", 0, flags("--data_path /nowhere --batch_size 8 --epochs 1 --device cpu"), tmp_path / "runs")
+    step.folder.mkdir(parents=True)
+    step.write({"finished": False, "attempts": [{"command": "", "commit": None, "start": 5.0, "end": None}]})
+    with pytest.raises(RunError, match="failed with exit status 2"):
+        run_steps([step], ONE, None)
+    first, second = step.record["attempts"]
+    assert (first["end"], "machine" in first) == (5.0, False)
+    assert second["machine"]["jobs"] == 1
+
+
 def result(arm: str, seed: int, accuracy: float) -> dict:
-    times = {"seconds": 10.0 + seed}
+    times = {"seconds": 10.0 + seed, "machines": []}
     more = {"labels": "20 labels", "images": 10000, "curve": [accuracy], "pretrain": None, "finetune": times}
     return {"arm": arm, "seed": seed, "accuracy": accuracy, **more}
 
@@ -259,11 +273,30 @@ def test_numbers_of_the_table():
     assert second["std"] == pytest.approx(math.sqrt(7 / 3))
     assert (second["pretrain_seconds"], second["finetune_seconds"]) == (0, 11.0)
     wanted = {"difference": 4 / 3, "std": math.sqrt(7 / 3), "effect": 4 / 3 / math.sqrt((7 / 3 + 1) / 2)}
+    half = 4.302653 * math.sqrt(7) / 3  # the t of a table with two degrees of freedom
+    assert second["compared"].pop("interval") == pytest.approx((4 / 3 - half, 4 / 3 + half))
     assert second["compared"] == pytest.approx(wanted)
-    about = {"jobs": 1, "cpu": "a CPU", "cores": 2, "torch": "2", "date": "today"}
-    text = report.markdown({"runs": runs, "machine": about, "budget": "cpu"})
-    assert "| 20 labels | b | 2.33 ± 1.53 | +1.33 ± 1.53 | +1.0 | 3 | 0 + 11 |" in text
-    assert report.compare([1.0], [2.0]) == {"difference": -1.0, "std": None, "effect": None}
+    machines = [{"jobs": 1, "cpu": "a CPU", "cores": 2, "torch": "2", "dates": ["today"]}]
+    text = report.markdown({"runs": runs, "machines": machines, "budget": "cpu"})
+    assert "| 20 labels | b | 2.33 ± 1.53 | +1.33 ± 1.53 | -2.46 to +5.13 | +1.0 | 3 | 0 + 11 |" in text
+    assert report.compare([1.0], [2.0]) == {"difference": -1.0, "std": None, "interval": None, "effect": None}
+
+
+def test_the_table_names_the_machines_of_the_runs():
+    """Not that of the last command, except for runs that do not know theirs."""
+    here = {"cpu": "here", "cores": 2, "jobs": 2, "torch": "2", "date": "2030-01-09"}
+    runs = [result("a", seed, 1.0) for seed in range(4)]
+    for r, date in zip(runs, ("2030-01-02", "2030-01-01", "2030-01-03", "2030-01-02"), strict=True):
+        r["finetune"]["machines"] = [here | {"cpu": "there", "date": date}]
+    (found,) = report.machines(runs, here)
+    assert (found["cpu"], found["dates"]) == ("there", ["2030-01-01", "2030-01-03"])
+    runs[0]["finetune"]["machines"] = []
+    machines = report.machines(runs, here)
+    text = report.markdown({"runs": runs, "machines": machines, "budget": "cpu"})
+    assert text.endswith(
+        "\nhere, 2 cores, 2 runs at a time, torch 2, 2030-01-09; "
+        "there, 2 cores, 2 runs at a time, torch 2, 2030-01-01 to 2030-01-03.\n"
+    )
 
 
 def test_mistakes_of_users(run_script, capsys, tmp_path, clothes):
