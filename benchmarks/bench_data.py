@@ -35,9 +35,8 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "Finetuning"))
 
 import main_finetune
 import main_pretrain
-from benchmarks import machine
 from engine_pretrain import train_one_epoch
-from util import cli, datasets, pack_images
+from util import cli, datasets, machine, pack_images
 from util.device_loader import DeviceLoader
 from util.metrics import SilentLog
 from util.run import Run

@@ -22,9 +22,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import machine
 from benchmarks.bench_train import CASES, RandomBatches, build, loop_args
 from engine_pretrain import loss_of, train_one_epoch
+from util import machine
 from util.checkpoint_folder import LAST, CheckpointFolder
 from util.dist import distribute, init_device, is_main, world_size
 from util.metrics import SilentLog

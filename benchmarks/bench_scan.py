@@ -22,8 +22,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ops
-from benchmarks import machine
 from ops import naive
+from util import machine
 
 NAMES = ("u", "dt", "A", "B", "C", "D", "dt_bias")
 # K, B, D, L, N. On a GPU: a block of ARM-base in pretraining and in finetuning, of ARM-huge in pretraining.

@@ -41,7 +41,8 @@ import engine_finetune
 import engine_pretrain
 import models_arm
 import ops
-from benchmarks import machine, released
+from benchmarks import released
+from util import machine
 from util.dist import init_device
 from util.lr_decay import param_groups_layer_decay
 from util.metrics import SilentLog

@@ -24,9 +24,9 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 
-from benchmarks import machine
 from demo import FINETUNE, MODEL, PRETRAIN, RECIPE, ROOT
 from digits import unpack_digits
+from util import machine
 
 
 def get_args_parser() -> argparse.ArgumentParser:

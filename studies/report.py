@@ -6,6 +6,7 @@ import statistics
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from scipy.special import stdtrit
 
 from Evaluation.report import table, wilson
 
@@ -15,16 +16,22 @@ def mean_std(values: list[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def compare(values: list[float], reference: list[float]) -> dict[str, float | None]:
+def compare(values: list[float], reference: list[float]) -> dict[str, float | tuple[float, float] | None]:
     """How values differ from those of a reference with the same seeds.
 
     Returns:
-        `difference` and `std` of the differences, seed by seed, and `effect`, the difference in standard deviations
-        of the two groups (the root of their mean variance); None where a single seed, or equal ones, do not tell.
+        `difference` and `std` of the differences, seed by seed, the 95 % `interval` of their mean (Student's t), and
+        `effect`, the difference in standard deviations of the two groups (the root of their mean variance); None where
+        a single seed, or equal ones, do not tell.
     """
     difference, std = mean_std([a - b for a, b in zip(values, reference, strict=True)])
+    interval = None
+    if std is not None:
+        half = float(stdtrit(len(values) - 1, 0.975)) * std / math.sqrt(len(values))
+        interval = difference - half, difference + half
     pooled = math.hypot(*(mean_std(group)[1] or 0 for group in (values, reference))) / math.sqrt(2)
-    return {"difference": difference, "std": std, "effect": difference / pooled if pooled else None}
+    effect = difference / pooled if pooled else None
+    return {"difference": difference, "std": std, "interval": interval, "effect": effect}
 
 
 def groups(runs: list[dict]) -> dict[str, dict[str, list[dict]]]:
@@ -51,6 +58,28 @@ def summary(runs: list[dict]) -> list[dict]:
     return rows
 
 
+def machines(runs: list[dict], otherwise: dict) -> list[dict]:
+    """The machines that have computed runs, each once, with the first and the last date instead of the date.
+
+    Args:
+        runs: as in results.json.
+        otherwise: the machine of those that do not know theirs.
+    """
+    found: dict[tuple, set[str]] = {}
+    for step in (step for run in runs for step in (run["pretrain"], run["finetune"]) if step):
+        for machine in step["machines"] or [otherwise]:
+            about = tuple((name, value) for name, value in machine.items() if name != "date")
+            found.setdefault(about, set()).add(machine["date"])
+    return [dict(about) | {"dates": sorted({min(dates), max(dates)})} for about, dates in found.items()]
+
+
+def _in_words(machine: dict) -> str:
+    return (
+        f"{machine.get('gpu', machine['cpu'])}, {machine['cores']} cores, {machine['jobs']} runs at a time, torch "
+        f"{machine['torch']}, {' to '.join(machine['dates'])}"
+    )
+
+
 def markdown(results: dict) -> str:
     """The table of a study, with what has to be known to read it."""
     runs = results["runs"]
@@ -59,6 +88,7 @@ def markdown(results: dict) -> str:
         "arm",
         "top-1 (%)",
         "compared with the first (paired)",
+        "95 % interval",
         "in deviations",
         "seeds",
         "time (s)",
@@ -67,23 +97,24 @@ def markdown(results: dict) -> str:
     for row in summary(runs):
         compared = row.get("compared")
         difference = _plus_minus(compared["difference"], compared["std"], "+") if compared else ""
+        interval = "{:+.2f} to {:+.2f}".format(*compared["interval"]) if compared and compared["interval"] else ""
         effect = f"{compared['effect']:+.1f}" if compared and compared["effect"] is not None else ""
         seconds = f"{row['pretrain_seconds']:.0f} + {row['finetune_seconds']:.0f}"
         accuracy = _plus_minus(row["mean"], row["std"])
-        body.append([row["labels"], row["arm"], accuracy, difference, effect, len(row["seeds"]), seconds])
+        body.append([row["labels"], row["arm"], accuracy, difference, interval, effect, len(row["seeds"]), seconds])
     images = runs[0]["images"]
     low, high = wilson(runs[0]["accuracy"] / 100 * images, images)
-    machine = results["machine"]
     return "\n".join(
         [
             table(head, *body),
             "",
             f"Accuracy after the last epoch on {images:,} images of val/, mean ± sample standard deviation over seeds; "
             "no epoch was chosen by it. Drawing other images would move a single one by about "
-            f"{(high - low) / 2:.1f} (95 %). Paired: the differences of equal seeds. In deviations: the difference "
-            "over the root of the mean variance of both arms. Time: of pretraining + finetuning a run, "
-            f"{machine['jobs']} at a time. {machine.get('gpu', machine['cpu'])}, {machine['cores']} cores, torch "
-            f"{machine['torch']}, {machine['date']}, budget {results['budget']}.",
+            f"{(high - low) / 2:.1f} (95 %). Paired: the differences of equal seeds. 95 % interval: of their mean over "
+            "seeds, by Student's t. In deviations: the difference over the root of the mean variance of both arms. "
+            f"Time: of pretraining + finetuning a run. Budget {results['budget']}.",
+            "",
+            f"{'; '.join(map(_in_words, results['machines']))}.",
             "",
         ]
     )

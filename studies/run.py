@@ -13,18 +13,19 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from benchmarks import machine as hardware
 from Evaluation.report import write_json
 from studies import fashion_mnist, report
 from studies.budgets import BUDGETS
-from studies.shards import write_subset
+from studies.shards import alone, write_subset
 from studies.steps import SCRIPTS, Machine, Step, run_steps
-from studies.study import Arm, Budget, Flags, Study, flags, load, names
+from studies.study import SEEDS, Arm, Budget, Study, flags, load, names
 from util import cli
 from util.errors import UserError
 from util.launch import ROOT
@@ -43,7 +44,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.Parser("studies.run", description=__doc__.splitlines()[0])
     parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(names())}")
     parser.add_argument("--data_path", help="images, as the scripts take them (default: Fashion-MNIST)")
-    parser.add_argument("--seeds", type=cli.natural, nargs="+", help="(default: those of the study, 0 1 2)")
+    parser.add_argument("--seeds", type=cli.natural, nargs="+", help="(default: 0 1 2)")
     parser.add_argument(
         "--budget", choices=sorted(BUDGETS), help="(default: cpu without a GPU; else imagenet for 1000 classes, or gpu)"
     )
@@ -94,7 +95,7 @@ class ArmRun:
 
 @dataclass(frozen=True)
 class Data:
-    """What runs train on, as the scripts take it: everything, and few labels by seed."""
+    """What runs train on, as the scripts take it: everything, and few labels by seed, where a study asks for them."""
 
     everything: str
     few: dict[int, str]
@@ -102,7 +103,7 @@ class Data:
 
 
 def plan(
-    study: Study, name: str, budget: Budget, seeds: list[int], data: Data, runs: Path, more: Flags
+    study: Study, name: str, budget: Budget, seeds: list[int], data: Data, runs: Path, more: dict[str, str]
 ) -> list[ArmRun]:
     """All runs of a study.
 
@@ -113,17 +114,17 @@ def plan(
         seeds: of each arm.
         data: what they train on.
         runs: folder of all runs, of all studies.
-        more: flags of the command line by script, and by "" for both.
+        more: flags of the command line by script, and by "" for both; where an arm says otherwise, that counts.
     """
     found = []
     arms = {arm: setting for arm, setting in study.arms.items() if setting.budgets is None or name in setting.budgets}
     for labels, (arm, setting), seed in itertools.product(study.labels or budget.labels, arms.items(), seeds):
         pretrain = None
         if setting.pretrain is not None:
-            words = budget.common, budget.pretrain, setting.pretrain, more[""], more["pretrain"]
+            words = budget.common, budget.pretrain, more[""], more["pretrain"], setting.pretrain
             pretrain = Step("pretrain", seed, flags(*words) | {"--data_path": [data.everything]}, runs)
         of_labels, images = (budget.few, data.few[seed]) if labels == "few" else (budget.all, data.everything)
-        words = budget.common, budget.finetune, of_labels, setting.finetune, more[""], more["finetune"]
+        words = budget.common, budget.finetune, of_labels, more[""], more["finetune"], setting.finetune
         given = {"--data_path": [images], "--nb_classes": [str(data.classes)]}
         found.append(
             ArmRun(arm, setting, labels, seed, pretrain, Step("finetune", seed, flags(*words) | given, runs, pretrain))
@@ -137,11 +138,26 @@ def parse(step: Step, machine: Machine) -> argparse.Namespace:
     Raises:
         UserError: the script would refuse them.
     """
-    args = PARSERS[step.kind]().parse_args(shlex.split(step.arguments(machine)))
+    parser = PARSERS[step.kind]()
+    parser.allow_abbrev = False  # a step knows its flags by their whole names
+    args = parser.parse_args(shlex.split(step.arguments(machine)))
     if args.batch_size * machine.processes != int(step.flags["--batch_size"][0]):
         raise UserError(f"--processes {machine.processes} cannot share out a batch of {step.flags['--batch_size'][0]}")
-    cli.check_arguments(args)
+    with _world_size(machine.processes):
+        cli.check_arguments(args)
     return args
+
+
+@contextmanager
+def _world_size(processes: int) -> Iterator[None]:
+    """Let checks see as many processes as torchrun will start."""
+    before = os.environ.get("WORLD_SIZE")
+    os.environ["WORLD_SIZE"] = str(processes)
+    try:
+        yield
+    finally:
+        del os.environ["WORLD_SIZE"]
+        os.environ.update({} if before is None else {"WORLD_SIZE": before})
 
 
 def check(steps: list[Step], machine: Machine) -> None:
@@ -171,12 +187,12 @@ def find_machine(args: argparse.Namespace, budget: Budget) -> Machine:
     processes = args.processes or (max(1, len(gpus)) if budget.one_run else 1)
     if gpus and processes > len(gpus):
         raise UserError(f"--processes {processes}: there are {len(gpus)} GPUs")
-    room = len(gpus) * budget.runs_per_gpu if gpus else len(os.sched_getaffinity(0))
-    return Machine(processes, args.jobs or max(1, room // processes), tuple(gpus))
+    room = len(gpus) // processes * budget.runs_per_gpu if gpus else len(os.sched_getaffinity(0)) // processes
+    return Machine(processes, args.jobs or max(1, room), tuple(gpus))
 
 
-def find_data(data_path: str, folder: Path, budget: Budget, seeds: list[int]) -> Data:
-    """What the runs of a budget train on; subsets are written once, to a folder.
+def find_data(data_path: str, folder: Path, budget: Budget, labels: tuple[str, ...], seeds: list[int]) -> Data:
+    """What the runs of a budget train on; subsets are written once, to a folder: of few labels if `labels` has them.
 
     Raises:
         UserError: the data are not there, or a class has fewer images than the budget asks for.
@@ -187,6 +203,7 @@ def find_data(data_path: str, folder: Path, budget: Budget, seeds: list[int]) ->
         count = budget.images_per_class
         write_subset(data_path, data_path, folder / f"{name}-{count}", count, 0, val_per_class=count)
         name, data_path = f"{name}-{count}", f"wds:{folder}/{name}-{count}"
+    seeds = seeds if "few" in labels else []
     few = {seed: f"{folder}/{name}-few{budget.per_class}x{budget.repeats}-seed{seed}" for seed in seeds}
     val = data_path
     for seed, path in few.items():
@@ -220,16 +237,18 @@ def main(args: argparse.Namespace) -> None:
     )
     data_path = args.data_path
     if data_path is None:
-        fashion_mnist.unpack(output / "data" / "fashion_mnist")
+        with alone(output / "data"):
+            fashion_mnist.unpack(output / "data" / "fashion_mnist")
         data_path = f"wds:{output}/data/fashion_mnist"
     train = open_source(data_path, "train")
     name = args.budget or (
         "cpu" if not torch.cuda.is_available() else "imagenet" if len(train.classes) == 1000 else "gpu"
     )
-    budget = study.budgets.get(name, BUDGETS[name])
-    seeds = list(dict.fromkeys(args.seeds or (study.seeds[:1] if name == "smoke" else study.seeds)))
+    budget = BUDGETS[name]
+    seeds = list(dict.fromkeys(args.seeds or (SEEDS[:1] if name == "smoke" else SEEDS)))
     machine = find_machine(args, budget)
-    data = find_data(data_path, output / "data", budget, seeds)
+    with alone(output / "data"):
+        data = find_data(data_path, output / "data", budget, study.labels or budget.labels, seeds)
     runs = plan(study, name, budget, seeds, data, output / "runs", more)
     steps = {step.name: step for run in runs for step in (run.pretrain, run.finetune) if step is not None}
     steps = sorted(steps.values(), key=lambda step: step.kind != "pretrain")
@@ -246,13 +265,7 @@ def main(args: argparse.Namespace) -> None:
         "budget": name,
         "command": shlex.join(["python", "-m", "studies.run", *sys.argv[1:]]),
         "commit": commit(),
-        "machine": {
-            **hardware.describe(hardware.default_device()),
-            "cores": len(os.sched_getaffinity(0)),
-            "threads": machine.cores,
-            "processes": machine.processes,
-            "jobs": machine.jobs,
-        },
+        "machines": report.machines(found, machine.describe()),
         "data": {"data_path": data_path, "classes": data.classes, "images": len(train.labels)},
         "summary": report.summary(found),
         "runs": found,

@@ -1,7 +1,10 @@
 """Images as tar shards that `--data_path wds:FOLDER` reads: a whole split, or as many images of each class."""
 
+import fcntl
+import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,15 @@ import numpy as np
 from util.errors import UserError
 from util.pack_images import add_image
 from util.sources import IMAGE_SUFFIXES, Source, TarShards, open_source
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other runners from making data in a folder; one that has waited finds them made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "making.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def write_shard(path: Path, source: Source, indices: Iterable[int]) -> None:
@@ -65,7 +77,7 @@ def write_subset(
         val_per_class: images of each class in val/; None takes all.
 
     Raises:
-        UserError: the data are not there, or a class has too few images.
+        UserError: the data are not there, a class has too few images, or a shard that val/ links to is gone.
     """
     if not (folder / "train").exists():
         train = open_source(data_path, "train")
@@ -80,11 +92,19 @@ def write_subset(
         if val_per_class is None and isinstance(val, TarShards):
             partial.mkdir(parents=True, exist_ok=True)
             for number, shard in enumerate(val.shards):
-                _link(partial / f"{number:06d}.tar", shard.resolve())
+                _link(partial / f"{number:06d}.tar", _target(shard.resolve(), partial.resolve()))
         else:
             every = range(len(val.labels)) if val_per_class is None else balanced(val.labels, val_per_class, seed)
             write_shard(partial / "0.tar", val, every)
         partial.rename(folder / "val")
+    for link in sorted(folder.glob("*/*.tar")):
+        if not link.exists():
+            raise UserError(f"{link} links to {os.readlink(link)}, which is gone: put it back, or remove {folder}")
+
+
+def _target(shard: Path, folder: Path) -> Path:
+    """What a link in a folder says: a relative path to shards beside that folder, with which it can be moved."""
+    return Path(os.path.relpath(shard, folder)) if shard.is_relative_to(folder.parents[1]) else shard
 
 
 def _link(path: Path, target: Path) -> None:

@@ -15,6 +15,7 @@ from typing import TextIO
 
 from studies.study import Flags, in_words
 from util import launch, plot_log
+from util import machine as hardware
 from util.errors import INTERRUPTED, Interrupted, RunError
 
 SCRIPTS = {"pretrain": "main_pretrain.py", "finetune": "Finetuning/main_finetune.py"}
@@ -42,9 +43,17 @@ class Machine:
         return max(1, len(os.sched_getaffinity(0)) // (self.jobs * self.processes))
 
     def environment(self, slot: int) -> dict[str, str]:
-        """Variables of the run in a slot: the threads of a process, and the GPU of a run that needs a single one."""
-        one = {"CUDA_VISIBLE_DEVICES": self.gpus[slot % len(self.gpus)]} if self.gpus and self.processes == 1 else {}
-        return {"OMP_NUM_THREADS": str(self.cores), **one}
+        """Variables of the run in a slot: the threads of a process, and the GPUs of the run, one for each process."""
+        found = {"OMP_NUM_THREADS": str(self.cores)}
+        if self.gpus:
+            first = slot % (len(self.gpus) // self.processes) * self.processes
+            found["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus[first : first + self.processes])
+        return found
+
+    def describe(self) -> dict[str, str | int]:
+        """Date, versions and hardware, and how runs share it."""
+        about = hardware.describe(hardware.default_device()) | {"cores": len(os.sched_getaffinity(0))}
+        return about | {"threads": self.cores, "processes": self.processes, "jobs": self.jobs}
 
 
 class Step:
@@ -81,7 +90,7 @@ class Step:
 
     @property
     def record(self) -> dict:
-        """What is kept in run.json: `attempts` with their commands, commits and times, and whether it is `finished`."""
+        """What is kept in run.json: whether it is `finished`, and `attempts`: commands, commits, machines and times."""
         try:
             return json.loads(self.path("run.json").read_text())
         except FileNotFoundError:
@@ -123,6 +132,8 @@ class Step:
             "attempts": len(record["attempts"]),
             "command": record["attempts"][-1]["command"],
             "commit": record["attempts"][-1]["commit"],
+            # attempts of earlier versions do not name theirs
+            "machines": [attempt["machine"] for attempt in record["attempts"] if "machine" in attempt],
             "curve": [row["test_acc1"] for row in rows if "test_acc1" in row],
         }
 
@@ -133,19 +144,22 @@ class Job:
     The lock is passed on to the process, so that it lasts as long as that one lives, and not the runner alone.
     """
 
-    def __init__(self, step: Step, lock: TextIO, command: str, commit: str | None, environment: dict[str, str]) -> None:
-        self.step, self.lock, self.shown = step, lock, 0
+    def __init__(self, step: Step, lock: TextIO, machine: Machine, slot: int, commit: str | None) -> None:
+        self.step, self.lock = step, lock
         output, self.attempts = step.path("output.txt"), step.record["attempts"]
-        if self.attempts and self.attempts[-1]["end"] is None:  # killed with its runner, after its last word
-            self.attempts[-1]["end"] = output.stat().st_mtime
-        self.attempts.append({"command": command, "commit": commit, "start": time.time(), "end": None})
+        if self.attempts and self.attempts[-1]["end"] is None:  # killed with its runner, after its last word, if any
+            start, said = self.attempts[-1]["start"], output.stat().st_mtime if output.exists() else 0
+            self.attempts[-1]["end"] = max(start, said)
+        command, about = step.command(machine), {"commit": commit, "machine": machine.describe()}
+        print(f"{step.name}: $ {command}", flush=True)
+        self.attempts.append({"command": command, **about, "start": time.time(), "end": None})
         step.write({"finished": False, "attempts": self.attempts})
         step.path("command.txt").write_text(command + "\n")
         self.shown = output.stat().st_size if output.exists() else 0
         with output.open("a") as file:
             self.process = launch.start(
                 command,
-                environment,
+                machine.environment(slot),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -246,7 +260,5 @@ def _start_next(waiting: list[Step], machine: Machine, slot: int, commit: str | 
         if step.finished:  # by another runner meanwhile
             lock.close()
             continue
-        command = step.command(machine)
-        print(f"{step.name}: $ {command}", flush=True)
-        return Job(step, lock, command, commit, machine.environment(slot))
+        return Job(step, lock, machine, slot, commit)
     return None

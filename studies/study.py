@@ -2,13 +2,14 @@
 
 import importlib
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from util.errors import UserError
 
 Flags = dict[str, list[str]]
 CATALOGUE = Path(__file__).parent / "catalogue"
+SEEDS = (0, 1, 2)  # of pretraining, finetuning and the drawing of few labels
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,11 @@ class Study:
         question: in a sentence.
         arms: by name; the first one is what the others are compared with.
         labels: see `Budget.labels`; None takes the budget's.
-        seeds: of pretraining, finetuning and the drawing of few labels.
-        budgets: budgets of its own by name, instead of those in `studies.budgets`.
     """
 
     question: str
     arms: dict[str, Arm]
     labels: tuple[str, ...] | None = None
-    seeds: tuple[int, ...] = (0, 1, 2)
-    budgets: dict[str, Budget] = field(default_factory=dict)
 
 
 def names() -> list[str]:
@@ -102,7 +99,8 @@ def flags(*texts: str) -> Flags:
         values = None
         for word in shlex.split(text):
             if word.startswith("--"):
-                found[word] = values = []
+                name, equals, value = word.partition("=")
+                found[name] = values = [value] if equals else []
             elif values is None:
                 raise UserError(f"{word}: flags begin with --")
             else:

@@ -7,10 +7,11 @@ import sys
 import pytest
 import torch
 
-from benchmarks import bench_scan, bench_train, machine, released
+from benchmarks import bench_scan, bench_train, released
 from conftest import relative_error
 from mamba import FOUR_DIRECTIONS, ONE_DIRECTION, Block, scan_orders
 from ops import torch_backend
+from util import machine
 
 
 def run(benchmark, *argv):

@@ -3,9 +3,11 @@
 import gzip
 import json
 import math
+import os
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
@@ -73,9 +75,48 @@ def test_few_labels_are_balanced_and_fixed_by_the_seed(clothes, tmp_path):
         shards.write_subset(f"wds:{clothes}", f"wds:{clothes}", tmp_path / "d", per_class=13, seed=0)
 
 
-def planned(study: str, budget: str, seeds: tuple[int, ...] = (0,)) -> list[run.ArmRun]:
+def test_subsets_can_be_moved_with_what_they_link_to(clothes, tmp_path):
+    """A shard that is gone is named; shards of others stay where they are."""
+    data, moved = tmp_path / "data", tmp_path / "deeper" / "moved"
+    shards.write_subset(f"wds:{clothes}", f"wds:{clothes}", data / "a", per_class=5, seed=0, val_per_class=4)
+    shards.write_subset(f"wds:{data / 'a'}", f"wds:{data / 'a'}", data / "b", per_class=3, seed=0)
+    shards.write_subset(f"wds:{data / 'a'}", f"wds:{data / 'b'}", data / "c", per_class=3, seed=1)
+    shards.write_subset(f"wds:{clothes}", f"wds:{clothes}", data / "d", per_class=3, seed=0)
+    moved.parent.mkdir()
+    data.rename(moved)
+    for name, images in (("b", 40), ("c", 40), ("d", 80)):
+        assert len(open_source(f"wds:{moved / name}", "val").labels) == images
+    (moved / "a" / "val" / "0.tar").unlink()
+    with pytest.raises(UserError, match=r"b/val/000000.tar links to ../../a/val/0.tar, which is gone"):
+        shards.write_subset(f"wds:{moved / 'a'}", f"wds:{moved / 'a'}", moved / "b", per_class=3, seed=0)
+
+
+def test_one_runner_makes_data(tmp_path):
+    """A second one waits until the first has made them, or has died."""
+    program = "import sys; from pathlib import Path; from studies import shards\nprint('waits', flush=True)\n"
+    program += "with shards.alone(Path(sys.argv[1])): Path(sys.argv[1], 'made').touch()"
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with shards.alone(tmp_path):
+        second = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE)
+        assert second.stdout.readline() == b"waits\n"
+        time.sleep(0.5)
+        assert not (tmp_path / "made").exists()
+    assert second.wait(60) == 0
+    assert (tmp_path / "made").exists()
+    second.stdout.close()
+
+
+def test_few_labels_are_drawn_only_where_they_are_asked_for(clothes, tmp_path):
+    """No class need have as many images else."""
+    found = run.find_data(f"wds:{clothes}", tmp_path, BUDGETS["cpu"], ("all",), [0])
+    assert (found.few, list(tmp_path.iterdir())) == ({}, [])
+    with pytest.raises(UserError, match="100 cannot be drawn"):
+        run.find_data(f"wds:{clothes}", tmp_path, BUDGETS["cpu"], ("few", "all"), [0])
+
+
+def planned(study: str, budget: str, seeds: tuple[int, ...] = (0,), **more: str) -> list[run.ArmRun]:
     data = run.Data("wds:all", {seed: f"wds:few{seed}" for seed in seeds}, classes=10)
-    more = dict.fromkeys(("", "pretrain", "finetune"), "")
+    more = {kind: more.get(kind or "both", "") for kind in ("", "pretrain", "finetune")}
     return run.plan(load(study), budget, BUDGETS[budget], list(seeds), data, Path("out/runs"), more)
 
 
@@ -107,6 +148,44 @@ def test_equal_runs_are_one(tmp_path):
     assert (two.batch_size, two.output_dir) == (32, run.parse(step, ONE).output_dir)
     with pytest.raises(UserError, match="--processes 3 cannot share out a batch of 64"):
         run.parse(step, Machine(processes=3, jobs=1))
+
+
+def test_more_flags(monkeypatch):
+    """Count less than those of an arm, more than the budget's, in either form; are known by whole names only."""
+    more = {"finetune": "--layer_decay=0.75 --epochs=20", "pretrain": "--cluster_size 3"}
+    random, pretrained, *_ = planned("pretrain_vs_scratch", "cpu", **more)
+    assert run.parse(random.finetune, ONE).layer_decay == 1
+    assert run.parse(pretrained.finetune, ONE).layer_decay == 0.75
+    assert run.parse(pretrained.pretrain, ONE).cluster_size == 3
+    assert run.parse(pretrained.finetune, ONE).epochs == 20
+    assert pretrained.finetune.flags["--epochs"] == ["20"]
+    spaced = planned("pretrain_vs_scratch", "cpu", **{kind: text.replace("=", " ") for kind, text in more.items()})
+    assert pretrained.finetune.name == spaced[1].finetune.name
+    for words in ("--epoch 20", "--epoch=20"):
+        with pytest.raises(UserError, match="unrecognized arguments: --epoch 20"):
+            run.check(steps_of(planned("order", "cpu", both=words)), ONE)
+    sharded = planned("order", "cpu", both="--fsdp")[0].pretrain
+    with pytest.raises(UserError, match="--fsdp shards over processes"):
+        run.parse(sharded, ONE)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert run.parse(sharded, Machine(processes=2, jobs=1)).fsdp
+    assert "WORLD_SIZE" not in os.environ
+
+
+def test_gpus_are_shared_out(monkeypatch):
+    """By processes of a run, then by runs: as many groups as there are whole ones."""
+    monkeypatch.setattr(run.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
+    for budget, processes, jobs, wanted in (
+        ("imagenet", None, 1, ["0,1,2,3,4,5,6,7"]),
+        ("imagenet", 4, 2, ["0,1,2,3", "4,5,6,7", "0,1,2,3"]),
+        ("imagenet", 3, 2, ["0,1,2", "3,4,5", "0,1,2"]),
+        ("gpu", None, 32, ["0", "1", "2"]),
+    ):
+        machine = run.find_machine(Namespace(processes=processes, jobs=None), BUDGETS[budget])
+        assert machine.jobs == jobs
+        assert [machine.environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(len(wanted))] == wanted
+    assert "CUDA_VISIBLE_DEVICES" not in ONE.environment(0)
 
 
 def alive(pid: int) -> bool:
@@ -144,6 +223,8 @@ def test_killed_study_goes_on(clothes, tmp_path, run_script, capsys):
         assert (r["accuracy"], r["loss"], r["images"], last["epoch"]) == (last["test_acc1"], last["test_loss"], 80, 1)
         assert f"--seed {r['seed']}" in r["finetune"]["command"]
     assert [r["pretrain"]["attempts"] for r in results["runs"] if r["pretrain"]] == [2, 2]
+    killed, second = results["runs"][1]["pretrain"]["machines"]
+    assert (killed["jobs"], second["jobs"]) == (1, len(os.sched_getaffinity(0)))
     assert (tmp_path / "pretrain_vs_scratch-smoke" / "plot.png").stat().st_size > 10000
     assert "| all 80 labels | pretrained |" in (tmp_path / "pretrain_vs_scratch-smoke" / "table.md").read_text()
 
@@ -163,8 +244,20 @@ def test_a_failed_run_ends_the_study(tmp_path):
     assert not step.finished
 
 
+def test_a_run_goes_on_whose_runner_died_before_its_first_word(tmp_path):
+    """Between writing run.json and opening output.txt: that attempt has taken no time."""
+    step = Step("pretrain", 0, flags("--data_path /nowhere --batch_size 8 --epochs 1 --device cpu"), tmp_path / "runs")
+    step.folder.mkdir(parents=True)
+    step.write({"finished": False, "attempts": [{"command": "", "commit": None, "start": 5.0, "end": None}]})
+    with pytest.raises(RunError, match="failed with exit status 2"):
+        run_steps([step], ONE, None)
+    first, second = step.record["attempts"]
+    assert (first["end"], "machine" in first) == (5.0, False)
+    assert second["machine"]["jobs"] == 1
+
+
 def result(arm: str, seed: int, accuracy: float) -> dict:
-    times = {"seconds": 10.0 + seed}
+    times = {"seconds": 10.0 + seed, "machines": []}
     more = {"labels": "20 labels", "images": 10000, "curve": [accuracy], "pretrain": None, "finetune": times}
     return {"arm": arm, "seed": seed, "accuracy": accuracy, **more}
 
@@ -180,11 +273,30 @@ def test_numbers_of_the_table():
     assert second["std"] == pytest.approx(math.sqrt(7 / 3))
     assert (second["pretrain_seconds"], second["finetune_seconds"]) == (0, 11.0)
     wanted = {"difference": 4 / 3, "std": math.sqrt(7 / 3), "effect": 4 / 3 / math.sqrt((7 / 3 + 1) / 2)}
+    half = 4.302653 * math.sqrt(7) / 3  # the t of a table with two degrees of freedom
+    assert second["compared"].pop("interval") == pytest.approx((4 / 3 - half, 4 / 3 + half))
     assert second["compared"] == pytest.approx(wanted)
-    about = {"jobs": 1, "cpu": "a CPU", "cores": 2, "torch": "2", "date": "today"}
-    text = report.markdown({"runs": runs, "machine": about, "budget": "cpu"})
-    assert "| 20 labels | b | 2.33 ± 1.53 | +1.33 ± 1.53 | +1.0 | 3 | 0 + 11 |" in text
-    assert report.compare([1.0], [2.0]) == {"difference": -1.0, "std": None, "effect": None}
+    machines = [{"jobs": 1, "cpu": "a CPU", "cores": 2, "torch": "2", "dates": ["today"]}]
+    text = report.markdown({"runs": runs, "machines": machines, "budget": "cpu"})
+    assert "| 20 labels | b | 2.33 ± 1.53 | +1.33 ± 1.53 | -2.46 to +5.13 | +1.0 | 3 | 0 + 11 |" in text
+    assert report.compare([1.0], [2.0]) == {"difference": -1.0, "std": None, "interval": None, "effect": None}
+
+
+def test_the_table_names_the_machines_of_the_runs():
+    """Not that of the last command, except for runs that do not know theirs."""
+    here = {"cpu": "here", "cores": 2, "jobs": 2, "torch": "2", "date": "2030-01-09"}
+    runs = [result("a", seed, 1.0) for seed in range(4)]
+    for r, date in zip(runs, ("2030-01-02", "2030-01-01", "2030-01-03", "2030-01-02"), strict=True):
+        r["finetune"]["machines"] = [here | {"cpu": "there", "date": date}]
+    (found,) = report.machines(runs, here)
+    assert (found["cpu"], found["dates"]) == ("there", ["2030-01-01", "2030-01-03"])
+    runs[0]["finetune"]["machines"] = []
+    machines = report.machines(runs, here)
+    text = report.markdown({"runs": runs, "machines": machines, "budget": "cpu"})
+    assert text.endswith(
+        "\nhere, 2 cores, 2 runs at a time, torch 2, 2030-01-09; "
+        "there, 2 cores, 2 runs at a time, torch 2, 2030-01-01 to 2030-01-03.\n"
+    )
 
 
 def test_mistakes_of_users(run_script, capsys, tmp_path, clothes):

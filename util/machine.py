@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's name, times of a step, and the file of results."""
+"""What benchmarks and studies share: the machine's name, times of a step, and the file of results."""
 
 import datetime
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
 
 def cpu_model() -> str:
