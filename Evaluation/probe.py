@@ -28,9 +28,7 @@ from util.datasets import check_classes, eval_transform, image_dataset
 from util.dist import gather_late, init_device, on_main, rank, reduce_sum, seed_everything, world_size
 from util.errors import UserError
 from util.hub import beside
-from util.metrics import open_log
-
-KS = [10, 20, 100, 200]
+from util.metrics import ScreenLog, SilentLog, open_log
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -53,7 +51,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("probes")
     group.add_argument("--probe", nargs="+", choices=("knn", "linear", "attentive"), default=["knn", "linear"])
-    group.add_argument("--k", type=cli.positive, nargs="+", help=f"neighbours (default: those of {KS} that there are)")
+    group.add_argument("--k", type=cli.positive, nargs="+", default=[10, 20, 100, 200], help="neighbours")
     group.add_argument("--temperature", type=cli.number(float, 0, above=True), default=0.07, help="of kNN's votes")
     group.add_argument("--seeds", type=cli.positive, default=3, help="trained probes of a kind (default: %(default)s)")
     group.add_argument("--probe_epochs", type=cli.positive, default=50, help="(default: %(default)s)")
@@ -95,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
     if {"knn", "linear"} & set(args.probe):
         pooled = [(x.to(device), y.to(device)) for x, y in features_of(tokens=False)]
     if "knn" in args.probe:
-        rows += evaluate_knn(*pooled, args, classes)
+        rows += evaluate_knn(*pooled, args, classes, log)
     if "linear" in args.probe:
         make_head = partial(LinearHead, model.embed_dim, classes)
         rows.append(train_seeds("linear", make_head, *pooled, args, device))
@@ -113,18 +111,22 @@ def main(args: argparse.Namespace) -> None:
 
 
 def evaluate_knn(
-    train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], args: argparse.Namespace, classes: int
+    train: tuple[Tensor, Tensor],
+    val: tuple[Tensor, Tensor],
+    args: argparse.Namespace,
+    classes: int,
+    log: ScreenLog | SilentLog,
 ) -> list[dict]:
-    """A row of results for each of `--k`; each process asks a share of `val`."""
+    """A row of results for each of `--k` that the training images suffice for; each process asks a share of `val`."""
     intact = train[1] >= 0
-    if args.k is not None and max(args.k) > intact.sum():
-        raise UserError(f"--k {max(args.k)}: there are {intact.sum()} training images")
-    ks = dict.fromkeys(args.k or [k for k in KS if k <= intact.sum()])
+    ks = [k for k in dict.fromkeys(args.k) if k <= intact.sum()]
     if not ks:
-        raise UserError(f"{intact.sum()} training images: choose --k")
+        raise UserError(f"--k {min(args.k)}: there are {intact.sum()} training images")
+    if len(ks) < len(set(args.k)):
+        log.say(f"{intact.sum()} training images: larger --k are left out")
     queries, labels = (part[rank() :: world_size()] for part in val)
     rows = []
-    for k, best in knn(train[0][intact], train[1][intact], queries, list(ks), args.temperature, classes).items():
+    for k, best in knn(train[0][intact], train[1][intact], queries, ks, args.temperature, classes).items():
         hits = (best == labels[:, None]) & (labels[:, None] >= 0)  # (m, up to 5)
         counts = reduce_sum(torch.stack([hits[:, 0].sum(), hits.sum()]))
         rows.append({"probe": f"{k}-NN", "k": k, **accuracy(*counts.tolist(), len(val[1]))})

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from conftest import REPOSITORY, TINY_FINETUNE
 from models_arm import create_classifier
 from util import checkpoint
 from util.errors import UserError
-from util.hub import local_file
+from util.hub import beside, local_file
 
 OLD, NEW = "1" * 40, "2" * 40  # commits
 BIG = bytes(range(256)) * 8192  # 2 MiB
@@ -278,6 +279,26 @@ def test_cache_without_a_hub(hub, tmp_path, absence):
     why = "HF_HUB_OFFLINE is set" if absence == "offline" else f"{endpoint} does not give it: "
     assert none.startswith(f"hf://arm/base/sub/v.safetensors is not in the cache, and {why}")
     assert "\n" not in none
+
+
+@pytest.mark.parametrize("status", [403, 500])
+def test_a_hub_that_refuses_is_not_answered_from_the_cache(hub, tmp_path, status):
+    """Permission was taken away, or the hub is out of order: the file in the cache stands in for the second alone."""
+    name = "hf://arm/base/w.pth"
+    (online,), _ = on_the_hub(hub.url, tmp_path, name)
+    hub.faults["/arm/base/resolve/main/w.pth"] = status
+    (again,), stderr = on_the_hub(hub.url, tmp_path, name)
+    if status == 500:
+        assert again == online
+        assert "is taken from the cache" in stderr
+    else:
+        assert again == f"{name}: {hub.url} answers 403 Forbidden"
+
+
+def test_results_go_beside_the_weights():
+    assert beside("out/checkpoint-best.pth") == Path("out/checkpoint-best.pth")
+    for name in ("https://host/a/w.pth?download=1", "hf://o/r/sub/w.pth", "hf://o/r@v1/w.pth#sha256=" + 64 * "0"):
+        assert beside(name) == Path("w.pth")
 
 
 def test_url_is_fetched_once(server, tmp_path):

@@ -99,6 +99,16 @@ def test_the_choice_does_not_see_val():
     assert single["correct"] == 1
 
 
+def test_a_low_temperature_asks_the_nearest():
+    """Its weights are beyond float32 where they are not relative to the nearest one's."""
+    rng = torch.Generator().manual_seed(0)
+    train, labels = torch.randn(200, 8, generator=rng), torch.arange(200) % 4
+    for temperature in (0.07, 0.01, 1e-4):
+        best = probes.knn(train, labels, train, [1, 20], temperature, 4)
+        assert torch.equal(best[1][:, 0], labels)
+    assert torch.equal(best[20][:, 0], labels)
+
+
 def test_heads_side_by_side_do_not_meet(monkeypatch):
     """A head ends where it ends alone, and the best one on held-out images is chosen."""
     data = separable(200)
@@ -275,6 +285,7 @@ def test_broken_images(checkpoints, image_folder, tmp_path):
         ("--probe svm", "invalid choice: 'svm'"),
         ("--k 25", "--k 25: there are 24 training images"),
         ("--k 0", "0 is not at least 1"),
+        ("--probe_batch_size 1", "1 is not at least 2"),
         ("--temperature 0", "0 is not above 0"),
         ("--probe attentive --attn_heads 5", "--attn_heads 5 does not divide the 32 channels"),
         ("--probe attentive --max_gb 1e-6", r"the features of train take [\d.e-]+ GB, more than --max_gb 1e-06 allows"),
