@@ -5,25 +5,25 @@ from studies.study import Budget
 # 24 x 24 pixels: 6 x 6 patches in 3 x 3 clusters, as many clusters as ARM-base has of an image of ImageNet
 SMALL = (
     "--model arm_tiny_pz16 --embed_dim 64 --depth 6 --input_size 24 --patch_size 4 "
-    "--batch_size 64 --lr 1e-3 --warmup_epochs 1 --scale 0.6 1"
+    "--batch_size 32 --scale 0.6 1"
 )
-PRETRAIN = "--cluster_size 2 --dec_embed_dim 64 --norm_pix_loss --vis_freq 0"
+PRETRAIN = "--cluster_size 2 --dec_embed_dim 64 --norm_pix_loss --vis_freq 0 --lr 5e-4 --warmup_epochs 0"
 # no RandAugment and no erasing, which few epochs of small images are too short for
-FINETUNE = "--layer_decay 0.9 --aa none --reprob 0 --dist_eval"
+FINETUNE = "--lr 1e-3 --warmup_epochs 1 --layer_decay 1 --aa none --reprob 0 --dist_eval"
 
 BUDGETS = {
     "cpu": Budget(
         common=f"{SMALL} --save_every_steps 100",
-        pretrain=f"{PRETRAIN} --epochs 5",
+        pretrain=f"{PRETRAIN} --epochs 4",
         finetune=FINETUNE,
-        few="--epochs 5",
+        few="--epochs 10",
         all="--epochs 1 --warmup_epochs 0",  # whole epochs only: one would be all of it
     ),
     "gpu": Budget(
         common=f"{SMALL} --batch_size 256 --no_compile",  # a run is about as long as compiling takes
-        pretrain=f"{PRETRAIN} --epochs 6",
+        pretrain=f"{PRETRAIN} --lr 1e-3 --epochs 6",
         finetune=FINETUNE,
-        few="--epochs 5 --batch_size 64",
+        few="--epochs 10 --batch_size 32",
         all="--epochs 2 --warmup_epochs 0",
         runs_per_gpu=4,  # the model is too small to keep a GPU busy
     ),
