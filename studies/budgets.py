@@ -3,10 +3,7 @@
 from studies.study import Budget
 
 # 24 x 24 pixels: 6 x 6 patches in 3 x 3 clusters, as many clusters as ARM-base has of an image of ImageNet
-SMALL = (
-    "--model arm_tiny_pz16 --embed_dim 64 --depth 6 --input_size 24 --patch_size 4 "
-    "--batch_size 32 --scale 0.6 1"
-)
+SMALL = "--model arm_tiny_pz16 --embed_dim 64 --depth 6 --input_size 24 --patch_size 4 --batch_size 32 --scale 0.6 1"
 PRETRAIN = "--cluster_size 2 --dec_embed_dim 64 --norm_pix_loss --vis_freq 0 --lr 5e-4 --warmup_epochs 0"
 # no RandAugment and no erasing, which few epochs of small images are too short for
 FINETUNE = "--lr 1e-3 --warmup_epochs 1 --layer_decay 1 --aa none --reprob 0 --dist_eval"

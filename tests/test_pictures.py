@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -242,9 +243,11 @@ def test_runs_are_compared(tmp_path):
 
 def test_mistakes_of_plot_log(tmp_path, run_script, capsys):
     empty, good = log_file(tmp_path / "empty"), log_file(tmp_path / "good", {"epoch": 0, "train_loss": 1.0})
+    other = log_file(tmp_path / "other", {"epoch": 0, "bleu": 1.0})
     for words, message in (
         ([tmp_path / "none"], "No such file or directory"),
         ([empty], "log.txt: no epoch is logged in it"),
+        ([other], "nothing to draw: no line has any of train_loss, "),
         ([good, "--output", tmp_path / "x.docx"], "--output: Format 'docx' is not supported"),
     ):
         with pytest.raises(SystemExit) as exit_info:
@@ -287,6 +290,25 @@ def test_a_run_tells_a_tracker(tracker, image_folder, tmp_path, run_script):
     assert step == 1000
     assert (image.pixels.dtype, image.pixels.ndim) == (np.uint8, 3)
     assert not list((tmp_path / "out").glob("events.out.tfevents.*"))
+
+
+def test_a_tracker_that_fails_later(tracker, image_folder, tmp_path, run_script, capsys):
+    """The run goes on without it; its next part is the same run there, and another run in its folder is another."""
+
+    def log(*_, **__):
+        raise ValueError("quota exceeded")
+
+    tracker.log = log
+    argv = [*TINY_PRETRAIN, *ONE_EPOCH, "--data_path", image_folder, "--output_dir", tmp_path / "out"]
+    argv += ["--tracker", tracker.__name__, "--resume", "auto", "--allow_changed_args"]
+    run_script(main_pretrain, *argv)
+    assert capsys.readouterr().out.count("the log cannot be written: quota exceeded; training goes on") == 1
+    assert len(plot_log.read(tmp_path / "out")) == 1
+    run_script(main_pretrain, *argv, "--epochs", 2)
+    shutil.rmtree(tmp_path / "out")
+    run_script(main_pretrain, *argv)
+    first, again, other = (values["name"] for kind, values in tracker.told if kind == "init")
+    assert first == again != other
 
 
 def test_a_tracker_that_is_not_there(monkeypatch, image_folder, tmp_path, run_script, capsys):

@@ -1,9 +1,9 @@
 """What a run tells: a live bar on a terminal or plain lines elsewhere, log.txt and TensorBoard or another tracker."""
 
 import datetime
-import hashlib
 import importlib
 import json
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -70,7 +70,8 @@ class Tracker:
 
     Args:
         module: wandb or trackio.
-        output_dir: of the run, which is named by it: one that goes on goes on with its curves.
+        output_dir: of the run, which is named by it and by a number kept there: one that goes on goes on with its
+            curves.
 
     Raises:
         RunError: the tracker could not start.
@@ -79,12 +80,19 @@ class Tracker:
     def __init__(self, module: ModuleType, output_dir: Path) -> None:
         self.module = module
         try:
-            path = output_dir.resolve()
-            name = f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}"
+            name = f"{output_dir.resolve().name}-{self._id_in(output_dir)}"
             more = {"id": name, "dir": str(output_dir)} if module.__name__ == "wandb" else {}
             module.init(project="arm", name=name, resume="allow", **more)
         except Exception as error:  # network, account, disk: whatever it may be, it is not ours
             raise RunError(f"--tracker {module.__name__}: {error}") from error
+
+    @staticmethod
+    def _id_in(output_dir: Path) -> str:
+        """What the run is known by: drawn once and kept in its folder, so that another one there has its own."""
+        kept = output_dir / "tracker-id"
+        if not kept.exists():
+            kept.write_text(secrets.token_hex(3))
+        return kept.read_text().strip()
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         self.module.log({name: value}, step=step)
