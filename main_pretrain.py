@@ -41,17 +41,23 @@ def get_args_parser() -> argparse.ArgumentParser:
     cli.add_shared_arguments(parser)
     group = parser.add_argument_group("pretraining")
     group.add_argument("--cluster_size", type=cli.positive, default=4, help="patches a side (default: %(default)s)")
-    group.add_argument("--dec_embed_dim", type=cli.positive, help="decoder channels, instead of the model's")
+    group.add_argument(
+        "--dec_embed_dim", type=cli.positive, help="decoder channels (default: 512; tiny 192, small 384)"
+    )
     group.add_argument("--dec_depth", type=cli.positive, default=4, help="decoder blocks (default: %(default)s)")
     group.add_argument(
-        "--order", choices=models_arm.ORDERS, default="row", help="in which clusters are read (default: %(default)s)"
+        "--order",
+        choices=models_arm.ORDERS,
+        default="row",
+        help="in which clusters are read; random is one permutation for all images, random_per_image another for each "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--taps",
         choices=models_arm.TAPS,
         default="even",
-        help="encoder blocks that the decoder reads: evenly from the middle to the last, or the last (default: "
-        "%(default)s)",
+        help="what the decoder's blocks read: the encoder evenly from its middle to its end, or all of them its last "
+        "block (default: %(default)s)",
     )
     group.add_argument("--norm_pix_loss", action="store_true", help="standardise the target pixels of each patch")
     group.add_argument(
@@ -65,7 +71,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--objective",
         choices=tuple(models_arm.OBJECTIVES),
         default="arm",
-        help="predict the next cluster, or as a baseline 75 %% of the patches, hidden at random (default: %(default)s)",
+        help="arm predicts the next cluster; mae, a baseline, 75 %% of the patches, hidden at random (default: "
+        "%(default)s)",
     )
     group.add_argument(
         "--vis_freq",
@@ -138,6 +145,10 @@ def main(args: argparse.Namespace) -> None:
     run.keep_in(folders[0], log)
 
     log.say(cli.describe(args, model, len(dataset), device, run.epoch))
+    target = "normalised pixels" if args.norm_pix_loss else "pixels as they are"
+    log.say(
+        f"objective {args.objective}, {target}, clusters of {args.cluster_size} x {args.cluster_size}, {args.order}"
+    )
     start, first = time.monotonic(), run.epoch
     with run:
         while run.epoch < args.epochs:

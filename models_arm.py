@@ -254,10 +254,20 @@ class PretrainModel(nn.Module):
         p, columns = self.patch_size, self.grid_size[1]
         return rearrange(patches, "b (h w) (p q channel) -> b channel (h p) (w q)", w=columns, p=p, q=p)
 
+    def embed_patches(self, imgs: Tensor) -> Tensor:
+        """Embedded patches in raster order, without position: (B, 3, H, W) -> (B, M, C).
+
+        Raises:
+            ValueError: images of another size than the model's.
+        """
+        size = tuple(self.patch_size * side for side in self.grid_size)
+        if tuple(imgs.shape[-2:]) != size:
+            raise ValueError(f"images of {tuple(imgs.shape[-2:])} pixels, the model takes {size}")
+        return self.patch_embed(imgs).flatten(1, 2)  # (B, rows, columns, C) -> (B, M, C)
+
     def embed(self, imgs: Tensor, order: Tensor | None = None) -> Tensor:
         """Embedded patches in cluster order: (B, 3, H, W) -> (B, clusters, patches of a cluster, C)."""
-        x = self.patch_embed(imgs).flatten(1, 2) + self.pos_embed  # (B, rows, columns, C) -> (B, M, C)
-        return self.to_clusters(x, order)
+        return self.to_clusters(self.embed_patches(imgs) + self.pos_embed, order)
 
     def forward_features(self, imgs: Tensor) -> Tensor:
         """Encode every cluster: (B, 3, H, W) -> (B, M, C) after the last block, patches in cluster order.
@@ -448,7 +458,7 @@ class MaskedPretrain(PretrainModel):
 
     def forward_encoder(self, imgs: Tensor, hidden: Tensor, order: Tensor | None = None) -> Tensor:
         """Encode all patches, those of `hidden` (B, m) replaced: (B, 3, H, W) -> latents (B, M, Cd, dec_depth)."""
-        x = self.patch_embed(imgs).flatten(1, 2)  # (B, rows, columns, C) -> (B, M, C)
+        x = self.embed_patches(imgs)  # (B, M, C)
         is_hidden = torch.zeros_like(x[:, :, :1], dtype=torch.bool).scatter(1, hidden[:, :, None], True)  # (B, M, 1)
         x = torch.where(is_hidden, self.mask_token, x) + self.pos_embed
         return self.latents(self.to_clusters(x, order).flatten(1, 2))  # (B, clusters, c * c, C) -> (B, M, C)
@@ -556,7 +566,7 @@ class ARMClassifier(TimmModel):
         dynamic_img_size: take images of any size that divides into patches, with the position embedding
             interpolated; else only `img_size`.
         in_chans: channels of the images.
-        directions: 4 scans rows and columns, forward and backward; 1 scans rows forward, as pretraining does.
+        directions: 4 scans rows and columns, forward and backward; 1 rows forward alone.
 
     Raises:
         ValueError: sizes that do not fit together, or unknown pooling; the message names values that do.

@@ -170,7 +170,8 @@ def example_files(tmp_path, monkeypatch):
     model = models_arm.create_pretrain_model("arm_tiny_pz16")
     torch.save({"model": model.state_dict(), "args": args}, "out_b/checkpoint-1599.pth")
     model = models_arm.create_classifier("arm_tiny_pz16", num_classes=10)
-    torch.save({"model": model.state_dict()}, "out_finetune_b/checkpoint-best.pth")
+    args = argparse.Namespace(input_size=[224, 224], global_pool=True)
+    torch.save({"model": model.state_dict(), "args": args}, "out_finetune_b/checkpoint-best.pth")
     Image.fromarray(load_sample_images().images[0]).save("photo.jpg")
 
 

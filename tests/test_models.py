@@ -164,6 +164,12 @@ def test_a_reversed_order_is_the_order_on_the_turned_image():
     assert relative_error(turned(imgs), plain(backward)) < 1e-12
 
 
+@pytest.mark.parametrize("objective", models_arm.OBJECTIVES)
+def test_images_of_another_size_are_refused(objective):
+    with pytest.raises(ValueError, match=r"images of \(48, 48\) pixels, the model takes \(48, 32\)"):
+        small_pretrain(objective=objective)(torch.zeros(1, 3, 48, 48, dtype=torch.float64))
+
+
 def test_target_is_the_pixels_of_the_next_clusters():
     model = small_pretrain(norm_pix_loss=False)
     imgs = torch.randn(2, 3, 48, 32, dtype=torch.float64)

@@ -141,7 +141,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--fsdp",
         action="store_true",
-        help="shard weights, gradients and moments over the processes, which together may be too large for one GPU",
+        help="shard weights, gradients and moments, too large together for one GPU, over torchrun's processes",
     )
     group.add_argument(
         "--deterministic",
