@@ -260,6 +260,8 @@ def finetune(
         raise UserError(f"--batch_size {args.batch_size}: mixup and cutmix pair images and need an even batch")
     loader, val_loader = train_loader(train, args, device), eval_loader(val, args, device)
     trained, evaluated = (len(set(data.source.labels.tolist())) for data in (train, val))
+    if len(train.source.classes) < args.nb_classes:
+        log.say(f"{len(train.source.classes)} classes, and {args.nb_classes} outputs: --nb_classes")
     if evaluated < trained:
         log.say(f"val has images of {evaluated} of {trained} classes")
     if (

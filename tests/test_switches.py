@@ -114,9 +114,10 @@ def test_compiled(switches):
 def test_finetuning_with_some_directions(directions, image_folder, tmp_path, run_script, capsys):
     """What the checkpoint has is what --eval and --resume build."""
     data = ["--data_path", image_folder]
-    args = [*TINY_FINETUNE, *RUN, *data, "--output_dir", tmp_path, "--directions", directions]
+    args = [*TINY_FINETUNE, *RUN, *data, "--output_dir", tmp_path, "--nb_classes", 4, "--directions", directions]
     run_script(main_finetune, *args)
     said = capsys.readouterr().out
+    assert "3 classes, and 4 outputs: --nb_classes" in said
     content = checkpoint.read(tmp_path / "checkpoint-last.pth")
     assert len([name for name in content["model"] if name.startswith("layers.0.mixer.conv1d")]) == 2 * directions
     run_script(main_finetune, "--eval", "--resume", tmp_path / "checkpoint-last.pth", *data)
