@@ -25,7 +25,7 @@ from studies import fashion_mnist, report
 from studies.budgets import BUDGETS
 from studies.shards import alone, write_subset
 from studies.steps import SCRIPTS, Machine, Step, run_steps
-from studies.study import SEEDS, Arm, Budget, Study, flags, load, names
+from studies.study import SEEDS, Arm, Budget, Study, flags, load, names, only
 from util import cli
 from util.errors import UserError
 from util.launch import ROOT
@@ -44,6 +44,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.Parser("studies.run", description=__doc__.splitlines()[0])
     parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(names())}")
     parser.add_argument("--data_path", help="images, as the scripts take them (default: Fashion-MNIST)")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these of the study, by name (default: all)")
     parser.add_argument("--seeds", type=cli.natural, nargs="+", help="(default: 0 1 2)")
     parser.add_argument(
         "--budget", choices=sorted(BUDGETS), help="(default: cpu without a GPU; else imagenet for 1000 classes, or gpu)"
@@ -230,7 +231,7 @@ def main(args: argparse.Namespace) -> None:
         RunError: a run failed.
         Interrupted: asked to stop; the same command goes on.
     """
-    study = load(args.name)
+    study = only(load(args.name), args.arms)
     more = {"": args.flags, "pretrain": args.pretrain_flags, "finetune": args.finetune_flags}
     output = (
         Path(os.path.relpath(args.output, ROOT)) if ROOT in args.output.resolve().parents else args.output.resolve()

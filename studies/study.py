@@ -2,7 +2,7 @@
 
 import importlib
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from util.errors import UserError
@@ -86,6 +86,18 @@ def load(name: str) -> Study:
     if name not in names():
         raise UserError(f"unknown study {name!r}; choose from {', '.join(names())}")
     return importlib.import_module(f"studies.catalogue.{name}").STUDY
+
+
+def only(study: Study, arms: list[str] | None) -> Study:
+    """A study with some of its arms, in its own order; None is all.
+
+    Raises:
+        UserError: it has no such arm.
+    """
+    for arm in arms or ():
+        if arm not in study.arms:
+            raise UserError(f"there is no arm {arm!r}; choose from {', '.join(map(repr, study.arms))}")
+    return replace(study, arms={name: arm for name, arm in study.arms.items() if arms is None or name in arms})
 
 
 def flags(*texts: str) -> Flags:

@@ -303,6 +303,7 @@ def test_mistakes_of_users(run_script, capsys, tmp_path, clothes):
     data = ["--smoke", "--data_path", f"wds:{clothes}", "--output", tmp_path]
     for argv, wanted in (
         (["sizes"], "unknown study 'sizes'; choose from cluster_size, "),
+        (["order", "--arms", "rows", "spiral"], "there is no arm 'spiral'; choose from 'rows', 'rows, backwards', "),
         (["order", "--data_path", tmp_path / "none"], "no such folder"),
         (["decoder", *data, "--flags", "lr 1"], "lr: flags begin with --"),
         (["pretrain_vs_scratch", *data, "--pretrain_flags", "--cluster_size 5"], "does not divide"),

@@ -3,6 +3,7 @@ from studies.study import Arm, Study
 STUDY = Study(
     question="What should pretraining predict: next clusters or masked patches, normalised pixels or pixels?",
     arms={
+        "random weights": Arm(None, "--layer_decay 1"),
         "next cluster, normalised pixels": Arm(),
         "next cluster, pixels": Arm("--target pix"),
         "masked patches, normalised pixels": Arm("--objective mae"),
