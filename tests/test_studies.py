@@ -299,6 +299,19 @@ def test_the_table_names_the_machines_of_the_runs():
     )
 
 
+@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("studies/results/*/results.json")), ids=lambda p: p.parent.name)
+def test_the_page_tells_what_was_found(path):
+    """The table of every committed result, as its numbers give it, with the command."""
+    results = json.loads(path.read_text())
+    table, page = path.with_name("table.md").read_text(), (REPOSITORY / "docs" / "studies.md").read_text()
+    assert report.markdown(results) == table
+    assert table.split("\n\n")[0] in page
+    assert results["command"] in page
+    assert results["commit"][:7] in page
+    assert "dirty" not in results["commit"]
+    assert f"../studies/results/{path.parent.name}/plot.png" in page
+
+
 def test_mistakes_of_users(run_script, capsys, tmp_path, clothes):
     data = ["--smoke", "--data_path", f"wds:{clothes}", "--output", tmp_path]
     for argv, wanted in (
