@@ -145,8 +145,8 @@ def test_equal_runs_are_one(tmp_path):
     assert len(shared) == 2
     step = runs[-1].finetune
     two = run.parse(step, Machine(processes=2, jobs=1))
-    assert (two.batch_size, two.output_dir) == (32, run.parse(step, ONE).output_dir)
-    with pytest.raises(UserError, match="--processes 3 cannot share out a batch of 64"):
+    assert (two.batch_size, two.output_dir) == (16, run.parse(step, ONE).output_dir)
+    with pytest.raises(UserError, match="--processes 3 cannot share out a batch of 32"):
         run.parse(step, Machine(processes=3, jobs=1))
 
 

@@ -577,7 +577,7 @@ def test_quiet_steps_count_and_say_nothing(capsys, monkeypatch):
     progress.update(8, quiet=True)
     assert capsys.readouterr().out == ""
     progress.update(8, loss=0.25)
-    assert re.fullmatch(r"epoch 7  \[2/3\]  loss 0.25  img/s \d+  left 00:00:0\d\n", capsys.readouterr().out)
+    assert re.fullmatch(r"epoch 7  \[2/3\]  loss 0.25  img/s \d+  left 0:00:0\d\n", capsys.readouterr().out)
 
 
 def test_tensorboard_points(image_folder, tmp_path, run_script, monkeypatch):

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from util.dist import end_groups, is_main, local_rank, missing_ranks, rank, world_size
+from util.dist import barrier, end_groups, is_main, local_rank, missing_ranks, rank, world_size
 from util.errors import INTERRUPTED, Interrupted, RunError, UserError
 
 
@@ -332,6 +332,7 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
         if is_main():
             print(f"{parser.prog}: {error}", flush=True)
         _kill_workers()
+        barrier()  # torchrun ends all as soon as one has: also the one that has not yet said why
         end_groups()
         sys.exit(INTERRUPTED)
     except (RunError, RuntimeError) as error:
