@@ -275,20 +275,32 @@ class PretrainModel(nn.Module):
         A token depends on those before it only, so all but the last cluster's are those that pretraining computes.
         Where every image has an order of its own, the clusters are read in rows here.
         """
-        h = self.embed(imgs).flatten(1, 2)  # (B, clusters, c * c, C) -> (B, M, C)
-        for layer in self.layers:
-            h = layer(h)
-        return h
+        last = len(self.layers)
+        return self.encode(self.embed(imgs), [last])[last]
 
-    def latents(self, h: Tensor) -> Tensor:
-        """Run the encoder on embedded tokens (B, n, C): latents (B, n, Cd, dec_depth), one for each decoder block."""
+    def encode(self, clusters: Tensor, numbers: Collection[int]) -> dict[int, Tensor]:
+        """Run the blocks up to the last one of `numbers`.
+
+        Args:
+            clusters: embedded, (B, clusters, patches of a cluster, C), as many of them as are to be read.
+            numbers: of blocks, from 1.
+
+        Returns:
+            Tokens (B, n, C) after each of these blocks, by number.
+        """
+        h = clusters.flatten(1, 2)  # (B, clusters, c * c, C) -> (B, n, C)
         h = h.contiguous()  # as every later block finds it: one compiled graph serves all
         outputs = {}
-        for i, layer in enumerate(self.layers, start=1):
+        for number, layer in zip(range(1, max(numbers) + 1), self.layers, strict=False):
             h = layer(h)
-            if i in self.taps:
-                outputs[i] = h
-        return self.read_taps([outputs[i] for i in self.taps])
+            if number in numbers:
+                outputs[number] = h
+        return outputs
+
+    def latents(self, clusters: Tensor) -> Tensor:
+        """Encode clusters (see `encode`): latents (B, n, Cd, dec_depth), one for each decoder block."""
+        outputs = self.encode(clusters, self.taps)
+        return self.read_taps([outputs[number] for number in self.taps])
 
     def read_taps(self, taps: list[Tensor]) -> Tensor:
         """Latents for each decoder block from the encoder's output at each tap.
@@ -398,7 +410,7 @@ class ARMPretrain(PretrainModel):
 
     def forward_encoder(self, imgs: Tensor, order: Tensor | None = None) -> Tensor:
         """Encode every cluster but the last: (B, 3, H, W) -> latents (B, n, Cd, dec_depth), one for each block."""
-        return self.latents(self.embed(imgs, order)[:, :-1].flatten(1, 2))  # (B, clusters - 1, c * c, C) -> (B, n, C)
+        return self.latents(self.embed(imgs, order)[:, :-1])
 
     def forward_decoder(self, latents: Tensor, order: Tensor | None = None) -> Tensor:
         """Predict the pixels of every cluster but the first: (B, n, Cd, dec_depth) -> (B, n, 3 * p * p)."""
@@ -461,7 +473,7 @@ class MaskedPretrain(PretrainModel):
         x = self.embed_patches(imgs)  # (B, M, C)
         is_hidden = torch.zeros_like(x[:, :, :1], dtype=torch.bool).scatter(1, hidden[:, :, None], True)  # (B, M, 1)
         x = torch.where(is_hidden, self.mask_token, x) + self.pos_embed
-        return self.latents(self.to_clusters(x, order).flatten(1, 2))  # (B, clusters, c * c, C) -> (B, M, C)
+        return self.latents(self.to_clusters(x, order))
 
     def forward_decoder(self, latents: Tensor, hidden: Tensor) -> Tensor:
         """Predict the pixels of the patches `hidden` (B, m): (B, M, Cd, dec_depth) -> (B, m, 3 * p * p)."""

@@ -97,11 +97,7 @@ def encode(model: Model, imgs: Tensor, blocks: range) -> Tensor:
         _, taps = model.encode(imgs, [number - 1 for number in blocks], blocks[-1])
         taps = [model.norm_f(h) for h in taps]
     else:
-        h, taps = model.embed(imgs).flatten(1, 2).contiguous(), []  # (B, clusters, c * c, C) -> (B, M, C)
-        for number, layer in enumerate(model.layers[: blocks[-1]], start=1):
-            h = layer(h)
-            if number in blocks:
-                taps.append(h)
+        taps = model.encode(model.embed(imgs), blocks).values()
     return sum(h.float() for h in taps) / len(blocks)
 
 
