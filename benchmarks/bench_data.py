@@ -36,6 +36,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "Finetuning"))
 import main_finetune
 import main_pretrain
 from engine_pretrain import train_one_epoch
+from models_arm import compiles
 from util import cli, datasets, machine, pack_images
 from util.device_loader import DeviceLoader
 from util.metrics import SilentLog
@@ -46,6 +47,7 @@ CPU = torch.device("cpu")
 RECIPES = {"pretrain": main_pretrain, "finetune": main_finetune}
 SIZES = {"pretrain": 192, "finetune": 224}
 RELEASED = "PIL, as released"
+PARTS = ("loading", "memory", "device", "training")
 Epoch = Callable[[], int]  # loads an epoch, returns its images
 
 
@@ -56,6 +58,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", type=int, default=1024, help="to make (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="timed epochs, after one more (default: %(default)s)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
     parser.add_argument(
         "--train",
         metavar="MODEL",
@@ -190,6 +193,17 @@ def compare(recipe: str, folder: Path, shards: Path, cores: list[int], args: arg
         os.sched_setaffinity(0, CORES)
 
 
+def loading(recipe: str, folder: Path, shards: Path, cores: list[int], args: argparse.Namespace) -> dict:
+    """`compare`, printed: what the JSON holds of it."""
+    found = compare(recipe, folder, shards, cores, args)
+    print(f"\n{f'{recipe}, {len(cores)} cores':<28}{'images/s a core':>17}{'x PIL':>8}")
+    rows = {}
+    for name, rate in found.items():
+        rows[name] = {"images_per_second_per_core": rate / len(cores), "times_released": rate / found[RELEASED]}
+        print(f"{name:<28}{rate / len(cores):>17.0f}{rate / found[RELEASED]:>8.2f}")
+    return {"recipe": recipe, "cores": len(cores), "paths": rows}
+
+
 def worker_memory(recipe: str, folder: Path, batch_size: int, epochs: int = 10) -> list[float]:
     """MB of its own that a worker holds after each epoch on the fast path."""
     before = set(multiprocessing.active_children())
@@ -212,7 +226,7 @@ def device_share(recipe: str, folder: Path, batch_size: int, device: torch.devic
     pixels, numbers, _ = next(iter(loader.loader))
     numbers = torch.from_numpy(numbers)[:, :-1]
     times = []
-    for _ in range(20):
+    for _ in range(10):
         wait()
         start = time.perf_counter()
         loader.finish(pixels, numbers, device)
@@ -242,6 +256,8 @@ def training(model: str, shards: Path, batch_size: int, rounds: int) -> dict[str
     words = ["--batch_size", batch_size, "--num_workers", len(CORES), "--model", model, "--norm_pix_loss"]
     args = arguments("pretrain", f"wds:{shards}", *words)
     network = main_pretrain.build_model(args).to(device)
+    if compiles(None, device):
+        network.compile()
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, fused=True)
     loader = loader_of(args, "pretrain", device)
     run = Run(args, network, optimizer)
@@ -268,29 +284,25 @@ def main(args: argparse.Namespace) -> None:
             make_images(folder, args.images)
         pack_images.main(pack_images.get_args_parser().parse_args([str(folder), str(shards), "--short_side", "256"]))
         results = {"loading": [], "worker_mb": {}, "device_ms_per_image": {}}
+        if "loading" in args.parts:
+            results["loading"] = [
+                loading(recipe, folder, shards, cores, args)
+                for recipe in RECIPES
+                for cores in [CORES[:1]] + [CORES] * (len(CORES) > 1)
+            ]
         for recipe in RECIPES:
-            for cores in [CORES[:1]] + [CORES] * (len(CORES) > 1):
-                found = compare(recipe, folder, shards, cores, args)
-                print(f"\n{f'{recipe}, {len(cores)} cores':<28}{'images/s a core':>17}{'x PIL':>8}")
-                rows = {}
-                for name, rate in found.items():
-                    rows[name] = {
-                        "images_per_second_per_core": rate / len(cores),
-                        "times_released": rate / found[RELEASED],
-                    }
-                    print(f"{name:<28}{rate / len(cores):>17.0f}{rate / found[RELEASED]:>8.2f}")
-                results["loading"].append({"recipe": recipe, "cores": len(cores), "paths": rows})
-        for recipe in RECIPES:
-            held = results["worker_mb"][recipe] = worker_memory(recipe, folder, args.batch_size)
-            share = device_share(recipe, folder, args.batch_size, CPU)
-            results["device_ms_per_image"][recipe] = {"cpu": share}
-            print(f"\n{recipe}: a worker holds {held[0]:.0f} MB after 1 epoch, {held[-1]:.0f} MB after {len(held)}")
-            print(f"{recipe}: what the training device does takes {share:.2f} ms an image on one core")
-            if torch.cuda.is_available():
-                share = device_share(recipe, folder, args.batch_size, torch.device("cuda"))
-                results["device_ms_per_image"][recipe]["cuda"] = share
-                print(f"{recipe}: and {share:.4f} ms on the GPU")
-        if args.train:
+            if "memory" in args.parts:
+                held = results["worker_mb"][recipe] = worker_memory(recipe, folder, args.batch_size)
+                print(f"\n{recipe}: a worker holds {held[0]:.0f} MB after 1 epoch, {held[-1]:.0f} MB after {len(held)}")
+            if "device" in args.parts:
+                share = device_share(recipe, folder, args.batch_size, CPU)
+                results["device_ms_per_image"][recipe] = {"cpu": share}
+                print(f"{recipe}: what the training device does takes {share:.2f} ms an image on one core")
+                if torch.cuda.is_available():
+                    share = device_share(recipe, folder, args.batch_size, torch.device("cuda"))
+                    results["device_ms_per_image"][recipe]["cuda"] = share
+                    print(f"{recipe}: and {share:.4f} ms on the GPU")
+        if args.train and "training" in args.parts:
             found = training(args.train, shards, args.batch_size, args.rounds)
             fraction = found["shards"] / found["random data"]
             results["training"] = {"model": args.train, "images_per_second": found, "fraction": fraction}

@@ -275,9 +275,9 @@ def conv_forward_kernel(
     if ORDERED:
         order += k * length
     start = segment * SEGMENT
-    w, past = (), ()  # past: what the taps read, the present token first
+    w, past = (), ()  # both begin with the present token, whose tap is the last of a weight
     for j in tl.static_range(TAPS):
-        w += (tl.load(weight + (k * TAPS + j) * WIDTH + d),)
+        w += (tl.load(weight + (k * WIDTH + d) * TAPS + (TAPS - 1 - j)),)
     for j in tl.static_range(1, TAPS):
         past += (_past(x, order, start - j, x_st, ORDERED),)
     offset = tl.load(bias + k * WIDTH + d)
@@ -298,7 +298,7 @@ def conv_backward_kernel(
     K: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
     ORDERED: tl.constexpr,
 ):  # fmt: skip
-    """dx (K, B, L, D) of each direction, and the sums over one segment: dweight (K, B, segments, TAPS, D), dbias.
+    """dx (K, B, L, D) of each direction, and the sums over one segment: dweight (K, B, segments, D, TAPS), dbias.
 
     Walks back in time. A token's dx needs the gradients of the TAPS - 1 tokens after it, so a segment begins with
     those of the next one.
@@ -317,7 +317,7 @@ def conv_backward_kernel(
     last = min(length, end + TAPS - 1) - 1
     w, dw, past, ahead = (), (), (), ()  # ahead: gradients before SiLU of the tokens after the present one
     for j in tl.static_range(TAPS):
-        w += (tl.load(weight + (k * TAPS + j) * WIDTH + d),)
+        w += (tl.load(weight + (k * WIDTH + d) * TAPS + (TAPS - 1 - j)),)
         dw += (tl.zeros([BLOCK], tl.float32),)
         past += (_past(x, order, last - j, x_st, ORDERED),)
     for j in tl.static_range(1, TAPS):
@@ -348,7 +348,7 @@ def conv_backward_kernel(
         past = past[1:] + (_past(x, order, t - TAPS, x_st, ORDERED),)
     part = row * segments + segment
     for j in tl.static_range(TAPS):
-        tl.store(dweight + (part * TAPS + j) * WIDTH + d, dw[j])
+        tl.store(dweight + (part * WIDTH + d) * TAPS + (TAPS - 1 - j), dw[j])
     tl.store(dbias + part * WIDTH + d, db)
 
 
@@ -458,8 +458,7 @@ def _conv_setup(x, weight, bias, order):
     (x,), (K, width, W), L = _dense_channels(x), weight.shape, x.shape[1]
     segment = _config(x.device).segment
     sizes = {"K": K, "WIDTH": width, "TAPS": W, "BLOCK": math.gcd(width, CONV_BLOCK), "SEGMENT": segment}
-    taps = weight.float().flip(-1).mT.contiguous()  # (K, W, D), the tap of the present token first
-    tensors = (x, taps, bias.float().contiguous(), _checked(order, L))
+    tensors = (x, weight.float().contiguous(), bias.float().contiguous(), _checked(order, L))
     return tensors, triton.cdiv(L, segment), sizes | {"ORDERED": order is not None}
 
 
@@ -477,8 +476,8 @@ def conv_backward(dy, x, weight, bias, order):
     tensors, segments, constants = _conv_setup(x, weight, bias, order)
     (dy,), (K, width, W) = _dense_channels(dy), weight.shape
     dx = x.new_empty(K, *x.shape)
-    dweight, dbias = (dx.new_empty(K, len(x), segments, n, width, dtype=torch.float32) for n in (W, 1))
+    dweight, dbias = (dx.new_empty(K, len(x), segments, width, n, dtype=torch.float32) for n in (W, 1))
     strides = (*tensors[0].stride()[:2], *dy.stride()[:3])
     args = (*tensors, dy, dx, dweight, dbias, *x.shape[:2], *strides)
     _launch(conv_backward_kernel, K * len(x) * segments, *args, **constants)
-    return dx.sum(0) if K > 1 else dx[0], dweight.sum((1, 2)).flip(1).mT, dbias.sum((1, 2, 3))
+    return dx.sum(0) if K > 1 else dx[0], dweight.sum((1, 2)), dbias.sum((1, 2, 4))

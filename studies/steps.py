@@ -207,6 +207,13 @@ def _end_with_runner() -> None:
         _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def _interrupt(*_: object) -> None:
+    """Raise KeyboardInterrupt at the first signal; `timeout` and impatient people send several."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def run_steps(steps: list[Step], machine: Machine, commit: str | None) -> None:
     """Run what is not finished yet, as many at a time as the machine takes; on any end, ask those under way to stop.
 
@@ -217,7 +224,7 @@ def run_steps(steps: list[Step], machine: Machine, commit: str | None) -> None:
     waiting = [step for step in steps if not step.finished]
     print(f"{len(steps)} runs, {len(steps) - len(waiting)} of them finished; {machine.jobs} at a time", flush=True)
     jobs: dict[int, Job] = {}
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         while waiting or jobs:
             for slot, job in list(jobs.items()):
@@ -241,7 +248,8 @@ def run_steps(steps: list[Step], machine: Machine, commit: str | None) -> None:
         for job in jobs.values():
             job.process.wait()
             job.lock.close()
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _start_next(waiting: list[Step], machine: Machine, slot: int, commit: str | None) -> Job | None:
