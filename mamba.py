@@ -48,7 +48,7 @@ class PatchEmbed(nn.Module):
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, imgs: Tensor) -> Tensor:
-        # One product: convolutions of this kind take cuDNN 15 times as long (H200, bfloat16).
+        # One product: on an H200 a step of ARM-base takes 3 ms less of 67 than with cuDNN's convolution.
         p = self.proj.kernel_size[0]
         patches = rearrange(imgs, "b channel (h p) (w q) -> b h w (channel p q)", p=p, q=p)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # weight (C, in_chans, p, p)
