@@ -10,8 +10,8 @@ FINETUNE = "--lr 1e-3 --warmup_epochs 1 --layer_decay 1 --aa none --reprob 0 --d
 
 BUDGETS = {
     "cpu": Budget(
-        common=f"{SMALL} --save_every_steps 100",
-        pretrain=f"{PRETRAIN} --epochs 4",
+        common=f"{SMALL} --batch_size 16 --save_every_steps 200",  # as many updates as the time allows
+        pretrain=f"{PRETRAIN} --lr 1e-3 --epochs 4",
         finetune=FINETUNE,
         few="--epochs 10",
         all="--epochs 1 --warmup_epochs 0",  # whole epochs only: one would be all of it
