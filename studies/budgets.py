@@ -20,7 +20,7 @@ BUDGETS = {
         common=f"{SMALL} --batch_size 256 --no_compile",  # a run is about as long as compiling takes
         pretrain=f"{PRETRAIN} --lr 1e-3 --epochs 6",
         finetune=FINETUNE,
-        few="--epochs 10 --batch_size 32",
+        few="--epochs 3 --batch_size 32",
         all="--epochs 2 --warmup_epochs 0",
         runs_per_gpu=4,  # the model is too small to keep a GPU busy
     ),

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from studies.budgets import BUDGETS
 from studies.steps import Machine, Step, run_steps
 from studies.study import flags, load, names
 from util.decode import with_pillow
-from util.errors import RunError, UserError
+from util.errors import INTERRUPTED, RunError, UserError
 from util.sources import open_source
 
 ONE = Machine(processes=1, jobs=1)
@@ -195,15 +196,35 @@ def alive(pid: int) -> bool:
         return False
 
 
+def begun(argv: list[str], folder: Path, **how: object) -> subprocess.Popen:
+    """A runner with one job, once that has written a checkpoint."""
+    runner = subprocess.Popen([sys.executable, "-m", "studies.run", *argv, "--jobs", "1"], cwd=REPOSITORY, **how)
+    end = time.monotonic() + 120
+    while not list(folder.glob("runs/pretrain-*/checkpoint-last.pth")):
+        assert runner.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return runner
+
+
+def test_a_study_that_is_told_to_stop_several_times(clothes, tmp_path):
+    """As `timeout` does, and who presses Ctrl-C again: it waits for its run, and says so in one line."""
+    argv = ["order", "--smoke", "--data_path", f"wds:{clothes}", "--output", str(tmp_path)]
+    runner = begun(argv, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        runner.send_signal(number)
+        time.sleep(0.05)
+    said = runner.communicate(timeout=60)[0]
+    assert runner.returncode == INTERRUPTED
+    assert said.splitlines()[-1] == "studies.run: stopped; the same command goes on"
+    (output,) = tmp_path.glob("runs/*/output.txt")
+    assert "stopped in epoch" in output.read_text().splitlines()[-1]
+
+
 def test_killed_study_goes_on(clothes, tmp_path, run_script, capsys):
     """Killed in the middle of pretraining, started again to the end, and a third time with nothing left to do."""
     argv = ["pretrain_vs_scratch", "--smoke", "--data_path", f"wds:{clothes}", "--output", str(tmp_path)]
-    first = subprocess.Popen([sys.executable, "-m", "studies.run", *argv, "--jobs", "1"], cwd=REPOSITORY)
-    end = time.monotonic() + 120
-    while not list(tmp_path.glob("runs/pretrain-*/checkpoint-last.pth")):
-        assert first.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    first = begun(argv, tmp_path)
     (lock,) = tmp_path.glob("runs/*/run.lock")
     pid = json.loads(lock.read_text())["pid"]
     first.kill()
