@@ -48,7 +48,7 @@ class PatchEmbed(nn.Module):
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, imgs: Tensor) -> Tensor:
-        # One product: on an H200 a step of ARM-base takes 3 ms less of 67 than with cuDNN's convolution.
+        # One product: with cuDNN's convolution an H200 computes for 67 ms in a step of ARM-base, not 64.
         p = self.proj.kernel_size[0]
         patches = rearrange(imgs, "b channel (h p) (w q) -> b h w (channel p q)", p=p, q=p)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # weight (C, in_chans, p, p)

@@ -7,8 +7,9 @@ makes 1,024 JPEGs (500 x 375, quality 93) of the two photographs that scikit-lea
 process and one worker on one core, then as many workers as there are cores. Rounds interleave, so that noise hits all
 alike. Where DALI is installed (`pip install nvidia-dali-cuda130`), its CPU pipeline stands beside pretraining. Then:
 the memory of a worker over 10 epochs, what is left to the training device, and with a GPU (or `--train MODEL`) the
-images/s of training from shards as a fraction of those with random data. Expected on 2 cores of an AMD EPYC (Zen 4),
-times the released pipeline in Pillow: fast 2.5 and shards 4.3 for pretraining, 2.5 and 3.8 for finetuning.
+images/s of training from shards as a fraction of those with random data. `--parts` chooses among these. Expected on 2
+cores of an AMD EPYC (Zen 4), times the released pipeline in Pillow: fast 2.5 and shards 4.3 for pretraining, 2.5 and
+3.8 for finetuning.
 """
 
 import argparse
@@ -275,6 +276,8 @@ def training(model: str, shards: Path, batch_size: int, rounds: int) -> dict[str
 
 def main(args: argparse.Namespace) -> None:
     """Measure, print the tables, write everything as JSON."""
+    if "training" in args.parts and not args.train and len(args.parts) < len(PARTS):
+        raise SystemExit("bench_data.py: --parts training needs --train MODEL where there is no GPU")
     torch.set_num_threads(1)  # the training process only passes batches on
     about = machine.describe(machine.default_device()) | {"cores": len(CORES)}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
@@ -283,7 +286,7 @@ def main(args: argparse.Namespace) -> None:
         if not args.data_path:
             make_images(folder, args.images)
         pack_images.main(pack_images.get_args_parser().parse_args([str(folder), str(shards), "--short_side", "256"]))
-        results = {"loading": [], "worker_mb": {}, "device_ms_per_image": {}}
+        results = {}
         if "loading" in args.parts:
             results["loading"] = [
                 loading(recipe, folder, shards, cores, args)
@@ -292,15 +295,16 @@ def main(args: argparse.Namespace) -> None:
             ]
         for recipe in RECIPES:
             if "memory" in args.parts:
-                held = results["worker_mb"][recipe] = worker_memory(recipe, folder, args.batch_size)
+                held = worker_memory(recipe, folder, args.batch_size)
+                results.setdefault("worker_mb", {})[recipe] = held
                 print(f"\n{recipe}: a worker holds {held[0]:.0f} MB after 1 epoch, {held[-1]:.0f} MB after {len(held)}")
             if "device" in args.parts:
                 share = device_share(recipe, folder, args.batch_size, CPU)
-                results["device_ms_per_image"][recipe] = {"cpu": share}
+                shares = results.setdefault("device_ms_per_image", {})[recipe] = {"cpu": share}
                 print(f"{recipe}: what the training device does takes {share:.2f} ms an image on one core")
                 if torch.cuda.is_available():
                     share = device_share(recipe, folder, args.batch_size, torch.device("cuda"))
-                    results["device_ms_per_image"][recipe]["cuda"] = share
+                    shares["cuda"] = share
                     print(f"{recipe}: and {share:.4f} ms on the GPU")
         if args.train and "training" in args.parts:
             found = training(args.train, shards, args.batch_size, args.rounds)
@@ -308,7 +312,8 @@ def main(args: argparse.Namespace) -> None:
             results["training"] = {"model": args.train, "images_per_second": found, "fraction": fraction}
             print(f"\n{args.train} with random data: {found['random data']:.0f} images/s")
             print(f"from packed shards on {len(CORES)} cores: {found['shards']:.0f}, which is {100 * fraction:.0f} %")
-    machine.write(Path(args.output) if args.output else machine.result_file("data", about), {**about, **results})
+    kind = "-".join(["data", *args.parts]) if len(args.parts) < len(PARTS) else "data"
+    machine.write(Path(args.output) if args.output else machine.result_file(kind, about), {**about, **results})
 
 
 if __name__ == "__main__":

@@ -207,13 +207,6 @@ def _end_with_runner() -> None:
         _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _interrupt(*_: object) -> None:
-    """Raise KeyboardInterrupt at the first signal; `timeout` and impatient people send several."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
 def run_steps(steps: list[Step], machine: Machine, commit: str | None) -> None:
     """Run what is not finished yet, as many at a time as the machine takes; on any end, ask those under way to stop.
 
@@ -224,9 +217,15 @@ def run_steps(steps: list[Step], machine: Machine, commit: str | None) -> None:
     waiting = [step for step in steps if not step.finished]
     print(f"{len(steps)} runs, {len(steps) - len(waiting)} of them finished; {machine.jobs} at a time", flush=True)
     jobs: dict[int, Job] = {}
-    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    asked = []  # to stop: `timeout` and impatient people ask several times
+    before = {
+        number: signal.signal(number, lambda number, _: asked.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         while waiting or jobs:
+            if asked:
+                raise Interrupted("stopped; the same command goes on")
             for slot, job in list(jobs.items()):
                 ended = job.process.poll() is not None
                 for line in job.new_epochs():
@@ -240,8 +239,6 @@ def run_steps(steps: list[Step], machine: Machine, commit: str | None) -> None:
                 if job is not None:
                     jobs[slot] = job
             time.sleep(0.1)
-    except KeyboardInterrupt:
-        raise Interrupted("stopped; the same command goes on") from None
     finally:
         for job in jobs.values():
             job.stop()
