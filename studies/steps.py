@@ -17,6 +17,7 @@ from studies.study import Flags, in_words
 from util import launch, plot_log
 from util import machine as hardware
 from util.errors import INTERRUPTED, Interrupted, RunError
+from util.interrupt import StopRequest
 
 SCRIPTS = {"pretrain": "main_pretrain.py", "finetune": "Finetuning/main_finetune.py"}
 _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
@@ -217,36 +218,30 @@ def run_steps(steps: list[Step], machine: Machine, commit: str | None) -> None:
     waiting = [step for step in steps if not step.finished]
     print(f"{len(steps)} runs, {len(steps) - len(waiting)} of them finished; {machine.jobs} at a time", flush=True)
     jobs: dict[int, Job] = {}
-    asked = []  # to stop: `timeout` and impatient people ask several times
-    before = {
-        number: signal.signal(number, lambda number, _: asked.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        while waiting or jobs:
-            if asked:
-                raise Interrupted("stopped; the same command goes on")
-            for slot, job in list(jobs.items()):
-                ended = job.process.poll() is not None
-                for line in job.new_epochs():
-                    print(f"{job.step.name}: {line}", flush=True)
-                if ended:
-                    del jobs[slot]
-                    job.end()
-                    print(f"{job.step.name}: finished", flush=True)
-            for slot in set(range(machine.jobs)) - jobs.keys():
-                job = _start_next(waiting, machine, slot, commit)
-                if job is not None:
-                    jobs[slot] = job
-            time.sleep(0.1)
-    finally:
-        for job in jobs.values():
-            job.stop()
-        for job in jobs.values():
-            job.process.wait()
-            job.lock.close()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with StopRequest() as stop:
+        try:
+            while waiting or jobs:
+                if stop.asked:
+                    raise Interrupted("stopped; the same command goes on")
+                for slot, job in list(jobs.items()):
+                    ended = job.process.poll() is not None
+                    for line in job.new_epochs():
+                        print(f"{job.step.name}: {line}", flush=True)
+                    if ended:
+                        del jobs[slot]
+                        job.end()
+                        print(f"{job.step.name}: finished", flush=True)
+                for slot in set(range(machine.jobs)) - jobs.keys():
+                    job = _start_next(waiting, machine, slot, commit)
+                    if job is not None:
+                        jobs[slot] = job
+                time.sleep(0.1)
+        finally:
+            for job in jobs.values():
+                job.stop()
+            for job in jobs.values():
+                job.process.wait()
+                job.lock.close()
 
 
 def _start_next(waiting: list[Step], machine: Machine, slot: int, commit: str | None) -> Job | None:

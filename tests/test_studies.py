@@ -145,9 +145,9 @@ def test_equal_runs_are_one(tmp_path):
     shared = {r.pretrain.name for r in runs if r.pretrain} & {r.pretrain.name for r in planned("order", "cpu", (0, 1))}
     assert len(shared) == 2
     step = runs[-1].finetune
-    one, two = run.parse(step, ONE), run.parse(step, Machine(processes=2, jobs=1))
-    assert (2 * two.batch_size, two.output_dir) == (one.batch_size, one.output_dir)
-    with pytest.raises(UserError, match=f"--processes 3 cannot share out a batch of {one.batch_size}"):
+    two = run.parse(step, Machine(processes=2, jobs=1))
+    assert (two.batch_size, two.output_dir) == (8, run.parse(step, ONE).output_dir)
+    with pytest.raises(UserError, match="--processes 3 cannot share out a batch of 16"):
         run.parse(step, Machine(processes=3, jobs=1))
 
 
