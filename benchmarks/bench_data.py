@@ -59,7 +59,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", type=int, default=1024, help="to make (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="timed epochs, after one more (default: %(default)s)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="what to measure (default: all)")
     parser.add_argument(
         "--train",
         metavar="MODEL",
@@ -276,8 +276,9 @@ def training(model: str, shards: Path, batch_size: int, rounds: int) -> dict[str
 
 def main(args: argparse.Namespace) -> None:
     """Measure, print the tables, write everything as JSON."""
-    if "training" in args.parts and not args.train and len(args.parts) < len(PARTS):
-        raise SystemExit("bench_data.py: --parts training needs --train MODEL where there is no GPU")
+    parts = args.parts or (PARTS if args.train else PARTS[:-1])
+    if "training" in parts and not args.train:
+        get_args_parser().error("--parts training needs --train MODEL where there is no GPU")
     torch.set_num_threads(1)  # the training process only passes batches on
     about = machine.describe(machine.default_device()) | {"cores": len(CORES)}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
@@ -287,18 +288,18 @@ def main(args: argparse.Namespace) -> None:
             make_images(folder, args.images)
         pack_images.main(pack_images.get_args_parser().parse_args([str(folder), str(shards), "--short_side", "256"]))
         results = {}
-        if "loading" in args.parts:
+        if "loading" in parts:
             results["loading"] = [
                 loading(recipe, folder, shards, cores, args)
                 for recipe in RECIPES
                 for cores in [CORES[:1]] + [CORES] * (len(CORES) > 1)
             ]
         for recipe in RECIPES:
-            if "memory" in args.parts:
+            if "memory" in parts:
                 held = worker_memory(recipe, folder, args.batch_size)
                 results.setdefault("worker_mb", {})[recipe] = held
                 print(f"\n{recipe}: a worker holds {held[0]:.0f} MB after 1 epoch, {held[-1]:.0f} MB after {len(held)}")
-            if "device" in args.parts:
+            if "device" in parts:
                 share = device_share(recipe, folder, args.batch_size, CPU)
                 shares = results.setdefault("device_ms_per_image", {})[recipe] = {"cpu": share}
                 print(f"{recipe}: what the training device does takes {share:.2f} ms an image on one core")
@@ -306,13 +307,13 @@ def main(args: argparse.Namespace) -> None:
                     share = device_share(recipe, folder, args.batch_size, torch.device("cuda"))
                     shares["cuda"] = share
                     print(f"{recipe}: and {share:.4f} ms on the GPU")
-        if args.train and "training" in args.parts:
+        if "training" in parts:
             found = training(args.train, shards, args.batch_size, args.rounds)
             fraction = found["shards"] / found["random data"]
             results["training"] = {"model": args.train, "images_per_second": found, "fraction": fraction}
             print(f"\n{args.train} with random data: {found['random data']:.0f} images/s")
             print(f"from packed shards on {len(CORES)} cores: {found['shards']:.0f}, which is {100 * fraction:.0f} %")
-    kind = "-".join(["data", *args.parts]) if len(args.parts) < len(PARTS) else "data"
+    kind = "-".join(["data", *(args.parts or ())])
     machine.write(Path(args.output) if args.output else machine.result_file(kind, about), {**about, **results})
 
 
