@@ -7,6 +7,7 @@ classifier = create_classifier("arm_base_pz16", num_classes=1000)
 logits = classifier(imgs)
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from functools import partial
 from types import MethodType
@@ -146,7 +147,7 @@ class Prediction(NamedTuple):
     places: Tensor | None
 
 
-class PretrainModel(nn.Module):
+class PretrainModel(nn.Module, ABC):
     """What every objective shares: a one-direction Mamba encoder over clusters of patches, and a decoder of pixels.
 
     The grid of patches is cut into clusters of `cluster_size` x `cluster_size` patches. The sequence runs over
@@ -342,9 +343,9 @@ class PretrainModel(nn.Module):
         var, mean = torch.var_mean(patches, dim=-1, keepdim=True)  # unbiased
         return (patches - mean) / (var + 1e-6).sqrt()
 
+    @abstractmethod
     def _predict(self, imgs: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Predicted patches (B, m, 3 * p * p), their indices in raster order (B, m), and the order of clusters."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def predicted_images(self, imgs: Tensor) -> Prediction:
