@@ -86,12 +86,13 @@ def main(args: argparse.Namespace) -> None:
     check_classes(splits["train"].source, splits["val"].source)
     classes = len(splits["train"].source.classes)
 
-    def features_of(tokens: bool) -> list[tuple[Tensor, Tensor]]:
-        return [features(args, model, data, name, blocks, tokens, device, log) for name, data in splits.items()]
-
+    # the larger files first: what is too large is refused before any work
+    kept = {
+        tokens: [features(args, model, data, name, blocks, tokens, device, log) for name, data in splits.items()]
+        for tokens in sorted({probe == "attentive" for probe in args.probe}, reverse=True)
+    }
+    pooled = [(x.to(device), y.to(device)) for x, y in kept.get(False, ())]
     rows = []
-    if {"knn", "linear"} & set(args.probe):
-        pooled = [(x.to(device), y.to(device)) for x, y in features_of(tokens=False)]
     if "knn" in args.probe:
         rows += evaluate_knn(*pooled, args, classes, log)
     if "linear" in args.probe:
@@ -99,7 +100,7 @@ def main(args: argparse.Namespace) -> None:
         rows.append(train_seeds("linear", make_head, *pooled, args, device))
     if "attentive" in args.probe:
         make_head = partial(AttentiveHead, model.embed_dim, classes, heads)
-        rows.append(train_seeds("attentive", make_head, *features_of(tokens=True), args, device))
+        rows.append(train_seeds("attentive", make_head, *kept[True], args, device))
 
     log.say(f"{type(model).__name__}, block {', '.join(map(str, blocks))} of {len(model.layers)}")
     head = ["probe", "top-1 (95 % over images)", "deviation over seeds", "top-5", "images", "learning rate"]

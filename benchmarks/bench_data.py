@@ -8,8 +8,8 @@ process and one worker on one core, then as many workers as there are cores. Rou
 alike. Where DALI is installed (`pip install nvidia-dali-cuda130`), its CPU pipeline stands beside pretraining. Then:
 the memory of a worker over 10 epochs, what is left to the training device, and with a GPU (or `--train MODEL`) the
 images/s of training from shards as a fraction of those with random data. `--parts` chooses among these. Expected on 2
-cores of an AMD EPYC (Zen 4), times the released pipeline in Pillow: fast 2.5 and shards 4.3 for pretraining, 2.5 and
-3.8 for finetuning.
+cores of an AMD EPYC (Zen 4), times the released pipeline in Pillow: fast 2.9 and shards 5.3 for pretraining, 3.6 and
+6.4 for finetuning.
 """
 
 import argparse

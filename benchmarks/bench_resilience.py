@@ -47,7 +47,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def step_times(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """Seconds of an update by `train_epoch` and by the bare loop, and the median of their ratios."""
-    case = CASES[args.case]._replace(batch_size=args.batch_size or CASES[args.case].batch_size)
+    case = CASES[args.case]._replace(batch_size=args.batch_size)
     bare = build(case, "auto", device)
     model = distribute(bare, device)
     batches = RandomBatches(case, 1, args.steps, device)
@@ -110,7 +110,8 @@ def save_times(device: torch.device) -> dict[str, float]:
 def main(args: argparse.Namespace) -> None:
     """Measure, print, write everything as JSON."""
     device = init_device(None)
-    about = machine.describe(device) | {"processes": world_size(), "case": args.case}
+    args.batch_size = args.batch_size or CASES[args.case].batch_size
+    about = machine.describe(device) | {"processes": world_size(), "case": args.case, "batch_size": args.batch_size}
     steps = step_times(args, device)
     if not is_main():
         return

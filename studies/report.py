@@ -109,7 +109,7 @@ def markdown(results: dict) -> str:
             table(head, *body),
             "",
             f"Accuracy after the last epoch on {images:,} images of val/, mean ± sample standard deviation over seeds; "
-            "no epoch was chosen by it. Drawing other images would move a single one by about "
+            "the best epoch is not looked for. Drawing other images would move a single one by about "
             f"{(high - low) / 2:.1f} (95 %). Paired: the differences of equal seeds. 95 % interval: of their mean over "
             "seeds, by Student's t. In deviations: the difference over the root of the mean variance of both arms. "
             f"Time: of pretraining + finetuning a run. Budget {results['budget']}.",

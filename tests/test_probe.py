@@ -305,6 +305,13 @@ def test_mistakes(checkpoints, image_folder, tmp_path, run_script, capsys, words
     assert re.search(message, err), err
 
 
+def test_too_large_files_are_refused_before_smaller_ones_are_made(checkpoints, image_folder, tmp_path, run_script):
+    words = ["--data_path", image_folder, "--cache", tmp_path, "--probe", "knn", "attentive", "--max_gb", 4e-6, *QUIET]
+    with pytest.raises(SystemExit):  # 24 pooled features would take 3.3e-6 GB
+        run_script(probe, checkpoints / "pretrain.pth", *words)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_disk(checkpoints, image_folder, tmp_path, run_script, capsys, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
