@@ -172,7 +172,7 @@ def test_mistakes_of_visualize(pretrained, image_folder, tmp_path, run_script, c
 
 
 def test_fixed_images(image_folder, tmp_path):
-    """Of all classes of val/, of train/ without val/, and no broken ones."""
+    """Of all classes of val/, of train/ without val/ or with an unsorted one, and no broken ones."""
     want = [
         image_folder / "val" / name for name in ("class_0/0.png", "class_0/2.png", "class_1/1.png", "class_2/1.png")
     ]
@@ -184,6 +184,9 @@ def test_fixed_images(image_folder, tmp_path):
     (folder / "0.png").write_text("no image")
     assert sheet.fixed_images(str(tmp_path), (48, 32)) is None
     Image.new("L", (9, 9)).save(folder / "1.png")
+    assert sheet.fixed_images(str(tmp_path), (48, 32)).shape == (1, 3, 48, 32)
+    (tmp_path / "val").mkdir()
+    Image.new("L", (9, 9)).save(tmp_path / "val" / "unsorted.png")
     assert sheet.fixed_images(str(tmp_path), (48, 32)).shape == (1, 3, 48, 32)
 
 

@@ -391,6 +391,12 @@ MISTAKES = {
     "wds:TRUNCATED": r"0\.tar: unexpected end of data",
     "wds:TEXT": r"0\.tar: ",
     "wds:IMAGELESS": "the shards hold no image",
+    "wds:HEADER": r"0\.tar is damaged or incomplete: no file and no proper end at byte 3072$",
+    "wds:CUT": r"0\.tar is damaged or incomplete: no file and no proper end at byte 3072$",
+    "wds:ZEROS": r"0\.tar is damaged or incomplete: no file and no proper end at byte 3072$",
+    "wds:TWO": r"0\.tar is damaged or incomplete: no file and no proper end at byte 6144$",
+    "wds:LIST": r"0\.tar: a\.json holds no label: ",
+    "wds:NUMBER": r"0\.tar: a\.json holds no label: ",
     "hfds:EMPTY": "--data_path hfds:.*EMPTY: ",
 }
 
@@ -400,12 +406,23 @@ def test_mistakes(tmp_path, run_script, capsys, path):
     if path.startswith("hfds"):
         pytest.importorskip("datasets")
     image = encoded(Image.new("RGB", (300, 300), (1, 2, 3)))
-    for name in ("EMPTY", "UNLABELLED", "TRUNCATED", "TEXT", "IMAGELESS"):
-        (tmp_path / name / "train").mkdir(parents=True)
+    for name in (path.rpartition(":")[2] for path in MISTAKES):
+        (tmp_path / name.strip("/") / "train").mkdir(parents=True, exist_ok=True)
     write_shard(tmp_path / "UNLABELLED/train/0.tar", [("a.jpg", image)])
     write_shard(tmp_path / "IMAGELESS/train/0.tar", [("a.txt", image)])
     write_shard(tmp_path / "TRUNCATED/train/0.tar", [("a.cls", b"0"), ("a.jpg", image)])
     os.truncate(tmp_path / "TRUNCATED/train/0.tar", 3000)
+    whole = tmp_path / "whole.tar"
+    write_shard(whole, [(f"{key}.{kind}", b"0") for key in "abc" for kind in ("jpg", "cls")])
+    for name, change in {
+        "HEADER": lambda data: data[:3100] + b"?" + data[3101:],
+        "CUT": lambda data: data[:3072],
+        "ZEROS": lambda data: data[:3072] + bytes(50 * 1024),
+        "TWO": lambda data: data[: 6 * 1024] + bytes(10240 - 6 * 1024) + data,
+    }.items():
+        (tmp_path / name / "train/0.tar").write_bytes(change(whole.read_bytes()))
+    for name, content in {"LIST": b'{"label": [1]}', "NUMBER": b"3"}.items():
+        write_shard(tmp_path / name / "train/0.tar", [("a.jpg", image), ("a.json", content)])
     (tmp_path / "TEXT/train/0.tar").write_text("not a tar file" * 100)
     words = [*TINY_PRETRAIN, "--output_dir", tmp_path / "out", "--data_path"]
     with pytest.raises(SystemExit) as exit_info:

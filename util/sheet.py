@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from util.datasets import eval_transform
 from util.decode import BrokenImage, with_pillow
-from util.sources import NoSplit, open_source
+from util.errors import UserError
+from util.sources import open_source
 
 SIDE = 3.3  # inches, the longer side of a panel
 GIVEN = "tab:orange"
@@ -25,7 +26,7 @@ def input_transform(size: tuple[int, int]) -> Callable[[bytes], Tensor]:
 
 
 def fixed_images(data_path: str, size: tuple[int, int], count: int = 4) -> Tensor | None:
-    """Images of val/ at equal distances, or of train/ where there is no val/: the same in every run on the data.
+    """Images of val/ at equal distances, or of train/ where there is no usable val/: the same in every run on the data.
 
     Args:
         data_path: see `open_source`.
@@ -36,11 +37,11 @@ def fixed_images(data_path: str, size: tuple[int, int], count: int = 4) -> Tenso
         (count, 3, H, W) float32, normalised; None where no image can be decoded.
 
     Raises:
-        UserError: there is neither val/ nor train/.
+        UserError: there is neither a usable val/ nor train/.
     """
     try:
         source = open_source(data_path, "val")
-    except NoSplit:
+    except UserError:  # its classes may lie there unsorted: no reason to refuse a run that trains without them
         source = open_source(data_path, "train")
     transform, images = input_transform(size), []
     for index in range(0, len(source.labels), -(-len(source.labels) // count)):

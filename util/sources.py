@@ -29,10 +29,6 @@ from util.errors import UserError
 LOGGER = logging.getLogger(__name__)
 
 
-class NoSplit(UserError):
-    """The data have no such split."""
-
-
 class Source(Protocol):
     """Encoded images with labels.
 
@@ -63,7 +59,7 @@ def open_source(data_path: str, split: str) -> Source:
         split: "train" or "val".
 
     Raises:
-        UserError: it is not there, or not of this form; `NoSplit` where there is another split.
+        UserError: it is not there, or not of this form.
     """
     kind, colon, path = data_path.partition(":")
     if colon and kind == "wds":
@@ -82,7 +78,7 @@ class Folder:
             raise UserError(f"--data_path {data_path}: no such folder")
         folder = root / split
         if not folder.is_dir():
-            raise NoSplit(f"--data_path {data_path}: there is no folder {split!r} in it")
+            raise UserError(f"--data_path {data_path}: there is no folder {split!r} in it")
         try:
             found = ImageFolder(str(folder))
         except FileNotFoundError as error:
@@ -121,7 +117,7 @@ class TarShards:
         named = [path for path in root.glob("*.tar") if SPLIT_WORDS[split] & set(re.split("[^a-z]", path.name.lower()))]
         self.shards = sorted((root / split).glob("*.tar")) or sorted(named)
         if not self.shards:
-            raise NoSplit(
+            raise UserError(
                 f"--data_path wds:{data_path}: no {split}/*.tar, and no tar file with {split} in its name, as a word"
             )
         self.root = str(self.shards[0].parent)
@@ -232,7 +228,7 @@ def _opened(path: str) -> BinaryIO:
 
 def _images_of(shard: Path) -> tuple[list[tuple[int, int, int, str]], list[str]]:
     """Label, offset, size and folder of every image in a shard, and the keys that have a label only."""
-    images, labels, suffixes = {}, {}, defaultdict(list)
+    images, labels, suffixes, file = {}, {}, defaultdict(list), "it"
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
@@ -248,7 +244,14 @@ def _images_of(shard: Path) -> tuple[list[tuple[int, int, int, str]], list[str]]
                 elif suffix == "json" and key not in labels:
                     label = json.load(tar.extractfile(member)).get("label")
                     labels |= {} if label is None else {key: int(label)}
-    except (tarfile.ReadError, ValueError, OSError) as error:
+            # a header that is no header ends tarfile's loop as the end of the archive does, which is zeros
+            tar.fileobj.seek(tar.offset)
+            rest = tar.fileobj.read(2 * tarfile.RECORDSIZE + 1)
+            if not 0 < len(rest) <= 2 * tarfile.RECORDSIZE or rest.strip(b"\0"):
+                raise UserError(f"{shard} is damaged or incomplete: no file and no proper end at byte {tar.offset}")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{shard}: {file} holds no label: {error}") from error
+    except (tarfile.ReadError, OSError) as error:
         raise UserError(f"{shard}: {error}") from error
     for key in images:
         if labels.get(key, -1) < 0:
@@ -275,7 +278,7 @@ class HubDataset:
         names = ("train",) if split == "train" else ("validation", "val", "test")
         name = next((name for name in names if name in splits), None)
         if name is None:
-            raise NoSplit(f"--data_path {self.root}: it has the splits {', '.join(splits)}, and no {names[0]}")
+            raise UserError(f"--data_path {self.root}: it has the splits {', '.join(splits)}, and no {names[0]}")
         self.root += f" ({name})"
         features = splits[name].features
         image = self._column(features, datasets.Image, "image")
