@@ -103,14 +103,11 @@ class Data:
     classes: int
 
 
-def plan(
-    study: Study, name: str, budget: Budget, seeds: list[int], data: Data, runs: Path, more: dict[str, str]
-) -> list[ArmRun]:
+def plan(study: Study, budget: Budget, seeds: list[int], data: Data, runs: Path, more: dict[str, str]) -> list[ArmRun]:
     """All runs of a study.
 
     Args:
         study: what to run.
-        name: of the budget.
         budget: what all runs share.
         seeds: of each arm.
         data: what they train on.
@@ -118,8 +115,7 @@ def plan(
         more: flags of the command line by script, and by "" for both; where an arm says otherwise, that counts.
     """
     found = []
-    arms = {arm: setting for arm, setting in study.arms.items() if setting.budgets is None or name in setting.budgets}
-    for labels, (arm, setting), seed in itertools.product(study.labels or budget.labels, arms.items(), seeds):
+    for labels, (arm, setting), seed in itertools.product(study.labels or budget.labels, study.arms.items(), seeds):
         pretrain = None
         if setting.pretrain is not None:
             words = budget.common, budget.pretrain, more[""], more["pretrain"], setting.pretrain
@@ -142,8 +138,8 @@ def parse(step: Step, machine: Machine) -> argparse.Namespace:
     parser = PARSERS[step.kind]()
     parser.allow_abbrev = False  # a step knows its flags by their whole names
     args = parser.parse_args(shlex.split(step.arguments(machine)))
-    if args.batch_size * machine.processes != int(step.flags["--batch_size"][0]):
-        raise UserError(f"--processes {machine.processes} cannot share out a batch of {step.flags['--batch_size'][0]}")
+    if args.batch_size * machine.processes != step.batch_size:
+        raise UserError(f"--processes {machine.processes} cannot share out a batch of {step.batch_size}")
     with _world_size(machine.processes):
         cli.check_arguments(args)
     return args
@@ -231,7 +227,7 @@ def main(args: argparse.Namespace) -> None:
         RunError: a run failed.
         Interrupted: asked to stop; the same command goes on.
     """
-    study = only(load(args.name), args.arms)
+    study = load(args.name)
     more = {"": args.flags, "pretrain": args.pretrain_flags, "finetune": args.finetune_flags}
     output = (
         Path(os.path.relpath(args.output, ROOT)) if ROOT in args.output.resolve().parents else args.output.resolve()
@@ -245,12 +241,12 @@ def main(args: argparse.Namespace) -> None:
     name = args.budget or (
         "cpu" if not torch.cuda.is_available() else "imagenet" if len(train.classes) == 1000 else "gpu"
     )
-    budget = BUDGETS[name]
+    budget, study = BUDGETS[name], only(study, name, args.arms)
     seeds = list(dict.fromkeys(args.seeds or (SEEDS[:1] if name == "smoke" else SEEDS)))
     machine = find_machine(args, budget)
     with alone(output / "data"):
         data = find_data(data_path, output / "data", budget, study.labels or budget.labels, seeds)
-    runs = plan(study, name, budget, seeds, data, output / "runs", more)
+    runs = plan(study, budget, seeds, data, output / "runs", more)
     steps = {step.name: step for run in runs for step in (run.pretrain, run.finetune) if step is not None}
     steps = sorted(steps.values(), key=lambda step: step.kind != "pretrain")
     check(steps, machine)

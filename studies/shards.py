@@ -4,22 +4,28 @@ import fcntl
 import os
 import tarfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from util.errors import UserError
+from util.errors import UserError, as_user_error
 from util.pack_images import add_image
 from util.sources import IMAGE_SUFFIXES, Source, TarShards, open_source
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keep other runners from making data in a folder; one that has waited finds them made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "making.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Keep other runners from making data in a folder; one that has waited finds them made.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    with ExitStack() as stack:
+        with as_user_error(OSError):  # its message names the file
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((folder / "making.lock").open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -16,7 +16,7 @@ from typing import TextIO
 from studies.study import Flags, in_words
 from util import launch, plot_log
 from util import machine as hardware
-from util.errors import INTERRUPTED, Interrupted, RunError
+from util.errors import INTERRUPTED, Interrupted, RunError, UserError
 from util.interrupt import StopRequest
 
 SCRIPTS = {"pretrain": "main_pretrain.py", "finetune": "Finetuning/main_finetune.py"}
@@ -75,10 +75,22 @@ class Step:
         self.name = f"{kind}-seed{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         self.folder = runs / self.name
 
+    @property
+    def batch_size(self) -> int:
+        """Of an update.
+
+        Raises:
+            UserError: it is no number above 0.
+        """
+        text = (self.flags["--batch_size"] or [""])[-1]
+        if not text.isdecimal() or int(text) == 0:
+            raise UserError(f"--batch_size {text} is no number of images")
+        return int(text)
+
     def arguments(self, machine: Machine) -> str:
         """What the script is called with."""
         here = {
-            "--batch_size": [str(int(self.flags["--batch_size"][0]) // machine.processes)],
+            "--batch_size": [str(self.batch_size // machine.processes)],
             "--num_workers": [str(min(10, machine.cores))],
             "--output_dir": [str(self.folder)],
             "--resume": ["auto"],

@@ -5,7 +5,7 @@ import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from util.errors import UserError
+from util.errors import UserError, as_user_error
 
 Flags = dict[str, list[str]]
 CATALOGUE = Path(__file__).parent / "catalogue"
@@ -88,28 +88,31 @@ def load(name: str) -> Study:
     return importlib.import_module(f"studies.catalogue.{name}").STUDY
 
 
-def only(study: Study, arms: list[str] | None) -> Study:
-    """A study with some of its arms, in its own order; None is all.
+def only(study: Study, budget: str, arms: list[str] | None = None) -> Study:
+    """A study with those of its arms that a budget has, or with some of these, in its own order.
 
     Raises:
-        UserError: it has no such arm.
+        UserError: there is no such arm.
     """
+    found = {name: arm for name, arm in study.arms.items() if arm.budgets is None or budget in arm.budgets}
     for arm in arms or ():
-        if arm not in study.arms:
-            raise UserError(f"there is no arm {arm!r}; choose from {', '.join(map(repr, study.arms))}")
-    return replace(study, arms={name: arm for name, arm in study.arms.items() if arms is None or name in arms})
+        if arm not in found:
+            raise UserError(f"budget {budget} has no arm {arm!r}; choose from {', '.join(map(repr, found))}")
+    return replace(study, arms={name: arm for name, arm in found.items() if arms is None or name in arms})
 
 
 def flags(*texts: str) -> Flags:
     """Flags with their values, by name; of one that is given twice the last values count.
 
     Raises:
-        UserError: the text does not begin with a flag.
+        UserError: the text does not begin with a flag, or a quotation in it does not end.
     """
     found: Flags = {}
     for text in texts:
         values = None
-        for word in shlex.split(text):
+        with as_user_error(ValueError, prefix=f"{text}: "):
+            words = shlex.split(text)
+        for word in words:
             if word.startswith("--"):
                 name, equals, value = word.partition("=")
                 found[name] = values = [value] if equals else []

@@ -19,7 +19,7 @@ from conftest import REPOSITORY
 from studies import fashion_mnist, report, run, shards
 from studies.budgets import BUDGETS
 from studies.steps import Machine, Step, run_steps
-from studies.study import flags, load, names
+from studies.study import flags, load, names, only
 from util.decode import with_pillow
 from util.errors import INTERRUPTED, RunError, UserError
 from util.sources import open_source
@@ -118,7 +118,7 @@ def test_few_labels_are_drawn_only_where_they_are_asked_for(clothes, tmp_path):
 def planned(study: str, budget: str, seeds: tuple[int, ...] = (0,), **more: str) -> list[run.ArmRun]:
     data = run.Data("wds:all", {seed: f"wds:few{seed}" for seed in seeds}, classes=10)
     more = {kind: more.get(kind or "both", "") for kind in ("", "pretrain", "finetune")}
-    return run.plan(load(study), budget, BUDGETS[budget], list(seeds), data, Path("out/runs"), more)
+    return run.plan(only(load(study), budget), BUDGETS[budget], list(seeds), data, Path("out/runs"), more)
 
 
 def steps_of(runs: list[run.ArmRun]) -> list[Step]:
@@ -337,9 +337,17 @@ def test_mistakes_of_users(run_script, capsys, tmp_path, clothes):
     data = ["--smoke", "--data_path", f"wds:{clothes}", "--output", tmp_path]
     for argv, wanted in (
         (["sizes"], "unknown study 'sizes'; choose from cluster_size, "),
-        (["order", "--arms", "rows", "spiral"], "there is no arm 'spiral'; choose from 'rows', 'rows, backwards', "),
+        (
+            ["order", "--arms", "rows", "spiral"],
+            "budget cpu has no arm 'spiral'; choose from 'rows', 'rows, backwards', ",
+        ),
         (["order", "--data_path", tmp_path / "none"], "no such folder"),
+        (["cluster_size", *data, "--arms", "4 x 4 patches"], "budget smoke has no arm '4 x 4 patches'; choose from"),
         (["decoder", *data, "--flags", "lr 1"], "lr: flags begin with --"),
+        (["decoder", *data, "--flags", "--aa 'x"], "--aa 'x: No closing quotation"),
+        (["decoder", *data, "--flags", "--batch_size abc"], "--batch_size abc is no number of images"),
+        (["decoder", *data, "--flags=--batch_size"], "--batch_size  is no number of images"),
+        (["decoder", *data[:-1], "/dev/null"], "Not a directory: '/dev/null/data'"),
         (["pretrain_vs_scratch", *data, "--pretrain_flags", "--cluster_size 5"], "does not divide"),
         (["pretrain_vs_scratch", *data, "--finetune_flags", "--layers 5"], "unrecognized arguments: --layers 5"),
     ):
