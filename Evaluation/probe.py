@@ -38,7 +38,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     cli.add_eval_arguments(parser)
     cli.add_checkpoint_arguments(parser)
     group = parser.add_argument_group("features")
-    group.add_argument("--data_path", required=True, help="images with train and val, as for training")
+    group.add_argument("--data_path", type=cli.filled, required=True, help="images with train and val, as for training")
     which = group.add_mutually_exclusive_group()
     which.add_argument("--block", type=cli.positive, metavar="N", help="the output of block N, from 1 (default: last)")
     which.add_argument("--average_last", type=cli.positive, metavar="N", help="the mean of the last N blocks")

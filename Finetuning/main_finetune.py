@@ -59,6 +59,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("finetuning")
     group.add_argument(
         "--finetune",
+        type=cli.filled,
         metavar="FILE",
         help="start from these weights, of pretraining or finetuning: path, URL or hf://OWNER/REPO/FILE",
     )
@@ -175,8 +176,6 @@ def main(args: argparse.Namespace) -> None:
     cli.check_arguments(args)
     if args.model_key and args.resume and not args.eval:
         raise UserError("--model_key chooses among the weights of --finetune; --resume takes both")
-    if args.cutmix_minmax is not None and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
-        raise UserError("--cutmix_minmax: the smaller size comes first")
     if args.eval and not (args.resume or args.finetune):
         raise UserError("--eval needs a checkpoint: --resume FILE")
     device = init_device(args.device, args.dist_timeout, args.deterministic)
@@ -258,6 +257,10 @@ def finetune(
     args.data = fingerprint(train.source)
     if mixes(args) and args.batch_size % 2:
         raise UserError(f"--batch_size {args.batch_size}: mixup and cutmix pair images and need an even batch")
+    for side in args.input_size if args.cutmix_minmax else ():
+        low, high = (int(side * size) for size in args.cutmix_minmax)
+        if low >= high:
+            raise UserError(f"--cutmix_minmax: of {side} pixels that is from {low} to below {high}, which is nothing")
     loader, val_loader = train_loader(train, args, device), eval_loader(val, args, device)
     trained, evaluated = (len(set(data.source.labels.tolist())) for data in (train, val))
     if len(train.source.classes) < args.nb_classes:

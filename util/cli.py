@@ -43,6 +43,13 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
     return parse
 
 
+def filled(text: str) -> str:
+    """Argument type: not empty, as an unset variable of a shell is."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
 positive, natural = number(int, 1), number(int, 0)
 rate, amount = number(float, 0, 1), number(float, 0)
 
@@ -74,6 +81,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data_path",
+        type=filled,
         required=True,
         help="folder with train/ and val/, one folder of images a class; wds:FOLDER of tar shards; hfds:NAME or "
         "hfds:FOLDER of a Hugging Face dataset",
@@ -95,8 +103,10 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--hflip", type=rate, default=0.5, help="rate of horizontal flips (default: %(default)s)")
 
     group = parser.add_argument_group("run")
-    group.add_argument("--output_dir", default="./output_dir", help="checkpoints and log.txt (default: %(default)s)")
-    group.add_argument("--log_dir", help="TensorBoard files (default: the output folder)")
+    group.add_argument(
+        "--output_dir", type=filled, default="./output_dir", help="checkpoints and log.txt (default: %(default)s)"
+    )
+    group.add_argument("--log_dir", type=filled, help="TensorBoard files (default: the output folder)")
     group.add_argument(
         "--tracker",
         choices=("tensorboard", "wandb", "trackio"),
@@ -119,6 +129,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--resume",
+        type=filled,
         metavar="FILE",
         help="go on from this checkpoint of a run, a path, URL or hf://OWNER/REPO/FILE; auto: from the newest in the "
         "output folder, if there is one",
@@ -218,7 +229,7 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     """The checkpoint that a script examines, and where its result goes."""
     group = parser.add_argument_group("checkpoint")
-    group.add_argument("checkpoint", metavar="CKPT", help="file of pretraining or finetuning")
+    group.add_argument("checkpoint", type=filled, metavar="CKPT", help="file of pretraining or finetuning")
     group.add_argument("--model_key", choices=("model", "model_ema"), help="which of its weights (default: model)")
     group.add_argument(
         "--input_size", type=positive, nargs="+", metavar="PX", help="side, or height and width (default: as trained)"
@@ -244,6 +255,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_input_size(args)
     if args.start_epoch is not None and args.start_epoch >= args.epochs:
         raise UserError(f"--start_epoch {args.start_epoch}: the run has epochs 0 to {args.epochs - 1}")
+    if args.scale[0] > args.scale[1] or args.scale[1] == 0:
+        raise UserError("--scale: the smaller area comes first, and the larger one is above 0")
     args.world_size = world_size()
     if args.fsdp and getattr(args, "eval", False):
         raise UserError("--eval does not shard: leave --fsdp out")
@@ -286,8 +299,6 @@ def output_folders(args: argparse.Namespace) -> tuple[Path, Path]:
     """
     folders = []
     for name, path in (("output_dir", args.output_dir), ("log_dir", args.log_dir or args.output_dir)):
-        if not path:
-            raise UserError(f"--{name} is empty: name a folder")
         folders.append(Path(path))
         try:
             folders[-1].mkdir(parents=True, exist_ok=True)
