@@ -42,7 +42,8 @@ def build(content: dict) -> tuple[nn.Module, Callable[..., Tensor]]:
         model = main_pretrain.build_model(args)
         compute_loss = engine_pretrain.loss_of(model)
     else:
-        model = main_finetune.build_classifier(args, None)
+        # what the run left open came from --finetune, whose sizes these weights have; the key was of that file
+        model = main_finetune.build_classifier(argparse.Namespace(**vars(args) | {"model_key": None}), content)
         mixup, criterion = main_finetune.training_loss(args)
         compute_loss = engine_finetune.loss_of(model, criterion, mixup)
     checkpoint.load(model, state)

@@ -11,6 +11,7 @@ import torch
 import models_arm
 from util import checkpoint
 from util.errors import UserError
+from util.run import Run
 
 SIZES = {"patch_size": 8, "embed_dim": 32, "depth": 2}
 
@@ -261,10 +262,28 @@ def test_resume_starts_after_the_saved_epoch():
     assert checkpoint.resume(args, {**content, "epoch": -1, "samples": 640}, model, optimizer) == (0, 640)
     args.start_epoch = 3
     assert checkpoint.resume(args, {**content, "samples": 640}, model, optimizer) == (3, 0)
+    content |= {"samples": 640, "args": argparse.Namespace(start_epoch=3)}  # of a run that began there
+    assert checkpoint.resume(args, content, model, optimizer) == (8, 640)
+    assert checkpoint.resume(args, {**content, "epoch": 1}, model, optimizer) == (3, 0)
+    args.start_epoch = 4
+    assert checkpoint.resume(args, content, model, optimizer) == (4, 0)
     args.start_epoch = None
     del content["optimizer"]
     with pytest.raises(UserError, match=r"cannot resume from c\.pth: it has no optimizer"):
         checkpoint.resume(args, content, model, optimizer)
+
+
+def test_a_position_between_updates():
+    """Of another batch size: refused with what to do, which then works, also where the file is of a run that did it."""
+    content, model, optimizer = run_of(1)
+    args = argparse.Namespace(resume="c.pth", start_epoch=None, batch_size=4, accum_iter=1, world_size=1)
+    content |= {"samples": 6, "args": argparse.Namespace(**vars(args) | {"start_epoch": 2, "batch_size": 3})}
+    run = Run(argparse.Namespace(**vars(args), allow_changed_args=True), model, optimizer)
+    with pytest.raises(UserError, match=r"image 6 .* multiple of the 4 of an update: --start_epoch 2 begins"):
+        run.restore(content)
+    run.args.start_epoch = 2
+    run.restore(content)
+    assert (run.epoch, run.samples) == (2, 0)
 
 
 def test_an_optimizer_of_another_model_does_not_fit():
@@ -272,6 +291,14 @@ def test_an_optimizer_of_another_model_does_not_fit():
     args = argparse.Namespace(resume="c.pth", start_epoch=None, epochs=100)
     with pytest.raises(UserError, match=r"optimizer in c\.pth does not fit this run: it has other groups"):
         checkpoint.resume(args, content, model, torch.optim.AdamW([torch.zeros(1)]))
+
+
+@pytest.mark.parametrize("text", ["hello", "epoch", "state", "a,b,c", "build", "(", "test\n" * 9, "\x80\x02}q\x00."])
+def test_a_file_of_something_else(tmp_path, text):
+    """Some begin as a pickle does, by chance."""
+    (tmp_path / "c.pth").write_text(text, encoding="latin1")
+    with pytest.raises(checkpoint.DamagedCheckpoint, match=r"c\.pth"):
+        checkpoint.read(tmp_path / "c.pth")
 
 
 @pytest.mark.parametrize("change", [{"optimizer": None}, {"epoch": None}, {"model": None}, {"optimizer": {}}], ids=str)

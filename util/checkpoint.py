@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import re
+import struct
 from pathlib import Path
 
 import torch
@@ -85,7 +86,8 @@ def read(path: str | os.PathLike) -> dict:
             return load_file(file)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    # the last ones: what torch.load makes of files that by chance begin like a pickle
+    except (pickle.UnpicklingError, LookupError, TypeError, AttributeError, AssertionError, struct.error) as error:
         unknown = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = (
             f"it holds a {unknown[1]}, and only tensors, plain values and a Namespace are loaded"
@@ -327,7 +329,8 @@ def resume(args: argparse.Namespace, content: dict, model: nn.Module, optimizer:
 
     Returns:
         The epoch to go on with and the images of it that have been trained on: as in the file, or where
-        `args.start_epoch` is given, that epoch from its beginning.
+        `args.start_epoch` is given, that epoch from its beginning; as in the file again where that was written since,
+        by a run with the same `start_epoch`.
 
     Raises:
         UserError: the file is no full checkpoint or does not fit, or holds an epoch that no run has (the released code
@@ -357,4 +360,6 @@ def resume(args: argparse.Namespace, content: dict, model: nn.Module, optimizer:
             for index, values in saved["state"].items()
         }
         optimizer.load_state_dict({"state": state, "param_groups": groups})
-    return position(content) if args.start_epoch is None else (args.start_epoch, 0)
+    found, start = position(content), (args.start_epoch, 0)
+    since = "samples" in content and getattr(content.get("args"), "start_epoch", None) == args.start_epoch
+    return found if args.start_epoch is None or (since and found >= start) else start

@@ -41,21 +41,27 @@ class CheckpointFolder:
         self.path, self.keep, self.say = path, keep, say
         self.sums = self._known()
         self.staged: object = None
+        self.names: tuple[str, ...] = ()  # further ones of what is staged
         self.writing: threading.Thread | None = None
         self.failed: str | None = None
+        self.lost: set[str] = set()  # further names whose file was never written
 
     def save(self, content: dict, *names: str) -> None:
         """Copy a checkpoint to the memory of the host, and write it in the background.
 
-        A write that fails is reported and leaves the older files; training can go on.
+        A write that fails is reported and leaves the older files; training can go on. What had further names is tried
+        once more before the next one.
 
         Args:
             content: what `torch.save` and `checkpoint.read` can handle; see `on_host`.
             *names: further names for the file, beside `checkpoint-last.pth`.
         """
         self.wait()
-        self.staged = on_host(content, self.staged)
-        self.writing = threading.Thread(target=self._write, args=(names,))
+        if self.failed and self.names:
+            self._write()
+            self.lost |= set(self.names) if self.failed else set()
+        self.staged, self.names = on_host(content, self.staged), names
+        self.writing = threading.Thread(target=self._write)
         self.writing.start()
 
     def wait(self) -> None:
@@ -74,15 +80,16 @@ class CheckpointFolder:
         if self.failed:
             raise RunError(self.failed)
 
-    def _write(self, names: tuple[str, ...]) -> None:
+    def _write(self) -> None:
         temporary = self.path / ".checkpoint.tmp"
         try:
             temporary.unlink(missing_ok=True)  # a killed run may have left it, with a further name already
             torch.save(self.staged, temporary)
             _sync(temporary)
             digest = sha256_of(temporary)
-            self._publish(temporary, digest, names)
+            self._publish(temporary, digest, self.names)
             self.failed = None
+            self.lost -= set(self.names)
         except Exception as error:  # whatever it is, the run goes on; torch reports a full disk as a RuntimeError
             reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
             with suppress(OSError):

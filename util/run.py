@@ -17,7 +17,7 @@ from util import checkpoint
 from util.checkpoint_folder import CheckpointFolder
 from util.cli import effective_batch_size
 from util.dist import barrier, is_main, on_main
-from util.errors import Interrupted, UserError
+from util.errors import Interrupted, RunError, UserError
 from util.fsdp import take_part
 from util.interrupt import StopRequest
 from util.lock import lock_folder
@@ -77,10 +77,8 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         try:
-            if kind is Interrupted:
-                self.close()
-            elif self.folder is not None:
-                self.folder.wait()
+            if self.folder is not None:
+                self.folder.close() if kind is Interrupted else self.folder.wait()
         finally:
             if kind is Interrupted:
                 barrier()  # the end of any process would end the one that writes
@@ -101,10 +99,12 @@ class Run:
         self.epoch, self.samples = checkpoint.resume(self.args, content, self.model, self.optimizer)
         whole_batches = effective_batch_size(self.args)
         if self.samples % whole_batches:
-            raise UserError(
-                f"{self.args.resume} stands at image {self.samples} of its epoch, which is no multiple of the "
-                f"{whole_batches} of an update: --start_epoch {self.epoch} begins the epoch again"
-            )
+            if self.args.start_epoch != self.epoch:
+                raise UserError(
+                    f"{self.args.resume} stands at image {self.samples} of its epoch, which is no multiple of the "
+                    f"{whole_batches} of an update: --start_epoch {self.epoch} begins the epoch again"
+                )
+            self.samples = 0
         if self.samples:
             self.loss = torch.tensor(content.get("loss", [0.0, 0.0]), dtype=torch.float64)
         self.skipped_in_a_row = content.get("skipped_in_a_row", 0)
@@ -166,10 +166,13 @@ class Run:
         """Wait until everything is written.
 
         Raises:
-            RunError: the last checkpoint could not be.
+            RunError: the last checkpoint could not be, or the best one, or one that was to be kept.
         """
         if self.folder is not None:
             self.folder.close()
+            if self.folder.lost:
+                lost = ", ".join(sorted(self.folder.lost))
+                raise RunError(f"{lost} could not be written to {self.folder.path} when it was due")
 
 
 def starting_point(args: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> dict | None:
@@ -177,7 +180,7 @@ def starting_point(args: argparse.Namespace, folder: Path, say: Callable[[str], 
 
     What counts: `--resume FILE`, else with `--resume auto` the newest checkpoint of the folder that is not damaged,
     else `--finetune`, else random weights. With a checkpoint to resume, `--finetune` is left behind, and
-    `--start_epoch` begins that epoch instead of where the checkpoint stands.
+    `--start_epoch` begins that epoch instead of where the checkpoint stands, unless that is where it has led to.
 
     Args:
         args: of the script; its `resume` becomes the path of what was found, or None.

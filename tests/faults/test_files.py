@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from argparse import Namespace
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from util import checkpoint
 from util.checkpoint_folder import CheckpointFolder
 from util.errors import RunError, UserError
 from util.hub import sha256_of
+from util.run import Run
 
 
 def content(epoch, size=200_000):
@@ -331,6 +333,35 @@ def test_a_full_disk(small_disk):
     folder.close()
     assert checkpoint.read(small_disk / "checkpoint-last.pth")["epoch"] == 2
     assert not [name for name in names(small_disk) if name.startswith(".")]
+
+
+@pytest.mark.parametrize("freed", [True, False])
+def test_the_best_file_on_a_disk_that_is_full_for_a_while(small_disk, freed):
+    """What had a name of its own is written once more; if that fails too, the end of the run says so."""
+    folder = CheckpointFolder(small_disk, 2, lambda line: None)
+    folder.save(content(0, 100_000), "checkpoint-best.pth")
+    folder.wait()
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(2_500_000))
+    folder.save(content(1, 100_000), "checkpoint-best.pth")
+    folder.wait()
+    if freed:
+        filler.unlink()
+    folder.save(content(2, 100_000))
+    folder.wait()
+    filler.unlink(missing_ok=True)
+    assert folder.lost == (set() if freed else {"checkpoint-best.pth"})
+    folder.save(content(3, 100_000))
+    folder.close()
+    assert checkpoint.read(small_disk / "checkpoint-last.pth")["epoch"] == 2
+    assert checkpoint.read(small_disk / "checkpoint-best.pth")["epoch"] == (0 if freed else -1)
+    run = Run(Namespace(start_epoch=None), None, None)
+    run.folder = folder
+    with nullcontext() if freed else pytest.raises(RunError, match=r"^checkpoint-best\.pth could not be written"):
+        run.close()
+    folder.save(content(4, 100_000), "checkpoint-best.pth")
+    folder.wait()
+    run.close()
 
 
 def test_a_run_on_a_full_disk(start, small_disk):

@@ -9,6 +9,9 @@ import sys
 import pytest
 import torch
 
+import main_finetune
+import models_arm
+import replay_nonfinite
 from conftest import REPOSITORY
 from faults.conftest import FINETUNE, PRETRAIN, assert_same_end, written
 from util import checkpoint
@@ -87,6 +90,17 @@ def test_one_of_two_processes_breaks(start, tmp_path, kind):
     if kind == "loss":  # the evidence is a checkpoint to go on from
         assert start(PRETRAIN, *two, tmp_path / "on", "--resume", folder / "state.pth", processes=2).status() == 0
         assert_same_end(tmp_path / "on", tmp_path / "whole")
+
+
+def test_replay_of_a_classifier_whose_sizes_came_from_a_checkpoint():
+    """As of a run with --finetune, without --model, and with a --model_key that its own files do not have."""
+    small = models_arm.create_classifier("arm_tiny_pz16", img_size=48, patch_size=8, embed_dim=32, depth=2)
+    words = "--data_path x --finetune x.pth --input_size 40 --nb_classes 3 --model_key model_ema"
+    args = main_finetune.get_args_parser().parse_args(words.split())
+    model = main_finetune.build_classifier(args, {"model_ema": small.state_dict()})
+    replayed, _ = replay_nonfinite.build({"args": args, "model": model.state_dict()})
+    for name, value in model.state_dict().items():
+        assert torch.equal(replayed.state_dict()[name], value), name
 
 
 def test_a_stuck_process_is_named(start, tmp_path):
