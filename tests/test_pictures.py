@@ -19,6 +19,7 @@ import main_pretrain
 import visualize
 from conftest import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN
 from util import checkpoint, plot_log, sheet
+from util.metrics import RunLog
 
 ONE_EPOCH = "--batch_size 8 --epochs 1 --warmup_epochs 0 --norm_pix_loss".split()
 
@@ -242,6 +243,23 @@ def test_runs_are_compared(tmp_path):
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.stdout == f"{tmp_path}/runs.png\n", done.stderr
     assert np.asarray(Image.open(tmp_path / "runs.png").convert("L")).std() > 10
+
+
+def test_a_run_that_went_back(tmp_path):
+    """What it logged later replaces what it had logged of these epochs and of those after them."""
+    rows = [{"epoch": epoch, "train_loss": loss} for epoch, loss in enumerate([4, 3, 2, 1])]
+    folder = log_file(tmp_path / "a", *rows, {"epoch": 1, "train_loss": 5})
+    assert [(row["epoch"], row["train_loss"]) for row in plot_log.read(folder)] == [(0, 4), (1, 5)]
+
+
+def test_a_line_after_half_a_line(tmp_path):
+    log = RunLog(tmp_path, tmp_path, None)
+    log.epoch(epoch=0, train_loss=3.0)
+    with (tmp_path / "log.txt").open("a") as file:
+        file.write('{"epoch": 1, "tr')
+    log.epoch(epoch=1, train_loss=2.0)
+    log.epoch(epoch=2, train_loss=1.0)
+    assert [row["train_loss"] for row in plot_log.read(tmp_path)] == [3, 2, 1]
 
 
 def test_mistakes_of_plot_log(tmp_path, run_script, capsys):

@@ -3,6 +3,7 @@
 import datetime
 import importlib
 import json
+import os
 import secrets
 import sys
 import time
@@ -154,8 +155,11 @@ class RunLog(ScreenLog):
         evaluated = {name: value for name, value in values.items() if "test_" in name}
         self.scalars(1000 * (values["epoch"] + 1), **evaluated)
         with self._writing():
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+            with self.path.open("ab+") as file:
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    file.write(b"" if file.read(1) == b"\n" else b"\n")  # a crash has left half a line
+                file.write(json.dumps(values).encode() + b"\n")
             self.writer.flush()
 
 

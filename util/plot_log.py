@@ -28,7 +28,9 @@ QUANTITIES = {
 
 
 def read(path: Path) -> list[dict]:
-    """The lines of a log.txt by epoch; where an epoch ended twice, its last line counts, and half a line does not.
+    """The lines of a log.txt by epoch; half a line does not count.
+
+    Where a run went back to an earlier epoch, what it logs from there on replaces what it had logged of it and later.
 
     Args:
         path: of the file, or of the run's folder.
@@ -43,12 +45,12 @@ def read(path: Path) -> list[dict]:
     for line in lines:
         try:
             row = json.loads(line)
-            rows[row["epoch"]] = row
+            rows = {epoch: other for epoch, other in rows.items() if epoch < row["epoch"]} | {row["epoch"]: row}
         except (ValueError, TypeError, KeyError):  # what a crash has left
             continue
     if not rows:
         raise UserError(f"{path}: no epoch is logged in it")
-    return [rows[epoch] for epoch in sorted(rows)]
+    return list(rows.values())
 
 
 def draw(logs: dict[str, list[dict]]) -> Figure:
