@@ -122,10 +122,12 @@ def load_weights(model: nn.Module, state_dict: checkpoint.StateDict) -> None:
 
 
 def to_safetensors(module: nn.Module, about: dict, imgs: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
-    """The weights."""
+    """The weights, and in the file's metadata what `checkpoint.read` needs to know of them."""
+    sizes, switches = about["model_args"], about.get("switches", {})
+    known = {"input_size": sizes["img_size"], "global_pool": sizes.get("global_pool") == "avg", **switches}
     model = module.model if isinstance(module, Encoder) else module
     state_dict = checkpoint.without_decoder(model.state_dict())
-    path.write_bytes(safetensors.torch.save(state_dict, {"format": "pt"}))
+    path.write_bytes(safetensors.torch.save(state_dict, {"format": "pt", checkpoint.METADATA: json.dumps(known)}))
     again = build(about)
     load_weights(again, safetensors.torch.load_file(path))
     return Encoder(again) if isinstance(module, Encoder) else again

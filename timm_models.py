@@ -60,6 +60,8 @@ def register(name: str, classifier: Callable[..., nn.Module]) -> None:
 def _adapted(state_dict: StateDict, model: nn.Module) -> StateDict:
     own = model.state_dict()
     new = {name: own[name] for name in NEW_IN_CLASSIFIER if name in own}
+    if "head.weight" in state_dict and len(state_dict["head.weight"]) == model.num_classes:
+        model.pretrained_cfg["num_classes"] = model.num_classes  # timm keeps the head of that many classes alone
     return new | pretrain_to_classifier(state_dict, model)
 
 

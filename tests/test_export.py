@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 
 import onnx
 import onnxruntime
@@ -138,6 +139,18 @@ def test_the_encoder_of_pretraining(runs, run_script, tmp_path, imgs, kind):
         about["architecture"], pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3, **about["model_args"]
     )
     assert torch.equal(four.layers[1].mixer.D_c_b, model.layers[1].mixer.D)
+
+
+@pytest.mark.parametrize(("number", "words"), [(0, ["--encoder"]), (1, [])], ids=["pretraining", "classifier"])
+def test_a_safetensors_file_says_what_its_weights_do_not(runs, run_script, tmp_path, number, words):
+    """Pooling, sizes and switches come back when the scripts of this repository read it."""
+    content = torch.load(runs[number], weights_only=False)
+    content["args"].order = "column"
+    torch.save(content, tmp_path / "a.pth")
+    run_script(export, tmp_path / "a.pth", "--to", "safetensors", *words)
+    (again,) = tmp_path.glob("*.safetensors")
+    _, about = export.load(Namespace(checkpoint=again, model_key=None, encoder=bool(words)))
+    assert json.loads(json.dumps(about)) == json.loads(again.with_suffix(".json").read_text())
 
 
 def test_the_file_is_named_after_the_checkpoint(runs, run_script):

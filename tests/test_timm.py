@@ -280,7 +280,7 @@ def test_pretrained_files_are_adapted(tmp_path):
     """`pretrained=True`: another resolution, other classes, and a pretraining checkpoint."""
     source, path = small(img_size=(32, 32)), tmp_path / "model.pth"
     torch.save(source.state_dict(), path)
-    overlay = {"file": str(path), "num_classes": 5}
+    overlay = {"file": str(path)}
     model = small(pretrained=True, pretrained_cfg_overlay=overlay)
     assert torch.equal(model.pos_embed, pretrain_to_classifier(source.state_dict(), model)["pos_embed"])
     assert torch.equal(model.head.weight, source.head.weight)

@@ -7,6 +7,7 @@ a bare state dict; both are read.
 """
 
 import argparse
+import json
 import logging
 import math
 import os
@@ -16,7 +17,7 @@ import struct
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -38,6 +39,7 @@ NEW_IN_CLASSIFIER = {"cls_token", "norm_f.weight", "norm_f.bias", "head.weight",
 
 
 SUMS = "SHA256SUMS"  # file of a checkpoint's folder
+METADATA = "arm"  # what export.py writes into .safetensors: JSON of `input_size`, `global_pool` and switches
 # switches of the published models, and so of files that say nothing else
 PUBLISHED = {
     "objective": "arm",
@@ -67,8 +69,9 @@ def read(path: str | os.PathLike) -> dict:
     """Load a checkpoint onto the CPU without executing anything in it.
 
     Args:
-        path: of a file of torch.save, or .safetensors (a bare state dict); or another name that `local_file` knows. A
-            SHA256SUMS beside the file that names it must have its hash.
+        path: of a file of torch.save, or .safetensors (a bare state dict, or of `export.py`, whose metadata become
+            `args`); or another name that `local_file` knows. A SHA256SUMS beside the file that names it must have its
+            hash.
 
     Raises:
         UserError: no such file, or it cannot be read at the moment.
@@ -83,7 +86,10 @@ def read(path: str | os.PathLike) -> dict:
                 f"{path} is damaged, or not the file that was written: {SUMS} beside it has another hash"
             )
         if file.suffix == ".safetensors":
-            return load_file(file)
+            with safe_open(file, "pt") as opened:
+                known = (opened.metadata() or {}).get(METADATA)
+            state_dict = load_file(file)
+            return {"model": state_dict, "args": argparse.Namespace(**json.loads(known))} if known else state_dict
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True)
     # the last ones: what torch.load makes of files that by chance begin like a pickle
