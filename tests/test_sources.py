@@ -28,6 +28,7 @@ from conftest import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN, encoded, read_log
 from test_data import finetune_args, loader_args
 from util import datasets, decode, pack_images, sources
 from util.errors import RunError, UserError
+from util.lock import lock_folder
 
 CPU = torch.device("cpu")
 
@@ -554,8 +555,8 @@ def _killed_at(moment, folder, words):
 
 
 def files_of(folder):
-    """Content of all files but the index, whose times differ."""
-    kept = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("index-"))
+    """Content of all files but the index, whose times differ, and the lock, which names a process."""
+    kept = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(("index-", "run.lock")))
     return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
 
 
@@ -661,6 +662,31 @@ def test_packing_mistakes(tmp_path, capsys, monkeypatch):
             pack_images.cli.run(pack_images.main, pack_images.get_args_parser())
         assert exit_info.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_mistake_in_val_ends_packing_before_train(jpeg_folder, tmp_path):
+    """Unsorted images, and shards of something else."""
+    shutil.copytree(jpeg_folder / "train", tmp_path / "data" / "train")
+    (tmp_path / "data" / "val").mkdir()
+    with pytest.raises(UserError, match="any class folder"):
+        run_pack(tmp_path / "data", tmp_path / "shards")
+    assert not (tmp_path / "shards").exists()
+    (tmp_path / "other" / "val").mkdir(parents=True)
+    (tmp_path / "other" / "val" / "packed.json").write_text("{}")
+    with pytest.raises(UserError, match="other/val holds shards of other images or settings"):
+        run_pack(jpeg_folder, tmp_path / "other")
+    assert not list(tmp_path.rglob("*.tar"))
+    with pytest.raises(UserError, match=r"/dev/null"):
+        run_pack(jpeg_folder, "/dev/null")
+
+
+def test_a_second_packer_is_refused(jpeg_folder, tmp_path):
+    command = [sys.executable, "-m", "util.pack_images", jpeg_folder, tmp_path]
+    (tmp_path / "train").mkdir()
+    lock_folder(tmp_path / "train")
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.search(rf"error: DST {tmp_path}/train is in use by process {os.getpid()} on ", done.stderr)
 
 
 def test_plan_of_a_packed_folder_is_readable(shards):

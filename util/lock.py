@@ -17,7 +17,7 @@ LOGGER = logging.getLogger(__name__)
 _HELD: dict[Path, TextIO] = {}
 
 
-def lock_folder(folder: Path) -> str:
+def lock_folder(folder: Path, name: str = "--output_dir") -> str:
     """Keep other processes out of a folder until this one ends, in whatever way.
 
     The lock is the system's (`fcntl`, which network file systems pass on to other hosts): it cannot outlive its
@@ -25,6 +25,7 @@ def lock_folder(folder: Path) -> str:
 
     Args:
         folder: of the run.
+        name: what the command line calls it, for messages.
 
     Returns:
         Who held it last and ended without releasing it, or an empty string.
@@ -35,21 +36,21 @@ def lock_folder(folder: Path) -> str:
     path = folder.resolve() / "run.lock"
     if path in _HELD:
         return ""
-    with as_user_error(OSError, prefix=f"--output_dir {folder}: "):
+    with as_user_error(OSError, prefix=f"{name} {folder}: "):
         file = path.open("a+", encoding="utf-8")
     owner = _owner(file)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         raise UserError(
-            f"--output_dir {folder} is in use by {owner or 'another run'}: wait for it, or choose another"
+            f"{name} {folder} is in use by {owner or 'another run'}: wait for it, or choose another"
         ) from error
     except OSError as error:
         if _lives(file):
-            raise UserError(f"--output_dir {folder} is in use by {owner}: wait for it, or choose another") from error
+            raise UserError(f"{name} {folder} is in use by {owner}: wait for it, or choose another") from error
         LOGGER.warning("%s: its file system has no locks: other hosts are not kept out", folder)
     _HELD[path] = file  # the lock goes when any handle of this process to the file is closed
-    with as_user_error(OSError, prefix=f"--output_dir {folder}: "):
+    with as_user_error(OSError, prefix=f"{name} {folder}: "):
         _write(file, {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
     return owner
 

@@ -28,7 +28,8 @@ from tqdm import tqdm
 from util import cli, decode
 from util.decode import BrokenImage
 from util.device_loader import allowed_broken, listed
-from util.errors import RunError, UserError
+from util.errors import RunError, UserError, as_user_error
+from util.lock import lock_folder
 from util.sources import Folder, Source, TarShards
 
 
@@ -107,13 +108,39 @@ def _in_worker(index: int) -> tuple[str, bytes] | str:
     return _encoded(index)
 
 
+def claim(source: Folder, folder: Path, short_side: int | None, args: argparse.Namespace) -> None:
+    """Make the folder of one split, with what will be packed into it in packed.json, and keep other packers out.
+
+    Args:
+        source: the images.
+        folder: of the shards.
+        short_side: see `encoded`.
+        args: `quality` and `shard_images`.
+
+    Raises:
+        UserError: the folder holds shards of other images or settings, is in use, or cannot be written.
+    """
+    names = hashlib.sha256(b"\0".join(source.paths)).hexdigest()
+    plan = {"images": len(source.labels), "names": names, "short_side": short_side}
+    plan |= {"quality": args.quality, "shard_images": args.shard_images}
+    plan_file = folder / "packed.json"
+    with as_user_error(OSError):  # its message names the file
+        folder.mkdir(parents=True, exist_ok=True)
+        lock_folder(folder, "DST")
+        if not plan_file.exists():
+            plan_file.with_suffix(".partial").write_text(json.dumps(plan))
+            plan_file.with_suffix(".partial").rename(plan_file)
+    if json.loads(plan_file.read_text()) != plan:
+        raise UserError(f"{folder} holds shards of other images or settings: choose another folder, or remove it")
+
+
 def pack(source: Folder, folder: Path, short_side: int | None, args: argparse.Namespace) -> list[str]:
     """Write the shards of one split that are not there yet.
 
     Args:
         source: the images.
-        folder: gets 000000.tar and so on; each is complete or absent at any moment. The broken images of one are in
-            000000.broken.json, which counts only beside it.
+        folder: as `claim` leaves it; gets 000000.tar and so on. Each is complete or absent at any moment. The broken
+            images of one are in 000000.broken.json, which counts only beside it.
         short_side: see `encoded`.
         args: `quality`, `shard_images`, `num_workers`, `max_bad_samples`.
 
@@ -121,19 +148,9 @@ def pack(source: Folder, folder: Path, short_side: int | None, args: argparse.Na
         The images that are broken and left out.
 
     Raises:
-        UserError: the folder holds shards of other images or settings.
         RunError: too many images are broken, or a file cannot be read.
     """
     count = len(source.labels)
-    plan = {"images": count, "names": hashlib.sha256(b"\0".join(source.paths)).hexdigest(), "short_side": short_side}
-    plan |= {"quality": args.quality, "shard_images": args.shard_images}
-    folder.mkdir(parents=True, exist_ok=True)
-    plan_file = folder / "packed.json"
-    if not plan_file.exists():
-        plan_file.with_suffix(".partial").write_text(json.dumps(plan))
-        plan_file.with_suffix(".partial").rename(plan_file)
-    elif json.loads(plan_file.read_text()) != plan:
-        raise UserError(f"{folder} holds shards of other images or settings: choose another folder, or remove it")
     max_broken = allowed_broken(args.max_bad_samples, count)
     order = np.random.default_rng(0).permutation(count)  # classes mixed, for readers that shuffle within a buffer
     shards = {
@@ -197,10 +214,13 @@ def main(args: argparse.Namespace) -> None:
     splits = [split for split in ("train", "val") if (source / split).is_dir()]
     if not splits:
         raise UserError(f"{source}: there is no folder train or val in it")
-    for split in splits:
-        images = Folder(args.source, split)
+    sources = {split: Folder(args.source, split) for split in splits}
+    short_sides = {"train": args.short_side, "val": None}
+    for split, images in sources.items():  # all mistakes before the hours that the first one takes
+        claim(images, target / split, short_sides[split], args)
+    for split, images in sources.items():
         try:
-            broken = pack(images, target / split, args.short_side if split == "train" else None, args)
+            broken = pack(images, target / split, short_sides[split], args)
         except BrokenProcessPool as error:
             raise RunError("a worker was killed; the same command goes on after the last whole shard") from error
         except OSError as error:
