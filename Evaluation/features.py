@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import os
+import socket
 from contextlib import suppress
 from pathlib import Path
 
@@ -170,10 +171,11 @@ def features(
         size = len(dataset) * record.itemsize / 1e9
         if size > args.max_gb:
             raise UserError(f"the features of {split} take {size:.3g} GB, more than --max_gb {args.max_gb:g} allows")
-        for left in path.parent.glob(f".{path.name}.*"):  # by a process that was killed
+        mine = f".{path.name}.{socket.gethostname()}."  # other hosts may share the folder
+        for left in path.parent.glob(f"{mine}*"):  # by a process that was killed
             if not Path("/proc", left.suffix[1:]).exists():
                 left.unlink(missing_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial = path.with_name(f"{mine}{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             np.lib.format.open_memmap(partial, "w+", record, (len(dataset),))

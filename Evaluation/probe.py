@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from features import chosen_blocks, features, hash_of, load_model
 from probes import AttentiveHead, LinearHead, knn, train_probe
-from report import accuracy, table, with_interval, write_json
+from report import accuracy, output_file, table, with_interval, write_json
 from util import cli
 from util.datasets import check_classes, eval_transform, image_dataset
 from util.dist import gather_late, init_device, on_main, rank, reduce_sum, seed_everything, world_size
@@ -76,6 +76,7 @@ def main(args: argparse.Namespace) -> None:
     model = load_model(args, device)
     torch.set_float32_matmul_precision("highest")  # TF32 would choose other neighbours than a CPU
     source = beside(args.checkpoint)
+    output = on_main(lambda: output_file(args.output, source.with_suffix(".probe.json")))
     args.cache = args.cache or source.parent / "features"
     blocks = chosen_blocks(args, len(model.layers))
     heads = args.attn_heads or max(1, model.embed_dim // 64)
@@ -86,11 +87,17 @@ def main(args: argparse.Namespace) -> None:
     check_classes(splits["train"].source, splits["val"].source)
     classes = len(splits["train"].source.classes)
 
+    if "knn" in args.probe:
+        possible(args.k, len(splits["train"]))
     # the larger files first: what is too large is refused before any work
     kept = {
         tokens: [features(args, model, data, name, blocks, tokens, device, log) for name, data in splits.items()]
         for tokens in sorted({probe == "attentive" for probe in args.probe}, reverse=True)
     }
+    # under --eval_bad wrong: those of train are left out, those of val count as wrong
+    broken = {name: int((y < 0).sum()) for name, (_, y) in zip(splits, next(iter(kept.values())), strict=True)}
+    if any(broken.values()):
+        log.say(f"broken images: {broken['train']} of train are left out, {broken['val']} of val count as wrong")
     pooled = [(x.to(device), y.to(device)) for x, y in kept.get(False, ())]
     rows = []
     if "knn" in args.probe:
@@ -105,10 +112,20 @@ def main(args: argparse.Namespace) -> None:
     log.say(f"{type(model).__name__}, block {', '.join(map(str, blocks))} of {len(model.layers)}")
     head = ["probe", "top-1 (95 % over images)", "deviation over seeds", "top-5", "images", "learning rate"]
     log.say(table(head, *map(cells, rows)))
-    content = {"checkpoint": str(args.checkpoint), "weights": hash_of(model), "blocks": list(blocks)}
+    content = {"checkpoint": str(args.checkpoint), "weights": hash_of(model), "blocks": list(blocks), "broken": broken}
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    output = Path(args.output or source.with_suffix(".probe.json"))
     on_main(lambda: write_json(output, {**content, "results": rows, "args": settings}))
+
+
+def possible(ks: list[int], images: int) -> list[int]:
+    """Those numbers of neighbours that there are images for.
+
+    Raises:
+        UserError: none is.
+    """
+    if min(ks) > images:
+        raise UserError(f"--k {min(ks)}: there are {images} training images")
+    return [k for k in dict.fromkeys(ks) if k <= images]
 
 
 def evaluate_knn(
@@ -120,9 +137,7 @@ def evaluate_knn(
 ) -> list[dict]:
     """A row of results for each of `--k` that the training images suffice for; each process asks a share of `val`."""
     intact = train[1] >= 0
-    ks = [k for k in dict.fromkeys(args.k) if k <= intact.sum()]
-    if not ks:
-        raise UserError(f"--k {min(args.k)}: there are {intact.sum()} training images")
+    ks = possible(args.k, intact.sum())
     if len(ks) < len(set(args.k)):
         log.say(f"{intact.sum()} training images: larger --k are left out")
     queries, labels = (part[rank() :: world_size()] for part in val)

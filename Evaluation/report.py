@@ -2,6 +2,7 @@
 
 import json
 import math
+import tempfile
 from pathlib import Path
 
 from util.errors import UserError
@@ -31,6 +32,24 @@ def table(*rows: list) -> str:
     return "\n".join([head, f"|{' --- |' * len(rows[0])}", *body])
 
 
+def output_file(given: str | None, default: Path) -> Path:
+    """Where a result will go; that it can be written there is tried before the work.
+
+    Raises:
+        UserError: it cannot.
+    """
+    path = Path(given or default)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"--output {path} cannot be written: {error.strerror}") from error
+    if path.is_dir():
+        raise UserError(f"--output {path} is a folder")
+    return path
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file.
 
@@ -38,7 +57,6 @@ def write_json(path: Path, content: dict) -> None:
         UserError: the file cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--output {path} cannot be written: {error.strerror}") from error

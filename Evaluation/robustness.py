@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from features import hash_of, load_model
 from models_arm import ARMClassifier
-from report import accuracy, table, with_interval, write_json
+from report import accuracy, output_file, table, with_interval, write_json
 from util import cli
 from util.datasets import ImageDataset, eval_loader, eval_transform, pixels_by
 from util.dist import init_device, on_main
@@ -165,11 +165,13 @@ def result_of(name: str, results: dict[str, dict]) -> dict:
         (result,) = results.values()
         correct, correct5 = (result[key] * result["images"] / 100 for key in ("acc1", "acc5"))
         return result | accuracy(correct, correct5, result["images"])
+    broken = sum(result.get("broken", 0) for result in results.values())
     acc1 = {c: [results[f"{c} {s}"]["acc1"] for s in SEVERITIES] for c in ALEXNET}
     return {
         "acc1": float(np.mean(list(acc1.values()))),
         "acc5": float(np.mean([result["acc5"] for result in results.values()])),
         "images": sum(result["images"] for result in results.values()),
+        **({"broken": broken} if broken else {}),
         "mce": float(np.mean([100 * (100 - np.mean(acc1[c])) / ALEXNET[c] for c in ALEXNET])),
         "parts": results,
     }
@@ -190,6 +192,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"{args.checkpoint} has {model.head.out_features} outputs, not the 1000 of ImageNet")
     if len(dict(args.data)) < len(args.data):
         raise UserError("--data names a set twice")
+    output = on_main(lambda: output_file(args.output, beside(args.checkpoint).with_suffix(".robustness.json")))
     sets = {name: parts_of(name, path) for name, path in args.data}
     rows = {}
     for name, parts in sets.items():
@@ -206,7 +209,6 @@ def main(args: argparse.Namespace) -> None:
     content = {"checkpoint": str(args.checkpoint), "weights": hash_of(model), "results": rows}
     settings = {"input_size": args.input_size, "data": {name: str(path) for name, path in args.data}}
     settings |= {name: getattr(args, name) for name in ("model_key", "eval_resize", "eval_loader", "eval_bad")}
-    output = Path(args.output or beside(args.checkpoint).with_suffix(".robustness.json"))
     on_main(lambda: write_json(output, {**content, "args": settings}))
 
 

@@ -26,13 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 
 from demo import FINETUNE, MODEL, PRETRAIN, RECIPE, ROOT
 from digits import unpack_digits
-from util import machine
+from util import cli, machine
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser("compare_loaders.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--seeds", type=cli.number(int, 2), default=3, help="at least 2 (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=12, help="of pretraining (default: %(default)s)")
     parser.add_argument("--finetune_epochs", type=int, default=6, help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, help="JSON file (default: in benchmarks/results/)")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from Evaluation.report import write_json
+from Evaluation.report import output_file, write_json
 from studies import fashion_mnist, report
 from studies.budgets import BUDGETS
 from studies.shards import alone, write_subset
@@ -250,6 +250,8 @@ def main(args: argparse.Namespace) -> None:
     steps = {step.name: step for run in runs for step in (run.pretrain, run.finetune) if step is not None}
     steps = sorted(steps.values(), key=lambda step: step.kind != "pretrain")
     check(steps, machine)
+    folder = ROOT / output / f"{args.name}-{name}"
+    result = output_file(None, folder / "results.json")
     print(study.question, flush=True)
     run_steps(steps, machine, commit())
 
@@ -267,8 +269,7 @@ def main(args: argparse.Namespace) -> None:
         "summary": report.summary(found),
         "runs": found,
     }
-    folder = ROOT / output / f"{args.name}-{name}"
-    write_json(folder / "results.json", results)
+    write_json(result, results)
     text = report.markdown(results)
     (folder / "table.md").write_text(text, encoding="utf-8")
     report.draw(found).savefig(folder / "plot.png", dpi=150)

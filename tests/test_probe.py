@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 from types import SimpleNamespace
 
 import numpy as np
@@ -270,7 +271,9 @@ def test_broken_images(checkpoints, image_folder, tmp_path):
     with pytest.raises(RunError, match=r"x\.png"):
         run(tmp_path, *words)
     assert not list((tmp_path / "cache").iterdir())
-    rows = run(tmp_path, *words, "--eval_bad", "wrong", "--k", 24, 25)["results"]
+    result = run(tmp_path, *words, "--eval_bad", "wrong", "--k", 24, 25)
+    rows = result["results"]
+    assert result["broken"] == {"train": 1, "val": 1}
     assert [row["probe"] for row in rows] == ["24-NN", "linear"]
     assert {row["images"] for row in rows} == {8}
     assert all(row["acc5"] <= 100 * 7 / 8 for row in rows)
@@ -289,6 +292,7 @@ def test_broken_images(checkpoints, image_folder, tmp_path):
         ("--temperature 0", "0 is not above 0"),
         ("--probe attentive --attn_heads 5", "--attn_heads 5 does not divide the 32 channels"),
         ("--probe attentive --max_gb 1e-6", r"the features of train take [\d.e-]+ GB, more than --max_gb 1e-06 allows"),
+        ("--output /dev/null/x --cache /dev/null/x", "--output /dev/null/x cannot be written"),
         ("--cache /dev/null/x", "--cache /dev/null/x cannot be written"),
         ("--input_size 50", "image size 50 does not divide"),
         ("--model_key model_ema", "the checkpoint has no model_ema"),
@@ -303,6 +307,21 @@ def test_mistakes(checkpoints, image_folder, tmp_path, run_script, capsys, words
     err = capsys.readouterr().err
     assert re.fullmatch(r"probe\.py: error: .*\n", err)
     assert re.search(message, err), err
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_killed_processes_have_left(checkpoints, image_folder, tmp_path):
+    """Goes, if they are of this host; another host may be writing its own."""
+    words = [checkpoints / "finetune.pth", "--data_path", image_folder, "--cache", tmp_path / "cache"]
+    words += ["--probe", "knn", "--k", 1]
+    run(tmp_path, *words)
+    names = {path.name for path in (tmp_path / "cache").iterdir()}
+    for name in names:
+        (tmp_path / "cache" / name).unlink()
+        (tmp_path / "cache" / f".{name}.{socket.gethostname()}.999999999").touch()
+        (tmp_path / "cache" / f".{name}.other.999999999").touch()
+    run(tmp_path, *words)
+    assert {p.name for p in (tmp_path / "cache").iterdir()} == names | {f".{name}.other.999999999" for name in names}
 
 
 def test_too_large_files_are_refused_before_smaller_ones_are_made(checkpoints, image_folder, tmp_path, run_script):

@@ -193,6 +193,22 @@ def test_broken_images(world, tmp_path, run_script, capsys):
     assert "| sketch | 25.00 % (4.56 to 69.94) | 50.00 % | 4, 1 of them broken |  |" in capsys.readouterr().out
 
 
+def test_broken_images_of_corruptions():
+    part = {"acc1": 50.0, "acc5": 75.0, "images": 8}
+    parts = {f"{c} {s}": dict(part) for c in robustness.ALEXNET for s in robustness.SEVERITIES}
+    assert "broken" not in robustness.result_of("c", parts)
+    parts["fog 3"]["broken"], parts["snow 1"]["broken"] = 2, 1
+    row = robustness.result_of("c", parts)
+    assert row["broken"] == 3
+    assert robustness.cells(row)[2] == "600, 3 of them broken"
+
+
+def test_output_is_tried_before_the_work(world, tmp_path, run_script, capsys):
+    words = [world.checkpoint, "--data", "sketch=/nowhere", "--output"]
+    assert_mistake(run_script, capsys, "--output /dev/null/x cannot be written: ", *words, "/dev/null/x")
+    assert_mistake(run_script, capsys, f"--output {tmp_path} is a folder", *words, tmp_path)
+
+
 def test_two_processes_equal_one(world, results, tmp_path):
     words = [world.checkpoint, *QUIET, "--output", tmp_path / "two.json", "--batch_size", 2]
     words += ["--data", *(f"{name}={world.root / name}" for name in ("imagenet", "v2"))]
