@@ -1,6 +1,7 @@
 """The bricks of the encoder: patch embedding, Mamba mixer with one or four scan directions, SwiGLU, block."""
 
 import math
+from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
@@ -91,8 +92,8 @@ class Mixer(nn.Module):
         for s in directions:
             self.add_module(f"conv1d{s}", nn.Conv1d(dim, dim, d_conv, groups=dim))
             self.add_module(f"x_proj{s}", nn.Linear(dim, self.dt_rank + 2 * d_state, bias=False))
-            self.add_module(f"dt_proj{s}", nn.Linear(self.dt_rank, dim))
-            dt_proj = self.get_submodule(f"dt_proj{s}")
+            dt_proj = nn.Linear(self.dt_rank, dim)
+            self.add_module(f"dt_proj{s}", dt_proj)
             nn.init.uniform_(dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
             if s == "":
                 dt = torch.empty(dim).uniform_(math.log(0.001), math.log(0.1)).exp().clamp(min=1e-4)
@@ -106,7 +107,7 @@ class Mixer(nn.Module):
 
     def _stacked(self, name: str) -> Tensor:
         """The parameter `name` (with {} for the suffix) of all K directions: (K, *shape)."""
-        return torch.stack([self.get_parameter(name.format(s)) for s in self.directions])
+        return torch.stack([attrgetter(name.format(s))(self) for s in self.directions])
 
     def forward(self, x: Tensor, order: Tensor | None = None) -> Tensor:
         """Mix tokens along each direction and average the directions.

@@ -8,7 +8,7 @@ logits = classifier(imgs)
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from types import MethodType
 from typing import NamedTuple
@@ -36,7 +36,18 @@ SIZES = {
 }
 
 
-ORDERS = ("row", "row_reverse", "column", "column_reverse", "random", "random_per_image")  # of clusters
+# how clusters are read: from their grid of raster indices to a list of them; None is rows, or an own one of each image
+ORDERS: dict[str, Callable[[Tensor], Tensor | None]] = {
+    "row": lambda grid: None,
+    "row_reverse": lambda grid: grid.flatten().flip(0),
+    "column": lambda grid: grid.t().flatten(),
+    "column_reverse": lambda grid: grid.t().flatten().flip(0),
+    # by a generator of its own, so that models of all orders begin with the same weights
+    "random": lambda grid: torch.randperm(
+        grid.numel(), generator=torch.Generator().manual_seed(torch.initial_seed()), device="cpu"
+    ),
+    "random_per_image": lambda grid: None,
+}
 TAPS = ("even", "last")
 
 
@@ -91,6 +102,14 @@ def _grid(img_size: int | tuple[int, int], unit: int, what: str) -> tuple[int, i
             nearest = " or ".join(str(s) for s in (below, below + unit) if s > 0)
             raise ValueError(f"image size {pixels} does not divide into {what} of {unit} pixels; nearest: {nearest}")
     return size[0] // unit, size[1] // unit
+
+
+def _patches(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """Rows and columns of a classifier's patches; ValueError if they do not divide the image, or there is only one."""
+    grid = _grid(img_size, patch_size, "patches")
+    if grid == (1, 1):
+        raise ValueError(f"image size {img_size} holds a single patch: both halves around the class token need one")
+    return grid
 
 
 def _zero_bias(module: nn.Module) -> None:
@@ -512,21 +531,9 @@ def cluster_order(order: str, clusters: tuple[int, int]) -> Tensor | None:
     Raises:
         ValueError: unknown order.
     """
-    raster = torch.arange(clusters[0] * clusters[1])
-    column = raster.view(clusters).t().flatten()  # (rows, columns) -> (columns * rows,)
-    orders = {
-        "row": None,
-        "row_reverse": raster.flip(0),
-        "column": column,
-        "column_reverse": column.flip(0),
-        "random_per_image": None,
-    }
-    if order == "random":  # by a generator of its own, so that models of all orders begin with the same weights
-        generator = torch.Generator().manual_seed(torch.initial_seed())
-        return torch.randperm(len(raster), generator=generator, device="cpu")
-    if order not in orders:
+    if order not in ORDERS:
         raise ValueError(f"unknown order {order!r}; choose from {', '.join(ORDERS)}")
-    return orders[order]
+    return ORDERS[order](torch.arange(clusters[0] * clusters[1]).view(clusters))
 
 
 def decoder_taps(depth: int, dec_depth: int, kind: str = "even") -> list[int]:
@@ -604,15 +611,14 @@ class ARMClassifier(TimmModel):
         if directions not in (1, 4):
             raise ValueError(f"{directions} scan directions: choose 1 or 4")
         names = FOUR_DIRECTIONS[:directions]
-        self.grid_size = _grid(img_size, patch_size, "patches")
-        self.patch_size, self.global_pool, self.drop_path_rate = patch_size, pooling(global_pool), drop_path_rate
+        self.grid_size = _patches(img_size, patch_size)
+        self.patch_size, self.drop_path_rate = patch_size, drop_path_rate
+        self.global_pool = pooling(global_pool, directions)
         self.embed_dim = self.num_features = self.head_hidden_size = embed_dim  # timm's names
         self.num_classes, self.drop_rate, self.in_chans = num_classes, drop_rate, in_chans
         self.dynamic_img_size, self.grad_checkpointing = dynamic_img_size, False
         num_patches = self.grid_size[0] * self.grid_size[1]
-        if num_patches < 2:
-            raise ValueError(f"image size {img_size} holds a single patch: both halves around the class token need one")
-        rates = torch.cat([torch.zeros(1), torch.linspace(0, drop_path_rate, depth)])[:depth].clone()
+        rates = F.pad(torch.linspace(0, drop_path_rate, depth)[:-1], (1, 0))
 
         # Registration order is that of the published code: optimizer states are stored by it.
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -656,7 +662,7 @@ class ARMClassifier(TimmModel):
         Raises:
             ValueError: an image size that does not fit; see `for_grid`.
         """
-        pos_embed, order = self.for_grid(_grid(imgs.shape[-2:], self.patch_size, "patches"))
+        pos_embed, order = self.for_grid(_patches(imgs.shape[-2:], self.patch_size))
         x = self.patch_embed(imgs).flatten(1, 2)  # (B, rows, columns, C) -> (B, M, C)
         h = insert_middle(x, self.cls_token.expand(x.shape[0], -1, -1)) + pos_embed  # (B, M + 1, C)
         layers = self.layers[:depth]

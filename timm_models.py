@@ -98,10 +98,10 @@ class TimmModel(nn.Module):
             global_pool: one of `POOLING`, None to keep it.
 
         Raises:
-            ValueError: unknown pooling.
+            ValueError: a pooling that is unknown or does not suit; see `pooling`.
         """
         if global_pool is not None:
-            self.global_pool = pooling(global_pool)
+            self.global_pool = pooling(global_pool, len(self.order))
         self.num_classes = num_classes
         self.head = new_head(self.embed_dim, num_classes).to(self.cls_token)
         init_head(self.head)
@@ -166,14 +166,16 @@ class TimmModel(nn.Module):
         return intermediates if intermediates_only else (self.norm_f(h), intermediates)
 
 
-def pooling(global_pool: str | bool) -> str:
+def pooling(global_pool: str | bool, directions: int = 4) -> str:
     """timm's name of a pooling: "avg", "token" or "" (none).
 
     Raises:
-        ValueError: unknown.
+        ValueError: unknown, or the class token of a single direction, which has seen half of the image.
     """
     if global_pool not in POOLING:
         raise ValueError(f"unknown global_pool {global_pool!r}; choose from {', '.join(map(repr, POOLING))}")
+    if directions == 1 and POOLING[global_pool] == "token":
+        raise ValueError("a class token in the middle sees half of the image with one direction: pool the mean instead")
     return POOLING[global_pool]
 
 

@@ -148,13 +148,7 @@ def per_step(launch: Launch, lengths: list[int]) -> float:
 
 def measure(capability: int, K: int, L: int) -> Iterator[Resources]:
     """Resources of the four kernels of one setting of ARM-base."""
-    config = triton_backend._config
-    triton_backend._config = lambda _: triton_backend.CONFIGS.get(capability // 10, triton_backend.FALLBACK)
-    try:
-        found = launches(K, 2, L, 768)
-    finally:
-        triton_backend._config = config
-    for launch in found:
+    for launch in launches(K, 2, L, 768):
         registers, spilled, loops = disassemble(compile_launch(launch, capability))
         steps = per_step(launch, [len(loop) for loop in loops])
         yield Resources(launch.kernel.__name__, capability, K, L, registers, spilled, steps)

@@ -27,6 +27,8 @@ def unavailable(name: str) -> str | None:
         elif name == "mamba_ssm":
             backend_module(name)
     except (ImportError, OSError) as error:  # not installed, or built for another torch or CUDA
+        if name == "cpu":  # there is nothing to install
+            return str(error)
         how = {"mamba_ssm": "--no-build-isolation -r requirements-cuda.txt"}.get(name, name)
         return f"{error}; to install it: pip install {how}"
     except BackendUnavailable as error:
@@ -34,7 +36,7 @@ def unavailable(name: str) -> str | None:
     return None
 
 
-def misfit(name: str, device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+def misfit(name: str, device: torch.device, dtype: torch.dtype, width: int, states: int = 1) -> str | None:
     """Return what backend `name` does not compute about these activations, None if it computes them."""
     here, halves = f"{dtype} on {device.type}", (torch.bfloat16, torch.float16)
     if name == "cpu" and (device.type != "cpu" or dtype != torch.float32):
@@ -48,6 +50,8 @@ def misfit(name: str, device: torch.device, dtype: torch.dtype, width: int) -> s
             return here
         if width % 32:
             return f"{width} channels, which 32 does not divide,"
+        if states & (states - 1):
+            return f"{states} states, no power of 2,"
     return None
 
 
@@ -71,7 +75,7 @@ def _log_once(level: int, message: str) -> None:
 
 
 @torch.compiler.assume_constant_result
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype, width: int) -> str:
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype, width: int, states: int = 1) -> str:
     """Turn the requested backend into the one that computes; the only place where that is decided.
 
     "auto" is the first of `FASTEST_FIRST` that computes these activations and works on this machine; on other kinds of
@@ -83,6 +87,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, width: i
         device: where the activations are.
         dtype: of the activations.
         width: their channels.
+        states: of a channel, in the scan.
 
     Returns:
         One of `BACKENDS`, not "auto".
@@ -93,12 +98,12 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, width: i
     """
     check_backend(name)
     if name != "auto":
-        if problem := misfit(name, device, dtype, width):
+        if problem := misfit(name, device, dtype, width, states):
             raise TypeError(f"backend {name!r} does not compute {problem}: use backend 'torch'")
         return name
     broken = []
     for candidate in FASTEST_FIRST.get(device.type, ("torch",)):
-        if misfit(candidate, device, dtype, width):
+        if misfit(candidate, device, dtype, width, states):
             continue
         if not (reason := unavailable(candidate)):
             break  # at torch at the latest
@@ -159,7 +164,7 @@ def selective_scan(
     _check(u.device, dt=(dt, inputs), A=(A, (K, width, N)), B=(B, rows), C=(C, rows))
     _check(u.device, D=(D, (K, width)), dt_bias=(dt_bias, (K, width)), order=(order, (K, L)))
     tensors = (u, dt, A, B, C, D, dt_bias)
-    name = choose_backend(backend, u.device, u.dtype, width)
+    name = choose_backend(backend, u.device, u.dtype, width, N)
     if name in ("mamba_ssm", "export"):
         return backend_module(name).selective_scan(*tensors, order)
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

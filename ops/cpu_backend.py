@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -23,16 +24,21 @@ NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-mar
 
 
 def _compiler() -> list[str]:
-    candidates = [os.environ["CC"]] if os.environ.get("CC") else COMPILERS
+    named = os.environ.get("CC", "").strip()
+    candidates = [named] if named else COMPILERS
     for candidate in candidates:
-        command = shlex.split(candidate)
-        if shutil.which(command[0]):
-            return command
+        with suppress(ValueError):  # a quotation that does not end
+            command = shlex.split(candidate)
+            if shutil.which(command[0]):
+                return command
     raise BackendUnavailable(f"no C compiler found (looked for {', '.join(candidates)}; $CC names another)")
 
 
 def _run(command: list[str]) -> bytes:
-    done = subprocess.run(command, capture_output=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, check=False)
+    except OSError as error:  # a file that is no program
+        raise BackendUnavailable(f"`{shlex.join(command)}`: {error.strerror}") from error
     if done.returncode:
         lines = done.stderr.decode(errors="replace").splitlines() or [f"exit status {done.returncode}"]
         raise BackendUnavailable(f"`{shlex.join(command)}`: {next((l for l in lines if 'error' in l), lines[-1])}")

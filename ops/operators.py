@@ -64,13 +64,7 @@ def selective_scan_backward(
     states: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of u, dt, A, B, C, D and dt_bias.
-
-    Raises:
-        RuntimeError: the forward pass was told that it does not train, so there are no states to start from.
-    """
-    if not states.numel():
-        raise RuntimeError("arm::selective_scan was computed with trains=False: it has no gradients")
+    """Return the gradients of u, dt, A, B, C, D and dt_bias."""
     inputs = (u, dt, A, B, C, D, dt_bias)
     return _as_inputs(backend_module(backend).scan_backward(dy, *inputs, order, states), inputs)
 
@@ -81,7 +75,7 @@ def _(dy, u, dt, A, B, C, D, dt_bias, order, states, backend):
 
 
 def _scan_context(ctx, inputs, output):
-    *tensors, ctx.backend, _ = inputs
+    *tensors, ctx.backend, ctx.trains = inputs
     ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # the states have no gradient: a tensor of zeros for them would be as large
@@ -90,6 +84,8 @@ def _scan_context(ctx, inputs, output):
 def _scan_grads(ctx, dy, _):
     if dy is None:  # nothing depends on y
         return (None,) * 10
+    if not ctx.trains:  # there are no states to start from
+        raise RuntimeError("arm::selective_scan was computed with trains=False: it has no gradients")
     return *selective_scan_backward(dy, *ctx.saved_tensors, ctx.backend), None, None, None
 
 

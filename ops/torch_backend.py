@@ -94,13 +94,8 @@ def scan_backward(
     x, step, dy_t, B_t, C_t = (_to_time(tensor, order) for tensor in (delta * u, delta, dy, B, C))  # (L, K, B, D or N)
     dx, ddecay, dB, dC = (tensor.new_empty(tensor.shape) for tensor in (x, step, B_t, C_t))
     A = A.mT.contiguous()[:, None]  # (K, 1, N, D)
-    x, step, dy_t, row, column = (
-        x[..., None, :],
-        step[..., None, :],
-        dy_t[..., None, :],
-        B_t[..., None, :],
-        C_t[..., None],
-    )
+    x, step, dy_t, row = (tensor[..., None, :] for tensor in (x, step, dy_t, B_t))
+    column = C_t[..., None]
     A2 = A / math.log(2)
     dA, dh, decay, product = (torch.zeros_like(h[0]) for _ in range(4))
     with torch.autocast(u.device.type, enabled=False):

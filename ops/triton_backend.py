@@ -12,7 +12,6 @@ Shapes are those of `ops`. With TRITON_INTERPRET=1 in the environment the kernel
 import math
 import subprocess
 from functools import cache
-from typing import NamedTuple
 
 import torch
 import triton
@@ -26,29 +25,12 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
-class Config(NamedTuple):
-    """How the kernels are cut.
-
-    `chunk` tokens lie between two stored states; the backward pass holds the states of `block` tokens in registers and
-    computes them again from the stored one. `segment` tokens of the convolution belong to one program.
-    """
-
-    chunk: int
-    block: int
-    segment: int
-
-
-# By generation (major compute capability), for 9 also by time on an H200. Blocks of 8 spill 1 KB a thread; blocks of 2
-# spill nothing and take a fifth more instructions, 12 % more time; a chunk of 4 takes 3 to 8 % less time and
-# doubles what the states take, 7.5 GB in finetuning ARM-base.
-CONFIGS = {8: Config(8, 4, 32), 9: Config(8, 4, 32), 10: Config(8, 4, 32)}
-FALLBACK = CONFIGS[9]
-
-
-@cache
-def _config(device: torch.device) -> Config:
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
-    return CONFIGS.get(major, FALLBACK)
+# How the kernels are cut, for every GPU; chosen by counted instructions, and by time on an H200. Steps of 8 spill 1 KB
+# a thread; steps of 2 spill nothing and take a fifth more instructions, 12 % more time; a chunk of 4 takes 3 to 8 %
+# less time and doubles what the states take, 7.5 GB in finetuning ARM-base.
+CHUNK = 8  # tokens between two stored states
+STEPS = 4  # tokens whose states the backward pass holds in registers, computed again from the stored one
+SEGMENT = 32  # tokens of the convolution of one program
 
 
 # ---- device code ----
@@ -411,27 +393,20 @@ def _scan_setup(u, dt, A, B, C, D, dt_bias, order):
     A, D, dt_bias = (x.float().contiguous() for x in (A, D, dt_bias))
     u, dt, B, C = _dense_channels(u, dt, B, C)
     strides = [stride for x in (u, dt, B, C) for stride in x.stride()[:3]]
-    (K, _, L, width), N, config = u.shape, A.shape[-1], _config(u.device)
-    constants = {"K": K, "WIDTH": width, "N": N, "BLOCK": SCAN_BLOCK, "CHUNK": config.chunk, "T": config.block}
+    (K, _, L, width), N = u.shape, A.shape[-1]
+    constants = {"K": K, "WIDTH": width, "N": N, "BLOCK": SCAN_BLOCK, "CHUNK": CHUNK, "T": STEPS}
     return (u, dt, A, B, C, D, dt_bias, _checked(order, L)), strides, constants | {"ORDERED": order is not None}
 
 
 def scan_states(u: Tensor, A: Tensor) -> Tensor:
     """An empty tensor for the states that `scan_forward` returns: those before every chunk of tokens."""
     K, batch, L, width = u.shape
-    chunk = _config(u.device).chunk
-    return u.new_empty(K, batch, -(-L // chunk), width, A.shape[-1], dtype=torch.float32)
+    return u.new_empty(K, batch, -(-L // CHUNK), width, A.shape[-1], dtype=torch.float32)
 
 
 def scan_forward(u, dt, A, B, C, D, dt_bias, order, trains):
-    """See torch_backend.py.
-
-    Raises:
-        ValueError: the number of states is not a power of 2.
-    """
+    """See torch_backend.py."""
     K, batch, L, _ = u.shape
-    if (N := A.shape[-1]) & (N - 1):
-        raise ValueError(f"{N} states: the triton backend computes powers of 2; use backend 'torch'")
     tensors, strides, constants = _scan_setup(u, dt, A, B, C, D, dt_bias, order)
     y, states = u.new_empty(u.shape), scan_states(u, A) if trains else None
     args = (*tensors, y, states if trains else y, batch, L, *strides)
@@ -456,10 +431,9 @@ def scan_backward(dy, u, dt, A, B, C, D, dt_bias, order, states):
 
 def _conv_setup(x, weight, bias, order):
     (x,), (K, width, W), L = _dense_channels(x), weight.shape, x.shape[1]
-    segment = _config(x.device).segment
-    sizes = {"K": K, "WIDTH": width, "TAPS": W, "BLOCK": math.gcd(width, CONV_BLOCK), "SEGMENT": segment}
+    sizes = {"K": K, "WIDTH": width, "TAPS": W, "BLOCK": math.gcd(width, CONV_BLOCK), "SEGMENT": SEGMENT}
     tensors = (x, weight.float().contiguous(), bias.float().contiguous(), _checked(order, L))
-    return tensors, triton.cdiv(L, segment), sizes | {"ORDERED": order is not None}
+    return tensors, triton.cdiv(L, SEGMENT), sizes | {"ORDERED": order is not None}
 
 
 def conv_forward(x, weight, bias, order):

@@ -60,6 +60,7 @@ def test_pretraining_sizes_that_do_not_fit(overrides, message):
         ({"img_size": 225}, "image size 225 does not divide into patches of 16 pixels; nearest: 224 or 240"),
         ({"img_size": 16}, "single patch"),
         ({"directions": 2}, "2 scan directions: choose 1 or 4"),
+        ({"directions": 1, "global_pool": False}, "sees half of the image with one direction"),
     ],
 )
 def test_classifier_sizes_that_do_not_fit(overrides, message):
@@ -257,6 +258,27 @@ def test_one_direction_is_the_pretrained_scan():
     tokens, after = model.forward_features(imgs), model.forward_features(changed)
     assert torch.equal(tokens[:, :-1], after[:, :-1])
     assert not torch.equal(tokens[:, -1], after[:, -1])
+
+
+def test_what_a_finished_classifier_refuses():
+    model = models_arm.create_classifier("arm_tiny_pz16", embed_dim=32, depth=1, directions=1, dynamic_img_size=True)
+    assert model(torch.zeros(1, 3, 16, 32)).isfinite().all()
+    with pytest.raises(ValueError, match="single patch"):
+        model(torch.zeros(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="sees half of the image"):
+        model.reset_classifier(3, "token")
+
+
+def test_weights_that_are_no_parameters():
+    """As torch.func and torch.nn.utils.prune put into their place."""
+    model = small_pretrain()
+    imgs = torch.randn(2, 3, 48, 32, dtype=torch.float64)
+    doubled = {name: 2 * value for name, value in model.named_parameters()}
+    got = torch.func.functional_call(model, doubled, (imgs,))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    assert torch.equal(got, model(imgs))
 
 
 def test_state_dict_without_mask_loads():

@@ -351,6 +351,7 @@ def test_missing_cuda_packages(package, fresh, monkeypatch):
     [
         ("PATH", "", r"no C compiler found \(looked for cc, gcc, clang"),
         ("CC", "no-such-cc -O1", r"looked for no-such-cc -O1"),
+        ("CC", "'", r"looked for '"),
         ("CC", "false", "`false -O3 .*`: exit status 1"),
         ("NATIVE", "-march=no-such-cpu", "no-such-cpu"),
     ],
@@ -372,6 +373,18 @@ def test_missing_compiler(name, value, message, fresh, monkeypatch, caplog):
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert ops.unavailable("cpu") in record.message
+
+
+def test_odd_values_of_cc(fresh, monkeypatch, tmp_path):
+    """A blank one is none; a file that is no program is said, without advice to install something."""
+    monkeypatch.setenv("CC", " ")
+    assert cpu_backend._compiler() in [[name] for name in cpu_backend.COMPILERS]
+    program = tmp_path / "cc"
+    program.write_text("nothing")
+    program.chmod(0o755)
+    monkeypatch.setenv("CC", str(program))
+    with pytest.raises(BackendUnavailable, match=f"{program} .*`: Exec format error$"):
+        ops.check_backend("cpu")
 
 
 @pytest.mark.parametrize(("rank", "logged"), [(None, 1), ("0", 1), ("1", 0)])
@@ -408,6 +421,8 @@ def test_auto(device, dtype, width, missing, expected, fresh, monkeypatch, caplo
     assert ops.choose_backend("torch", torch.device(device), dtype, width) == "torch"
     (record,) = caplog.records
     assert f"{dtype} on {device}: {expected}" in record.message
+    if expected == "triton":
+        assert ops.choose_backend("auto", torch.device(device), dtype, width, 12) == "mamba_ssm"
     assert all(f"{name}: no {name} here" in record.message for name in missing)
     assert record.levelname == ("WARNING" if missing and expected == "torch" else "INFO")
 

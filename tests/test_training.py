@@ -456,6 +456,15 @@ def test_loss_spikes_are_said():
     assert log.said == ["epoch 0, batch 479: the loss rose to 7, from 1"]
 
 
+def test_losses_that_are_not_finite_are_no_part_of_what_was_before():
+    """Of a whole window, here of one update, too."""
+    log = NotedLog()
+    samples = [1.0] * 5 + [math.nan] + [1.0] * 24
+    weight, stats = one_weight_run([*samples, 7.0], log=log, lr=0.0, min_lr=0.0, save_every_steps=1)
+    assert (weight, stats["train_loss"]) == (1, (29 + 7) / 30)
+    assert log.said[-1] == "epoch 0, batch 30: the loss rose to 7, from 1"
+
+
 def test_skipped_updates_leave_the_moments_of_adamw():
     """Also on accumulated batches: one of them is enough to spoil an update."""
     ends = []

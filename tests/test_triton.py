@@ -247,7 +247,7 @@ def test_widths_that_do_not_divide():
 
 
 def test_numbers_of_states_that_are_no_power_of_2():
-    with pytest.raises(ValueError, match="12 states: the triton backend computes powers of 2; use backend 'torch'"):
+    with pytest.raises(TypeError, match=r"does not compute 12 states, no power of 2,: use backend 'torch'"):
         TRITON["selective_scan"](**on_device(scan_inputs(N=12)))
 
 

@@ -134,9 +134,11 @@ def train_epoch(
             keep_evidence(run, loader, first, Path(args.output_dir))
         if now_skipped:
             log.say(f"epoch {epoch}, batch {step}: updates skipped, their gradient was not finite: {now_skipped:.0f}")
-        if spikes(run.recent, mean):
-            log.say(f"epoch {epoch}, batch {step}: the loss rose to {mean:.4g}, from {statistics.mean(run.recent):.4g}")
-        run.recent.append(mean)
+        if count:
+            if spikes(run.recent, mean):
+                before = statistics.mean(run.recent)
+                log.say(f"epoch {epoch}, batch {step}: the loss rose to {mean:.4g}, from {before:.4g}")
+            run.recent.append(mean)
         window.zero_()
         skipped.zero_()
         unlogged = 0
@@ -155,7 +157,7 @@ def train_epoch(
 
 def spikes(recent: deque[float], loss: float) -> bool:
     """Whether a loss is far above those before it: 5 standard deviations and 5 %."""
-    if len(recent) < recent.maxlen or not math.isfinite(loss):
+    if len(recent) < recent.maxlen:
         return False
     mean, deviation = statistics.mean(recent), statistics.stdev(recent)
     return loss > mean + max(5 * deviation, 0.05 * abs(mean))
