@@ -589,7 +589,8 @@ class ARMClassifier(TimmModel):
         directions: 4 scans rows and columns, forward and backward; 1 rows forward alone.
 
     Raises:
-        ValueError: sizes that do not fit together, or unknown pooling; the message names values that do.
+        ValueError: sizes that do not fit together, or a pooling that is unknown or does not suit (see `pooling`); the
+            message names values that do.
     """
 
     def __init__(

@@ -41,12 +41,10 @@ def output_file(given: str | None, default: Path) -> Path:
     path = Path(given or default)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
+        with path.open("ab") if path.exists() else tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
         raise UserError(f"--output {path} cannot be written: {error.strerror}") from error
-    if path.is_dir():
-        raise UserError(f"--output {path} is a folder")
     return path
 
 

@@ -206,7 +206,7 @@ def test_broken_images_of_corruptions():
 def test_output_is_tried_before_the_work(world, tmp_path, run_script, capsys):
     words = [world.checkpoint, "--data", "sketch=/nowhere", "--output"]
     assert_mistake(run_script, capsys, "--output /dev/null/x cannot be written: ", *words, "/dev/null/x")
-    assert_mistake(run_script, capsys, f"--output {tmp_path} is a folder", *words, tmp_path)
+    assert_mistake(run_script, capsys, f"--output {tmp_path} cannot be written: Is a directory", *words, tmp_path)
 
 
 def test_two_processes_equal_one(world, results, tmp_path):

@@ -418,7 +418,7 @@ def test_mistakes(tmp_path, run_script, capsys, path):
     for name, change in {
         "HEADER": lambda data: data[:3100] + b"?" + data[3101:],
         "CUT": lambda data: data[:3072],
-        "ZEROS": lambda data: data[:3072] + bytes(50 * 1024),
+        "ZEROS": lambda data: data[:3072] + bytes(3 * 2**20),
         "TWO": lambda data: data[: 6 * 1024] + bytes(10240 - 6 * 1024) + data,
     }.items():
         (tmp_path / name / "train/0.tar").write_bytes(change(whole.read_bytes()))

@@ -27,6 +27,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from util.errors import UserError
 
 LOGGER = logging.getLogger(__name__)
+MOST_PADDING = 2**21  # bytes at the end of a tar shard; tar -b 2048 writes up to half as many
 
 
 class Source(Protocol):
@@ -246,8 +247,8 @@ def _images_of(shard: Path) -> tuple[list[tuple[int, int, int, str]], list[str]]
                     labels |= {} if label is None else {key: int(label)}
             # a header that is no header ends tarfile's loop as the end of the archive does, which is zeros
             tar.fileobj.seek(tar.offset)
-            rest = tar.fileobj.read(2 * tarfile.RECORDSIZE + 1)
-            if not 0 < len(rest) <= 2 * tarfile.RECORDSIZE or rest.strip(b"\0"):
+            rest = tar.fileobj.read(MOST_PADDING + 1)
+            if not 0 < len(rest) <= MOST_PADDING or rest.strip(b"\0"):
                 raise UserError(f"{shard} is damaged or incomplete: no file and no proper end at byte {tar.offset}")
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{shard}: {file} holds no label: {error}") from error
