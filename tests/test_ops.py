@@ -453,7 +453,8 @@ def test_the_choice_is_made_in_one_place(monkeypatch):
     monkeypatch.setattr(cpu_backend, "load", None)
     ops.selective_scan(**scan_inputs(), backend="cpu")
     ops.causal_conv1d(**conv_inputs())
-    assert asked == [(name, torch.device("cpu"), torch.float32, 32) for name in ("cpu", "auto")]
+    given = torch.device("cpu"), torch.float32, 32
+    assert asked == [("cpu", *given, 16), ("auto", *given)]  # 16 states
 
 
 # ---- building the C kernels ----

@@ -51,7 +51,7 @@ def test_a_pretraining_run(words, image_folder, tmp_path, run_script, capsys):
     for kind in ("safetensors", "pt2"):  # which compares with what it has written
         run_script(export, last, "--to", kind, "--encoder", "--output", tmp_path / f"encoder.{kind}")
     again = export.build(json.loads((tmp_path / "encoder.json").read_text()))
-    export.load_weights(again, checkpoint.read(tmp_path / "encoder.safetensors"))
+    export.load_weights(again, checkpoint.weights(checkpoint.read(tmp_path / "encoder.safetensors")))
     assert torch.allclose(again.forward_features(imgs), want, atol=1e-5)  # another backend
     # without what it was trained with; the cluster size of masked prediction stands there alone
     told = {"input_size": [48, 32], "cluster_size": model.cluster_size}
