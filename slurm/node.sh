@@ -11,7 +11,15 @@ set -u
     --rdzv_backend c10d --rdzv_endpoint "$RENDEZVOUS" --rdzv_id "$SLURM_JOB_ID" "$@"
 ) &
 agent=$!
-trap 'pkill -USR1 -P "$agent"' USR1 TERM
+# Slurm may signal every process of the node, pkill too, which would end before it has passed anything on: so it inherits
+# that the signals are ignored.
+# shellcheck disable=SC2329 # the trap calls it
+forward() {
+  trap '' USR1 TERM
+  pkill -USR1 -P "$agent"
+  trap forward USR1 TERM
+}
+trap forward USR1 TERM
 status=0
 while kill -0 "$agent" 2>/dev/null; do
   wait "$agent"

@@ -12,20 +12,25 @@ import pytest
 
 from conftest import REPOSITORY, read_log
 from faults.conftest import PRETRAIN, written
+from util import checkpoint
 
 STUBS = {
     # starts the task on every node, passes on signals, fails if one of them does
     "srun": """
         while [[ $1 == --* ]]; do shift; done
         for ((i = 0; i < SLURM_NNODES; i++)); do SLURM_PROCID=$i "$@" & tasks+=($!); done
-        # as where cgroup.conf says SignalChildrenProcesses: torchrun gets it too
-        trap 'for task in "${tasks[@]}"; do kill -USR1 "$task"; pkill -USR1 -P "$task"; done' USR1
+        # as where cgroup.conf says SignalChildrenProcesses: torchrun gets it too, and so does pkill below
+        trap 'for task in "${tasks[@]}"; do kill -USR1 "$task"; command -p pkill -USR1 -P "$task"; done' USR1
         status=0
         for task in "${tasks[@]}"; do
           while kill -0 "$task" 2>/dev/null; do wait "$task"; code=$?; done
           ((code)) && status=$code
         done
         exit "$status"
+    """,
+    "pkill": """
+        kill -USR1 $$
+        command -p pkill "$@"
     """,
     "scontrol": """
         if [[ $1 == show ]]; then echo localhost; echo second; else echo "$@" >>"$STUBS/requeued"; fi
@@ -69,24 +74,25 @@ def job(tmp_path, images):
 
 
 def test_a_job_on_two_nodes_that_runs_out_of_time(job, tmp_path):
-    """It writes a checkpoint and queues up again; then it goes on."""
+    """It writes a checkpoint and queues up again; then it goes on, for what is left of a shorter run."""
     out, requeued = tmp_path / "out", tmp_path / "stubs" / "requeued"
-    argv = [*PRETRAIN, "--batch_size", 4, "--resume", "auto", "--output_dir", out, "--epochs", 2]
-    process, output = job(*argv, "--save_every_steps", 1)
+    argv = [*PRETRAIN, "--batch_size", 4, "--resume", "auto", "--output_dir", out]
+    process, output = job(*argv, "--save_every_steps", 1, "--epochs", 10_000)
     end = time.monotonic() + 120
     while not written(out / "checkpoint-last.pth"):
         assert process.poll() is None, output.read_text()
         assert time.monotonic() < end, output.read_text()
         time.sleep(0.01)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(120) == 1
+    assert process.wait(60) == 1, output.read_text()
     assert "stopped in epoch" in output.read_text()
     assert requeued.read_text() == f"requeue {os.getpid()}\n"
-    process, output = job(*argv)
+    epoch, _ = checkpoint.position(checkpoint.read(out / "checkpoint-last.pth"))
+    process, output = job(*argv, "--epochs", epoch + 2, "--allow_changed_args")
     assert process.wait(120) == 0, output.read_text()
     assert "2 x cpu" in output.read_text()
     assert f"going on from {out}/checkpoint-last.pth" in output.read_text()
-    assert [row["epoch"] for row in read_log(out)] == [0, 1]
+    assert [row["epoch"] for row in read_log(out)] == [*range(epoch + 2)]
     assert requeued.read_text().count("requeue") == 1
 
 
