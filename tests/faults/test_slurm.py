@@ -14,6 +14,7 @@ from conftest import REPOSITORY, read_log
 from faults.conftest import PRETRAIN, written
 from util import checkpoint
 
+ENDLESS = ["--save_every_steps", 1, "--epochs", 10_000]
 STUBS = {
     # starts the task on every node, passes on signals, fails if one of them does
     "srun": """
@@ -21,6 +22,7 @@ STUBS = {
         for ((i = 0; i < SLURM_NNODES; i++)); do SLURM_PROCID=$i "$@" & tasks+=($!); done
         # as where cgroup.conf says SignalChildrenProcesses: torchrun gets it too, and so does pkill below
         trap 'for task in "${tasks[@]}"; do kill -USR1 "$task"; command -p pkill -USR1 -P "$task"; done' USR1
+        trap : TERM
         status=0
         for task in "${tasks[@]}"; do
           while kill -0 "$task" 2>/dev/null; do wait "$task"; code=$?; done
@@ -73,16 +75,21 @@ def job(tmp_path, images):
             process.wait()
 
 
+def until_saved(process: subprocess.Popen, output: Path, folder: Path) -> None:
+    """Wait for a run's first checkpoint."""
+    end = time.monotonic() + 120
+    while not written(folder / "checkpoint-last.pth"):
+        assert process.poll() is None, output.read_text()
+        assert time.monotonic() < end, output.read_text()
+        time.sleep(0.01)
+
+
 def test_a_job_on_two_nodes_that_runs_out_of_time(job, tmp_path):
     """It writes a checkpoint and queues up again; then it goes on, for what is left of a shorter run."""
     out, requeued = tmp_path / "out", tmp_path / "stubs" / "requeued"
     argv = [*PRETRAIN, "--batch_size", 4, "--resume", "auto", "--output_dir", out]
-    process, output = job(*argv, "--save_every_steps", 1, "--epochs", 10_000)
-    end = time.monotonic() + 120
-    while not written(out / "checkpoint-last.pth"):
-        assert process.poll() is None, output.read_text()
-        assert time.monotonic() < end, output.read_text()
-        time.sleep(0.01)
+    process, output = job(*argv, *ENDLESS)
+    until_saved(process, output, out)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(60) == 1, output.read_text()
     assert "stopped in epoch" in output.read_text()
@@ -94,6 +101,17 @@ def test_a_job_on_two_nodes_that_runs_out_of_time(job, tmp_path):
     assert f"going on from {out}/checkpoint-last.pth" in output.read_text()
     assert [row["epoch"] for row in read_log(out)] == [*range(epoch + 2)]
     assert requeued.read_text().count("requeue") == 1
+
+
+def test_a_job_that_is_preempted(job, tmp_path):
+    """Every process of it is terminated: it writes a checkpoint, and Slurm, not the job, queues it up again."""
+    out = tmp_path / "out"
+    process, output = job(*PRETRAIN, "--batch_size", 4, "--output_dir", out, *ENDLESS)
+    until_saved(process, output, out)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 1, output.read_text()
+    assert "stopped in epoch" in output.read_text()
+    assert not (tmp_path / "stubs" / "requeued").exists()
 
 
 def test_a_mistake_on_one_node_does_not_queue_up_again(job, tmp_path):
