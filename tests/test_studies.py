@@ -181,7 +181,7 @@ def test_gpus_are_shared_out(monkeypatch):
         ("imagenet", None, 1, ["0,1,2,3,4,5,6,7"]),
         ("imagenet", 4, 2, ["0,1,2,3", "4,5,6,7", "0,1,2,3"]),
         ("imagenet", 3, 2, ["0,1,2", "3,4,5", "0,1,2"]),
-        ("gpu", None, 32, ["0", "1", "2"]),
+        ("gpu", None, 96, ["0", "1", "2"]),
     ):
         machine = run.find_machine(Namespace(processes=processes, jobs=None), BUDGETS[budget])
         assert machine.jobs == jobs
