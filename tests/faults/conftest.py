@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -27,26 +28,19 @@ def images(tmp_path_factory) -> Path:
     return noise_images(tmp_path_factory.mktemp("images"), train=16, height=50)
 
 
-class Started:
-    """A process, or several under torchrun, whose output goes to a file."""
+class Process:
+    """A process whose output goes to a file; `how` is for Popen."""
 
-    def __init__(self, out: Path, *command: object, processes: int = 1, restarts: int = 0) -> None:
-        launcher = [sys.executable]
-        if processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-            launcher += ["--max-restarts", restarts]
-        script, *argv = command
-        words = [str(word) for word in (*launcher, REPOSITORY / script, *argv)]
+    def __init__(self, out: Path, *words: object, **how: object) -> None:
         self.out = out
         with out.open("w") as file:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            self.process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=environment)
+            self.process = subprocess.Popen([str(word) for word in words], stdout=file, stderr=subprocess.STDOUT, **how)
 
     @property
     def text(self) -> str:
         return self.out.read_text()
 
-    def until(self, condition: Callable[[], object], seconds: float = 120) -> "Started":
+    def until(self, condition: Callable[[], object], seconds: float = 120) -> "Process":
         """Wait for something; the process must not end before."""
         end = time.monotonic() + seconds
         while not condition():
@@ -55,7 +49,7 @@ class Started:
             time.sleep(0.005)
         return self
 
-    def signal(self, number: int) -> "Started":
+    def signal(self, number: int) -> "Process":
         self.process.send_signal(number)
         return self
 
@@ -63,8 +57,26 @@ class Started:
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            self.kill()
             raise AssertionError(f"it hangs: {self.text}") from None
+
+    def kill(self) -> None:
+        """End it and all that it has started."""
+        for pid in (*descendants(self.process.pid), self.process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+class Started(Process):
+    """One of our scripts, or several processes of it under torchrun."""
+
+    def __init__(self, out: Path, script: str, *argv: object, processes: int = 1, restarts: int = 0) -> None:
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+            launcher += ["--max-restarts", restarts]
+        super().__init__(out, *launcher, REPOSITORY / script, *argv, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     def ranks(self) -> list[int]:
         """The processes that torchrun started, by rank."""
@@ -86,6 +98,13 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def descendants(pid: int) -> list[int]:
+    """Children, and theirs, whatever sessions they are in; none of a process that has just ended."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return [one for child in children(pid) for one in (child, *descendants(child))]
+    return []
+
+
 @pytest.fixture
 def start(tmp_path, images):
     """Start a script on the images; what is still running at the end of the test is killed."""
@@ -99,9 +118,7 @@ def start(tmp_path, images):
     yield begin
     for one in started:
         if one.process.poll() is None:
-            for pid in (*children(one.process.pid), one.process.pid):
-                os.kill(pid, signal.SIGKILL)
-            one.process.wait()
+            one.kill()
 
 
 def assert_same_end(folder: Path, reference: Path) -> None:

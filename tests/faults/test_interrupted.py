@@ -132,7 +132,8 @@ def test_a_second_signal_leaves_at_once(start, tmp_path):
     """Where the first cannot be followed: here, because loading hangs."""
     out = tmp_path / "out"
     (tmp_path / "images" / "train" / "a").mkdir(parents=True)
-    os.mkfifo(tmp_path / "images" / "train" / "a" / "0.png")  # opening it waits for a writer
+    fifo = tmp_path / "images" / "train" / "a" / "0.png"
+    os.mkfifo(fifo)  # opening it waits for a writer
     argv = ["--batch_size", 1, "--vis_freq", 0, "--output_dir", out, "--data_path", tmp_path / "images"]
     running = start(PRETRAIN, *argv, data=False)
     running.until(lambda: "batch 1 =" in running.text)
@@ -143,3 +144,4 @@ def test_a_second_signal_leaves_at_once(start, tmp_path):
     assert running.process.poll() is None
     assert running.signal(signal.SIGTERM).status(10) == 128 + signal.SIGTERM
     assert "SIGTERM again: left at once" in running.text
+    os.close(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))  # lets go of the loader's worker, which ends then

@@ -5,13 +5,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from conftest import REPOSITORY, read_log
-from faults.conftest import PRETRAIN, written
+from faults.conftest import PRETRAIN, Process, written
 from util import checkpoint
 
 ENDLESS = ["--save_every_steps", 1, "--epochs", 10_000]
@@ -55,50 +54,31 @@ def job(tmp_path, images):
     }  # fmt: skip
     started = []
 
-    def start(*argv: object, nodes: int = 2) -> tuple[subprocess.Popen, Path]:
-        output = tmp_path / f"job-{len(started)}.txt"
+    def start(*argv: object, nodes: int = 2) -> Process:
         words = ["bash", REPOSITORY / "slurm" / "train.sbatch", *argv, "--data_path", images]
-        with output.open("w") as file:
-            how = {
-                "stdout": file,
-                "stderr": file,
-                "env": environment | {"SLURM_NNODES": str(nodes)},
-                "start_new_session": True,
-            }
-            started.append(subprocess.Popen([str(word) for word in words], **how))
-        return started[-1], output
+        how = {"env": environment | {"SLURM_NNODES": str(nodes)}, "start_new_session": True}
+        started.append(Process(tmp_path / f"job-{len(started)}.txt", *words, **how))
+        return started[-1]
 
     yield start
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def until_saved(process: subprocess.Popen, output: Path, folder: Path) -> None:
-    """Wait for a run's first checkpoint."""
-    end = time.monotonic() + 120
-    while not written(folder / "checkpoint-last.pth"):
-        assert process.poll() is None, output.read_text()
-        assert time.monotonic() < end, output.read_text()
-        time.sleep(0.01)
+    for one in started:
+        if one.process.poll() is None:
+            one.kill()
 
 
 def test_a_job_on_two_nodes_that_runs_out_of_time(job, tmp_path):
     """It writes a checkpoint and queues up again; then it goes on, for what is left of a shorter run."""
     out, requeued = tmp_path / "out", tmp_path / "stubs" / "requeued"
     argv = [*PRETRAIN, "--batch_size", 4, "--resume", "auto", "--output_dir", out]
-    process, output = job(*argv, *ENDLESS)
-    until_saved(process, output, out)
-    process.send_signal(signal.SIGUSR1)
-    assert process.wait(60) == 1, output.read_text()
-    assert "stopped in epoch" in output.read_text()
+    running = job(*argv, *ENDLESS).until(lambda: written(out / "checkpoint-last.pth"))
+    assert running.signal(signal.SIGUSR1).status(60) == 1, running.text
+    assert "stopped in epoch" in running.text
     assert requeued.read_text() == f"requeue {os.getpid()}\n"
     epoch, _ = checkpoint.position(checkpoint.read(out / "checkpoint-last.pth"))
-    process, output = job(*argv, "--epochs", epoch + 2, "--allow_changed_args")
-    assert process.wait(120) == 0, output.read_text()
-    assert "2 x cpu" in output.read_text()
-    assert f"going on from {out}/checkpoint-last.pth" in output.read_text()
+    running = job(*argv, "--epochs", epoch + 2, "--allow_changed_args")
+    assert running.status() == 0, running.text
+    assert "2 x cpu" in running.text
+    assert f"going on from {out}/checkpoint-last.pth" in running.text
     assert [row["epoch"] for row in read_log(out)] == [*range(epoch + 2)]
     assert requeued.read_text().count("requeue") == 1
 
@@ -106,18 +86,18 @@ def test_a_job_on_two_nodes_that_runs_out_of_time(job, tmp_path):
 def test_a_job_that_is_preempted(job, tmp_path):
     """Every process of it is terminated: it writes a checkpoint, and Slurm, not the job, queues it up again."""
     out = tmp_path / "out"
-    process, output = job(*PRETRAIN, "--batch_size", 4, "--output_dir", out, *ENDLESS)
-    until_saved(process, output, out)
-    os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(60) == 1, output.read_text()
-    assert "stopped in epoch" in output.read_text()
+    argv = [*PRETRAIN, "--batch_size", 4, "--output_dir", out]
+    running = job(*argv, *ENDLESS).until(lambda: written(out / "checkpoint-last.pth"))
+    os.killpg(running.process.pid, signal.SIGTERM)
+    assert running.status(60) == 1, running.text
+    assert "stopped in epoch" in running.text
     assert not (tmp_path / "stubs" / "requeued").exists()
 
 
 def test_a_mistake_on_one_node_does_not_queue_up_again(job, tmp_path):
-    process, output = job("main_pretrain.py", "--output_dir", tmp_path / "out", "--batch_size", 0, nodes=1)
-    assert process.wait(60) == 1
-    assert "main_pretrain.py: error: argument --batch_size: 0 is not at least 1" in output.read_text()
+    running = job("main_pretrain.py", "--output_dir", tmp_path / "out", "--batch_size", 0, nodes=1)
+    assert running.status(60) == 1
+    assert "main_pretrain.py: error: argument --batch_size: 0 is not at least 1" in running.text
     assert not (tmp_path / "stubs" / "requeued").exists()
 
 
