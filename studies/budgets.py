@@ -18,10 +18,10 @@ BUDGETS = {
         all="--epochs 1 --warmup_epochs 0",  # whole epochs only: one would be all of it
     ),
     "gpu": Budget(
-        common=f"{SMALL} --batch_size 64 --no_compile",  # a run is about as long as compiling takes
-        pretrain=f"{PRETRAIN} --epochs 3 --lr 2e-3",
+        common=f"{SMALL} --no_compile",  # a run is about as long as compiling takes
+        pretrain=f"{PRETRAIN} --batch_size 64 --epochs 3 --lr 2e-3",
         finetune=FINETUNE,
-        few="--epochs 3 --batch_size 16",
+        few="--epochs 3",
         all="--epochs 1 --warmup_epochs 0 --batch_size 32",
         runs_per_gpu=12,  # the model is too small to keep a GPU busy
     ),
