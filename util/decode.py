@@ -9,6 +9,21 @@ from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow, too, takes an image for a decompression bomb: 179 million
 
+# Pillow's formats that are read, and how their files end. Everything else is refused unread: Pillow would hand EPS to
+# Ghostscript, which runs programs.
+FORMATS = {
+    "JPEG": ("jpg", "jpeg", "jpe", "jfif"),
+    "PNG": ("png", "apng"),
+    "GIF": ("gif",),
+    "BMP": ("bmp", "dib"),
+    "TIFF": ("tif", "tiff"),
+    "WEBP": ("webp",),
+    "PPM": ("ppm", "pgm", "pbm", "pnm"),
+    "JPEG2000": ("jp2", "j2k", "jpc", "jpf", "jpx", "j2c"),
+    "AVIF": ("avif", "avifs"),
+}
+SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)  # in lower case, without a dot
+
 # rows and columns of an image -> top, left, height, width of the part of it that is wanted
 Crop = Callable[[int, int], tuple[int, int, int, int]]
 
@@ -30,7 +45,7 @@ def with_pillow(data: bytes) -> Image.Image:
         BrokenImage: says why.
     """
     try:
-        with Image.open(BytesIO(data)) as image:
+        with Image.open(BytesIO(data), formats=tuple(FORMATS)) as image:
             return (_grey8(image) if image.mode[0] in "IF" else image).convert("RGB")
     except UnidentifiedImageError as error:  # its text is the address of the bytes
         raise BrokenImage("no image of a known kind") from error
