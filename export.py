@@ -82,6 +82,12 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, dict]:
             sizes["num_classes"] = 0
             state_dict = {key: value for key, value in state_dict.items() if not key.startswith("head.")}
     about = describe(name, sizes) | {"weights": key}
+    guessed = checkpoint.guesses(content, state_dict)
+    if guessed:
+        print(f"{args.checkpoint} does not say how it was trained; guessed: {', '.join(guessed.values())}")
+    names = [] if pretrained or args.encoder else checkpoint.class_names(content)
+    if any(names):
+        about["label_names"] = names  # as timm calls them
     if pretrained:
         about["switches"] = checkpoint.switches(content, state_dict)
     with as_user_error(ValueError):
@@ -125,6 +131,8 @@ def to_safetensors(module: nn.Module, about: dict, imgs: Tensor, path: Path) -> 
     """The weights, and in the file's metadata what `checkpoint.read` needs to know of them."""
     sizes, switches = about["model_args"], about.get("switches", {})
     known = {"input_size": sizes["img_size"], "global_pool": sizes.get("global_pool") == "avg", **switches}
+    if "label_names" in about:
+        known["class_names"] = about["label_names"]
     model = module.model if isinstance(module, Encoder) else module
     state_dict = checkpoint.without_decoder(model.state_dict())
     path.write_bytes(safetensors.torch.save(state_dict, {"format": "pt", checkpoint.METADATA: json.dumps(known)}))

@@ -86,6 +86,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         model="arm_base_pz16",
         input_size=[192],
         epochs=1600,
+        recipe_epochs=1600,
         warmup_epochs=40,
         blr=1.5e-4,
         min_lr=0.0,

@@ -24,7 +24,8 @@ from features import chosen_blocks, features, hash_of, load_model
 from probes import AttentiveHead, LinearHead, knn, train_probe
 from report import accuracy, output_file, table, with_interval, write_json
 from util import cli
-from util.datasets import check_classes, eval_transform, image_dataset
+from util.class_names import match_classes
+from util.datasets import eval_transform, image_dataset
 from util.dist import gather_late, init_device, on_main, rank, reduce_sum, seed_everything, world_size
 from util.errors import UserError
 from util.hub import beside
@@ -84,8 +85,10 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--attn_heads {heads} does not divide the {model.embed_dim} channels")
     transform = eval_transform(cli.image_size(args), args.eval_resize)
     splits = {name: image_dataset(args.data_path, name, transform, args.eval_loader) for name in ("train", "val")}
-    check_classes(splits["train"].source, splits["val"].source)
-    classes = len(splits["train"].source.classes)
+    train = splits["train"].source
+    for line in match_classes(splits["val"].source, train.classes, train.root):
+        log.say(line)
+    classes = len(train.classes)
 
     if "knn" in args.probe:
         possible(args.k, len(splits["train"]))

@@ -34,9 +34,9 @@ import models_arm
 from engine_finetune import train_one_epoch
 from ops import BackendUnavailable, choose_backend
 from util import checkpoint, cli
+from util.class_names import differing, known_names, match_classes, names_by_output, some
 from util.datasets import (
     ImageDataset,
-    check_classes,
     eval_loader,
     eval_transform,
     finetune_transform,
@@ -120,7 +120,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--dist_eval", action="store_true", help="each process evaluates a share; the result is the same"
     )
     cli.add_eval_arguments(parser)
-    parser.set_defaults(epochs=100, warmup_epochs=5, blr=5e-4, min_lr=1e-6, scale=[0.08, 1.0])
+    parser.set_defaults(epochs=100, recipe_epochs=100, warmup_epochs=5, blr=5e-4, min_lr=1e-6, scale=[0.08, 1.0])
     return parser
 
 
@@ -132,14 +132,20 @@ def build_classifier(args: argparse.Namespace, content: dict | None) -> models_a
     what was found.
 
     Raises:
-        UserError: sizes that do not fit together, or a checkpoint that is not one of ARM.
+        UserError: sizes that do not fit together, a checkpoint that is not one of ARM, or for evaluation and resuming
+            a pooling other than the checkpoint's, unless `args.allow_changed_args`.
     """
-    sizes = {}
+    sizes, file = {}, args.resume or args.finetune
     if content is not None:
         state_dict = checkpoint.weights(content, args.model_key)
         if checkpoint.is_pretrained(state_dict) and (args.eval or args.resume):
-            raise UserError(f"{args.resume or args.finetune} comes from pretraining: --finetune it first")
+            raise UserError(f"{file} comes from pretraining: --finetune it first")
         sizes = checkpoint.classifier_sizes(state_dict)
+        if args.directions is not None and sizes.get("directions", args.directions) != args.directions:
+            raise UserError(
+                f"{file} has weights for {sizes['directions']} directions, which --directions {args.directions} "
+                "cannot take"
+            )
         if args.model is not None:
             del sizes["embed_dim"], sizes["depth"]
         if not args.eval:
@@ -151,9 +157,14 @@ def build_classifier(args: argparse.Namespace, content: dict | None) -> models_a
         sizes["img_size"] = cli.image_size(args)
     if args.nb_classes is not None:
         sizes["num_classes"] = args.nb_classes
+    trained = getattr(content.get("args"), "global_pool", None) if args.resume or args.eval else None
     if args.global_pool is None:
-        finetuned = content.get("args") if args.resume or args.eval else None
-        args.global_pool = getattr(finetuned, "global_pool", True)
+        args.global_pool = True if trained is None else trained
+    elif trained not in (None, args.global_pool) and not args.allow_changed_args:
+        raise UserError(
+            f"{file} was trained with --global_pool {trained}, and --global_pool {args.global_pool} is another model; "
+            "--allow_changed_args takes it all the same"
+        )
     with as_user_error(ValueError, BackendUnavailable):
         model = models_arm.create_classifier(
             args.model or "arm_base_pz16",
@@ -187,10 +198,20 @@ def main(args: argparse.Namespace) -> None:
         log = open_log(*folders, tracker=args.tracker)
         resumed = starting_point(args, folders[0], log.say)
     content = checkpoint.read(args.finetune) if resumed is None and args.finetune else resumed
+    if content is not None:
+        given = cli.given(args, "global_pool", "input_size")
+        if not (args.resume or args.eval):
+            given["global_pool"] = True  # new in this run
+        guessed = checkpoint.guesses(content, checkpoint.weights(content, args.model_key), given)
+        if guessed:
+            flags = ", ".join(f"--{name}" for name in guessed)
+            log.say(
+                f"{args.resume or args.finetune} does not say how it was trained; guessed: "
+                f"{', '.join(guessed.values())} ({flags} otherwise)"
+            )
     model = build_classifier(args, content)
     transform = eval_transform(cli.image_size(args), args.eval_resize)
     val = image_dataset(args.data_path, "val", transform, args.eval_loader)
-    check_labels(val, args.nb_classes)
     with as_user_error(TypeError, ValueError, BackendUnavailable):
         choose_backend(args.scan_backend, device, activation_dtype(device), model.embed_dim)
     if args.eval:
@@ -221,15 +242,23 @@ def evaluate_checkpoint(
     """Print the accuracy of a checkpoint's weights and of its EMA weights, or of `args.model_key`.
 
     Raises:
-        UserError: the checkpoint does not fit.
+        UserError: the checkpoint does not fit, or val has classes that it does not know.
     """
     keys = [args.model_key] if args.model_key else checkpoint.kinds(content) or [None]
     loader = eval_loader(val, args, device)
     model.to(device)
     if args.compile:
         model.compile()
-    pooling = "global pool" if args.global_pool else "class token"
-    log.say(f"{len(val)} images of {len(val.source.classes)} classes; {args.nb_classes} outputs, {pooling}")
+    file, source = args.resume or args.finetune, val.source
+    names, assumed = known_names(checkpoint.class_names(content), args.nb_classes, source, file)
+    for line in [assumed] * bool(assumed) + match_classes(source, names, file):
+        log.say(line)
+    pooling = "mean of the patches" if args.global_pool else "class token"
+    classes, size = len(set(source.labels.tolist())), " x ".join(map(str, cli.image_size(args)))
+    log.say(
+        f"{len(val)} images of {classes} classes, resized to {size} ({args.eval_resize}); {args.nb_classes} outputs, "
+        f"{args.directions} directions, {pooling}"
+    )
     for key in keys:
         checkpoint.load_into_classifier(content, model, key)
         result = evaluate(model, loader, device, log)
@@ -253,7 +282,9 @@ def finetune(
         transform = finetune_transform(cli.image_size(args), args)
     train = image_dataset(args.data_path, "train", transform, args.loader)
     check_labels(train, args.nb_classes)
-    check_classes(train.source, val.source)
+    for line in match_classes(val.source, train.source.classes, train.source.root):
+        log.say(line)
+    names = names_by_output(train.source, args.nb_classes)
     args.data = fingerprint(train.source)
     if mixes(args) and args.batch_size % 2:
         raise UserError(f"--batch_size {args.batch_size}: mixup and cutmix pair images and need an even batch")
@@ -262,17 +293,10 @@ def finetune(
         if low >= high:
             raise UserError(f"--cutmix_minmax: of {side} pixels that is from {low} to below {high}, which is nothing")
     loader, val_loader = train_loader(train, args, device), eval_loader(val, args, device)
-    trained, evaluated = (len(set(data.source.labels.tolist())) for data in (train, val))
     if len(train.source.classes) < args.nb_classes:
         log.say(f"{len(train.source.classes)} classes, and {args.nb_classes} outputs: --nb_classes")
-    if evaluated < trained:
-        log.say(f"val has images of {evaluated} of {trained} classes")
-    if (
-        args.finetune
-        and not args.resume
-        and not checkpoint.load_into_classifier(content, model, args.model_key, keep_head=False)
-    ):
-        trunc_normal_(model.head.weight, std=2e-5)
+    if args.finetune and not args.resume:
+        start_from(args, content, model, names, log)
     model.to(device)
     ema = ModelEmaV3(model, decay=args.ema_decay) if args.ema_decay is not None else None
     wrapped = distribute(model, device, args.fsdp)  # from here on all processes have the weights of rank 0
@@ -280,7 +304,7 @@ def finetune(
         distribute(ema.module, device, sharded=True)
     groups = param_groups_layer_decay(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
-    run = Run(args, model, optimizer, ema)
+    run = Run(args, model, optimizer, ema, names)
     if args.resume:
         run.restore(content)
     compiled = models_arm.compiles(args.compile, device)
@@ -316,6 +340,44 @@ def finetune(
             log.epoch(**stats, epoch=epoch, n_parameters=sum(p.numel() for p in model.parameters()))
             run.end_epoch(*names)
         run.close()
+
+
+def start_from(
+    args: argparse.Namespace,
+    content: dict,
+    model: models_arm.ARMClassifier,
+    names: list[str],
+    log: RunLog | SilentLog,
+) -> None:
+    """Load the weights of `--finetune`, and say whether a head among them is kept: its classes must be the run's.
+
+    Args:
+        args: of the script.
+        content: of the file `args.finetune`.
+        model: gets the weights.
+        names: of the run's classes, by output.
+        log: of this rank.
+
+    Raises:
+        UserError: the checkpoint does not fit.
+    """
+    file, saved = args.finetune, checkpoint.class_names(content)
+    fits = checkpoint.load_into_classifier(content, model, args.model_key, keep_head=False)
+    others = differing(saved, names)
+    if not fits or others:
+        trunc_normal_(model.head.weight, std=2e-5)
+        nn.init.zeros_(model.head.bias)
+    if checkpoint.is_pretrained(checkpoint.weights(content, args.model_key)):
+        return
+    if not fits:
+        log.say(f"the head is new: that of {file} has another number of outputs")
+    elif others:
+        log.say(f"the head is new: the classes of {file} are others: {some(others)}")
+    elif any(saved) and any(names):
+        log.say(f"the head is that of {file}, which has the same classes")
+    else:
+        unnamed = args.data_path if any(saved) else file
+        log.say(f"the head is that of {file}, output by output: {unnamed} does not name its classes")
 
 
 def mixes(args: argparse.Namespace) -> bool:

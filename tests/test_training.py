@@ -204,13 +204,26 @@ def test_evaluation_pools_as_the_checkpoint_was_finetuned(image_folder, tmp_path
     run_script(main_finetune, *FINETUNE, *common, "--global_pool", "False", "--output_dir", tmp_path)
     want = read_log(tmp_path)[-1]
     words = ["--eval", "--resume", tmp_path / "checkpoint-last.pth", "--data_path", image_folder, "--device", "cpu"]
+    words += ["--num_workers", 0]
     losses = {}
-    for more in ([], ["--global_pool", "False"], ["--global_pool"]):
+    for more in ([], ["--global_pool", "False"], ["--global_pool", "--allow_changed_args"]):
         capsys.readouterr()
-        run_script(main_finetune, *words, "--num_workers", 0, *more)
-        losses[len(more)] = float(re.search(r"^model: .* loss ([\d.]+) on 7", capsys.readouterr().out, re.MULTILINE)[1])
-    assert losses[0] == losses[2] == pytest.approx(want["test_loss"], abs=6e-5)
-    assert losses[1] != losses[0]
+        run_script(main_finetune, *words, *more)
+        out = capsys.readouterr().out
+        losses[more[-1:] == ["--allow_changed_args"]] = float(re.search(r"^model: .* loss ([\d.]+) on 7", out, re.M)[1])
+        assert ("mean of the patches" if "--allow_changed_args" in more else "class token") in out
+        assert "7 images of 3 classes, resized to 48 x 32 (square); 3 outputs, 4 directions, " in out
+        assert "guessed" not in out
+    assert losses[False] == pytest.approx(want["test_loss"], abs=6e-5)
+    assert losses[True] != losses[False]
+    for more, message in (
+        (["--global_pool"], "was trained with --global_pool False, and --global_pool True is another model; --allow"),
+        (["--directions", 1], "has weights for 4 directions, which --directions 1 cannot take"),
+    ):
+        with pytest.raises(SystemExit) as exit_info:
+            run_script(main_finetune, *words, *more)
+        assert exit_info.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 RANDOM = ["--drop_path", 0.3, "--mixup", 0.8, "--cutmix", 1, "--reprob", 0.5, "--ema_decay", 0.9]

@@ -2,8 +2,8 @@
 
 A file is a dict with `model`, `optimizer`, `epoch` (the last whole one), `samples` (images of the next epoch that have
 been trained on), `scaler`, `args` (an argparse.Namespace) and what `util.run` needs to go on; a finetuning file adds
-`model_ema`, `max_accuracy` and `ema_max_accuracy`. Files of the released code have this form without `samples`, or are
-a bare state dict; both are read.
+`class_names` (list of str, by output), `model_ema`, `max_accuracy` and `ema_max_accuracy`. Files of the released code
+have this form without `samples` and `class_names`, or are a bare state dict; both are read.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import os
 import pickle
 import re
 import struct
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -173,6 +174,35 @@ def classifier_sizes(state_dict: StateDict) -> dict[str, int]:
         return sizes
     directions = 4 if "layers.0.mixer.A_b_log" in state_dict else 1
     return sizes | {"num_classes": len(state_dict["head.weight"]), "directions": directions}
+
+
+def class_names(content: dict) -> list[str]:
+    """Names of the classes of a finetuning checkpoint, by output; empty where it has none.
+
+    Raises:
+        UserError: what it has are no names.
+    """
+    names = content.get("class_names") or getattr(content.get("args"), "class_names", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError("the checkpoint is damaged: its class_names are no list of names")
+    if names and len(names) != len(weights(content).get("head.weight", ())):
+        raise UserError(f"the checkpoint is damaged: it has {len(names)} class_names and another number of outputs")
+    return names
+
+
+def guesses(content: dict, state_dict: StateDict, given: Collection[str] = ()) -> dict[str, str]:
+    """Return what has to be assumed of a checkpoint that does not hold the arguments of its run, in words by argument.
+
+    Args:
+        content: as `read` returns it.
+        state_dict: its weights.
+        given: names of arguments that need no guess.
+    """
+    known = {*(vars(content["args"]) if content.get("args") is not None else ()), *given}
+    assumed = {"input_size": "a square input"}
+    if not is_pretrained(state_dict):
+        assumed["global_pool"] = "pooling of the mean over the patches"
+    return {name: words for name, words in assumed.items() if name not in known}
 
 
 def saved_size(content: dict) -> tuple[int, int] | None:

@@ -21,6 +21,8 @@ from torch import nn
 from util.dist import barrier, end_groups, is_main, local_rank, missing_ranks, rank, world_size
 from util.errors import INTERRUPTED, Interrupted, RunError, UserError
 
+LOGGER = logging.getLogger(__name__)
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are `UserError`s, shown by `run`."""
@@ -54,8 +56,18 @@ positive, natural = number(int, 1), number(int, 0)
 rate, amount = number(float, 0, 1), number(float, 0)
 
 
+class WarmUp(argparse.Action):
+    """`--warmup_epochs`, which is the user's then and no longer that of the recipe of `recipe_epochs` epochs."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, value: int, option: object = None) -> None:
+        namespace.warmup_epochs, namespace.recipe_epochs = value, None
+
+
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of pretraining and finetuning alike; recipes differ by `parser.set_defaults`."""
+    """Arguments of pretraining and finetuning alike; recipes differ by `parser.set_defaults`.
+
+    Among these defaults is `recipe_epochs`, the length of the run that the default of `--warmup_epochs` is for.
+    """
     add_machine_arguments(parser)
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="NAME", help="one of models_arm.SIZES (default: %(default)s)")
@@ -70,7 +82,10 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--accum_iter", type=positive, default=1, help="steps accumulated into one update")
     group.add_argument("--epochs", type=positive, help="length of the run (default: %(default)s)")
     group.add_argument(
-        "--warmup_epochs", type=natural, help="linear warm-up of the learning rate (default: %(default)s)"
+        "--warmup_epochs",
+        type=natural,
+        action=WarmUp,
+        help="linear warm-up of the learning rate (default: %(default)s, less in a run that is not longer)",
     )
     group.add_argument("--lr", type=amount, help="absolute learning rate, instead of --blr")
     group.add_argument("--blr", type=amount, help="learning rate for a total batch of 256 (default: %(default)s)")
@@ -247,7 +262,7 @@ def boolean(text: str) -> bool:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse arguments that contradict each other, and derive `args.lr` from `args.blr` where it is not given.
+    """Refuse arguments that contradict each other, and derive what is not given: `args.lr`, a shorter warm-up.
 
     Raises:
         UserError: names the argument.
@@ -255,6 +270,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_input_size(args)
     if args.start_epoch is not None and args.start_epoch >= args.epochs:
         raise UserError(f"--start_epoch {args.start_epoch}: the run has epochs 0 to {args.epochs - 1}")
+    if not getattr(args, "eval", False):
+        check_warmup(args)
     if args.scale[0] > args.scale[1] or args.scale[1] == 0:
         raise UserError("--scale: the smaller area comes first, and the larger one is above 0")
     args.world_size = world_size()
@@ -264,6 +281,33 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--fsdp shards over processes, and there is one: start several with torchrun")
     if args.lr is None:
         args.lr = args.blr * effective_batch_size(args) / 256
+
+
+def check_warmup(args: argparse.Namespace) -> None:
+    """Make sure that the learning rate falls after its warm-up.
+
+    A default that is not shorter than the run is cut to the recipe's share of it, which may be a fraction of an epoch.
+    One epoch of warm-up in a run of one is taken, since the flag has no smaller number.
+
+    Raises:
+        UserError: a warm-up that was given is not shorter than the run.
+    """
+    warmup, epochs, recipe_epochs = args.warmup_epochs, args.epochs, vars(args).pop("recipe_epochs", None)
+    if warmup < epochs:
+        return
+    if recipe_epochs is not None:
+        args.warmup_epochs = epochs * warmup / recipe_epochs
+        LOGGER.info(
+            "warm-up of %g epochs in a run of %d: the share of the recipe's %d in %d",
+            args.warmup_epochs, epochs, warmup, recipe_epochs,
+        )  # fmt: skip
+    elif warmup == epochs == 1:
+        LOGGER.info("--warmup_epochs 1 is the whole run: its learning rate only rises")
+    else:
+        raise UserError(
+            f"--warmup_epochs {warmup} is not shorter than the run of --epochs {epochs}: the learning rate would never "
+            "fall"
+        )
 
 
 def check_input_size(args: argparse.Namespace) -> None:

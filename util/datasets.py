@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
-from itertools import islice, zip_longest
+from itertools import islice
 
 import numpy as np
 import torch
@@ -147,23 +147,6 @@ def image_dataset(data_path: str, split: str, transform: transforms.Compose, loa
 def pixels_by(loader: str, transform: transforms.Compose) -> PillowTransform | Uint8Transform:
     """A transform of the content of image files, carried out as "fast" or "pil" does."""
     return {"fast": Uint8Transform, "pil": PillowTransform}[loader](transform)
-
-
-def check_classes(train: Source, val: Source) -> None:
-    """Refuse splits in which a label does not stand for the same class; `val` may hold fewer of them.
-
-    Raises:
-        UserError: names some of the classes.
-    """
-    differing = set()
-    for label, (trained, name) in enumerate(zip_longest(train.classes, val.classes)):
-        if trained is None:  # a label that is not trained
-            differing.add(name or str(label))
-        elif name and name != trained and (trained or name in train.classes):
-            differing |= {trained, name} - {""}
-    if differing:
-        named = ", ".join(sorted(differing)[:5])
-        raise UserError(f"{val.root}: train and val differ in their classes: {named}")
 
 
 class SeededSamples(Dataset):

@@ -87,6 +87,11 @@ class DeviceLoader:
                 tensor.record_stream(training)  # its memory is not given to a later batch before training has read it
             yield batch
 
+    def names(self, places: list[int]) -> list[str]:
+        """Names of the samples at these places of a pass of this process, where the sampler yields indices."""
+        order, source = list(self.sampler), self.loader.dataset.dataset.source
+        return [source.name(order[place]) for place in places]
+
     def again(self, epoch: int, first: int, count: int) -> list[list[Tensor]]:
         """Batches of an epoch once more, from the given one on, loaded by this process itself."""
         self.sampler.set_epoch(epoch, first * self.loader.batch_size)

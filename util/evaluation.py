@@ -1,5 +1,6 @@
 """Accuracy of a classifier over every image once."""
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,9 @@ from util.fsdp import whole
 from util.interrupt import StopRequest
 from util.metrics import LOG_EVERY, ScreenLog, SilentLog
 from util.train_loop import autocast
+
+LOGGER = logging.getLogger(__name__)
+SHOWN = 5  # images that are named
 
 
 def score_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,15 +49,18 @@ def evaluate(
 
     Returns:
         `acc1`, `acc5` in percent, `loss` (cross-entropy, mean) and `images`, their exact number. Broken images, which
-        have the label -1, count as wrong and have no loss; `broken` is their number where there are any.
+        have the label -1, and images with logits that are not finite, which are logged by name, count as wrong and have
+        no loss; `broken` and `nonfinite` are their numbers where there are any.
 
     Raises:
-        RunError: an image is broken and the loader does not let it count as wrong, or all are.
+        RunError: an image is broken and the loader does not let it count as wrong; or no image is left with a loss.
         Interrupted: `stop` was asked.
     """
     model.eval()
     progress = log.progress(title, len(loader))
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # correct, correct among five, loss, broken
+    # correct, correct among five, loss, broken, not finite
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    bad = [torch.zeros(0, dtype=torch.bool, device=device)]  # of each image in order whether its logits are not finite
     seen = 0  # counted by the host, which does not wait for the device
     processes = world_size() if loader.sampler.distributed else 1
     common = min(gather(len(loader)))  # batches that every process has: a last one may be of some only
@@ -61,9 +68,11 @@ def evaluate(
         for step, (imgs, labels) in enumerate(loader, start=1):
             with autocast(device):
                 logits = model(imgs)
-            hits, loss = score(logits.float(), labels)
+            broken = labels == -1
+            bad.append(~logits.isfinite().all(dim=1) & ~broken)
+            hits, loss = score(logits.float(), labels.masked_fill(bad[-1], -1))
             seen += len(labels)
-            sums += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum(), loss, (labels == -1).sum()])
+            sums += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum(), loss, broken.sum(), bad[-1].sum()])
             progress.update(len(labels) * processes, quiet=step % LOG_EVERY != 0 and step != len(loader))
             if stop is not None and step <= common and stop.agreed():
                 raise Interrupted("stopped during an evaluation, which --resume auto begins again")
@@ -71,22 +80,34 @@ def evaluate(
     sums = torch.cat([sums, sums.new_tensor([seen])])
     if loader.sampler.distributed:
         reduce_sum(sums)
-    correct, correct5, loss, broken, images = sums.tolist()
+    correct, correct5, loss, broken, nonfinite, images = sums.tolist()
     if broken == images:
         raise RunError(f"all {int(images)} images are broken")
+    if nonfinite + broken == images:
+        raise RunError(f"the logits of all {int(nonfinite)} images are not finite: these weights cannot be evaluated")
+    if nonfinite:
+        places = torch.cat(bad).nonzero().flatten().tolist()
+        names = loader.names(places[:SHOWN])
+        if loader.sampler.distributed:
+            names = [name for share in gather(names) for name in share]
+        for name in names[:SHOWN]:
+            LOGGER.warning("logits that are not finite: %s", name)
     result = {
         "acc1": 100 * correct / images,
         "acc5": 100 * correct5 / images,
-        "loss": loss / (images - broken),
+        "loss": loss / (images - broken - nonfinite),
         "images": int(images),
     }
-    return result | ({"broken": int(broken)} if broken else {})
+    counts = {"broken": int(broken), "nonfinite": int(nonfinite)}
+    return result | {name: count for name, count in counts.items() if count}
 
 
 def in_words(result: dict[str, float]) -> str:
     """What `evaluate` found, as a line."""
-    broken = f", {result['broken']} of them broken and counted as wrong" if "broken" in result else ""
+    wrong = f", {result['broken']} of them broken and counted as wrong" if "broken" in result else ""
+    if "nonfinite" in result:
+        wrong += f", {result['nonfinite']} of them with logits that are not finite, counted as wrong"
     return (
         f"top-1 {result['acc1']:.2f} %, top-5 {result['acc5']:.2f} %, loss {result['loss']:.4f} "
-        f"on {result['images']} images{broken}"
+        f"on {result['images']} images{wrong}"
     )

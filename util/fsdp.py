@@ -69,6 +69,11 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This process's share of a tensor that is sharded; another tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def take_part(value: object) -> None:
     """Give this process's share of all tensors in nested dicts and lists to the one that calls `full` on each."""
     if isinstance(value, Tensor):

@@ -30,8 +30,9 @@ def keep_evidence(run: Run, loader: DeviceLoader, first: int, output_dir: Path) 
         output_dir: gets a folder with a checkpoint from before the update, and each rank's batches.
 
     Raises:
-        RunError: says where it is.
+        RunError: says where it is; or that the weights were not finite before, so that nothing reproduces it.
     """
+    run.check_finite()
     folder = output_dir / f"nonfinite-epoch{run.epoch}-batch{first}"
     batches = [[tensor.cpu() for tensor in batch] for batch in loader.again(run.epoch, first, run.args.accum_iter)]
     run.samples, run.skipped_in_a_row = first * run.args.batch_size * world_size(), 0

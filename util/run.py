@@ -15,10 +15,11 @@ from torch.optim import Optimizer
 
 from util import checkpoint
 from util.checkpoint_folder import CheckpointFolder
+from util.class_names import differing, some
 from util.cli import effective_batch_size
-from util.dist import barrier, is_main, on_main
+from util.dist import barrier, gather, is_main, on_main
 from util.errors import Interrupted, RunError, UserError
-from util.fsdp import take_part
+from util.fsdp import local, take_part
 from util.interrupt import StopRequest
 from util.lock import lock_folder
 from util.metrics import RunLog, SilentLog
@@ -52,12 +53,19 @@ class Run:
         model: the bare model.
         optimizer: its optimizer.
         ema: the moving average of its weights.
+        class_names: of a classifier, by output; "" for an output without a name.
     """
 
     def __init__(
-        self, args: argparse.Namespace, model: nn.Module, optimizer: Optimizer, ema: ModelEmaV3 | None = None
+        self,
+        args: argparse.Namespace,
+        model: nn.Module,
+        optimizer: Optimizer,
+        ema: ModelEmaV3 | None = None,
+        class_names: list[str] | None = None,
     ) -> None:
         self.args, self.model, self.optimizer, self.ema = args, model, optimizer, ema
+        self.class_names = class_names
         self.epoch, self.samples = args.start_epoch or 0, 0
         self.loss = torch.zeros(2, dtype=torch.float64)
         self.skipped_in_a_row = 0
@@ -96,6 +104,12 @@ class Run:
                 f"{self.args.resume} is of a run with other arguments: {', '.join(changed)}; --allow_changed_args goes "
                 "on with those of now"
             )
+        others = differing(checkpoint.class_names(content), self.class_names or [])
+        if others:
+            raise UserError(
+                f"{self.args.resume} is of a run with other classes: {some(others)}; --finetune into another "
+                "--output_dir takes its weights and a new head"
+            )
         self.epoch, self.samples = checkpoint.resume(self.args, content, self.model, self.optimizer)
         whole_batches = effective_batch_size(self.args)
         if self.samples % whole_batches:
@@ -129,10 +143,37 @@ class Run:
             "args": self.args,
             **self.best,
         }
-        return content if self.ema is None else content | {"model_ema": self.ema.module.state_dict()}
+        if self.class_names is not None:
+            content["class_names"] = self.class_names
+        if self.ema is not None:
+            content["model_ema"] = self.ema.module.state_dict()
+        return content
+
+    def check_finite(self) -> None:
+        """Make sure that the weights and their EMA are finite on all processes, which all call it.
+
+        Raises:
+            RunError: they are not; names some of them.
+        """
+        models = {"": self.model} | ({} if self.ema is None else {"EMA of ": self.ema.module})
+        shares = {f"{kind}{n}": local(p.detach()) for kind, m in models.items() for n, p in m.named_parameters()}
+        finite = torch.stack([share.isfinite().all() for share in shares.values()]).tolist()
+        broken = gather([name for name, fits in zip(shares, finite, strict=True) if not fits])
+        if any(broken):
+            names = list(dict.fromkeys(name for share in broken for name in share))
+            raise RunError(
+                f"an update of epoch {self.epoch} has made weights that are not finite: {some(names)}. They are not "
+                "saved, and older checkpoints are untouched: --resume auto with a lower --blr and --allow_changed_args "
+                "goes on from the newest"
+            )
 
     def save(self, *names: str) -> None:
-        """Write a checkpoint in the background: checkpoint-last.pth and further names; all processes call it."""
+        """Write a checkpoint in the background: checkpoint-last.pth and further names; all processes call it.
+
+        Raises:
+            RunError: weights or EMA are not finite; nothing is written then.
+        """
+        self.check_finite()
         if self.folder is not None:
             self.folder.save(self.content(), *names)
         else:
@@ -217,7 +258,7 @@ def starting_point(args: argparse.Namespace, folder: Path, say: Callable[[str], 
 
 def fingerprint(source: Source) -> str:
     """What identifies training data wherever they lie: classes, and the label of every image in its order."""
-    digest = hashlib.sha256("\0".join(source.classes).encode())
+    digest = hashlib.sha256("\0".join(source.classes).encode(errors="surrogateescape"))
     digest.update(source.labels.astype("int64").tobytes())
     return digest.hexdigest()[:16]
 
