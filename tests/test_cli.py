@@ -1,6 +1,7 @@
 """The command lines: a frozen list of flags, all that README.md and docs/ say to run, one line for each mistake."""
 
 import argparse
+import logging
 import os
 import re
 import shlex
@@ -258,6 +259,31 @@ def test_learning_rate_follows_the_effective_batch(monkeypatch):
     assert args.lr == 0.1
 
 
+@pytest.mark.parametrize(
+    ("script", "words", "warmup", "said"),
+    [
+        (main_pretrain, "", 40, ""),
+        (main_pretrain, "--epochs 41", 40, ""),
+        (main_pretrain, "--epochs 40", 1, "warm-up of 1 epochs in a run of 40: the share of the recipe's 40 in 1600"),
+        (main_pretrain, "--epochs 10", 0.25, "warm-up of 0.25 epochs in a run of 10: the share"),
+        (main_finetune, "--epochs 6", 5, ""),
+        (main_finetune, "--epochs 5", 0.25, "warm-up of 0.25 epochs in a run of 5: the share of the recipe's 5 in 100"),
+        (main_finetune, "--epochs 5 --warmup_epochs 4", 4, ""),
+        (main_finetune, "--epochs 5 --warmup_epochs 0", 0, ""),
+        (main_finetune, "--epochs 1 --warmup_epochs 1", 1, "its learning rate only rises"),
+        (main_finetune, "--epochs 3 --warmup_epochs 5 --eval", 5, ""),
+    ],
+)
+def test_a_warm_up_is_shorter_than_the_run(script, words, warmup, said, caplog):
+    args = script.get_args_parser().parse_args(["--data_path", "x", *words.split()])
+    with caplog.at_level(logging.INFO):
+        cli.check_arguments(args)
+    assert args.warmup_epochs == warmup
+    assert said in caplog.text if said else not caplog.records
+    if not getattr(args, "eval", False):
+        assert not hasattr(args, "recipe_epochs")  # checkpoints hold the arguments
+
+
 # ---- mistakes: exit status 2, one line on stderr, before any training
 
 PRETRAIN_MISTAKES = {
@@ -274,6 +300,9 @@ PRETRAIN_MISTAKES = {
     "--accum_iter 25": "24 training images do not fill one update: batch size 4 x 1 processes x 25",
     "--batch_size 25": "24 training images do not fill one update: batch size 25",
     "--resume none.pth": "no checkpoint file none.pth",
+    "--warmup_epochs 2": "--warmup_epochs 2 is not shorter than the run of --epochs 1: the learning rate would never",
+    "--epochs 3 --warmup_epochs 3": "--warmup_epochs 3 is not shorter than the run of --epochs 3",
+    "--epochs 9 --warmup_epochs 40": "--warmup_epochs 40 is not shorter than the run",
     "--start_epoch 9": "--start_epoch 9: the run has epochs 0 to 0",
     "--device cuda": "finds no GPU",
     "--unknown 1": "unrecognized arguments: --unknown 1",

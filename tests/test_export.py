@@ -19,6 +19,7 @@ import models_arm
 from conftest import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN, relative_error
 from ops import causal_conv1d as convolution
 from ops import naive, selective_scan
+from util import checkpoint
 
 FORMATS = ("safetensors", "onnx", "pt2")
 
@@ -153,6 +154,19 @@ def test_a_safetensors_file_says_what_its_weights_do_not(runs, run_script, tmp_p
     assert json.loads(json.dumps(about)) == json.loads(again.with_suffix(".json").read_text())
 
 
+def test_names_of_classes(runs, run_script, tmp_path):
+    """In timm's form, where timm reads them; and from the weights' own file when our scripts read it."""
+    names = ["class_0", "class_1", "class_2"]
+    run_script(export, runs[1], "--to", "safetensors", "--output", tmp_path / "model.safetensors")
+    (tmp_path / "model.json").rename(tmp_path / "config.json")
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert model.pretrained_cfg["label_names"] == names
+    assert torch.equal(model.head.weight, torch.load(runs[1], weights_only=False)["model"]["head.weight"])
+    assert checkpoint.class_names(checkpoint.read(tmp_path / "model.safetensors")) == names
+    run_script(export, runs[1], "--to", "safetensors", "--output", tmp_path / "e.safetensors", "--encoder")
+    assert "label_names" not in json.loads((tmp_path / "e.json").read_text())
+
+
 def test_the_file_is_named_after_the_checkpoint(runs, run_script):
     run_script(export, runs[1], "--to", "safetensors")
     run_script(export, runs[1], "--to", "safetensors", "--encoder")
@@ -161,11 +175,13 @@ def test_the_file_is_named_after_the_checkpoint(runs, run_script):
         assert (runs[1].parent / f"{name}.json").is_file()
 
 
-def test_a_released_file(run_script, tmp_path, imgs):
+def test_a_released_file(run_script, tmp_path, imgs, capsys):
     """A bare state dict of a square model: sizes and pooling as evaluation takes them."""
     model = models_arm.create_classifier("arm_tiny_pz16", img_size=32, num_classes=3)
     torch.save(model.state_dict(), tmp_path / "bare.pth")
     run_script(export, tmp_path / "bare.pth", "--to", "safetensors")
+    guessed = "guessed: a square input, pooling of the mean over the patches"
+    assert f"bare.pth does not say how it was trained; {guessed}\n" in capsys.readouterr().out
     about = json.loads((tmp_path / "bare.json").read_text())
     assert (about["architecture"], about["model_args"]["img_size"]) == ("arm_tiny_pz16", [32, 32])
     assert relative_error(compute(tmp_path / "bare.safetensors", imgs[:, :, :32]), model.eval()(imgs[:, :, :32])) < 1e-5

@@ -23,7 +23,7 @@ import main_finetune
 import main_pretrain
 import models_arm
 from conftest import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN, Batches, loop_args, read_log, torchrun
-from util import checkpoint
+from util import checkpoint, datasets, evaluation, train_loop
 from util.dist import distribute, end_groups
 from util.errors import RunError
 from util.metrics import Progress, SilentLog
@@ -205,17 +205,17 @@ def test_evaluation_pools_as_the_checkpoint_was_finetuned(image_folder, tmp_path
     want = read_log(tmp_path)[-1]
     words = ["--eval", "--resume", tmp_path / "checkpoint-last.pth", "--data_path", image_folder, "--device", "cpu"]
     words += ["--num_workers", 0]
-    losses = {}
+    losses = []
     for more in ([], ["--global_pool", "False"], ["--global_pool", "--allow_changed_args"]):
         capsys.readouterr()
         run_script(main_finetune, *words, *more)
         out = capsys.readouterr().out
-        losses[more[-1:] == ["--allow_changed_args"]] = float(re.search(r"^model: .* loss ([\d.]+) on 7", out, re.M)[1])
+        losses.append(float(re.search(r"^model: .* loss ([\d.]+) on 7", out, re.MULTILINE)[1]))
         assert ("mean of the patches" if "--allow_changed_args" in more else "class token") in out
         assert "7 images of 3 classes, resized to 48 x 32 (square); 3 outputs, 4 directions, " in out
         assert "guessed" not in out
-    assert losses[False] == pytest.approx(want["test_loss"], abs=6e-5)
-    assert losses[True] != losses[False]
+    assert losses[0] == losses[1] == pytest.approx(want["test_loss"], abs=6e-5)
+    assert losses[2] != losses[0]
     for more, message in (
         (["--global_pool"], "was trained with --global_pool False, and --global_pool True is another model; --allow"),
         (["--directions", 1], "has weights for 4 directions, which --directions 1 cannot take"),
@@ -461,6 +461,123 @@ def test_two_in_a_row_do_not(tmp_path):
     one_weight_run([math.nan, math.nan, 3.0, math.nan, math.nan])
     with pytest.raises(RunError, match="in 2 updates in a row, from batch 0"):
         one_weight_run([math.nan, math.nan, 3.0], max_nonfinite=2, output_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_weights_that_the_last_update_breaks_are_not_saved(
+    kind, image_folder, tmp_path, run_script, capsys, monkeypatch
+):
+    """Every gradient is finite, and no loss after the update could show it."""
+    script, _, tiny = SCRIPTS[kind]
+    words = [*tiny, "--data_path", image_folder, *FAST, "--batch_size", 24, "--output_dir", tmp_path]
+    if kind == "finetune":
+        words += ["--ema_decay", 0.5]
+    lr_at = train_loop.lr_at
+    monkeypatch.setattr(train_loop, "lr_at", lambda epoch, *args: 1e39 if epoch >= 1 else lr_at(epoch, *args))
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(script, *words)
+    assert exit_info.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(r"an update of epoch 1 has made weights that are not finite: \w+, .* and \d+ more\. They", line)
+    names = {path.name for path in tmp_path.glob("*.pth")}
+    assert names >= {"checkpoint-last.pth", "checkpoint-0.pth"}
+    for name in names:
+        content = checkpoint.read(tmp_path / name)
+        assert content["epoch"] + (content["samples"] > 0) == 0
+        assert content["model"]["patch_embed.proj.weight"].isfinite().all()
+    assert all(row["epoch"] == 0 for row in read_log(tmp_path) if "test_acc1" in row)
+    monkeypatch.undo()
+    run_script(script, *words, "--resume", "auto")  # goes on from the newest
+    assert checkpoint.read(tmp_path / "checkpoint-last.pth")["epoch"] == 1
+
+
+def test_an_ema_that_is_not_finite_is_not_saved():
+    model = torch.nn.Linear(2, 2)
+    ema = ModelEmaV3(model)
+    run = Run(loop_args(), model, plain_sgd(model.parameters()), ema)
+    run.save()
+    ema.module.bias.data[1] = math.inf
+    with pytest.raises(RunError, match="not finite: EMA of bias"):
+        run.save()
+
+
+def test_no_evidence_of_weights_that_were_broken_before(tmp_path):
+    """The first update overflows, those after it have no finite gradient."""
+    with pytest.raises(RunError, match="weights that are not finite: weight"):
+        one_weight_run([-1e30, 1.0, 1.0, 1.0], lr=1e30, output_dir=str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+ONE_RANK_HAS_BROKEN_WEIGHTS = """
+import math, torch
+from conftest import loop_args
+from util.dist import end_groups, init_device, rank
+from util.errors import RunError
+from util.run import Run
+
+init_device("cpu")
+model = torch.nn.Linear(1, 1, bias=False)
+run = Run(loop_args(), model, torch.optim.SGD(model.parameters()))
+run.save()
+if rank() == 1:
+    model.weight.data[:] = math.nan
+try:
+    run.save()
+except RunError as error:
+    print(f"rank {rank()}: {error}\\n", end="")
+end_groups()
+"""
+
+
+def test_all_processes_find_broken_weights_together(tmp_path, monkeypatch):
+    (tmp_path / "script.py").write_text(ONE_RANK_HAS_BROKEN_WEIGHTS)
+    monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}")
+    out = torchrun(tmp_path / "script.py")
+    for rank in (0, 1):
+        assert f"rank {rank}: an update of epoch 0 has made weights that are not finite: weight" in out
+
+
+class BreaksSome(torch.nn.Module):
+    """Right answers, but logits that are not finite at some places."""
+
+    def __init__(self, labels, places):
+        super().__init__()
+        self.labels, self.places, self.seen = labels, places, 0
+
+    def forward(self, imgs):
+        logits = torch.nn.functional.one_hot(self.labels[self.seen : self.seen + len(imgs)], 3).float()
+        for place, value in self.places.items():
+            if self.seen <= place < self.seen + len(imgs):
+                logits[place - self.seen, place % 3] = value
+        self.seen += len(imgs)
+        return logits
+
+
+def test_logits_that_are_not_finite_are_wrong_and_named(image_folder, caplog):
+    args = argparse.Namespace(
+        batch_size=2, num_workers=0, pin_mem=False, worker_timeout=0, dist_eval=True, eval_bad="stop"
+    )
+    data = datasets.image_dataset(str(image_folder), "val", datasets.eval_transform((48, 32), "square"), "pil")
+    loader = datasets.eval_loader(data, args, torch.device("cpu"))
+    labels = torch.from_numpy(data.source.labels)
+
+    def evaluated(**places):
+        model = BreaksSome(labels, {int(place[1:]): value for place, value in places.items()})
+        return evaluation.evaluate(model, loader, torch.device("cpu"), SilentLog())
+
+    whole = evaluated()
+    assert (whole["acc1"], whole["images"], "nonfinite" in whole) == (100, 7, False)
+    # infinity at the right class would win, NaN counts as the largest
+    result = evaluated(_0=math.inf, _3=math.nan, _6=-math.inf)
+    assert (result["nonfinite"], result["images"]) == (3, 7)
+    assert (result["acc1"], result["acc5"]) == pytest.approx((400 / 7, 400 / 7))
+    assert result["loss"] == pytest.approx(whole["loss"])
+    assert evaluation.in_words(result).endswith(
+        "on 7 images, 3 of them with logits that are not finite, counted as wrong"
+    )
+    assert [record.args[0] for record in caplog.records] == [data.source.name(place) for place in (0, 3, 6)]
+    with pytest.raises(RunError, match="the logits of all 7 images are not finite"):
+        evaluated(**{f"_{place}": math.nan for place in range(7)})
 
 
 def test_loss_spikes_are_said():

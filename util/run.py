@@ -161,8 +161,9 @@ class Run:
         broken = gather([name for name, fits in zip(shares, finite, strict=True) if not fits])
         if any(broken):
             names = list(dict.fromkeys(name for share in broken for name in share))
+            epoch = max(0, self.epoch - (self.samples == 0))  # `end_epoch` has gone on to the next one
             raise RunError(
-                f"an update of epoch {self.epoch} has made weights that are not finite: {some(names)}. They are not "
+                f"an update of epoch {epoch} has made weights that are not finite: {some(names)}. They are not "
                 "saved, and older checkpoints are untouched: --resume auto with a lower --blr and --allow_changed_args "
                 "goes on from the newest"
             )
