@@ -36,6 +36,7 @@ def source(classes, labels):
         (["a", "", "b"], [2, 0], ["a", "b", "", ""], [1, 0],
          [RENUMBERED]),
         (["", "", ""], [1, 2, 0], "abc", [1, 2, 0], ["val does not name its classes: labels are taken as positions"]),
+        (["a", ""], [0, 1], ["a", "b"], [0, 1], ["val does not name its classes: labels are taken as positions"]),
         ("abc", [1, 2, 0], ["", "", ""], [1, 2, 0], ["train does not name its classes: labels are taken as positions"]),
         (["", ""], [1], [""] * 8, [1], ["val does not name its classes: labels are taken as positions",
                                         "val has images of 1 of 8 classes, none of 0, 2, 3, 4, 5 and 2 more"]),
@@ -100,7 +101,12 @@ def test_names_that_are_not_utf_8():
 
 @pytest.mark.parametrize(
     ("names", "message"),
-    [("abc", "class_names are no list"), ([1, 2, 3], "class_names are no list"), (["a"], "it has 1 class_names")],
+    [
+        ("abc", "class_names are no list"),
+        ([1, 2, 3], "class_names are no list"),
+        (["a"], "it has 1 class_names"),
+        (["\ud800", "b", "c"], "can't encode"),
+    ],
 )
 def test_damaged_names_in_a_checkpoint(names, message):
     model = models_arm.create_classifier(

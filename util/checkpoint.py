@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from util.errors import UserError, as_user_error
+from util.files import printable
 from util.fsdp import like
 from util.hub import local_file, sha256_of
 from util.pos_embed import insert_middle, resize_around_token
@@ -187,7 +188,8 @@ def class_names(content: dict) -> list[str]:
         raise UserError("the checkpoint is damaged: its class_names are no list of names")
     if names and len(names) != len(weights(content).get("head.weight", ())):
         raise UserError(f"the checkpoint is damaged: it has {len(names)} class_names and another number of outputs")
-    return names
+    with as_user_error(ValueError, prefix="the checkpoint is damaged: its class_names: "):
+        return [printable(name) for name in names]
 
 
 def guesses(content: dict, state_dict: StateDict, given: Collection[str] = ()) -> dict[str, str]:

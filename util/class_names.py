@@ -66,7 +66,8 @@ def match_classes(source: Source, names: Sequence[str], owner: str) -> list[str]
         position = {name: place for place, name in enumerate(names) if name}
         unknown = [own[label] for label in present if own[label] not in position]
     else:
-        lines.append(f"{owner if any(own) else source.root} does not name its classes: labels are taken as positions")
+        unnamed = owner if any(own) and not any(names) else source.root
+        lines.append(f"{unnamed} does not name its classes: labels are taken as positions")
         position = {}
         unknown = [
             own[label] or str(label)
