@@ -14,6 +14,7 @@ def test_names_are_printable():
     assert printable("Käse.jpg") == "Käse.jpg"
     assert printable(b"caf\xe9") == "caf\\xe9"
     assert printable(os.fsdecode(b"caf\xe9")) == "caf\\xe9"
+    assert printable("\ud800") == "\\ud800"
     assert printable("two\nlines\x1b[31m") == "two\\nlines\\x1b[31m"
 
 

@@ -188,8 +188,7 @@ def class_names(content: dict) -> list[str]:
         raise UserError("the checkpoint is damaged: its class_names are no list of names")
     if names and len(names) != len(weights(content).get("head.weight", ())):
         raise UserError(f"the checkpoint is damaged: it has {len(names)} class_names and another number of outputs")
-    with as_user_error(ValueError, prefix="the checkpoint is damaged: its class_names: "):
-        return [printable(name) for name in names]
+    return [printable(name) for name in names]
 
 
 def guesses(content: dict, state_dict: StateDict, given: Collection[str] = ()) -> dict[str, str]:

@@ -16,8 +16,12 @@ MAX_JSON = 2**26  # bytes; the largest that a script writes lists broken images,
 
 
 def printable(name: str | bytes | os.PathLike) -> str:
-    r"""Return a file name as text of one line that can be encoded: bytes that are not UTF-8 become \xNN."""
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    r"""Return a name as text of one line that can be encoded: bytes that are not UTF-8 become \xNN."""
+    name = os.fspath(name)
+    try:
+        text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # a lone surrogate, which is in no file's name but may be in a crafted file
+        text = name.encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
