@@ -44,6 +44,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--to", choices=tuple(WRITERS), required=True, help="format of the file")
     parser.add_argument("--output", type=Path, metavar="FILE", help="(default: CKPT's name and the format's)")
     parser.add_argument("--model_key", choices=("model", "model_ema"), help="which weights (default: model)")
+    cli.add_ignore_keys(parser)
     parser.add_argument("--encoder", action="store_true", help="leave out the head and return tokens")
     return parser
 
@@ -66,9 +67,10 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, dict]:
     Raises:
         UserError: the file is not a checkpoint of ARM, or has no head and `--encoder` is not given.
     """
-    content = checkpoint.read(args.checkpoint)
+    content = checkpoint.read(args.checkpoint, args.ignore_keys)
     key = checkpoint.chosen_key(content, args.model_key)
     state_dict = checkpoint.weights(content, key)
+    checkpoint.say_guesses(args.checkpoint, content, state_dict)
     pretrained = checkpoint.is_pretrained(state_dict)
     if pretrained and not args.encoder:
         raise UserError(f"{args.checkpoint} comes from pretraining and has no head: export its --encoder")
@@ -77,14 +79,11 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, dict]:
     same = (n for n, s in models_arm.SIZES.items() if all(s[k] == sizes[k] for k in ("embed_dim", "depth")))
     name = next(same, "arm_base_pz16")
     if not pretrained:
-        sizes["global_pool"] = pooling(getattr(content.get("args"), "global_pool", True))
+        sizes["global_pool"] = pooling(checkpoint.saved_pooling(content))
         if args.encoder:
             sizes["num_classes"] = 0
             state_dict = {key: value for key, value in state_dict.items() if not key.startswith("head.")}
     about = describe(name, sizes) | {"weights": key}
-    guessed = checkpoint.guesses(content, state_dict)
-    if guessed:
-        print(f"{args.checkpoint} does not say how it was trained; guessed: {', '.join(guessed.values())}")
     names = [] if pretrained or args.encoder else checkpoint.class_names(content)
     if any(names):
         about["label_names"] = names  # as timm calls them

@@ -9,6 +9,7 @@ cropped to the model's input.
 
 import argparse
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,28 +27,29 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("checkpoint", help="of pretraining, ours or a released one")
     parser.add_argument("images", nargs="+", type=Path, help="image files")
     parser.add_argument("--output", type=Path, default=Path("."), metavar="DIR", help="folder (default: the current)")
+    cli.add_ignore_keys(parser)
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is a GPU)")
     return parser
 
 
-def load_model(path: str | Path) -> models_arm.PretrainModel:
+def load_model(path: str | Path, ignore_keys: Sequence[str] = ()) -> models_arm.PretrainModel:
     """The model of a pretraining checkpoint with its weights; sizes and switches are read off the file.
 
     Raises:
         UserError: no checkpoint, or one of a classifier, or it does not fit together.
     """
-    content = checkpoint.read(path)
+    content = checkpoint.read(path, ignore_keys)
     state = checkpoint.weights(content)
     if not checkpoint.is_pretrained(state) or "ar_token" not in state:
         raise UserError(f"{path} is of a classifier: only a pretraining checkpoint predicts images")
+    checkpoint.say_guesses(path, content, state)
     with as_user_error(ValueError, prefix=f"{path}: "):
         model = models_arm.create_pretrain_model(
             "arm_base_pz16",
             img_size=checkpoint.image_size(state, checkpoint.saved_size(content)),
             **checkpoint.classifier_sizes(state),
             **checkpoint.switches(content, state),
-            dec_embed_dim=state["ar_token"].shape[-1],
-            dec_depth=sum(name.startswith("norm_") and name.endswith(".weight") for name in state),
+            **checkpoint.decoder_sizes(state),
         )
     checkpoint.load(model, state)
     return model.eval()
@@ -60,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
         UserError: a checkpoint or image that cannot be read, or a folder that cannot be written.
     """
     device = init_device(args.device)
-    model = load_model(args.checkpoint).to(device)
+    model = load_model(args.checkpoint, args.ignore_keys).to(device)
     seed_everything(0)  # what is hidden, and an order of each image's own, are the same in every sheet of an image
     transform = sheet.input_transform(tuple(side * model.patch_size for side in model.grid_size))
     seen = Counter()

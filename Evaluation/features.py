@@ -38,9 +38,10 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Model:
     Raises:
         UserError: no checkpoint of ARM, or an input size that does not fit.
     """
-    content = checkpoint.read(args.checkpoint)
+    content = checkpoint.read(args.checkpoint, args.ignore_keys)
     args.model_key = checkpoint.chosen_key(content, args.model_key)
-    state, saved = checkpoint.weights(content, args.model_key), content.get("args")
+    state = checkpoint.weights(content, args.model_key)
+    checkpoint.say_guesses(args.checkpoint, content, state)
     trained_size = checkpoint.image_size(state, checkpoint.saved_size(content))
     sizes = checkpoint.classifier_sizes(state)
     if args.input_size is None:
@@ -49,7 +50,7 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Model:
     with as_user_error(TypeError, ValueError, BackendUnavailable):
         choose_backend(args.scan_backend, device, activation_dtype(device), sizes["embed_dim"])
         if not checkpoint.is_pretrained(state):
-            model = ARMClassifier(**sizes, global_pool=getattr(saved, "global_pool", True))
+            model = ARMClassifier(**sizes, global_pool=checkpoint.saved_pooling(content))
         else:
             sizes |= checkpoint.switches(content, state) | {"dec_embed_dim": 64, "dec_depth": 1}
             if sizes["order"] == "random" and sizes["img_size"] != trained_size:

@@ -66,6 +66,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--model_key", choices=("model", "model_ema"), help="which weights of --finetune, or to evaluate"
     )
+    cli.add_ignore_keys(group)
     group.add_argument("--nb_classes", type=cli.positive, help="number of classes (default: 1000)")
     group.add_argument(
         "--global_pool",
@@ -157,7 +158,7 @@ def build_classifier(args: argparse.Namespace, content: dict | None) -> models_a
         sizes["img_size"] = cli.image_size(args)
     if args.nb_classes is not None:
         sizes["num_classes"] = args.nb_classes
-    trained = getattr(content.get("args"), "global_pool", None) if args.resume or args.eval else None
+    trained = checkpoint.saved_arguments(content).get("global_pool") if args.resume or args.eval else None
     if args.global_pool is None:
         args.global_pool = True if trained is None else trained
     elif trained not in (None, args.global_pool) and not args.allow_changed_args:
@@ -187,28 +188,25 @@ def main(args: argparse.Namespace) -> None:
     cli.check_arguments(args)
     if args.model_key and args.resume and not args.eval:
         raise UserError("--model_key chooses among the weights of --finetune; --resume takes both")
+    if args.ignore_keys and not (args.finetune or args.eval):
+        raise UserError("--ignore_keys is for --finetune and --eval: --resume goes on with a run of this code")
     if args.eval and not (args.resume or args.finetune):
         raise UserError("--eval needs a checkpoint: --resume FILE")
     device = init_device(args.device, args.dist_timeout, args.deterministic)
     seed_everything(args.seed)
     if args.eval:
-        log, resumed = open_log(), checkpoint.read(args.resume) if args.resume else None
+        log, resumed = open_log(), checkpoint.read(args.resume, args.ignore_keys) if args.resume else None
     else:
         folders = cli.output_folders(args)
         log = open_log(*folders, tracker=args.tracker)
         resumed = starting_point(args, folders[0], log.say)
-    content = checkpoint.read(args.finetune) if resumed is None and args.finetune else resumed
+    content = checkpoint.read(args.finetune, args.ignore_keys) if resumed is None and args.finetune else resumed
     if content is not None:
-        given = cli.given(args, "global_pool", "input_size")
+        given = set(cli.given(args, "global_pool", "input_size"))
         if not (args.resume or args.eval):
-            given["global_pool"] = True  # new in this run
-        guessed = checkpoint.guesses(content, checkpoint.weights(content, args.model_key), given)
-        if guessed:
-            flags = ", ".join(f"--{name}" for name in guessed)
-            log.say(
-                f"{args.resume or args.finetune} does not say how it was trained; guessed: "
-                f"{', '.join(guessed.values())} ({flags} otherwise)"
-            )
+            given.add("global_pool")  # new in this run
+        state_dict = checkpoint.weights(content, args.model_key)
+        checkpoint.say_guesses(args.resume or args.finetune, content, state_dict, given)
     model = build_classifier(args, content)
     transform = eval_transform(cli.image_size(args), args.eval_resize)
     val = image_dataset(args.data_path, "val", transform, args.eval_loader)

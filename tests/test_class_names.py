@@ -1,5 +1,6 @@
 """Labels by the names of their classes: in evaluation, finetuning, resuming; what is said where names are unknown."""
 
+import logging
 import re
 import shutil
 from hashlib import sha256
@@ -14,6 +15,7 @@ import main_finetune
 import models_arm
 from conftest import TINY_FINETUNE
 from util import checkpoint
+from util.checkpoint_file import say_once
 from util.class_names import differing, known_names, match_classes, names_by_output
 from util.errors import UserError
 from util.run import fingerprint
@@ -193,17 +195,18 @@ def test_a_checkpoint_without_names(run, image_folder, tmp_path, evaluated, caps
     assert "val has 2 classes; " in capsys.readouterr().err
 
 
-def test_what_a_bare_state_dict_does_not_say(run, image_folder, tmp_path, evaluated):
+def test_what_a_bare_state_dict_does_not_say(run, image_folder, tmp_path, evaluated, caplog):
     state = checkpoint.read(run)["model"]
     torch.save(state, tmp_path / "bare.pth")
     with pytest.raises(SystemExit):  # 24 patches are no square
         evaluated(tmp_path / "bare.pth", image_folder)
-    said = evaluated(tmp_path / "bare.pth", image_folder, "--input_size", 48, 32)[3]
-    guess = (
-        "bare.pth does not say how it was trained; guessed: pooling of the mean over the patches (--global_pool othe"
-    )
-    assert guess in said
-    assert "guessed" not in evaluated(tmp_path / "bare.pth", image_folder, "--input_size", 48, 32, "--cls_token")[3]
+    for more, guessed in (([], "guessed: global_pool (mean of the patches)"), (["--cls_token"], None)):
+        say_once.cache_clear()
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            evaluated(tmp_path / "bare.pth", image_folder, "--input_size", 48, 32, *more)
+        said = [r.getMessage() for r in caplog.records if "guessed" in r.getMessage()]
+        assert said == ([f"{tmp_path}/bare.pth does not say how it was trained; {guessed}"] if guessed else [])
 
 
 def test_finetuning_matches_val_by_name(run_script, image_folder, tmp_path, evaluated, capsys):

@@ -7,27 +7,24 @@ have this form without `samples` and `class_names`, or are a bare state dict; bo
 """
 
 import argparse
-import json
 import logging
 import math
 import os
-import pickle
 import re
-import struct
-from collections.abc import Collection
-from pathlib import Path
+from collections.abc import Collection, Sequence
+from fnmatch import fnmatchcase
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from util.checkpoint_file import METADATA, DamagedCheckpoint, load_file, say_once
 from util.errors import UserError, as_user_error
 from util.files import printable
 from util.fsdp import like
-from util.hub import local_file, sha256_of
 from util.pos_embed import insert_middle, resize_around_token
+
+__all__ = ["METADATA", "DamagedCheckpoint"]  # of util.checkpoint_file, for those who read and export checkpoints
 
 LOGGER = logging.getLogger(__name__)
 StateDict = dict[str, Tensor]
@@ -39,9 +36,6 @@ _DECODER = re.compile(r"^(ar_token|dec_pos_embed|mask|mask_token|enc2dec\.|dec_b
 # What the classifier has and pretraining has not.
 NEW_IN_CLASSIFIER = {"cls_token", "norm_f.weight", "norm_f.bias", "head.weight", "head.bias"}
 
-
-SUMS = "SHA256SUMS"  # file of a checkpoint's folder
-METADATA = "arm"  # what export.py writes into .safetensors: JSON of `input_size`, `global_pool` and switches
 # switches of the published models, and so of files that say nothing else
 PUBLISHED = {
     "objective": "arm",
@@ -53,63 +47,56 @@ PUBLISHED = {
 }
 
 
-class DamagedCheckpoint(UserError):
-    """A file that is not what was written, or nothing that can be loaded."""
+# names of other programs for `model` and `model_ema`: timm's train.py
+_OTHER_NAMES = {"state_dict": "model", "state_dict_ema": "model_ema"}
+# what torch.compile and DistributedDataParallel put into names, anywhere
+_WRAPPERS = {"_orig_mod", "module"}
+_MAX_DEPTH = 1000  # blocks
+_MAX_SIDE = 2**15  # pixels
 
 
-def hashes(folder: Path) -> dict[str, set[str]]:
-    """What a folder's SHA256SUMS says: by name of a file its hash, or two while it is being replaced."""
-    sums: dict[str, set[str]] = {}
-    if (folder / SUMS).is_file():
-        text = (folder / SUMS).read_text(encoding="utf-8", errors="replace")
-        for digest, name in re.findall(r"^([0-9a-f]{64})  (.+)$", text, re.MULTILINE):
-            sums.setdefault(name, set()).add(digest)
-    return sums
-
-
-def read(path: str | os.PathLike) -> dict:
+def read(path: str | os.PathLike, ignore_keys: Sequence[str] = ()) -> dict:
     """Load a checkpoint onto the CPU without executing anything in it.
 
     Args:
         path: of a file of torch.save, or .safetensors (a bare state dict, or of `export.py`, whose metadata become
-            `args`); or another name that `local_file` knows. A SHA256SUMS beside the file that names it must have its
-            hash.
+            `args`); or another name that `util.hub` knows.
+        ignore_keys: patterns (as of a shell, `*.angle_embed`) of parameters to leave out, which is counted in a line.
+
+    Returns:
+        Its content, as the head of this module says; weights of timm's train.py (`state_dict`) as `model`.
 
     Raises:
-        UserError: no such file, or it cannot be read at the moment.
-        DamagedCheckpoint: a damaged file, no checkpoint, or one with a type inside other than tensors, plain values
-            and a Namespace.
+        UserError: see `load_file`; or a pattern matches nothing.
+        DamagedCheckpoint: see `load_file`.
     """
-    file = local_file(path)
-    try:
-        right = hashes(file.parent).get(file.name)
-        if right and sha256_of(file) not in right:
-            raise DamagedCheckpoint(
-                f"{path} is damaged, or not the file that was written: {SUMS} beside it has another hash"
-            )
-        if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as opened:
-                known = (opened.metadata() or {}).get(METADATA)
-            state_dict = load_file(file)
-            return {"model": state_dict, "args": argparse.Namespace(**json.loads(known))} if known else state_dict
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    # the last ones: what torch.load makes of files that by chance begin like a pickle
-    except (pickle.UnpicklingError, LookupError, TypeError, AttributeError, AssertionError, struct.error) as error:
-        unknown = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = (
-            f"it holds a {unknown[1]}, and only tensors, plain values and a Namespace are loaded"
-            if unknown
-            else ("it is no file that torch.save wrote")
-        )
-        raise DamagedCheckpoint(f"refused checkpoint {path}: {reason}") from error
-    except (RuntimeError, EOFError, OSError, ValueError, SafetensorError) as error:
-        reason = next(iter(str(error).splitlines()), "it ends too early")
-        passing = isinstance(error, OSError) or "allocate memory" in reason  # it may be whole, and readable later
-        raise (UserError if passing else DamagedCheckpoint)(f"unreadable checkpoint {path}: {reason}") from error
-    if not isinstance(content, dict):
-        raise DamagedCheckpoint(f"{path} is no checkpoint: it holds a {type(content).__name__}, not a dict")
+    content = load_file(path)
+    for other, name in _OTHER_NAMES.items():
+        if isinstance(content.get(other), dict) and name not in content:
+            content[name] = content.pop(other)
+    state_dicts = [part for part in [content[key] for key in kinds(content)] or [content] if isinstance(part, dict)]
+    ignored = set()
+    for pattern in ignore_keys:
+        found = [(part, key) for part in state_dicts for key in part if fnmatchcase(_unwrapped(key), pattern)]
+        if not found:
+            raise UserError(f"--ignore_keys {pattern}: {printable(path)} has no such key")
+        ignored |= {_unwrapped(key) for _, key in found}
+        for part, key in found:
+            del part[key]
+    if ignored:
+        say_once(logging.INFO, f"{printable(path)}: {len(ignored)} keys are ignored: {_some(sorted(ignored))}")
     return content
+
+
+def _unwrapped(name: object) -> str:
+    """Return the name of a parameter without the parts that wrappers of a model add."""
+    return ".".join(part for part in str(name).split(".") if part not in _WRAPPERS)
+
+
+def _some(names: Sequence[str], shown: int = 3) -> str:
+    """Return the first names, and how many follow, as one line."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(printable(name)[:200] for name in names[:shown]) + more
 
 
 def kinds(content: dict) -> list[str]:
@@ -138,18 +125,28 @@ def weights(content: dict, key: str | None = None) -> StateDict:
     present = kinds(content)
     if key is not None and key not in present:
         raise UserError(f"the checkpoint has no {key}; it has {', '.join(present) or 'a bare state dict'}")
-    state_dict = content[key or present[0]] if present else content
-    if not isinstance(state_dict, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state_dict.items()
+    saved = content[key or present[0]] if present else content
+    if not isinstance(saved, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in saved.items()
     ):
         raise UserError("the checkpoint is not one of ARM: it holds no state dict, which is tensors by name")
-    state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}  # saved from inside DDP
+    state_dict = {_unwrapped(name): value for name, value in saved.items()}
+    if len(state_dict) < len(saved):
+        raise UserError("the checkpoint has two tensors of one name, with and without a wrapper's prefix")
     needed = ["patch_embed.proj.weight", "pos_embed", "layers.0.mixer.A_log"]
     needed += [] if is_pretrained(state_dict) else ["head.weight", "head.bias"]
     for name in needed:
         if name not in state_dict:
             raise UserError(f"the checkpoint is not one of ARM: it has no {name}")
-    if state_dict["patch_embed.proj.weight"].ndim != 4 or state_dict["pos_embed"].ndim != 3:
+    patch, position = state_dict["patch_embed.proj.weight"], state_dict["pos_embed"]
+    if (
+        patch.ndim != 4
+        or not patch.numel()
+        or patch.shape[2] != patch.shape[3]
+        or position.shape != (1, max(position.shape[1:2], default=0), len(patch))
+        or position.shape[1] < (1 if is_pretrained(state_dict) else 2)
+        or not position.is_floating_point()
+    ):
         raise UserError("the checkpoint is not one of ARM: patch or position embedding have other dimensions")
     return state_dict
 
@@ -166,19 +163,150 @@ def classifier_sizes(state_dict: StateDict) -> dict[str, int]:
         state_dict: of a pretraining model or a classifier, as `weights` returns it.
 
     Returns:
-        `embed_dim`, `depth` and `patch_size`; for a classifier also `num_classes` and `directions`.
+        `embed_dim`, `depth` and `patch_size`; for a classifier also `num_classes` and `directions`. A model of these
+        sizes is no larger than a small multiple of the state dict.
+
+    Raises:
+        UserError: the blocks are not numbered from 0, not alike, or do not have the width of the patch embedding.
     """
     embed_dim, _, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
-    blocks = {int(name.split(".")[1]) for name in state_dict if re.match(r"layers\.\d+\.", name)}
-    sizes = {"embed_dim": embed_dim, "depth": len(blocks), "patch_size": patch_size}
+    layers = _blocks(state_dict, "layers")
+    if layers[0].get("mixer.in_proj.weight") != (2 * embed_dim, embed_dim):
+        raise UserError(
+            f"the checkpoint is not one of ARM: its blocks do not have the {embed_dim} channels of its patches"
+        )
+    sizes = {"embed_dim": embed_dim, "depth": len(layers), "patch_size": patch_size}
     if is_pretrained(state_dict):
         return sizes
-    directions = 4 if "layers.0.mixer.A_b_log" in state_dict else 1
-    return sizes | {"num_classes": len(state_dict["head.weight"]), "directions": directions}
+    head = state_dict["head.weight"]
+    if head.ndim != 2 or head.shape[1] != embed_dim or not len(head):
+        raise UserError(f"the checkpoint is not one of ARM: its head has shape {tuple(head.shape)}")
+    return sizes | {"num_classes": len(head), "directions": 4 if "layers.0.mixer.A_b_log" in state_dict else 1}
+
+
+def decoder_sizes(state_dict: StateDict) -> dict[str, int]:
+    """Return `dec_embed_dim` and `dec_depth` of a pretraining model's state dict, as `classifier_sizes` does.
+
+    Raises:
+        UserError: there is no whole decoder.
+    """
+    token = state_dict.get("ar_token")
+    width = token.shape[-1] if token is not None and token.ndim == 3 else 0
+    blocks = _blocks(state_dict, "dec_block")
+    if not width or blocks[0].get("attn2.q.weight") != (width, width):
+        raise UserError(f"the checkpoint has no whole decoder: its blocks do not have {width} channels")
+    return {"dec_embed_dim": width, "dec_depth": len(blocks)}
+
+
+def _blocks(state_dict: StateDict, name: str) -> list[dict[str, torch.Size]]:
+    """Return the shapes of each block's tensors.
+
+    Raises:
+        UserError: blocks are missing or not alike, or there are too many.
+    """
+    blocks: dict[int, dict[str, torch.Size]] = {}
+    for key, value in state_dict.items():
+        if match := re.fullmatch(rf"{name}\.([0-9]{{1,9}})\.(.+)", key):
+            blocks.setdefault(int(match[1]), {})[match[2]] = value.shape
+    if not 1 <= len(blocks) <= _MAX_DEPTH:
+        raise UserError(f"the checkpoint is not one of ARM: it has {len(blocks)} blocks {name}")
+    for index in range(len(blocks)):
+        differing = blocks.get(index, {}).items() ^ blocks.get(0, {}).items()
+        if differing:
+            raise UserError(
+                f"the checkpoint is not one of ARM: {name}.{index} has not the tensors of the other blocks: "
+                f"{_some(sorted({key for key, _ in differing}))}"
+            )
+    return [blocks[index] for index in range(len(blocks))]
+
+
+def _is_count(value: object, most: int = 2**31) -> bool:
+    return type(value) is int and 1 <= value <= most
+
+
+def _is_size(value: object) -> bool:
+    sides = value if isinstance(value, (list, tuple)) else [value]
+    return 1 <= len(sides) <= 2 and all(_is_count(side, _MAX_SIDE) for side in sides)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a saved argument can be compared and shown: a scalar, or a list of scalars."""
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(part) and not isinstance(part, (list, tuple)) for part in value)
+    return isinstance(value, (str, float, bool)) or value is None or (type(value) is int and abs(value) < 2**63)
+
+
+# of the saved arguments that code reads: which values they can have
+_POSSIBLE = {
+    "input_size": _is_size,
+    "global_pool": lambda value: isinstance(value, (bool, str)),
+    "norm_pix_loss": lambda value: isinstance(value, bool),
+    "directions": lambda value: _is_count(value, 4),
+    "start_epoch": lambda value: value == 0 or _is_count(value),
+    "cluster_size": lambda value: _is_count(value, _MAX_SIDE),
+} | dict.fromkeys(("objective", "order", "taps"), lambda value: isinstance(value, str))
+_POSSIBLE |= dict.fromkeys(("batch_size", "accum_iter", "world_size"), _is_count)
+
+
+def saved_arguments(content: dict, *needed: str) -> dict[str, object]:
+    """Return the arguments of the run that wrote a checkpoint, as far as they are scalars or lists of scalars.
+
+    Args:
+        content: as `read` returns it.
+        *needed: names that must be among them.
+
+    Raises:
+        UserError: one that is read has a value that it cannot have, or a needed one is missing.
+    """
+    saved = content.get("args")
+    if saved is not None and not isinstance(saved, (argparse.Namespace, dict)):
+        say_once(logging.INFO, f"the checkpoint's args are a {type(saved).__name__}, which tells nothing of its run")
+    saved = vars(saved) if isinstance(saved, argparse.Namespace) else saved if isinstance(saved, dict) else {}
+    size = saved.get("input_size")
+    if isinstance(size, (list, tuple)) and len(size) == 3 and size[0] == 3:  # timm's: with the colour channels
+        saved = {**saved, "input_size": list(size[1:])}
+    for name, is_possible in _POSSIBLE.items():
+        if saved.get(name) is not None and not is_possible(saved[name]):
+            raise UserError(f"the checkpoint is damaged: its args say {name} {printable(repr(saved[name])[:60])}")
+    missing = [name for name in needed if saved.get(name) is None]
+    if missing:
+        raise UserError(f"the checkpoint is damaged: its args lack {', '.join(missing)}")
+    return {name: value for name, value in saved.items() if isinstance(name, str) and _is_plain(value)}
+
+
+def guesses(content: dict, state_dict: StateDict, given: Collection[str] = ()) -> dict[str, str]:
+    """Return the arguments that a checkpoint does not tell, and what is assumed of each.
+
+    A file of a run tells everything; one of the released code leaves out what had no other value then.
+
+    Args:
+        content: as `read` returns it.
+        state_dict: its weights.
+        given: names of arguments that need no guess.
+    """
+    saved, assumed = saved_arguments(content), {}
+    if not is_pretrained(state_dict):
+        assumed["global_pool"] = "mean of the patches"
+    assumed["input_size"] = "a square"
+    if is_pretrained(state_dict) and not saved:
+        assumed |= {name: str(value) for name, value in switches(content, state_dict).items()}
+    return {name: words for name, words in assumed.items() if saved.get(name) is None and name not in given}
+
+
+def say_guesses(path: str | os.PathLike, content: dict, state_dict: StateDict, given: Collection[str] = ()) -> None:
+    """Say in one line what is guessed of the file `path`, if anything is; see `guesses`."""
+    if guessed := [f"{name} ({value})" for name, value in guesses(content, state_dict, given).items()]:
+        say_once(logging.INFO, f"{printable(path)} does not say how it was trained; guessed: {', '.join(guessed)}")
+
+
+def saved_pooling(content: dict) -> bool | str:
+    """Return the `global_pool` of a classifier, from the arguments saved in its checkpoint, else True."""
+    saved = saved_arguments(content).get("global_pool")
+    return True if saved is None else saved
 
 
 def class_names(content: dict) -> list[str]:
-    """Names of the classes of a finetuning checkpoint, by output; empty where it has none.
+    """Return the names of the classes of a finetuning checkpoint, by output; empty where it has none.
 
     Raises:
         UserError: what it has are no names.
@@ -191,24 +319,9 @@ def class_names(content: dict) -> list[str]:
     return [printable(name) for name in names]
 
 
-def guesses(content: dict, state_dict: StateDict, given: Collection[str] = ()) -> dict[str, str]:
-    """Return what has to be assumed of a checkpoint that does not hold the arguments of its run, in words by argument.
-
-    Args:
-        content: as `read` returns it.
-        state_dict: its weights.
-        given: names of arguments that need no guess.
-    """
-    known = {*(vars(content["args"]) if content.get("args") is not None else ()), *given}
-    assumed = {"input_size": "a square input"}
-    if not is_pretrained(state_dict):
-        assumed["global_pool"] = "pooling of the mean over the patches"
-    return {name: words for name, words in assumed.items() if name not in known}
-
-
 def saved_size(content: dict) -> tuple[int, int] | None:
-    """Height and width of the input, from the arguments saved in a checkpoint, if it has them."""
-    size = getattr(content.get("args"), "input_size", None)
+    """Return height and width of the input, from the arguments saved in a checkpoint, if it has them."""
+    size = saved_arguments(content).get("input_size")
     if size is None:
         return None
     return (size, size) if isinstance(size, int) else (size[0], size[-1])
@@ -249,15 +362,22 @@ def switches(content: dict, state_dict: StateDict) -> dict[str, object]:
     Returns:
         `objective`, `order`, `taps`, `norm_pix_loss` and `cluster_size`: from the names and the attention mask, else
         from the saved arguments, else those of the published models.
+
+    Raises:
+        UserError: mask or arguments are none that a model can have.
     """
-    found = {name: getattr(content.get("args"), name, value) for name, value in PUBLISHED.items()}
+    saved = saved_arguments(content)
+    found = PUBLISHED | {name: saved[name] for name in PUBLISHED if saved.get(name) is not None}
     del found["directions"]  # of a classifier
     if "mask_token" in state_dict:
         found["objective"] = "mae"
     if "cluster_order" in state_dict:
         found["order"] = "random"
     if "mask" in state_dict:  # every cluster but one
-        found["cluster_size"] = math.isqrt(state_dict["pos_embed"].shape[1] - len(state_dict["mask"]))
+        mask, patches = state_dict["mask"], state_dict["pos_embed"].shape[1]
+        if mask.ndim != 2 or not len(mask) < patches:
+            raise UserError(f"the checkpoint is damaged: a mask of shape {tuple(mask.shape)} for {patches} patches")
+        found["cluster_size"] = math.isqrt(patches - len(mask))
     return found
 
 
@@ -302,7 +422,9 @@ def pretrain_to_classifier(state_dict: StateDict, model: nn.Module, saved: tuple
 
 
 def load(model: nn.Module, state_dict: StateDict, allow_missing: set[str] = frozenset()) -> None:
-    """Load a state dict whose every key and shape must fit.
+    """Load a state dict whose every key and shape must fit, and whose every value must be finite.
+
+    Values that are infinite in the model too, as the attention mask's, can be so in the state dict.
 
     Args:
         model: the model to load into.
@@ -310,20 +432,51 @@ def load(model: nn.Module, state_dict: StateDict, allow_missing: set[str] = froz
         allow_missing: keys that may be absent and then keep their present value.
 
     Raises:
-        UserError: lists, key by key, what did not fit; the model is unchanged then.
+        UserError: both sizes where width or depth differ, else the first keys that do not fit, or are not finite, and
+            how many follow; the model is unchanged then.
     """
     own = model.state_dict()
+    (width, depth), (own_width, own_depth) = map(_width_and_depth, (state_dict, own))
+    if width and own_width and (width, depth) != (own_width, own_depth):
+        raise UserError(
+            f"the checkpoint has {width} channels and {depth} blocks, the model {own_width} and {own_depth}: "
+            "--model, --embed_dim and --depth say which"
+        )
     optional = allow_missing | {"mask"}
-    problems = [f"missing {k}" for k in own if k not in state_dict and k not in optional]
-    problems += [f"unexpected {k}" for k in state_dict if k not in own]
-    problems += [
+    missing = [k for k in own if k not in state_dict and k not in optional]
+    unexpected = [k for k in state_dict if k not in own]
+    common = {k: v for k, v in state_dict.items() if k in own}
+    misfits = [
         f"{k} has shape {tuple(v.shape)}, the model {tuple(own[k].shape)}"
-        for k, v in state_dict.items()
-        if k in own and v.shape != own[k].shape
+        for k, v in common.items()
+        if v.shape != own[k].shape
+    ] + [
+        f"{k} is of {v.dtype}, the model's of {own[k].dtype}"
+        for k, v in common.items()
+        if v.is_floating_point() != own[k].is_floating_point() or v.is_complex()
     ]
+    problems = ["missing " + _some(missing)] * bool(missing)
+    problems += [f"unexpected {_some(unexpected)} (--ignore_keys leaves keys out)"] * bool(unexpected)
+    problems += [_some(misfits)] * bool(misfits)
     if problems:
         raise UserError("the checkpoint does not fit the model: " + "; ".join(problems))
+    infinite = {name for name, buffer in model.named_buffers() if not is_finite(buffer)}
+    broken = [k for k, v in common.items() if not is_finite(v) and (k not in infinite or v.isnan().any())]
+    if broken:
+        raise UserError(f"the checkpoint has weights that are not finite (NaN or infinite): {_some(broken)}")
     model.load_state_dict({k: like(v, own.get(k)) for k, v in state_dict.items()}, strict=not allow_missing)
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether all values of a tensor are finite."""
+    return not value.is_floating_point() or bool(value.abs().max().isfinite() if value.numel() else True)
+
+
+def _width_and_depth(state_dict: StateDict) -> tuple[int, int]:
+    """Return channels and number of blocks of a model; no channels where it is none of ours."""
+    weight = state_dict.get("patch_embed.proj.weight")
+    blocks = {match[0] for name in state_dict if (match := re.match(r"layers\.[0-9]+\.", name))}
+    return weight.shape[0] if weight is not None and weight.ndim == 4 else 0, len(blocks)
 
 
 def load_into_classifier(content: dict, model: nn.Module, key: str | None = None, keep_head: bool = True) -> bool:
@@ -355,6 +508,32 @@ def position(content: dict) -> tuple[int, int]:
     return content["epoch"] + 1, content.get("samples", 0)
 
 
+def _is_whole(value: object, least: int = 0) -> bool:
+    return type(value) is int and least <= value < 2**63
+
+
+# what of a checkpoint tells where its run stands: which values it can have
+_POSITION = {
+    "samples": _is_whole,
+    "skipped_in_a_row": _is_whole,
+    "loss": lambda value: isinstance(value, list) and [type(part) for part in value] == [float, float],
+    "max_accuracy": lambda value: isinstance(value, float),
+    "ema_max_accuracy": lambda value: isinstance(value, float),
+}
+
+
+def _moment(name: str, value: object, index: int, parameter: nn.Parameter) -> object:
+    """Return this process's share of one value of an optimizer's state.
+
+    Raises:
+        ValueError: it is neither a number nor of the parameter's shape, or not finite.
+    """
+    tensor = torch.as_tensor(value)
+    if tensor.shape not in (parameter.shape, ()) or not is_finite(tensor):
+        raise ValueError(f"{name} of parameter {index} is not finite, or has another shape")
+    return like(value, parameter)
+
+
 def resume(args: argparse.Namespace, content: dict, model: nn.Module, optimizer: Optimizer) -> tuple[int, int]:
     """Load weights and optimizer to go on with a run.
 
@@ -373,10 +552,13 @@ def resume(args: argparse.Namespace, content: dict, model: nn.Module, optimizer:
         UserError: the file is no full checkpoint or does not fit, or holds an epoch that no run has (the released code
             wrote -1, -10 and -20 into its latest and best files) while `args.start_epoch` is not given.
     """
-    kinds_of = {"model": dict, "optimizer": dict, "epoch": int}
-    absent = [name for name, kind in kinds_of.items() if not isinstance(content.get(name), kind)]
+    absent = [name for name in ("model", "optimizer") if not isinstance(content.get(name), dict)]
+    absent += ["epoch"] * (not _is_whole(content.get("epoch"), -20))  # the released code's lowest
     if absent:
         raise UserError(f"cannot resume from {args.resume}: it has no {', '.join(absent)}")
+    odd = [name for name, is_possible in _POSITION.items() if name in content and not is_possible(content[name])]
+    if odd:
+        raise UserError(f"cannot resume from {args.resume}: it is damaged, {', '.join(odd)} cannot be what a run wrote")
     if args.start_epoch is None and content["epoch"] < 0 and "samples" not in content:
         raise UserError(
             f"{args.resume} says epoch {content['epoch']}, which no run has: tell the true next one with --start_epoch"
@@ -384,19 +566,22 @@ def resume(args: argparse.Namespace, content: dict, model: nn.Module, optimizer:
     load(model, weights(content, "model"))
     # the moments come from the file, the settings (weight decay, layer decay) from this run's arguments
     own = optimizer.state_dict()["param_groups"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     with as_user_error(
-        ValueError, KeyError, TypeError, prefix=f"the optimizer in {args.resume} does not fit this run: "
-    ):
+        ValueError, LookupError, TypeError, AttributeError,
+        prefix=f"the optimizer in {args.resume} does not fit this run: ",
+    ):  # fmt: skip
         saved = content["optimizer"]
         if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own]:
             raise ValueError("it has other groups of parameters")
+        if not all(isinstance(before["lr"], float) and math.isfinite(before["lr"]) for before in saved["param_groups"]):
+            raise ValueError("its learning rate is no finite number")
         groups = [{**group, "lr": before["lr"]} for group, before in zip(own, saved["param_groups"], strict=True)]
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         state = {
-            index: {name: like(value, parameters[index]) for name, value in values.items()}
+            index: {name: _moment(name, value, index, parameters[index]) for name, value in values.items()}
             for index, values in saved["state"].items()
         }
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     found, start = position(content), (args.start_epoch, 0)
-    since = "samples" in content and getattr(content.get("args"), "start_epoch", None) == args.start_epoch
+    since = "samples" in content and saved_arguments(content).get("start_epoch") == args.start_epoch
     return found if args.start_epoch is None or (since and found >= start) else start

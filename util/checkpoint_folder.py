@@ -7,6 +7,7 @@ is whole is at no moment taken for a damaged one.
 
 import copy
 import itertools
+import logging
 import os
 import re
 import shutil
@@ -20,8 +21,9 @@ import torch
 from torch import Tensor
 
 from util import checkpoint
-from util.checkpoint import SUMS, DamagedCheckpoint, hashes
+from util.checkpoint_file import SUMS, DamagedCheckpoint, hashes, say_once
 from util.errors import RunError, UserError
+from util.files import printable, replacing
 from util.fsdp import full
 from util.hub import sha256_of
 
@@ -40,6 +42,8 @@ class CheckpointFolder:
     def __init__(self, path: Path, keep: int, say: Callable[[str], None]) -> None:
         self.path, self.keep, self.say = path, keep, say
         self.sums = self._known()
+        if wrong := hashes(path)[1]:
+            say_once(logging.WARNING, wrong)
         self.staged: object = None
         self.names: tuple[str, ...] = ()  # further ones of what is staged
         self.writing: threading.Thread | None = None
@@ -101,22 +105,25 @@ class CheckpointFolder:
                 self.sums = self._known()  # it may have failed between two renames
 
     def _known(self) -> dict[str, str]:
-        """The hash of each file that SHA256SUMS names; where it names two, what the file has."""
+        """Return the hash of each file here that SHA256SUMS names; where it names two, what the file has."""
         known = {}
-        for name, digests in hashes(self.path).items():
-            if len(digests) > 1 and (self.path / name).exists():
-                digests = {sha256_of(self.path / name)} & digests or digests
-            known[name] = min(digests)
+        for name, digests in hashes(self.path)[0].items():
+            if name == os.path.basename(name) and os.path.isfile(self.path / name):  # one cannot block, as a FIFO does
+                if len(digests) > 1:
+                    digests = {sha256_of(self.path / name)} & digests or digests
+                known[name] = min(digests)
         return known
 
     def _publish(self, temporary: Path, digest: str, names: tuple[str, ...]) -> None:
         """Give the file its names, and those that had them their later ones."""
         for name in (LAST, *names):  # of an earlier version, which kept no hashes
-            if name not in self.sums and (self.path / name).exists():
+            if name not in self.sums and (self.path / name).is_file():
                 self.sums[name] = sha256_of(self.path / name)
-        rotated = [LAST, *(f"checkpoint-last-{age}.pth" for age in range(1, self.keep))]
-        moves = [(old, new) for old, new in itertools.pairwise(rotated) if (self.path / old).exists()]
-        too_old = set(_older(self.path)) - {self.path / name for name in rotated}
+        rotated = [LAST]
+        while len(rotated) < self.keep and (self.path / rotated[-1]).exists():
+            rotated.append(f"checkpoint-last-{len(rotated)}.pth")
+        moves = list(itertools.pairwise(rotated))
+        too_old = {path for age, path in _older(self.path).items() if age >= self.keep}
         after = {n: known for n, known in self.sums.items() if n not in rotated and (self.path / n).exists()}
         after |= {new: self.sums[old] for old, new in moves if old in self.sums}
         after |= dict.fromkeys((LAST, *names), digest)
@@ -134,10 +141,8 @@ class CheckpointFolder:
         self._write_sums(self.sums.items())
 
     def _write_sums(self, sums: Iterable[tuple[str, str]]) -> None:
-        temporary = self.path / f".{SUMS}.tmp"
-        temporary.write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums)), encoding="utf-8")
-        _sync(temporary)
-        os.replace(temporary, self.path / SUMS)
+        with replacing(self.path / SUMS) as temporary:
+            temporary.write_bytes(os.fsencode("".join(f"{digest}  {name}\n" for name, digest in sorted(sums))))
         _sync(self.path)
 
     def newest(self) -> tuple[Path | None, list[str]]:
@@ -149,8 +154,9 @@ class CheckpointFolder:
         Raises:
             UserError: every one is damaged, or one cannot be read at the moment; nothing is renamed then.
         """
-        last = [path for path in (self.path / LAST, *_older(self.path)) if path.exists()]
-        others = sorted(set(self.path.glob("checkpoint-*.pth")) - set(last), key=lambda p: p.stat().st_mtime_ns)
+        last = [path for path in (self.path / LAST, *_older(self.path).values()) if path.is_file()]
+        files = {path for path in self.path.glob("checkpoint-*.pth") if path.is_file()}
+        others = sorted(files - set(last), key=lambda path: path.stat().st_mtime_ns)
         damaged = {}
         for path in (*last, *reversed(others)):
             try:
@@ -161,16 +167,19 @@ class CheckpointFolder:
             for other in damaged:
                 _put_aside(other)
             return path, list(damaged.values())
-        aside = [str(path) for path in self.path.glob("checkpoint-*.damaged*")]
+        aside = [printable(path) for path in self.path.glob("checkpoint-*.damaged*")]
         if damaged or aside:
             raise UserError(f"every checkpoint in {self.path} is damaged: {'; '.join([*damaged.values(), *aside])}")
         return None, []
 
 
-def _older(folder: Path) -> list[Path]:
-    """checkpoint-last-1.pth and those before it, by age."""
-    ages = {path: re.fullmatch(r"checkpoint-last-(\d+)\.pth", path.name) for path in folder.glob("checkpoint-last-*")}
-    return sorted((path for path, age in ages.items() if age), key=lambda path: int(ages[path][1]))
+def _older(folder: Path) -> dict[int, Path]:
+    """Return checkpoint-last-1.pth and those before it, by age; folders of such names are none."""
+    ages = {}
+    for path in folder.glob("checkpoint-last-*.pth"):
+        if (match := re.fullmatch(r"checkpoint-last-([1-9][0-9]*)\.pth", path.name)) and path.is_file():
+            ages[int(match[1])] = path
+    return dict(sorted(ages.items()))
 
 
 def _put_aside(path: Path) -> None:

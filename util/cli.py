@@ -246,10 +246,22 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("checkpoint")
     group.add_argument("checkpoint", type=filled, metavar="CKPT", help="file of pretraining or finetuning")
     group.add_argument("--model_key", choices=("model", "model_ema"), help="which of its weights (default: model)")
+    add_ignore_keys(group)
     group.add_argument(
         "--input_size", type=positive, nargs="+", metavar="PX", help="side, or height and width (default: as trained)"
     )
     group.add_argument("--output", metavar="FILE", help="JSON file of the result (default: beside CKPT)")
+
+
+def add_ignore_keys(parser: argparse._ActionsContainer) -> None:
+    """The parameters of a checkpoint that a script leaves out; see `checkpoint.read`."""
+    parser.add_argument(
+        "--ignore_keys",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="leave out parameters of the checkpoint that no model here has, e.g. '*angle_embed'",
+    )
 
 
 def boolean(text: str) -> bool:

@@ -12,6 +12,7 @@ import http.client
 import logging
 import os
 import re
+import stat
 from pathlib import Path, PurePosixPath
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
@@ -21,6 +22,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from util.errors import UserError, as_user_error
+from util.files import printable
 
 LOGGER = logging.getLogger(__name__)
 TIMEOUT = 10  # seconds of silence; huggingface_hub's default too
@@ -33,16 +35,22 @@ _HUB = re.compile(r"hf://([^/@]+/[^/@]+)(?:@(refs/[^/]+/[^/]+|[^/]+))?(?:/(.*))?
 
 
 def local_file(name: str | os.PathLike) -> Path:
-    """The file that a name stands for, downloaded where it is not in a cache.
+    """Return the file that a name stands for; see `locate`."""
+    return locate(name)[0]
+
+
+def locate(name: str | os.PathLike) -> tuple[Path, bool]:
+    """Find the file that a name stands for, downloaded where it is not in a cache.
 
     Args:
         name: a path, URL or hf:// name, with or without #sha256=HEX.
 
     Returns:
-        The path itself, or the file in the cache of huggingface_hub (hf://) or of torch.hub (URLs).
+        The path itself, or the file in the cache of huggingface_hub (hf://) or of torch.hub (URLs); and whether it has
+        been compared with a sha256.
 
     Raises:
-        UserError: it is not there, cannot be fetched, or has another sha256.
+        UserError: it is not there, no regular file, cannot be fetched, or has another sha256.
     """
     source, given, sha256 = os.fspath(name).partition("#sha256=")
     sha256 = sha256.lower()
@@ -51,13 +59,18 @@ def local_file(name: str | os.PathLike) -> Path:
     if source.startswith("hf://"):
         return _hub_file(source, sha256)
     if source.startswith(("http://", "https://")):
-        return _url_file(source, sha256)
+        return _url_file(source, sha256), bool(sha256)
     path = Path(source)
-    if not path.is_file():
-        raise UserError(f"no checkpoint file {source}")
-    with as_user_error(OSError):
-        _check(source, sha256, path)
-    return path
+    try:
+        regular = stat.S_ISREG(path.stat().st_mode)  # another one may block for ever, or never end
+        if regular:
+            _check(source, sha256, path)
+    except (OSError, ValueError) as error:  # a name with a NUL
+        reason = "" if isinstance(error, FileNotFoundError) else f": {getattr(error, 'strerror', None) or error}"
+        raise UserError(f"no checkpoint file {printable(source)}{reason}") from error
+    if not regular:
+        raise UserError(f"no checkpoint file {printable(source)}: it is no regular file")
+    return path, bool(sha256)
 
 
 def beside(name: str | os.PathLike) -> Path:
@@ -83,7 +96,7 @@ def _check(name: str, sha256: str, path: Path, *bad: Path) -> None:
         raise UserError(f"{name}: its sha256 is {found}, not {sha256}" + (": removed" if bad else ""))
 
 
-def _hub_file(name: str, sha256: str) -> Path:
+def _hub_file(name: str, sha256: str) -> tuple[Path, bool]:
     # read here: the import takes a third of a second, and reads HF_ENDPOINT, HF_HUB_OFFLINE and the like
     import huggingface_hub as hf
     from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
@@ -116,13 +129,15 @@ def _hub_file(name: str, sha256: str) -> Path:
         LOGGER.warning("%s is taken from the cache: %s", name, _hub_reason(error))
         path = Path(cached)
     with as_user_error(OSError):
+        of_hub = ""
         if path.is_symlink():  # to blobs/ETAG, and the etag of an LFS file is its sha256
             blob = path.parent / path.readlink()
             if _SHA256.fullmatch(blob.name):
-                _check(name, blob.name, path, path.resolve(), blob, path)
-                sha256 = sha256 if sha256 != blob.name else ""
-        _check(name, sha256, path)
-    return path
+                of_hub = blob.name
+                _check(name, of_hub, path, path.resolve(), blob, path)
+        if sha256 != of_hub:
+            _check(name, sha256, path)
+    return path, bool(sha256 or of_hub)
 
 
 def _offers(repo: str, revision: str) -> str:
@@ -200,7 +215,7 @@ def _download(url: str, target: Path, sha256: str, version: str | None, size: in
     """
     partial = target.with_name(f"{target.name}.{_short_hash(version or '')}.partial")
     for other in target.parent.glob(f"{glob.escape(target.name)}.*.partial"):
-        if other != partial:
+        if other != partial or other.is_symlink() or not other.is_file():
             other.unlink()
     have = partial.stat().st_size if version and size and partial.exists() else 0
     have = have if have <= (size or 0) else 0

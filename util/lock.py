@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from util.errors import UserError, as_user_error
+from util.files import from_json, open_lock, printable
 
 LOGGER = logging.getLogger(__name__)
 _HELD: dict[Path, TextIO] = {}
@@ -36,8 +37,10 @@ def lock_folder(folder: Path, name: str = "--output_dir") -> str:
     path = folder.resolve() / "run.lock"
     if path in _HELD:
         return ""
+    if path.is_symlink():
+        raise UserError(f"{name} {folder}: its run.lock is a link, through which another file would be written")
     with as_user_error(OSError, prefix=f"{name} {folder}: "):
-        file = path.open("a+", encoding="utf-8")
+        file = open_lock(path)
     owner = _owner(file)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -57,16 +60,16 @@ def lock_folder(folder: Path, name: str = "--output_dir") -> str:
 
 def _content(file: TextIO) -> dict:
     file.seek(0)
-    try:
-        owner = json.loads(file.read())
-        return owner if {"pid", "host", "since"} <= owner.keys() else {}
-    except (ValueError, AttributeError):
-        return {}
+    with suppress(ValueError):
+        owner = from_json(file.read(1000))
+        if isinstance(owner, dict) and isinstance(owner.get("pid"), int) and {"host", "since"} <= owner.keys():
+            return owner
+    return {}
 
 
 def _owner(file: TextIO) -> str:
     owner = _content(file)
-    return f"process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else ""
+    return printable(f"process {owner['pid']} on {owner['host']} since {owner['since']}") if owner else ""
 
 
 def _lives(file: TextIO) -> bool:
@@ -76,7 +79,8 @@ def _lives(file: TextIO) -> bool:
 
 
 def _write(file: TextIO, owner: dict) -> None:
-    file.truncate(0)
+    file.seek(0)
+    file.truncate()
     file.write(json.dumps(owner))
     file.flush()
 

@@ -28,9 +28,9 @@ from util.sources import Source
 # Arguments that do not change what a run computes, but for rounding and for what each process draws; some count by what
 # follows from them: lr, data and the effective batch.
 FREE = {
-    "output_dir", "log_dir", "data_path", "resume", "finetune", "model_key", "start_epoch", "allow_changed_args",
-    "save_freq", "save_every_steps", "keep", "blr", "batch_size", "accum_iter", "world_size", "num_workers",
-    "worker_timeout", "pin_mem", "max_bad_samples", "max_nonfinite", "dist_timeout", "device", "compile",
+    "output_dir", "log_dir", "data_path", "resume", "finetune", "model_key", "ignore_keys", "start_epoch",
+    "allow_changed_args", "save_freq", "save_every_steps", "keep", "blr", "batch_size", "accum_iter", "world_size",
+    "num_workers", "worker_timeout", "pin_mem", "max_bad_samples", "max_nonfinite", "dist_timeout", "device", "compile",
     "deterministic", "fsdp", "scan_backend", "eval", "dist_eval", "eval_bad", "tracker", "vis_freq",
 }  # fmt: skip
 
@@ -271,9 +271,10 @@ def changed_arguments(args: argparse.Namespace, content: dict) -> list[str]:
     """
     if "samples" not in content:
         return []
-    saved, now = checkpoint.PUBLISHED | vars(content["args"]), vars(args)
+    counts = ("batch_size", "accum_iter", "world_size")
+    saved, now = checkpoint.PUBLISHED | checkpoint.saved_arguments(content, *counts), vars(args)
     changed = [f"{k} {saved[k]} -> {now[k]}" for k in sorted(saved.keys() & now.keys() - FREE) if saved[k] != now[k]]
-    batches = [values["batch_size"] * values["accum_iter"] * values["world_size"] for values in (saved, now)]
+    batches = [math.prod(values[name] for name in counts) for values in (saved, now)]
     if batches[0] != batches[1]:
         changed.append(f"effective batch {batches[0]} -> {batches[1]}")
     return changed
