@@ -4,6 +4,7 @@ import argparse
 import collections
 import os
 import pathlib
+import re
 
 import pytest
 import torch
@@ -322,3 +323,268 @@ def test_a_resumed_optimizer_has_the_moments_of_the_file_and_the_settings_of_the
     (group,) = optimizer.param_groups
     assert (group["weight_decay"], group["betas"], group["fused"]) == (0.7, (0.5, 0.6), True)
     assert torch.allclose(optimizer.state[model.ar_token]["exp_avg"], torch.full_like(model.ar_token, 0.1))
+
+
+def with_prefix(state, prefix, inside=""):
+    return {prefix + name.replace("layers.0.", f"layers.0.{inside}"): value for name, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("prefix", "inside"),
+    [
+        ("_orig_mod.", ""),
+        ("module._orig_mod.", ""),
+        ("_orig_mod.module.", ""),
+        ("", "_orig_mod."),
+        ("module.", "_orig_mod."),
+    ],
+)
+def test_names_of_wrapped_models(tmp_path, prefix, inside):
+    """torch.compile of the model or of a block, inside and outside of DistributedDataParallel."""
+    state = classifier().state_dict()
+    content = checkpoint.read(write(tmp_path / "c.pth", {"model": with_prefix(state, prefix, inside)}))
+    assert_equal_state(checkpoint.weights(content), state)
+    with pytest.raises(UserError, match="two tensors of one name"):
+        checkpoint.weights({"model": {**state, "module.head.bias": torch.ones(3)}})
+
+
+def test_files_of_timms_train(tmp_path):
+    """Its names of both sets of weights, and its input size with the colour channels."""
+    state = classifier().state_dict()
+    ema = {name: value + 1 for name, value in state.items()}
+    args = argparse.Namespace(input_size=[3, 48, 32], model="x", opt_kwargs={"a": [1]}, resume=None)
+    content = checkpoint.read(
+        write(tmp_path / "c.pth", {"state_dict": state, "state_dict_ema": ema, "epoch": 3, "args": args})
+    )
+    assert checkpoint.kinds(content) == ["model", "model_ema"]
+    assert_equal_state(checkpoint.weights(content), state)
+    assert_equal_state(checkpoint.weights(content, "model_ema"), ema)
+    assert checkpoint.saved_size(content) == (48, 32)
+    assert checkpoint.saved_arguments(content) == {"input_size": [48, 32], "model": "x", "resume": None}
+
+
+def test_keys_that_are_ignored(tmp_path, caplog):
+    """As RoMA's: ARM's architecture and one parameter more."""
+    state = pretrained().state_dict()
+    extra = {"angle_embed": torch.ones(1, 24, 32), "layers.0.mixer.angle": torch.ones(2)}
+    path = write(tmp_path / "c.pth", {"model": with_prefix({**state, **extra}, "module.")})
+    args = argparse.Namespace(input_size=[48, 32])
+    with pytest.raises(UserError, match=r"unexpected angle_embed, layers\.0\.mixer\.angle \(--ignore_keys"):
+        checkpoint.load(pretrained(), checkpoint.weights(checkpoint.read(path)))
+    with caplog.at_level("INFO"):
+        content = checkpoint.read(path, ["angle_embed", "*.angle"])
+    assert f"{path}: 2 keys are ignored: angle_embed, layers.0.mixer.angle" in caplog.messages
+    assert_equal_state(checkpoint.weights(content), state)
+    assert not checkpoint.load_into_classifier({**content, "args": args}, classifier())
+    with pytest.raises(UserError, match=r"--ignore_keys \*nothing: \S+c\.pth has no such key"):
+        checkpoint.read(path, ["angle_embed", "*nothing"])
+    bare = checkpoint.read(write(tmp_path / "d.pth", {**state, **extra}), ["*angle*"])
+    assert_equal_state(checkpoint.weights(bare), state)
+
+
+def test_a_model_of_another_size_is_answered_with_both():
+    large = models_arm.create_classifier(
+        "arm_tiny_pz16", img_size=(48, 32), num_classes=3, **{**SIZES, "embed_dim": 64, "depth": 3}
+    )
+    with pytest.raises(UserError, match=r"^the checkpoint has 32 channels and 2 blocks, the model 64 and 3: --model, "):
+        checkpoint.load(large, classifier().state_dict())
+
+
+def test_the_message_of_many_misfits_is_short():
+    state = {f"part{i}.{name}": value for i in range(3) for name, value in classifier().state_dict().items()}
+    with pytest.raises(UserError) as caught:
+        checkpoint.load(classifier(), {**state, "x" * 10**6: torch.ones(1)})
+    count = len(classifier().state_dict())
+    assert f"and {count - 3} more; unexpected part0.cls_token, " in str(caught.value)
+    assert f"and {3 * count + 1 - 3} more" in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite(value):
+    model, state = classifier(), classifier().state_dict()
+    state = {name: tensor.clone() for name, tensor in state.items()}
+    state["norm_f.bias"][3] = state["layers.1.mixer.D"][0] = value
+    before = model.norm_f.weight.clone()
+    with pytest.raises(UserError, match=r"weights that are not finite .*: layers\.1\.mixer\.D, norm_f\.bias$"):
+        checkpoint.load(model, {**state, "norm_f.weight": before + 1})
+    assert torch.equal(model.norm_f.weight, before)
+
+
+def test_the_attention_mask_may_be_infinite():
+    model = pretrained()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    assert state["mask"].isinf().any()
+    checkpoint.load(model, state)
+    state["mask"][0, 0] = float("nan")
+    with pytest.raises(UserError, match=r"not finite .*: mask$"):
+        checkpoint.load(model, state)
+
+
+def test_moments_that_no_run_wrote():
+    args = argparse.Namespace(resume="c.pth", start_epoch=None, epochs=100)
+    content, model, optimizer = run_of(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+    def resume(change):
+        saved = optimizer.state_dict()
+        change(saved)
+        state = {**saved["state"], 0: dict(saved["state"][0])} if isinstance(saved["state"], dict) else saved["state"]
+        again = torch.optim.AdamW(model.parameters(), lr=0.1)
+        checkpoint.resume(args, {**content, "optimizer": {**saved, "state": state}}, model, again)
+
+    def moment(name, value):
+        return lambda saved: saved["state"].update({0: {**saved["state"][0], name: value}})
+
+    shape = optimizer.state_dict()["state"][0]["exp_avg"].shape
+    for change in (
+        moment("exp_avg", torch.full(shape, float("nan"))),
+        moment("exp_avg_sq", torch.full(shape, float("inf"))),
+        moment("exp_avg", torch.zeros(7)),
+        moment("step", "many"),
+        moment("step", float("nan")),
+        lambda saved: saved["state"].update({10**6: {}, 10**6 + 1: {"step": torch.ones(())}}),
+        lambda saved: saved.update(state=[1, 2]),
+        lambda saved: saved.update(param_groups=[3]),
+        lambda saved: saved["param_groups"][0].pop("lr"),
+        lambda saved: saved["param_groups"][0].update(lr=float("nan")),
+    ):
+        with pytest.raises(UserError, match=r"^the optimizer in c\.pth does not fit this run: .") as caught:
+            resume(change)
+        assert "\n" not in str(caught.value)
+    resume(moment("step", 3))  # as torch wrote it before 1.12
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epoch": True},
+        {"epoch": "3"},
+        {"epoch": 10**30},
+        {"samples": -1},
+        {"samples": None},
+        {"loss": [1]},
+        {"loss": "x"},
+        {"skipped_in_a_row": 0.5},
+        {"max_accuracy": "high"},
+    ],
+    ids=str,
+)
+def test_positions_that_no_run_wrote(change):
+    args = argparse.Namespace(resume="c.pth", start_epoch=None, epochs=100)
+    content, model, optimizer = run_of(0)
+    with pytest.raises(UserError, match=f"^cannot resume from c.pth: .*{next(iter(change))}"):
+        checkpoint.resume(args, {**content, **change}, model, optimizer)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"input_size": "abc"},
+        {"input_size": []},
+        {"input_size": 10**9},
+        {"input_size": [-1, 5]},
+        {"input_size": True},
+        {"input_size": [48, 32, 16]},
+        {"global_pool": 0.5},
+        {"global_pool": ["avg"]},
+        {"order": 3},
+        {"norm_pix_loss": "x" * 10**6},
+        {"cluster_size": -2},
+        {"cluster_size": 10**18},
+        {"start_epoch": "a"},
+        {"world_size": 0},
+        {"batch_size": torch.ones(3)},
+    ],
+    ids=lambda value: str(value)[:40],
+)
+@pytest.mark.parametrize("form", [argparse.Namespace, dict])
+def test_saved_arguments_that_cannot_be(value, form):
+    with pytest.raises(UserError, match=rf"^the checkpoint is damaged: its args say {next(iter(value))} ") as caught:
+        checkpoint.saved_arguments({"args": form(**value)})
+    assert len(str(caught.value)) < 200
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("args", [None, [1], "text", 3, torch.ones(2)], ids=str)
+def test_arguments_that_are_no_namespace(args):
+    """The weights are right all the same."""
+    content = {"model": classifier((48, 48)).state_dict(), "args": args}
+    assert checkpoint.saved_arguments(content) == {}
+    assert checkpoint.load_into_classifier(content, classifier((48, 48)))
+    with pytest.raises(UserError, match=r"its args lack batch_size, accum_iter, world_size$"):
+        Run(argparse.Namespace(start_epoch=None), None, None).restore({**content, "samples": 0})
+
+
+def test_what_is_guessed_is_said(caplog):
+    state, args = classifier((48, 48)).state_dict(), argparse.Namespace(input_size=48, global_pool=False)
+    assert checkpoint.guesses({"model": state, "args": args}, state) == []
+    assert checkpoint.saved_pooling({"model": state, "args": args}) is False
+    assert checkpoint.guesses(state, state) == ["the mean of the patches as pooling", "a square input"]
+    assert checkpoint.saved_pooling(state) is True
+    state = pretrained((48, 48)).state_dict()
+    with caplog.at_level("INFO"):
+        checkpoint.say_guesses("bare.pth", state, state)
+    assert re.fullmatch(
+        r"bare\.pth does not say how it was trained; a guess: a square input; as the published models: .*order.*",
+        caplog.messages[0],
+    )
+
+
+def huge_names(state):
+    return {**state, **{f"layers.{i}.norm1.weight": torch.ones(0) for i in range(20_000)}}
+
+
+def changed(**shapes):
+    return lambda state: {**state, **{name.replace("__", "."): torch.ones(shape) for name, shape in shapes.items()}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (huge_names, "it has 20000 blocks layers"),
+        (lambda s: {n.replace("layers.1.", "layers.7."): v for n, v in s.items()}, r"layers\.1 has not the tensors"),
+        (lambda s: {n: v for n, v in s.items() if n != "layers.1.mixer.D"}, r"layers\.1 has not .*: mixer\.D$"),
+        (changed(layers__1__mixer__D=(5,)), r"layers\.1 has not .*: mixer\.D$"),
+        (changed(patch_embed__proj__weight=(10**5, 3, 8, 8), pos_embed=(1, 25, 10**5)), "do not have the 100000"),
+        (changed(head__weight=(3, 5)), r"its head has shape \(3, 5\)"),
+        (changed(head__weight=(3,)), r"its head has shape \(3,\)"),
+    ],
+)
+def test_sizes_are_bounded_by_what_is_there(change, message):
+    """A model of sizes that a file names is not built before they are known to fit together."""
+    state = checkpoint.weights(change(classifier().state_dict()))
+    with pytest.raises(UserError, match=message) as caught:
+        checkpoint.classifier_sizes(state)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        changed(patch_embed__proj__weight=(32, 3, 8, 4)),
+        changed(patch_embed__proj__weight=(32, 3, 0, 0)),
+        changed(pos_embed=(2, 25, 32)),
+        changed(pos_embed=(1, 25, 31)),
+        changed(pos_embed=(1, 0, 32)),
+        lambda state: {**state, "pos_embed": torch.ones(1, 25, 32, dtype=torch.int64)},
+    ],
+)
+def test_embeddings_of_odd_shapes(change):
+    with pytest.raises(UserError, match="patch or position embedding have other dimensions"):
+        checkpoint.weights(change(classifier().state_dict()))
+
+
+def test_sizes_of_decoders():
+    state = pretrained().state_dict()
+    assert checkpoint.decoder_sizes(state) == {"dec_embed_dim": 64, "dec_depth": 1}
+    for name, value in {"ar_token": torch.ones(1, 1, 10**6), "dec_block.0.attn2.q.weight": torch.ones(3)}.items():
+        with pytest.raises(UserError, match="no whole decoder"):
+            checkpoint.decoder_sizes({**state, name: value})
+    with pytest.raises(UserError, match="it has 0 blocks dec_block"):
+        checkpoint.decoder_sizes(classifier().state_dict())
+    for mask in (torch.ones(3), torch.ones(10**3, 1), torch.ones(())):
+        with pytest.raises(UserError, match="a mask of shape"):
+            checkpoint.switches({"model": state}, {**state, "mask": mask})

@@ -81,24 +81,23 @@ def test_random_damage(tmp_path, form):
     want = CONTENT if form != "safetensors" else {"model": TENSORS, "args": CONTENT["args"]}
     path.write_bytes(data)
     assert same(checkpoint.read(path), want)
-    before, refused, other = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0, 0
-    for _ in range(400):
+    before, refused, other = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, [], 0
+    for _ in range(1000):
         kind, changed = damaged(form, data, rng)
         path.write_bytes(changed)
         start = time.monotonic()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        with warnings.catch_warnings(record=True) as shown:
+            warnings.simplefilter("always")
             try:
                 other += not same(checkpoint.read(path), want)
             except UserError as error:
-                refused += 1
-                assert "\n" not in str(error)
-                assert str(path) in str(error)
-                assert len(str(error)) < 1000
+                refused.append(str(error))
+        assert shown == [], kind
         assert time.monotonic() - start < SECONDS, kind
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert grown < MEMORY
-    assert refused > 100
+    assert len(refused) > 250
+    assert all(str(path) in line and "\n" not in line and len(line) < 1000 for line in refused)
     assert other == 0 or form != "zip"
 
 
@@ -133,6 +132,12 @@ def duplicated():
     return new.getvalue()
 
 
+def marked_as_folder(data):
+    """torch returns uninitialised memory as the content of such a record, whose CRC is right."""
+    at = data.rindex(b"archive/data/0") - 8  # in the directory: the record's attributes, its offset, its name
+    return data[:at] + b"\x10" + data[at + 1 :]
+
+
 def larger(data):
     """The largest record is said to have 10^9 bytes, in both of its headers."""
     return data.replace(struct.pack("<II", 1200, 1200), struct.pack("<II", 10**9, 10**9))
@@ -143,11 +148,12 @@ def larger(data):
     [
         (rewritten(compression=zipfile.ZIP_DEFLATED), "is compressed, which torch.save never does"),
         (duplicated(), "has two of one name"),
+        (marked_as_folder(saved("zip")), "data/0 is marked as a folder"),
         (larger(rewritten()), "is larger than its place in the file"),
         (b"PK\3\4" + bytes(100), "unreadable checkpoint"),
         (rewritten(lambda name, part: b"" if name.endswith("data/0") else part), "unreadable checkpoint"),
     ],
-    ids=["compressed", "duplicate", "size", "nothing", "empty record"],
+    ids=["compressed", "duplicate", "folder", "size", "nothing", "empty record"],
 )
 def test_archives_that_torch_save_does_not_write(tmp_path, data, message):
     (tmp_path / "c.pth").write_bytes(data)

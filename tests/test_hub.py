@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -311,6 +312,22 @@ def test_url_is_fetched_once(server, tmp_path):
     assert len(server.requests) == requests
     assert local_file(f"{server.url}/b/w.pth?download=1").read_bytes() == b"another w.pth"
     assert len(cached(tmp_path)) == 2
+
+
+def test_a_damaged_download(server, tmp_path):
+    """No hash was given: the archive's own CRCs tell, and the line says what to delete."""
+    content = BytesIO()
+    torch.save({"x": torch.arange(1000.0)}, content)
+    data = bytearray(content.getvalue())
+    data[data.index(torch.arange(1000.0).numpy().tobytes()) + 5] ^= 1
+    server.files["/w.pth"] = bytes(data)
+    with pytest.raises(checkpoint.DamagedCheckpoint, match=r"data/0 is damaged: it has another CRC-32$") as caught:
+        checkpoint.read(f"{server.url}/w.pth")
+    (path,) = cached(tmp_path)
+    assert f"checkpoint {server.url}/w.pth (delete {path} to fetch it again): " in str(caught.value)
+    path.unlink()
+    server.files["/w.pth"] = content.getvalue()
+    assert torch.equal(checkpoint.read(f"{server.url}/w.pth")["x"], torch.arange(1000.0))
 
 
 def test_cached_url_needs_no_server(server):

@@ -12,6 +12,7 @@ import pickle
 import re
 import stat
 import struct
+import warnings
 import zipfile
 from argparse import Namespace
 from pathlib import Path
@@ -30,6 +31,7 @@ SUMS = "SHA256SUMS"  # file of a checkpoint's folder, in the form of sha256sum
 METADATA = "arm"  # key of a .safetensors file's metadata that export.py writes: JSON of `input_size`, `global_pool` ...
 _SUM = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 _MAX_SUMS = 2**24  # bytes: some 100,000 files
+_IS_FOLDER = 0x10  # attribute of a zip record, of which torch would return uninitialised memory
 _LOCAL_HEADER = 30  # bytes before the name of a zip record
 _NOT_TORCH = (pickle.UnpicklingError, LookupError, TypeError, AttributeError, AssertionError, struct.error)
 
@@ -155,6 +157,8 @@ def _check_archive(file: Path, content: bool) -> bool:
         for record, end in zip(records, ends, strict=True):
             if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
                 raise ValueError(f"its record {record.filename[:100]} is compressed, which torch.save never does")
+            if record.external_attr & _IS_FOLDER:
+                raise ValueError(f"its record {record.filename[:100]} is marked as a folder")
             if record.header_offset + _LOCAL_HEADER + record.file_size > end:
                 raise ValueError(f"its record {record.filename[:100]} is larger than its place in the file")
         known = any(record.CRC for record in records)
@@ -174,7 +178,8 @@ def _load_torch(file: Path) -> object:
             raise ValueError("its tensors are larger than the file")
         return storage[:]  # shares the memory; only the whole storage could be made larger
 
-    with torch.serialization.safe_globals([Namespace]):
+    with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about pickle protocols and the like: what is wrong, the checks below say
         content = torch.load(file, map_location=within, weights_only=True)
     pending, seen = [("", content)], set()
     while pending:
