@@ -9,7 +9,11 @@ import re
 import pytest
 import torch
 
+import export
+import main_finetune
 import models_arm
+import probe
+from conftest import TINY_FINETUNE
 from util import checkpoint
 from util.errors import UserError
 from util.run import Run
@@ -588,3 +592,38 @@ def test_sizes_of_decoders():
     for mask in (torch.ones(3), torch.ones(10**3, 1), torch.ones(())):
         with pytest.raises(UserError, match="a mask of shape"):
             checkpoint.switches({"model": state}, {**state, "mask": mask})
+
+
+def test_scripts_that_read_a_checkpoint(tmp_path, image_folder, run_script, capsys, caplog):
+    """Each leaves out the keys that it is told to, and refuses weights that are not finite, with one line."""
+    state = models_arm.create_classifier("arm_tiny_pz16", img_size=(48, 32), num_classes=3, **SIZES).state_dict()
+    args = argparse.Namespace(input_size=[48, 32], global_pool=True)
+    extra = write(tmp_path / "extra.pth", {"model": {**state, "angle_embed": torch.ones(3)}, "args": args})
+    nan = write(tmp_path / "nan.pth", {"model": {**state, "head.bias": torch.full((3,), torch.nan)}, "args": args})
+    evaluate = [*TINY_FINETUNE, "--depth", 2, "--batch_size", 4, "--data_path", image_folder]
+    probe_args = ["--probe", "linear", "--data_path", image_folder, "--cache", tmp_path / "cache"]
+    for script, words in (
+        (main_finetune, lambda path: [*evaluate, "--eval", "--resume", path]),
+        (main_finetune, lambda path: [*evaluate, "--epochs", 1, "--output_dir", tmp_path / "out", "--finetune", path]),
+        (export, lambda path: [path, "--to", "safetensors", "--output", tmp_path / "out.safetensors"]),
+        (probe, lambda path: [path, *probe_args, "--device", "cpu", "--num_workers", 0]),
+    ):
+        for path, message in ((extra, "unexpected angle_embed"), (nan, "weights that are not finite .*: head.bias")):
+            with pytest.raises(SystemExit) as caught:
+                run_script(script, *words(path))
+            assert caught.value.code == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert re.search(message, line)
+    with caplog.at_level("INFO"):
+        run_script(main_finetune, *evaluate, "--eval", "--resume", extra, "--ignore_keys", "angle_*")
+    assert f"{extra}: 1 keys are ignored: angle_embed" in caplog.messages
+    assert "model: top-1 " in capsys.readouterr().out
+    run_script(
+        export, extra, "--to", "safetensors", "--output", tmp_path / "out.safetensors", "--ignore_keys", "angle_*"
+    )
+    with pytest.raises(SystemExit):
+        run_script(main_finetune, *evaluate, "--output_dir", tmp_path / "new", "--resume", "auto", "--ignore_keys", "x")
+    assert "--ignore_keys is for --finetune and --eval" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_script(main_finetune, *evaluate, "--embed_dim", 64, "--eval", "--resume", extra, "--ignore_keys", "angle_*")
+    assert "the checkpoint has 32 channels and 2 blocks, the model 64 and 2" in capsys.readouterr().err

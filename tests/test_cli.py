@@ -40,14 +40,14 @@ PRETRAIN = SHARED + "cluster_size dec_embed_dim dec_depth norm_pix_loss target o
 FINETUNE = (
     SHARED
     + """
-    finetune model_key nb_classes global_pool cls_token directions drop_path layer_decay ema_decay
+    finetune model_key ignore_keys nb_classes global_pool cls_token directions drop_path layer_decay ema_decay
     color_jitter aa smoothing reprob remode recount
     mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode
     eval dist_eval eval_resize eval_loader eval_bad
 """
 )
 EXAMINE = """
-    model_key input_size output device batch_size scan_backend num_workers worker_timeout pin_mem no_pin_mem
+    model_key ignore_keys input_size output device batch_size scan_backend num_workers worker_timeout pin_mem no_pin_mem
     dist_timeout eval_resize eval_loader eval_bad
 """
 PROBE = (
@@ -323,7 +323,7 @@ PRETRAIN_MISTAKES = {
 FINETUNE_MISTAKES = {
     "--nb_classes 2": "has 3 classes, the classifier 2",
     "--finetune none.pth": "no checkpoint file none.pth",
-    "--resume none.pth --model_key model_ema": "--model_key chooses among the weights of --finetune",
+    "--resume none.pth --model_key ignore_keys model_ema": "--model_key chooses among the weights of --finetune",
     "--eval": "--eval needs a checkpoint",
     "--input_size 50": "image size 50 does not divide into patches of 8 pixels; nearest: 48 or 56",
     "--mixup 0.8 --batch_size 3": "need an even batch",
