@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from util.decode import SUFFIXES
 from util.errors import UserError, as_user_error
+from util.files import open_lock, replacing
 from util.pack_images import add_image
-from util.sources import IMAGE_SUFFIXES, Source, TarShards, open_source
+from util.sources import Source, TarShards, open_source
 
 
 @contextmanager
@@ -24,7 +26,7 @@ def alone(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         with as_user_error(OSError):  # its message names the file
             folder.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((folder / "making.lock").open("w"))
+            file = stack.enter_context(open_lock(folder / "making.lock"))
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -32,13 +34,11 @@ def alone(folder: Path) -> Iterator[None]:
 def write_shard(path: Path, source: Source, indices: Iterable[int]) -> None:
     """Write images of a source, as they are, to a tar file, which is complete or absent at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with tarfile.open(partial, "w") as tar:
+    with replacing(path) as temporary, tarfile.open(temporary, "w") as tar:
         for index in indices:
             suffix = Path(source.name(index)).suffix.removeprefix(".").lower()
             # what a file is called does not matter to who decodes it, as long as it is called an image
-            add_image(tar, source, index, suffix if suffix in IMAGE_SUFFIXES else "jpg", source.read(index))
-    partial.rename(path)
+            add_image(tar, source, index, suffix if suffix in SUFFIXES else "jpg", source.read(index))
 
 
 def balanced(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:

@@ -28,6 +28,7 @@ from conftest import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN, encoded, read_log
 from test_data import finetune_args, loader_args
 from util import datasets, decode, pack_images, sources
 from util.errors import RunError, UserError
+from util.files import printable
 from util.lock import lock_folder
 
 CPU = torch.device("cpu")
@@ -250,11 +251,8 @@ def test_a_folder_that_cannot_be_written(shards, monkeypatch):
     monkeypatch.setattr(sources.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")))
     assert len(sources.TarShards(str(shards), "train").labels) == 24
     (shards / "train" / "index-train.npz").unlink()
-    make = Path.open
-    monkeypatch.setattr(
-        Path, "open", lambda path, mode="r", *a, **k: make(path, mode, *a, **k) if mode == "r" else denied(path)
-    )
-    monkeypatch.setattr(sources.tempfile, "mkdtemp", lambda *_, **__: denied("folder"))
+    monkeypatch.setattr(sources, "open_lock", denied)
+    monkeypatch.setattr(sources, "replacing", denied)
     assert len(sources.TarShards(str(shards), "train").labels) == 24
     assert not (shards / "train" / "index-train.npz").exists()
 
@@ -573,7 +571,7 @@ def test_packing_killed_at_any_moment(jpeg_folder, tmp_path, capsys):
     run_pack(data, tmp_path / "whole", *words)
     want, whole = files_of(tmp_path / "whole"), capsys.readouterr().out
     assert "train: 16 images in 4 shards" in whole
-    assert all(f"class_0/{name}: " in whole for name in names)
+    assert all(f"class_0/{printable(name)}: " in whole for name in names)
     fork = multiprocessing.get_context("fork")
     for moment in range(100):
         folder = tmp_path / f"killed_{moment}"
