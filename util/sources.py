@@ -306,7 +306,7 @@ class TarShards:
         try:
             with open_regular(path) as file:
                 kept = _read_arrays(file, ("of", "classes", "left_out", *COLUMNS), self.sizes.sum())
-            return self._checked(kept) if str(kept["of"]) == of else None
+            return self._checked(kept) if kept["of"].item() == of else None
         except FileNotFoundError:
             return None
         except Exception as error:  # of a damaged file, numpy and zipfile raise nearly anything
@@ -316,8 +316,8 @@ class TarShards:
         columns = labels, shard, offset, size = [kept[name] for name in COLUMNS]
         if {(column.shape, column.dtype) for column in columns} != {((len(labels),), np.dtype(np.int64))}:
             raise ValueError("its columns differ")
-        classes = {int(label): name for label, name in from_json(str(kept["classes"])).items()}
-        left_out = str(kept["left_out"])
+        classes = {int(label): name for label, name in from_json(kept["classes"].item()).items()}
+        left_out = kept["left_out"].item()
         if not (
             0 <= labels.min() <= labels.max() < MAX_CLASSES
             and 0 <= shard.min() <= shard.max() < len(self.shards)
@@ -575,11 +575,14 @@ def _members(file: BinaryIO, shard: str) -> Iterator[tarfile.TarInfo]:
         )
 
 
+RECORD = re.compile(rb"([0-9]{1,7}) ([^=]+)=")
+
+
 def _records(content: bytes) -> dict[bytes, bytes]:
     """Parse an extended header, whose records are "LENGTH KEY=VALUE" and a line feed; raises ValueError."""
     records, at = {}, 0
     while at < len(content):
-        match = re.compile(rb"([0-9]{1,7}) ([^=]+)=").match(content, at)
+        match = RECORD.match(content, at)
         after = at + int(match[1]) if match else 0
         if not match or not match.end() < after <= len(content) or content[after - 1 : after] != b"\n":
             raise ValueError("an extended header is damaged")
