@@ -40,11 +40,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.Parser("main_pretrain.py", description=__doc__.splitlines()[0])
     cli.add_shared_arguments(parser)
     group = parser.add_argument_group("pretraining")
-    group.add_argument("--cluster_size", type=cli.positive, default=4, help="patches a side (default: %(default)s)")
-    group.add_argument(
-        "--dec_embed_dim", type=cli.positive, help="decoder channels (default: 512; tiny 192, small 384)"
-    )
-    group.add_argument("--dec_depth", type=cli.positive, default=4, help="decoder blocks (default: %(default)s)")
+    group.add_argument("--cluster_size", type=cli.side, default=4, help="patches a side (default: %(default)s)")
+    group.add_argument("--dec_embed_dim", type=cli.side, help="decoder channels (default: 512; tiny 192, small 384)")
+    group.add_argument("--dec_depth", type=cli.few, default=4, help="decoder blocks (default: %(default)s)")
     group.add_argument(
         "--order",
         choices=models_arm.ORDERS,

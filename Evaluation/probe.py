@@ -41,8 +41,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("features")
     group.add_argument("--data_path", type=cli.filled, required=True, help="images with train and val, as for training")
     which = group.add_mutually_exclusive_group()
-    which.add_argument("--block", type=cli.positive, metavar="N", help="the output of block N, from 1 (default: last)")
-    which.add_argument("--average_last", type=cli.positive, metavar="N", help="the mean of the last N blocks")
+    which.add_argument("--block", type=cli.few, metavar="N", help="the output of block N, from 1 (default: last)")
+    which.add_argument("--average_last", type=cli.few, metavar="N", help="the mean of the last N blocks")
     group.add_argument("--cache", metavar="DIR", help="where features are kept (default: features/ beside CKPT)")
     group.add_argument(
         "--max_gb",
@@ -53,12 +53,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("probes")
     group.add_argument("--probe", nargs="+", choices=("knn", "linear", "attentive"), default=["knn", "linear"])
     group.add_argument("--k", type=cli.positive, nargs="+", default=[10, 20, 100, 200], help="neighbours")
-    group.add_argument("--temperature", type=cli.number(float, 0, above=True), default=0.07, help="of kNN's votes")
-    group.add_argument("--seeds", type=cli.positive, default=3, help="trained probes of a kind (default: %(default)s)")
+    group.add_argument("--temperature", type=cli.number(float, 1e-6, 1e9), default=0.07, help="of kNN's votes")
+    group.add_argument("--seeds", type=cli.few, default=3, help="trained probes of a kind (default: %(default)s)")
     group.add_argument("--probe_epochs", type=cli.positive, default=50, help="(default: %(default)s)")
-    group.add_argument("--probe_batch_size", type=cli.number(int, 2), default=256, help="(default: %(default)s)")
-    group.add_argument("--attn_heads", type=cli.positive, help="of the attentive probe (default: 64 channels each)")
-    group.add_argument("--seed", type=cli.natural, default=0, help="(default: %(default)s)")
+    group.add_argument("--probe_batch_size", type=cli.number(int, 2, 10**6), default=256, help="(default: %(default)s)")
+    group.add_argument("--attn_heads", type=cli.side, help="of the attentive probe (default: 64 channels each)")
+    group.add_argument("--seed", type=cli.seed_number, default=0, help="(default: %(default)s)")
     parser.set_defaults(dist_eval=True)
     return parser
 

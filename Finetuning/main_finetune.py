@@ -67,7 +67,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--model_key", choices=("model", "model_ema"), help="which weights of --finetune, or to evaluate"
     )
     cli.add_ignore_keys(group)
-    group.add_argument("--nb_classes", type=cli.positive, help="number of classes (default: 1000)")
+    group.add_argument("--nb_classes", type=cli.number(int, 1, 10**6), help="number of classes (default: 1000)")
     group.add_argument(
         "--global_pool",
         type=cli.boolean,
@@ -105,7 +105,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         default="pixel",
         help="random erasing mode (default: %(default)s)",
     )
-    group.add_argument("--recount", type=cli.positive, default=1, help="random erasing count (default: %(default)s)")
+    group.add_argument("--recount", type=cli.few, default=1, help="random erasing count (default: %(default)s)")
     group.add_argument("--mixup", type=cli.amount, default=0.0, help="alpha; 0 is off (default: %(default)s)")
     group.add_argument("--cutmix", type=cli.amount, default=0.0, help="alpha; 0 is off (default: %(default)s)")
     group.add_argument("--cutmix_minmax", type=cli.rate, nargs=2, help="size range of the cut, instead of alpha")

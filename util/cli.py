@@ -1,16 +1,19 @@
-"""What the command lines of both scripts share: arguments, checks before any work, the end of a run."""
+"""What the command lines of all scripts share: arguments, checks before any work, the end of a run."""
 
 import argparse
+import errno
+import io
 import logging
-import math
 import multiprocessing
 import os
 import re
+import select
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,6 +23,7 @@ from torch import nn
 
 from util.dist import barrier, end_groups, is_main, local_rank, missing_ranks, rank, world_size
 from util.errors import INTERRUPTED, Interrupted, RunError, UserError
+from util.files import printable
 
 LOGGER = logging.getLogger(__name__)
 
@@ -31,14 +35,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
-    """Argument type: a finite number of `kind` from `low` (or above it) to `high`."""
+def number(kind: type, low: float, high: float, above: bool = False) -> Callable[[str], float]:
+    """Argument type: a number of `kind` from `low` (or above it) to `high`, both finite."""
 
     def parse(text: str) -> float:
         value = kind(text)
-        if not math.isfinite(value) or not low <= value <= high or (above and value == low):
-            wanted = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
-            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        if not low <= value <= high or (above and value == low):  # no bound holds for NaN
+            raise argparse.ArgumentTypeError(
+                f"{text} is not {'above' if above else 'at least'} {low:.15g} and at most {high:.15g}"
+            )
         return value
 
     parse.__name__ = kind.__name__  # in argparse's message about what is no number at all
@@ -52,8 +57,16 @@ def filled(text: str) -> str:
     return text
 
 
-positive, natural = number(int, 1), number(int, 0)
-rate, amount = number(float, 0, 1), number(float, 0)
+# Each numeric argument has one of these bounds, or its own: far above what makes sense, and below what overflows, or
+# exhausts the machine before a run begins.
+positive, natural = number(int, 1, 10**9), number(int, 0, 10**9)  # steps, epochs, images that come one after the other
+few = number(int, 1, 1000)  # what is made at the start, or for each image: blocks, checkpoints, erased boxes
+side = number(int, 1, 2**14)  # pixels, channels, patches
+batch = number(int, 1, 10**6)  # images held at a time
+workers = number(int, 0, 1024)  # processes on this machine
+seconds = number(int, 1, 10**6)  # 11 days; 25 overflow the milliseconds of poll(2)
+seed_number = number(int, 0, 2**32 - 1)  # of numpy's and torch's generators
+rate, amount = number(float, 0, 1), number(float, 0, 1e9)
 
 
 class WarmUp(argparse.Action):
@@ -72,11 +85,11 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="NAME", help="one of models_arm.SIZES (default: %(default)s)")
     group.add_argument(
-        "--input_size", type=positive, nargs="+", metavar="PX", help="side, or height and width, of the input"
+        "--input_size", type=side, nargs="+", metavar="PX", help="side, or height and width, of the input"
     )
-    group.add_argument("--patch_size", type=positive, help="pixels a side")
-    group.add_argument("--embed_dim", type=positive, help="channels, instead of the model's")
-    group.add_argument("--depth", type=positive, help="blocks, instead of the model's")
+    group.add_argument("--patch_size", type=side, help="pixels a side")
+    group.add_argument("--embed_dim", type=side, help="channels, instead of the model's")
+    group.add_argument("--depth", type=few, help="blocks, instead of the model's")
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--accum_iter", type=positive, default=1, help="steps accumulated into one update")
@@ -91,7 +104,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--blr", type=amount, help="learning rate for a total batch of 256 (default: %(default)s)")
     group.add_argument("--min_lr", type=amount, help="learning rate at the end (default: %(default)s)")
     group.add_argument("--weight_decay", type=amount, default=0.05, help="(default: %(default)s)")
-    group.add_argument("--clip_grad", type=number(float, 0, above=True), help="largest gradient norm")
+    group.add_argument("--clip_grad", type=number(float, 0, 1e9, above=True), help="largest gradient norm")
 
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -136,7 +149,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--keep",
-        type=positive,
+        type=few,
         default=2,
         metavar="N",
         help="how many of the newest checkpoints to keep: checkpoint-last.pth, checkpoint-last-1.pth and so on "
@@ -181,28 +194,28 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="updates in a row whose gradient is not finite end the run (default: %(default)s)",
     )
-    group.add_argument("--seed", type=natural, default=0, help="(default: %(default)s)")
+    group.add_argument("--seed", type=seed_number, default=0, help="(default: %(default)s)")
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of every script: what computes, and how images are loaded."""
     group = parser.add_argument_group("machine")
     group.add_argument(
-        "--batch_size", type=positive, default=64, help="images per process and step (default: %(default)s)"
+        "--batch_size", type=batch, default=64, help="images per process and step (default: %(default)s)"
     )
-    group.add_argument("--device", help="cuda or cpu (default: cuda where there is a GPU)")
+    group.add_argument("--device", type=filled, help="cuda or cpu (default: cuda where there is a GPU)")
     group.add_argument(
         "--scan_backend", default="auto", help="auto, triton, mamba_ssm, cpu or torch (default: %(default)s)"
     )
     group.add_argument(
         "--num_workers",
-        type=natural,
+        type=workers,
         default=min(10, len(os.sched_getaffinity(0))),
         help="processes that load images (default: 10, or the number of cores)",
     )
     group.add_argument(
         "--worker_timeout",
-        type=natural,
+        type=number(int, 0, 10**6),
         default=300,
         metavar="S",
         help="a batch that takes longer ends the run; 0 waits for ever (default: %(default)s seconds)",
@@ -211,7 +224,7 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
     group.add_argument(
         "--dist_timeout",
-        type=positive,
+        type=seconds,
         default=600,
         metavar="S",
         help="a process that the others have waited for so long ends the run (default: %(default)s seconds)",
@@ -248,7 +261,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model_key", choices=("model", "model_ema"), help="which of its weights (default: model)")
     add_ignore_keys(group)
     group.add_argument(
-        "--input_size", type=positive, nargs="+", metavar="PX", help="side, or height and width (default: as trained)"
+        "--input_size", type=side, nargs="+", metavar="PX", help="side, or height and width (default: as trained)"
     )
     group.add_argument("--output", metavar="FILE", help="JSON file of the result (default: beside CKPT)")
 
@@ -380,40 +393,101 @@ def describe(args: argparse.Namespace, model: nn.Module, images: int, device: to
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Parse the command line and run a script; a `UserError` becomes one line and exit status 2, a `RunError` 1.
 
-    `Interrupted` becomes exit status 75, on which a job script can begin the same command again.
+    `Interrupted` becomes exit status 75, on which a job script can begin the same command again. Where memory runs out,
+    one line says what needs less of it, and the exit status is 1.
 
     torchrun ends every process as soon as one has failed: so the first process of each machine states the mistake,
     and the others, which found the same one, leave it the time to.
     """
-    logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.INFO if is_main() else logging.ERROR)
-    try:
-        main(parser.parse_args())
-    except UserError as error:
-        if local_rank() == 0:
-            print(f"{parser.prog}: error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(5)  # by then torchrun has ended it, unless it is alone with this mistake
-            print(f"{parser.prog}: rank {rank()}: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except Interrupted as error:
-        if is_main():
-            print(f"{parser.prog}: {error}", flush=True)
-        _kill_workers()
-        barrier()  # torchrun ends all as soon as one has: also the one that has not yet said why
+    args = argparse.Namespace()
+    with _readable_output():
+        logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.INFO if is_main() else logging.ERROR)
+        try:
+            main(parser.parse_args(namespace=args))
+        except UserError as error:
+            if local_rank() == 0:
+                print(f"{parser.prog}: error: {_one_line(error)}", file=sys.stderr, flush=True)
+            else:
+                time.sleep(5)  # by then torchrun has ended it, unless it is alone with this mistake
+                print(f"{parser.prog}: rank {rank()}: error: {_one_line(error)}", file=sys.stderr, flush=True)
+            sys.exit(2)
+        except Interrupted as error:
+            if is_main():
+                print(f"{parser.prog}: {error}", flush=True)
+            _kill_workers()
+            barrier()  # torchrun ends all as soon as one has: also the one that has not yet said why
+            end_groups()
+            sys.exit(INTERRUPTED)
+        except (RunError, RuntimeError, MemoryError, OSError) as error:
+            # a worker that was killed, or is silent for too long
+            if isinstance(error, RunError) or (isinstance(error, RuntimeError) and str(error).startswith("DataLoader")):
+                reason = str(error)
+            elif _out_of_memory(error):
+                smaller = " or ".join(f"--{name}" for name in MEMORY if getattr(args, name, 0))
+                reason = f"out of memory: {_first_line(error)}" + (
+                    f"; a smaller {smaller} needs less" if smaller else ""
+                )
+            elif dist.is_initialized() and re.search("timed out|closed by peer|reset by peer", str(error), re.I):
+                missing = ", ".join(map(str, missing_ranks())) or "unknown"
+                reason = f"no answer from rank {missing}, which is stuck or gone: {_first_line(error)}"
+            else:
+                raise
+            _kill_workers()
+            print(f"{parser.prog}: rank {rank()}: {reason}", file=sys.stderr, flush=True)
+            sys.exit(1)
         end_groups()
-        sys.exit(INTERRUPTED)
-    except (RunError, RuntimeError) as error:
-        if isinstance(error, RunError) or str(error).startswith("DataLoader"):  # killed, or silent for too long
-            reason = str(error)
-        elif dist.is_initialized() and re.search("timed out|closed by peer|reset by peer", str(error), re.IGNORECASE):
-            missing = ", ".join(map(str, missing_ranks())) or "unknown"
-            reason = f"no answer from rank {missing}, which is stuck or gone: {next(iter(str(error).splitlines()))}"
-        else:
+
+
+MEMORY = "batch_size", "num_workers", "input_size"  # the arguments that memory grows with
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Return whether an exception says that memory, on the host or on the device, or the room for threads is used up.
+
+    torch says so on a GPU by a class of its own, on the CPU by a `RuntimeError` with one of several messages.
+    """
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    words = "out of memory|can(no|')t allocate memory|not enough memory|can't start new thread"
+    return re.search(words, str(error), re.IGNORECASE) is not None
+
+
+def _one_line(message: object) -> str:
+    """Return a message with its control characters escaped and its longest words, paths as a rule, cut short."""
+    return re.sub(r"\S{400,}", lambda word: f"{word[0][:100]}...{word[0][-100:]}", printable(str(message)))
+
+
+def _first_line(error: Exception) -> str:
+    return _one_line(next(iter(str(error).splitlines()), type(error).__name__))
+
+
+@contextmanager
+def _readable_output() -> Iterator[None]:
+    """Escape the characters that a stream cannot encode, and end quietly, with status 1, once nobody reads stdout."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        if not _closed_by_reader(1):
             raise
         _kill_workers()
-        print(f"{parser.prog}: rank {rank()}: {reason}", file=sys.stderr, flush=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still flushes when it ends
         sys.exit(1)
-    end_groups()
+
+
+def _closed_by_reader(descriptor: int) -> bool:
+    """Return whether a descriptor is the end of a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _kill_workers() -> None:

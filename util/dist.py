@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from util import fsdp
-from util.errors import UserError
+from util.errors import UserError, as_user_error
 
 T = TypeVar("T")
 
@@ -54,19 +54,21 @@ def init_device(name: str | None, timeout: float = 600, deterministic: bool = Fa
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
         raise UserError(f"--device {name}: cuda and cpu are supported")
-    device = torch.device(name)
-    if device.type == "cuda":
+    kind, _, index = name.partition(":")
+    device = torch.device(kind)
+    if kind == "cuda":
         gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if not torch.cuda.is_available():
             raise UserError(f"--device {name}: this torch finds no GPU; leave --device out to train on the CPU")
         if processes > gpus:
             raise UserError(f"{processes} processes, but {gpus} GPUs on this machine")
-        if device.index is not None and (processes > 1 or device.index >= gpus):
+        if index and (processes > 1 or index not in map(str, range(gpus))):  # torch.device takes 999 as 65511
             raise UserError(f"--device {name}: {processes} processes, {gpus} GPUs; under torchrun say --device cuda")
-        device = torch.device("cuda", local_rank() if device.index is None else device.index)
+        device = torch.device(kind, int(index) if index else local_rank())
         torch.cuda.set_device(device)
         torch.cuda.init()
         torch.set_float32_matmul_precision("high")  # TF32 where float32 products remain
@@ -82,7 +84,8 @@ _CONTROL: dist.ProcessGroup | None = None
 def _init_groups(backend: str, timeout: datetime.timedelta) -> None:
     """The group that trains, and one on the CPUs for what must not wait for a GPU."""
     global _STORE, _CONTROL
-    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    with as_user_error(ValueError, prefix="WORLD_SIZE is set, but not all that torchrun sets: "):
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     _STORE = dist.PrefixStore(_meet(store, time.monotonic() + timeout.total_seconds()), store)
     # the CPUs' group finds a process that is stuck; it has to do so before NCCL's watchdog ends the others wordlessly
     later = timeout + datetime.timedelta(seconds=60 if backend == "nccl" else 0)

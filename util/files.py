@@ -17,12 +17,13 @@ MAX_JSON = 2**26  # bytes; the largest that a script writes lists broken images,
 
 def printable(name: str | bytes | os.PathLike) -> str:
     r"""Return a name as text of one line that can be encoded: bytes that are not UTF-8 become \xNN."""
-    name = os.fspath(name)
-    try:
-        text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError:  # a lone surrogate, which is in no file's name but may be in a crafted file
-        text = name.encode("utf-8", "backslashreplace").decode()
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    text = os.fsdecode(name)  # such bytes as the surrogates U+DC80 to U+DCFF
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else character.encode("unicode_escape").decode()
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "source", metavar="SRC", help="folder with train/ and perhaps val/, one folder of images a class"
     )
     parser.add_argument("target", metavar="DST", help="folder for the shards")
-    parser.add_argument("--short_side", type=cli.positive, metavar="PX", help="resize larger training images to this")
+    parser.add_argument("--short_side", type=cli.side, metavar="PX", help="resize larger training images to this")
     parser.add_argument(
         "--quality",
         type=cli.number(int, 1, 100),
@@ -51,7 +51,10 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--shard_images", type=cli.positive, default=4096, metavar="N", help="images a shard (default: %(default)s)"
     )
     parser.add_argument(
-        "--num_workers", type=cli.positive, default=len(os.sched_getaffinity(0)), help="(default: the number of cores)"
+        "--num_workers",
+        type=cli.number(int, 1, 1024),
+        default=len(os.sched_getaffinity(0)),
+        help="(default: the number of cores)",
     )
     parser.add_argument(
         "--max_bad_samples",
