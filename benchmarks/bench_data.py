@@ -54,11 +54,13 @@ Epoch = Callable[[], int]  # loads an epoch, returns its images
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser("bench_data.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--data_path", help="folder with train/, instead of images that are made")
-    parser.add_argument("--images", type=int, default=1024, help="to make (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=64, help="(default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="timed epochs, after one more (default: %(default)s)")
+    parser = cli.Parser("bench_data.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--data_path", type=cli.filled, help="folder with train/, instead of images that are made")
+    parser.add_argument("--images", type=cli.number(int, 4, 10**6), default=1024, help="to make (default: %(default)s)")
+    parser.add_argument("--batch_size", type=cli.batch, default=64, help="(default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=cli.positive, default=7, help="timed epochs, after one more (default: %(default)s)"
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="what to measure (default: all)")
     parser.add_argument(
         "--train",
@@ -318,4 +320,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(get_args_parser().parse_args())
+    cli.run(main, get_args_parser())

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bench_train import CASES, RandomBatches, build, loop_args
 from engine_pretrain import loss_of, train_one_epoch
-from util import machine
+from util import cli, machine
 from util.checkpoint_folder import LAST, CheckpointFolder
 from util.dist import distribute, init_device, is_main, world_size
 from util.metrics import SilentLog
@@ -35,12 +35,14 @@ from util.train_loop import autocast
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
     device = machine.default_device()
-    parser = argparse.ArgumentParser("bench_resilience.py", description=__doc__.splitlines()[0])
+    parser = cli.Parser("bench_resilience.py", description=__doc__.splitlines()[0])
     case = "pretrain_toy" if device.type == "cpu" else "pretrain_base"
     parser.add_argument("--case", choices=[name for name in CASES if name.startswith("pretrain")], default=case)
-    parser.add_argument("--batch_size", type=int, help="instead of the recipe's")
-    parser.add_argument("--steps", type=int, default=40, help="updates in a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds, after one more (default: %(default)s)")
+    parser.add_argument("--batch_size", type=cli.batch, help="instead of the recipe's")
+    parser.add_argument("--steps", type=cli.positive, default=40, help="updates in a round (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=cli.positive, default=15, help="timed rounds, after one more (default: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, help="JSON file (default: in benchmarks/results/)")
     return parser
 
@@ -128,4 +130,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(get_args_parser().parse_args())
+    cli.run(main, get_args_parser())

@@ -10,6 +10,7 @@ yardstick is mambapy (`pip install mambapy`), in float32; expected on 2 cores of
 """
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -23,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ops
 from ops import naive
-from util import machine
+from util import cli, machine
+from util.dist import init_device
 
 NAMES = ("u", "dt", "A", "B", "C", "D", "dt_bias")
 # K, B, D, L, N. On a GPU: a block of ARM-base in pretraining and in finetuning, of ARM-huge in pretraining.
@@ -39,18 +41,18 @@ Scan = Callable[..., Tensor]
 def size(text: str) -> tuple[int, ...]:
     """Parse "K,B,D,L,N"."""
     numbers = tuple(int(number) for number in text.split(","))
-    if len(numbers) != 5 or min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not K,B,D,L,N, five positive numbers")
+    if len(numbers) != 5 or min(numbers) < 1 or math.prod(numbers) > 2**40:
+        raise argparse.ArgumentTypeError(f"{text!r} is not K,B,D,L,N, five positive numbers of a product up to {2**40}")
     return numbers
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser("bench_scan.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", type=torch.device, default=machine.default_device(), help="default: %(default)s")
+    parser = cli.Parser("bench_scan.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", type=cli.filled, help="cuda or cpu (default: cuda where there is a GPU)")
     parser.add_argument("--sizes", type=size, nargs="+", metavar="K,B,D,L,N", help="default: those of ARM's blocks")
     parser.add_argument(
-        "--repetitions", type=int, default=11, help="timed rounds, after three more (default: %(default)s)"
+        "--repetitions", type=cli.positive, default=11, help="timed rounds, after three more (default: %(default)s)"
     )
     parser.add_argument("--output", type=Path, help="JSON file (default: in benchmarks/results/)")
     return parser
@@ -158,6 +160,7 @@ def time_scans(scans: dict[str, Scan], inputs: list[Tensor], repetitions: int) -
 
 def main(args: argparse.Namespace) -> None:
     """Check, time, print a table per size, write everything as JSON."""
+    args.device = init_device(args.device)
     about = machine.describe(args.device)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     yardstick, results = YARDSTICK[args.device.type], []
@@ -183,4 +186,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(get_args_parser().parse_args())
+    cli.run(main, get_args_parser())

@@ -42,7 +42,7 @@ import engine_pretrain
 import models_arm
 import ops
 from benchmarks import released
-from util import machine
+from util import cli, machine
 from util.dist import init_device
 from util.lr_decay import param_groups_layer_decay
 from util.metrics import SilentLog
@@ -219,7 +219,7 @@ def compositions(args: argparse.Namespace) -> dict[str, Composition]:
 
 def main(args: argparse.Namespace) -> None:
     """Train every case with every composition, print a table, write everything as JSON."""
-    args.device = init_device(str(args.device))  # as the training scripts set it up
+    args.device = init_device(args.device)  # as the training scripts set it up
     about = machine.describe(args.device)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(f"{'case':<16}{'composition':<24}{'images/s':>10}{'ms/step':>10}{'MFU':>8}{'GB':>8}{'start s':>9}{'x':>7}")
@@ -252,12 +252,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     device = machine.default_device()
     toys = [name for name in CASES if "toy" in name]
     cases = toys if device.type == "cpu" else [name for name in CASES if name not in toys]
-    parser = argparse.ArgumentParser("bench_train.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", type=torch.device, default=device, help="default: %(default)s")
+    parser = cli.Parser("bench_train.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", type=cli.filled, help="cuda or cpu (default: cuda where there is a GPU)")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=cases, help="default: %(default)s")
-    parser.add_argument("--batch_size", type=int, help="instead of the recipe's")
-    parser.add_argument("--steps", type=int, default=20, help="updates in a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds, after one more (default: %(default)s)")
+    parser.add_argument("--batch_size", type=cli.batch, help="instead of the recipe's")
+    parser.add_argument("--steps", type=cli.positive, default=20, help="updates in a round (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=cli.positive, default=3, help="timed rounds, after one more (default: %(default)s)"
+    )
     parser.add_argument("--backend", choices=ops.BACKENDS, help="train with this scan backend alone")
     parser.add_argument("--no_compile", action="store_true", help="run the blocks eagerly")
     parser.add_argument("--released_loop", action="store_true", help="train with the released composition's loop alone")
@@ -267,4 +269,4 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main(get_args_parser().parse_args())
+    cli.run(main, get_args_parser())

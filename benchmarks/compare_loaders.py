@@ -31,10 +31,10 @@ from util import cli, machine
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser("compare_loaders.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=cli.number(int, 2), default=3, help="at least 2 (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=12, help="of pretraining (default: %(default)s)")
-    parser.add_argument("--finetune_epochs", type=int, default=6, help="(default: %(default)s)")
+    parser = cli.Parser("compare_loaders.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=cli.number(int, 2, 1000), default=3, help="at least 2 (default: %(default)s)")
+    parser.add_argument("--epochs", type=cli.positive, default=12, help="of pretraining (default: %(default)s)")
+    parser.add_argument("--finetune_epochs", type=cli.positive, default=6, help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, help="JSON file (default: in benchmarks/results/)")
     return parser
 
@@ -92,4 +92,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(get_args_parser().parse_args())
+    cli.run(main, get_args_parser())

@@ -30,6 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from ops import triton_backend
+from util import cli
 
 CAPABILITIES = (80, 90, 100)
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
@@ -171,11 +172,18 @@ def main(args: argparse.Namespace, show: Callable[[str], None] = print) -> list[
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser("kernel_resources.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--capabilities", type=int, nargs="+", default=CAPABILITIES, help="80 is 8.0 (default: all)")
+    parser = cli.Parser("kernel_resources.py", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--capabilities",
+        type=int,
+        nargs="+",
+        choices=CAPABILITIES,
+        default=CAPABILITIES,
+        help="80 is 8.0 (default: all)",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
     return parser
 
 
 if __name__ == "__main__":
-    main(get_args_parser().parse_args())
+    cli.run(main, get_args_parser())

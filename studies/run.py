@@ -27,7 +27,8 @@ from studies.shards import alone, write_subset
 from studies.steps import SCRIPTS, Machine, Step, run_steps
 from studies.study import SEEDS, Arm, Budget, Study, flags, load, names, only
 from util import cli
-from util.errors import UserError
+from util.errors import UserError, as_user_error
+from util.files import replacing, write_text
 from util.launch import ROOT
 from util.sources import open_source
 
@@ -43,18 +44,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = cli.Parser("studies.run", description=__doc__.splitlines()[0])
     parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(names())}")
-    parser.add_argument("--data_path", help="images, as the scripts take them (default: Fashion-MNIST)")
+    parser.add_argument(
+        "--data_path", type=cli.filled, help="images, as the scripts take them (default: Fashion-MNIST)"
+    )
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these of the study, by name (default: all)")
-    parser.add_argument("--seeds", type=cli.natural, nargs="+", help="(default: 0 1 2)")
+    parser.add_argument("--seeds", type=cli.seed_number, nargs="+", help="(default: 0 1 2)")
     parser.add_argument(
         "--budget", choices=sorted(BUDGETS), help="(default: cpu without a GPU; else imagenet for 1000 classes, or gpu)"
     )
     parser.add_argument("--smoke", action="store_const", const="smoke", dest="budget", help="--budget smoke: tiny")
+    parser.add_argument("--processes", type=cli.few, help="of each run (default: 1; for ImageNet the number of GPUs)")
     parser.add_argument(
-        "--processes", type=cli.positive, help="of each run (default: 1; for ImageNet the number of GPUs)"
-    )
-    parser.add_argument(
-        "--jobs", type=cli.positive, help="runs side by side (default: one a core, or what the budget puts on each GPU)"
+        "--jobs", type=cli.few, help="runs side by side (default: one a core, or what the budget puts on each GPU)"
     )
     for kind in ("", "pretrain_", "finetune_"):
         scripts = SCRIPTS.get(kind.removesuffix("_"), "both scripts")
@@ -172,6 +173,23 @@ def check(steps: list[Step], machine: Machine) -> None:
             main_finetune.build_classifier(args, None)
 
 
+def steps_of(runs: list[ArmRun]) -> list[Step]:
+    """Return the steps of runs, each once, pretraining first."""
+    steps = {step.name: step for run in runs for step in (run.pretrain, run.finetune) if step is not None}
+    return sorted(steps.values(), key=lambda step: step.kind != "pretrain")
+
+
+def find_budget(data_path: str | None) -> str:
+    """Return the budget for this machine and data, where the command line names none; None is Fashion-MNIST.
+
+    Raises:
+        UserError: the data are not there.
+    """
+    if not torch.cuda.is_available():
+        return "cpu"
+    return "imagenet" if data_path and len(open_source(data_path, "train").classes) == 1000 else "gpu"
+
+
 def find_machine(args: argparse.Namespace, budget: Budget) -> Machine:
     """How runs are started here.
 
@@ -194,7 +212,7 @@ def find_data(data_path: str, folder: Path, budget: Budget, labels: tuple[str, .
     Raises:
         UserError: the data are not there, or a class has fewer images than the budget asks for.
     """
-    digest = hashlib.sha256(data_path.replace(f"{folder.parent}/", "").encode()).hexdigest()[:6]
+    digest = hashlib.sha256(os.fsencode(data_path.replace(f"{folder.parent}/", ""))).hexdigest()[:6]
     name = f"{Path(data_path.partition(':')[2] or data_path).name}-{digest}"
     if budget.images_per_class is not None:
         count = budget.images_per_class
@@ -229,27 +247,25 @@ def main(args: argparse.Namespace) -> None:
     """
     study = load(args.name)
     more = {"": args.flags, "pretrain": args.pretrain_flags, "finetune": args.finetune_flags}
-    output = (
-        Path(os.path.relpath(args.output, ROOT)) if ROOT in args.output.resolve().parents else args.output.resolve()
-    )
-    data_path = args.data_path
-    if data_path is None:
-        with alone(output / "data"):
-            fashion_mnist.unpack(output / "data" / "fashion_mnist")
-        data_path = f"wds:{output}/data/fashion_mnist"
-    train = open_source(data_path, "train")
-    name = args.budget or (
-        "cpu" if not torch.cuda.is_available() else "imagenet" if len(train.classes) == 1000 else "gpu"
-    )
+    cli.check_utf8("--output", args.output)
+    output = Path(os.path.realpath(args.output))  # also of links in a circle, which Path.resolve refuses
+    if ROOT in output.parents:
+        output = Path(os.path.relpath(args.output, ROOT))
+    name = args.budget or find_budget(args.data_path)
     budget, study = BUDGETS[name], only(study, name, args.arms)
     seeds = list(dict.fromkeys(args.seeds or (SEEDS[:1] if name == "smoke" else SEEDS)))
     machine = find_machine(args, budget)
+    # mistakes are found before data are downloaded or unpacked: paths and classes do not matter to them
+    check(steps_of(plan(study, budget, seeds, Data("data", dict.fromkeys(seeds, "data"), 10), output, more)), machine)
+    data_path = args.data_path
     with alone(output / "data"):
+        if data_path is None:
+            fashion_mnist.unpack(output / "data" / "fashion_mnist")
+            data_path = f"wds:{output}/data/fashion_mnist"
         data = find_data(data_path, output / "data", budget, study.labels or budget.labels, seeds)
+    train = open_source(data_path, "train")
     runs = plan(study, budget, seeds, data, output / "runs", more)
-    steps = {step.name: step for run in runs for step in (run.pretrain, run.finetune) if step is not None}
-    steps = sorted(steps.values(), key=lambda step: step.kind != "pretrain")
-    check(steps, machine)
+    steps = steps_of(runs)
     folder = ROOT / output / f"{args.name}-{name}"
     result = output_file(None, folder / "results.json")
     print(study.question, flush=True)
@@ -271,8 +287,10 @@ def main(args: argparse.Namespace) -> None:
     }
     write_json(result, results)
     text = report.markdown(results)
-    (folder / "table.md").write_text(text, encoding="utf-8")
-    report.draw(found).savefig(folder / "plot.png", dpi=150)
+    with as_user_error(OSError):
+        write_text(folder / "table.md", text)
+        with replacing(folder / "plot.png") as temporary:
+            report.draw(found).savefig(temporary, dpi=150, format="png")
     print(f"\n{text}\nresults.json, table.md and plot.png are in {output}/{args.name}-{name}")
 
 

@@ -1,9 +1,9 @@
 """The runs of a study: each in a folder of its own, started at most once at a time, gone on with after any end."""
 
+import argparse
 import ctypes
 import fcntl
 import hashlib
-import json
 import os
 import signal
 import subprocess
@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TextIO
 
 from studies.study import Flags, in_words
-from util import launch, plot_log
+from util import cli, launch, plot_log
 from util import machine as hardware
-from util.errors import INTERRUPTED, Interrupted, RunError, UserError
+from util.errors import INTERRUPTED, Interrupted, RunError, UserError, as_user_error
+from util.files import open_lock, read_json, write_json
 from util.interrupt import StopRequest
 
 SCRIPTS = {"pretrain": "main_pretrain.py", "finetune": "Finetuning/main_finetune.py"}
@@ -72,7 +73,7 @@ class Step:
         start = {"--finetune": [f"{after.folder}/checkpoint-last.pth"]} if after else {}
         self.kind, self.after, self.flags = kind, after, {**flags, "--seed": [str(seed)], **start}
         text = f"{kind} {in_words(self.flags)}".replace(f"{runs.parent}/", "")  # wherever the folder is moved to
-        self.name = f"{kind}-seed{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        self.name = f"{kind}-seed{seed}-{hashlib.sha256(os.fsencode(text)).hexdigest()[:8]}"
         self.folder = runs / self.name
 
     @property
@@ -80,12 +81,13 @@ class Step:
         """Of an update.
 
         Raises:
-            UserError: it is no number above 0.
+            UserError: it is no number of images.
         """
         text = (self.flags["--batch_size"] or [""])[-1]
-        if not text.isdecimal() or int(text) == 0:
-            raise UserError(f"--batch_size {text} is no number of images")
-        return int(text)
+        try:
+            return cli.batch(text)
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise UserError(f"--batch_size {text} is no number of images") from error
 
     def arguments(self, machine: Machine) -> str:
         """What the script is called with."""
@@ -103,17 +105,22 @@ class Step:
 
     @property
     def record(self) -> dict:
-        """What is kept in run.json: whether it is `finished`, and `attempts`: commands, commits, machines and times."""
-        try:
-            return json.loads(self.path("run.json").read_text())
-        except FileNotFoundError:
+        """What is kept in run.json: whether it is `finished`, and `attempts`: commands, commits, machines and times.
+
+        Raises:
+            UserError: the file holds something else.
+        """
+        path = self.path("run.json")
+        if not os.path.lexists(path):
             return {"finished": False, "attempts": []}
+        record = read_json(path)
+        if not _is_record(record):
+            raise UserError(f"{path} is no record of a run: remove it, and the run resumes from its checkpoints")
+        return record
 
     def write(self, record: dict) -> None:
         """Write run.json, which is whole at any moment."""
-        partial = self.path("run.json.partial")
-        partial.write_text(json.dumps(record, indent=1) + "\n")
-        partial.replace(self.path("run.json"))
+        write_json(self.path("run.json"), record)
 
     def path(self, name: str) -> Path:
         """A file of this run."""
@@ -134,9 +141,13 @@ class Step:
         epochs = int(self.flags["--epochs"][0])
         if [row["epoch"] for row in rows] != list(range(epochs)):
             raise RunError(f"{self.folder}/log.txt does not hold the {epochs} epochs: remove the folder and repeat")
+        logged = ["train_loss", *(("test_acc1", "test_loss", "test_images") if self.kind == "finetune" else ())]
+        for row in rows:
+            missing = [name for name in (*logged, "images_per_second") if not _is_number(row.get(name))]
+            if missing:
+                raise RunError(f"{self.folder}/log.txt has no {missing[0]} of epoch {row['epoch']}: remove the folder")
         speeds = sorted(row["images_per_second"] for row in rows)
-        last = rows[-1]
-        kept = {name: last[name] for name in ("train_loss", "test_acc1", "test_loss", "test_images") if name in last}
+        kept = {name: rows[-1][name] for name in logged}
         return {
             "run": self.name,
             **kept,
@@ -151,6 +162,30 @@ class Step:
         }
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_record(content: object) -> bool:
+    """Return whether what run.json holds has the form of `Step.record`; that of a finished run has ended."""
+    if not isinstance(content, dict) or not isinstance(content.get("finished"), bool):
+        return False
+    attempts, finished = content.get("attempts"), content["finished"]
+    return (
+        isinstance(attempts, list)
+        and (bool(attempts) or not finished)
+        and all(
+            isinstance(attempt, dict)
+            and isinstance(attempt.get("command"), str)
+            and isinstance(attempt.get("commit"), (str, type(None)))
+            and isinstance(attempt.get("machine", {}), dict)
+            and _is_number(attempt.get("start"))
+            and (_is_number(attempt.get("end")) or ("end" in attempt and attempt["end"] is None and not finished))
+            for attempt in attempts
+        )
+    )
+
+
 class Job:
     """A step under way: its process, and the lock that other runners and what is left of dead ones respect.
 
@@ -160,6 +195,8 @@ class Job:
     def __init__(self, step: Step, lock: TextIO, machine: Machine, slot: int, commit: str | None) -> None:
         self.step, self.lock = step, lock
         output, self.attempts = step.path("output.txt"), step.record["attempts"]
+        if os.path.lexists(output) and (output.is_symlink() or not output.is_file()):
+            raise UserError(f"{output} is no regular file: remove it")
         if self.attempts and self.attempts[-1]["end"] is None:  # killed with its runner, after its last word, if any
             start, said = self.attempts[-1]["start"], output.stat().st_mtime if output.exists() else 0
             self.attempts[-1]["end"] = max(start, said)
@@ -167,7 +204,7 @@ class Job:
         print(f"{step.name}: $ {command}", flush=True)
         self.attempts.append({"command": command, **about, "start": time.time(), "end": None})
         step.write({"finished": False, "attempts": self.attempts})
-        step.path("command.txt").write_text(command + "\n")
+        step.path("command.txt").write_text(command + "\n", encoding="utf-8", errors="surrogateescape")
         self.shown = output.stat().st_size if output.exists() else 0
         with output.open("a") as file:
             self.process = launch.start(
@@ -261,8 +298,9 @@ def _start_next(waiting: list[Step], machine: Machine, slot: int, commit: str | 
     for step in list(waiting):
         if step.after is not None and not step.after.finished:
             continue
-        step.path("").mkdir(parents=True, exist_ok=True)
-        lock = step.path("runner.lock").open("w")
+        with as_user_error(OSError):  # its message names the file
+            step.path("").mkdir(parents=True, exist_ok=True)
+            lock = open_lock(step.path("runner.lock"))
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:  # another runner has it, or what a killed one left is still writing its checkpoint

@@ -1,4 +1,6 @@
-"""What several tests share: golden values, a small folder of images, scripts run in this process."""
+"""What several tests share: no network and an empty home, golden values, small images, scripts run in this process."""
+
+# ruff: noqa: E402
 
 import argparse
 import io
@@ -6,15 +8,29 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+
+# Before the other imports, which read them: no test needs the network, nor a cache, a setting or a token of the user.
+HOME = tempfile.TemporaryDirectory(prefix="home-")  # removed when Python ends
+TESTS = str(Path(__file__).resolve().parent)
+for name in [*os.environ]:
+    if name.startswith(("XDG_", "HF_", "HUGGING_FACE_", "TORCH_HOME", "MPLCONFIGDIR", "TRITON_HOME", "TRITON_CACHE")):
+        del os.environ[name]
+os.environ["HOME"] = HOME.name
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [TESTS, os.environ.get("PYTHONPATH")]))
+sys.path.insert(0, TESTS)
+sys.modules.pop("sitecustomize", None)  # of the system
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+
+import sitecustomize  # noqa: F401
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on CPU tensors

@@ -1,6 +1,8 @@
 """The command lines: a frozen list of flags, all that README.md and docs/ say to run, one line for each mistake."""
 
 import argparse
+import errno
+import importlib
 import logging
 import os
 import re
@@ -21,6 +23,7 @@ import main_finetune
 import main_pretrain
 import models_arm
 import probe
+import replay_nonfinite
 import robustness
 import studies.run
 import visualize
@@ -346,7 +349,7 @@ MISTAKES += [(main_finetune, TINY_FINETUNE, *item) for item in FINETUNE_MISTAKES
 def assert_one_line(capsys, exit_info, message):
     assert exit_info.value.code == 2
     out, err = capsys.readouterr()
-    assert re.fullmatch(r"main_\w+\.py: error: .*\n", err), err
+    assert re.fullmatch(r"main_\w+\.py: error: .{,2000}\n", err), err
     assert re.search(message, err), err
     assert "epoch 0" not in out
 
@@ -360,6 +363,202 @@ def test_mistakes(run_script, image_folder, tmp_path, capsys, script, tiny, word
         run_script(script, *tiny, *common, *words.split())
     assert_one_line(capsys, exit_info, message)
     assert not list(tmp_path.rglob("*.pth"))
+
+
+BENCHMARKS = ("bench_data", "bench_resilience", "bench_scan", "bench_train", "compare_loaders", "kernel_resources")
+
+
+def numeric_arguments() -> list:
+    """Every argument of every script that takes a number, as (id, parser, action)."""
+    found = []
+    scripts = [*SCRIPTS.values(), *MODULES.values(), replay_nonfinite]
+    scripts += [importlib.import_module(f"benchmarks.{name}") for name in BENCHMARKS if name != "kernel_resources"]
+    for parser in [script.get_args_parser() for script in scripts]:
+        for action in parser._actions:
+            # a type of ours carries the name of what it makes; anything else may still be a bare int or float
+            if getattr(action.type, "__name__", "") in ("int", "float") and not action.choices:
+                found.append(pytest.param(parser, action, id=f"{parser.prog} {action.dest}"))
+    return found
+
+
+@pytest.mark.parametrize(("parser", "action"), numeric_arguments())
+@pytest.mark.parametrize("text", [str(10**18), "9" * 400, "9" * 5000, "1e308", "inf", "nan", "-inf", "-1"])
+def test_numbers_have_bounds(parser, action, text):
+    """One line names the argument and its bounds."""
+    flag = action.option_strings[0]
+    with pytest.raises(UserError, match=f"argument {flag}: ") as raised:
+        parser.parse_args([f"{flag}={text}"])
+    assert "\n" not in str(raised.value)
+    if text == str(10**18):
+        assert re.search(r"is not (at least|above) [\d.e-]+ and at most \d+", str(raised.value))
+
+
+def test_there_are_numeric_arguments():
+    """The table above does not become empty without a word."""
+    names = {param.id for param in numeric_arguments()}
+    assert {"main_pretrain.py keep", "probe.py k", "pack_images shard_images", "bench_train.py steps"} <= names
+    assert len(names) > 100
+
+
+@pytest.mark.parametrize(
+    "device", ["cuda:999", "cuda:-1", "cuda:99999999999999999999", "cuda:007", "cuda:٣", "mps", "meta", "cuda:", ""]
+)
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_devices_that_are_none(monkeypatch, run_script, capsys, tmp_path, device, gpus):
+    """torch itself takes cuda:999 as device 65511."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(main_pretrain, *TINY_PRETRAIN, "--data_path", "x", "--output_dir", tmp_path, f"--device={device}")
+    assert_one_line(capsys, exit_info, "--device")
+
+
+@pytest.mark.parametrize("name", ["RANK", "MASTER_ADDR"])
+def test_a_world_size_without_torchrun(monkeypatch, run_script, capsys, tmp_path, name):
+    """Some clusters set it for every container."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(main_pretrain, *TINY_PRETRAIN, "--data_path", "x", "--output_dir", tmp_path)
+    assert_one_line(capsys, exit_info, "WORLD_SIZE is set, but not all that torchrun sets: .*RANK expected")
+
+
+@pytest.mark.parametrize("flag", ["--output_dir", "--log_dir"])
+@pytest.mark.parametrize("kind", ["file", "fifo", "loop", "device", "long", "longer"])
+def test_folders_that_are_none(run_script, image_folder, tmp_path, capsys, flag, kind):
+    path = (
+        Path("/dev/null") if kind == "device" else tmp_path / {"long": "x" * 300, "longer": "x" * 5000}.get(kind, kind)
+    )
+    if kind == "file":
+        path.touch()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "loop":
+        path.symlink_to(tmp_path / "other")
+        (tmp_path / "other").symlink_to(path)
+    words = ["--data_path", image_folder, "--output_dir", tmp_path / "out", flag, path]
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(main_pretrain, *TINY_PRETRAIN, *words)
+    reason = "File name too long" if "long" in kind else "File exists"
+    assert_one_line(capsys, exit_info, f"{flag} .{{,500}} cannot be written: {reason}")
+
+
+def ended(code: str, *argv: object, redirection: str = "", **environment: str) -> subprocess.CompletedProcess:
+    """Run a script of Python with `cli` imported, in a shell that redirects its output."""
+    command = f'"$0" "$@" {redirection}'
+    words = ["bash", "-c", command, sys.executable, "-c", f"from util import cli\n{code}", *map(str, argv)]
+    return subprocess.run(
+        words,
+        cwd=REPOSITORY,
+        capture_output=True,
+        timeout=100,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+PRINTS = """
+parser = cli.Parser("script")
+parser.add_argument("path", nargs="?")
+def main(args):
+    for _ in range(100_000): print(args.path, "a name", flush=True)
+cli.run(main, parser)
+"""
+
+
+def test_outputs_that_end_early():
+    """A reader that has gone ends a script quietly, a full disk in one line, and no output at all is not missed."""
+    done = ended(PRINTS, redirection="| head -1; exit ${PIPESTATUS[0]}")
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"None a name\n", b"")
+    done = ended(PRINTS, redirection="> /dev/full")
+    assert (done.returncode, done.stderr) == (1, b"script: [Errno 28] No space left on device\n")
+    done = ended(PRINTS, redirection=">&- 2>&-")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    done = ended(PRINTS, "--help", redirection="| true; exit ${PIPESTATUS[0]}")
+    assert done.stderr == b""
+
+
+def test_names_that_an_output_cannot_show():
+    """Bytes that are not UTF-8, and an output that is ASCII."""
+    code = PRINTS.replace("100_000", "1")
+    for path, shown in ((b"caf\xe9", rb"caf\udce9"), ("Käse", rb"K\xe4se"), ("日本", rb"\u65e5\u672c")):
+        done = ended(code, os.fsdecode(path), PYTHONIOENCODING="ascii", LC_ALL="C")
+        assert (done.returncode, done.stdout, done.stderr) == (0, shown + b" a name\n", b"")
+    done = ended(code, "--flag", os.fsdecode(b"caf\xe9\n\x1b[31m"), PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr == rb"script: error: unrecognized arguments: --flag" + b"\n"
+
+
+@pytest.mark.parametrize("words", [["--resume", "none"], ["--finetune", "none"], ["--data_path", "none"], ["--none"]])
+def test_mistakes_whose_names_are_not_utf8(run_script, image_folder, tmp_path, capsys, words):
+    *flag, name = words
+    words = [*flag, os.fsdecode(name.encode() + b"\xe9\n")]
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(main_finetune, *TINY_FINETUNE, "--data_path", image_folder, "--output_dir", tmp_path / "out", *words)
+    assert_one_line(capsys, exit_info, r"none\\xe9\\n")
+
+
+def test_a_run_whose_names_are_not_utf8(run_script, image_folder, tmp_path, capsys):
+    """It works; only TensorBoard does not take such a folder, and that is said first."""
+    data, out = (os.fsdecode(os.fsencode(tmp_path) + name) for name in (b"/d\xe9 ta", b"/o\xfft"))
+    shutil.copytree(image_folder, data)
+    words = [*TINY_PRETRAIN, "--data_path", data, "--output_dir", out, "--batch_size", 8, "--epochs", 1]
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(main_pretrain, *words, "--warmup_epochs", 0)
+    assert_one_line(capsys, exit_info, r"--log_dir .*o\\xfft: TensorBoard needs a name in UTF-8")
+    assert not os.path.exists(out)
+    words += ["--log_dir", tmp_path / "log", "--warmup_epochs", 0]
+    run_script(main_pretrain, *words)
+    run_script(main_pretrain, *words, "--resume", f"{out}/checkpoint-last.pth")
+    assert "all of them done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        MemoryError("Caught MemoryError in DataLoader worker process 0.\nOriginal Traceback"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
+        RuntimeError("CUDA error: out of memory\nCompile with ..."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes."),
+        RuntimeError("unable to mmap 9 bytes from file </torch_1>: Cannot allocate memory (12)"),
+        RuntimeError("can't start new thread"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+    ids=str,
+)
+def test_memory_that_runs_out(monkeypatch, capsys, error):
+    def main(args: argparse.Namespace) -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["script", "--data_path", "x"])
+    with pytest.raises(SystemExit) as exit_info:
+        cli.run(main, main_pretrain.get_args_parser())
+    assert exit_info.value.code == 1
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"main_pretrain.py: rank 0: out of memory: .+; a smaller --batch_size or .+ needs less\n", err)
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    """A fault of ours is not hidden behind a line."""
+    monkeypatch.setattr(sys, "argv", ["script"])
+    for error in (RuntimeError("shapes differ"), OSError(errno.EBADF, "bad"), BrokenPipeError(), ValueError("x")):
+        with pytest.raises(type(error)):
+            cli.run(lambda args, error=error: (_ for _ in ()).throw(error), cli.Parser("script"))
+
+
+LIMITED = """
+import resource, main_pretrain
+pages = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (pages + 2**29, resource.RLIM_INFINITY))
+cli.run(main_pretrain.main, main_pretrain.get_args_parser())
+"""
+
+
+def test_a_memory_limit(image_folder, tmp_path):
+    """As `ulimit -v` sets it: weights of a decoder of 16,384 channels do not fit into 512 MB."""
+    words = [*TINY_PRETRAIN, "--dec_embed_dim", 16384, "--data_path", image_folder, "--output_dir", tmp_path]
+    done = ended(LIMITED, *words, "--batch_size", 4)
+    assert done.returncode == 1
+    assert re.fullmatch(rb"main_pretrain.py: rank 0: out of memory: .*memory.*needs less\n", done.stderr), done.stderr
 
 
 def test_data_path_is_required(run_script, capsys):

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -42,6 +43,12 @@ def clothes(tmp_path_factory) -> Path:
         patch.setattr(fashion_mnist, "PACKAGE", originals)
         fashion_mnist.unpack(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_package(monkeypatch, tmp_path):
+    """Whether Debian's package is installed changes nothing."""
+    monkeypatch.setattr(fashion_mnist, "PACKAGE", tmp_path / "not installed")
 
 
 def test_unpacked_fashion_mnist(clothes):
@@ -257,6 +264,89 @@ def test_killed_study_goes_on(clothes, tmp_path, run_script, capsys):
     assert {path: path.read_bytes() for path in tmp_path.glob("runs/*/run.json")} == before
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [["--arms", "rows", "spiral"], ["--flags=--input_size 25"], ["--flags=--unknown 1"], ["--processes", "3"]],
+    ids=["arms", "sizes", "flags", "processes"],
+)
+def test_a_mistake_is_told_before_data_are_made(argv, run_script, monkeypatch, tmp_path):
+    monkeypatch.setattr(fashion_mnist, "unpack", lambda folder: pytest.fail("unpacked"))
+    with pytest.raises(SystemExit) as ended:
+        run_script(run, "order", "--budget", "cpu", "--output", tmp_path / "out", *argv)
+    assert ended.value.code == 2
+    assert not (tmp_path / "out").exists()
+
+
+RECORDS = [
+    "",
+    "[]",
+    "{",
+    "NaN",
+    "[" * 100_000,
+    '{"finished": true}',
+    '{"finished": true, "attempts": []}',
+    '{"finished": 1, "attempts": []}',
+    '{"finished": false, "attempts": [1]}',
+    '{"finished": false, "attempts": [{"start": 1}]}',
+    '{"finished": true, "attempts": [{"command": "", "commit": null, "start": 1, "end": null}]}',
+]
+
+
+@pytest.mark.parametrize("text", RECORDS, ids=lambda text: text[:70] or "empty")
+def test_a_damaged_record_is_named(tmp_path, text):
+    """Before anything starts."""
+    step = Step("pretrain", 0, flags("--data_path /nowhere --batch_size 8 --epochs 1"), tmp_path)
+    step.folder.mkdir()
+    step.path("run.json").write_text(text)
+    with pytest.raises(UserError, match=rf"^{re.escape(str(step.path('run.json')))} is ") as raised:
+        run_steps([step], ONE, None)
+    assert "\n" not in str(raised.value)
+    assert [path.name for path in step.folder.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("name", ["runner.lock", "output.txt"])
+@pytest.mark.parametrize("kind", ["link", "fifo", "folder"])
+def test_files_of_a_run_are_files(tmp_path, name, kind):
+    """Another file is neither truncated nor extended through a link; a pipe is not waited for."""
+    step = Step("pretrain", 0, flags("--data_path /nowhere --batch_size 8 --epochs 1"), tmp_path / "runs")
+    step.folder.mkdir(parents=True)
+    (tmp_path / "precious").write_text("precious")
+    if kind == "link":
+        step.path(name).symlink_to(tmp_path / "precious")
+    elif kind == "fifo":
+        os.mkfifo(step.path(name))
+    else:
+        step.path(name).mkdir()
+    with pytest.raises(UserError, match=re.escape(str(step.path(name)))):
+        run_steps([step], ONE, None)
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_log_without_a_value_is_named(tmp_path):
+    """As another program, or a damaged disk, may have left it."""
+    step = Step("finetune", 0, flags("--batch_size 8 --epochs 1"), tmp_path)
+    step.folder.mkdir()
+    attempts = [{"command": "python", "commit": None, "start": 1.0, "end": 2.0}]
+    step.write({"finished": True, "attempts": attempts})
+    row = {"epoch": 0, "train_loss": 1.0, "test_acc1": 50.0, "test_loss": 1.0, "test_images": 7, "images_per_second": 9}
+    step.path("log.txt").write_text(json.dumps(row))
+    assert step.result()["test_acc1"] == 50.0
+    for name, value in (("test_acc1", None), ("train_loss", "1"), ("images_per_second", [])):
+        step.path("log.txt").write_text(json.dumps(row | {name: value}))
+        with pytest.raises(RunError, match=f"log.txt has no {name} of epoch 0"):
+            step.result()
+
+
+def test_data_whose_name_is_not_utf8(clothes, tmp_path):
+    """Runs, their folders and commands take it as it is."""
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9 a")
+    os.symlink(clothes, path)
+    found = run.find_data(f"wds:{path}", tmp_path / "data", BUDGETS["smoke"], ("few",), [0])
+    step = Step("pretrain", 0, flags("--batch_size 8") | {"--data_path": [found.everything]}, tmp_path)
+    assert len(open_source(found.everything, "train").labels) == 80
+    assert run.parse(step, ONE).data_path == found.everything
+
+
 def test_a_failed_run_ends_the_study(tmp_path):
     """With what it said; and it does not count as finished."""
     step = Step("pretrain", 0, flags("--data_path /nowhere --batch_size 8 --epochs 1 --device cpu"), tmp_path / "runs")
@@ -341,13 +431,20 @@ def test_mistakes_of_users(run_script, capsys, tmp_path, clothes):
             ["order", "--arms", "rows", "spiral"],
             "budget cpu has no arm 'spiral'; choose from 'rows', 'rows, backwards', ",
         ),
-        (["order", "--data_path", tmp_path / "none"], "no such folder"),
+        (["order", "--data_path", tmp_path / "none", "--output", tmp_path], "no such folder"),
+        (["order", "--data_path="], "argument --data_path: it is empty"),
+        (["order", "--output", tmp_path, "--flags=--batch_size x"], "--batch_size x is no number of images"),
+        (["order", "--output", tmp_path, "--flags=--input_size 25"], "does not divide"),
+        (["order", "--output", tmp_path], "Fashion-MNIST cannot be downloaded: "),
+        (["order", "--output", os.fsdecode(b"caf\xe9")], "--output caf\\xe9: TensorBoard needs a name in UTF-8"),
         (["cluster_size", *data, "--arms", "4 x 4 patches"], "budget smoke has no arm '4 x 4 patches'; choose from"),
         (["decoder", *data, "--flags", "lr 1"], "lr: flags begin with --"),
         (["decoder", *data, "--flags", "--aa 'x"], "--aa 'x: No closing quotation"),
         (["decoder", *data, "--flags", "--batch_size abc"], "--batch_size abc is no number of images"),
+        (["decoder", *data, "--flags", "--batch_size 1" + "0" * 5000], " is no number of images"),
         (["decoder", *data, "--flags=--batch_size"], "--batch_size  is no number of images"),
         (["decoder", *data[:-1], "/dev/null"], "Not a directory: '/dev/null/data'"),
+        (["decoder", *data[:-1], "x" * 5000], "File name too long"),
         (["pretrain_vs_scratch", *data, "--pretrain_flags", "--cluster_size 5"], "does not divide"),
         (["pretrain_vs_scratch", *data, "--finetune_flags", "--layers 5"], "unrecognized arguments: --layers 5"),
     ):
@@ -357,4 +454,5 @@ def test_mistakes_of_users(run_script, capsys, tmp_path, clothes):
         error = capsys.readouterr().err
         assert wanted in error
         assert error.count("\n") == 1
+        assert len(error) < 1000
     assert not (tmp_path / "runs").exists()

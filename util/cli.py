@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from util.dist import barrier, end_groups, is_main, local_rank, missing_ranks, rank, world_size
-from util.errors import INTERRUPTED, Interrupted, RunError, UserError
+from util.errors import INTERRUPTED, Interrupted, RunError, UserError, as_user_error
 from util.files import printable
 
 LOGGER = logging.getLogger(__name__)
@@ -366,6 +366,8 @@ def output_folders(args: argparse.Namespace) -> tuple[Path, Path]:
     Raises:
         UserError: they cannot.
     """
+    if args.tracker == "tensorboard":
+        check_utf8("--log_dir", args.log_dir or args.output_dir)
     folders = []
     for name, path in (("output_dir", args.output_dir), ("log_dir", args.log_dir or args.output_dir)):
         folders.append(Path(path))
@@ -376,6 +378,16 @@ def output_folders(args: argparse.Namespace) -> tuple[Path, Path]:
         except OSError as error:
             raise UserError(f"--{name} {path} cannot be written: {error.strerror}") from error
     return folders[0], folders[1]
+
+
+def check_utf8(flag: str, folder: str | Path) -> None:
+    """Refuse a folder that TensorBoard cannot write to.
+
+    Raises:
+        UserError: names the flag.
+    """
+    with as_user_error(UnicodeEncodeError, prefix=f"{flag} {folder}: TensorBoard needs a name in UTF-8: "):
+        str(folder).encode()
 
 
 def describe(args: argparse.Namespace, model: nn.Module, images: int, device: torch.device, epoch: int) -> str:
@@ -400,7 +412,8 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     and the others, which found the same one, leave it the time to.
     """
     args = argparse.Namespace()
-    with _readable_output():
+    logging.raiseExceptions = False  # a line that cannot be logged shows no traceback
+    with _robust_output(parser.prog):
         logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.INFO if is_main() else logging.ERROR)
         try:
             main(parser.parse_args(namespace=args))
@@ -464,21 +477,30 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _readable_output() -> Iterator[None]:
-    """Escape the characters that a stream cannot encode, and end quietly, with status 1, once nobody reads stdout."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+def _robust_output(program: str) -> Iterator[None]:
+    """Escape the characters that a stream cannot encode; end without a traceback where stdout cannot be written.
+
+    The exit status is then 1: quietly where the reader of a pipe has gone, in one line where the disk is full. Without
+    a stdout or stderr, nothing is shown.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until Python ends)
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
             yield
         finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
-    except BrokenPipeError:
-        if not _closed_by_reader(1):
+            sys.stdout.flush()
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and not (isinstance(error, BrokenPipeError) and _closed_by_reader(1)):
             raise
         _kill_workers()
+        if full:
+            print(f"{program}: {error}", file=sys.stderr, flush=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still flushes when it ends
         sys.exit(1)
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from contextlib import suppress
 from types import FrameType
 
 import torch
@@ -40,9 +41,11 @@ class StopRequest:
         if self.asked_at is None:
             self.asked_at = now
             if is_main():  # not print, which may be what the signal has interrupted
-                os.write(1, f"\n{name}: the run stops after this update and writes a checkpoint\n".encode())
+                with suppress(OSError):  # of an output that is closed or full
+                    os.write(1, f"\n{name}: the run stops after this update and writes a checkpoint\n".encode())
         elif now - self.asked_at > SAME_WISH:
-            os.write(2, f"\n{name} again: left at once\n".encode())
+            with suppress(OSError):
+                os.write(2, f"\n{name} again: left at once\n".encode())
             os._exit(128 + number)
 
     @property

@@ -220,7 +220,12 @@ def test_processes_meet_in_a_round_of_their_own():
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", MEETS, str(store.port), delay],
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "RANK": rank, "WORLD_SIZE": "3"},
+            env={
+                **os.environ,
+                "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}",
+                "RANK": rank,
+                "WORLD_SIZE": "3",
+            },
             stdout=subprocess.PIPE,
             text=True,
         )
