@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bench_train import CASES, RandomBatches, build, loop_args
 from engine_pretrain import loss_of, train_one_epoch
+from Evaluation.report import output_file
 from util import cli, machine
 from util.checkpoint_folder import LAST, CheckpointFolder
-from util.dist import distribute, init_device, is_main, world_size
+from util.dist import distribute, init_device, is_main, on_main, world_size
 from util.metrics import SilentLog
 from util.run import Run
 from util.train_loop import autocast
@@ -114,6 +115,8 @@ def main(args: argparse.Namespace) -> None:
     device = init_device(None)
     args.batch_size = args.batch_size or CASES[args.case].batch_size
     about = machine.describe(device) | {"processes": world_size(), "case": args.case, "batch_size": args.batch_size}
+    kind = "resilience" if world_size() == 1 else f"resilience-{world_size()}"
+    output = on_main(lambda: output_file(args.output, machine.result_file(kind, about)))
     steps = step_times(args, device)
     if not is_main():
         return
@@ -125,8 +128,7 @@ def main(args: argparse.Namespace) -> None:
     saves = save_times(device) if world_size() == 1 else {}
     for name, seconds in saves.items():
         print(f"{name}: {seconds:.2f}{'' if name == 'megabytes' else ' s'}")
-    kind = "resilience" if world_size() == 1 else f"resilience-{world_size()}"
-    machine.write(args.output or machine.result_file(kind, about), {**about, "steps": steps, "saves": saves})
+    machine.write(output, {**about, "steps": steps, "saves": saves})
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ops
+from Evaluation.report import output_file
 from ops import naive
 from util import cli, machine
 from util.dist import init_device
@@ -162,6 +163,7 @@ def main(args: argparse.Namespace) -> None:
     """Check, time, print a table per size, write everything as JSON."""
     args.device = init_device(args.device)
     about = machine.describe(args.device)
+    output = output_file(args.output, machine.result_file("scan", about))
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     yardstick, results = YARDSTICK[args.device.type], []
     for sizes in args.sizes or SIZES[args.device.type]:
@@ -182,7 +184,7 @@ def main(args: argparse.Namespace) -> None:
                 continue
             row = "".join(f"{us[name][part]:>12.1f}" for part in ("forward", "backward", "both"))
             print(f"{name:<16}{row}" + (f"{ratio[name]:>14.1f}" if ratio else ""))
-    machine.write(args.output or machine.result_file("scan", about), {**about, "results": results})
+    machine.write(output, {**about, "results": results})
 
 
 if __name__ == "__main__":

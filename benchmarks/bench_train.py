@@ -42,6 +42,7 @@ import engine_pretrain
 import models_arm
 import ops
 from benchmarks import released
+from Evaluation.report import output_file
 from util import cli, machine
 from util.dist import init_device
 from util.lr_decay import param_groups_layer_decay
@@ -221,6 +222,7 @@ def main(args: argparse.Namespace) -> None:
     """Train every case with every composition, print a table, write everything as JSON."""
     args.device = init_device(args.device)  # as the training scripts set it up
     about = machine.describe(args.device)
+    output = output_file(args.output, machine.result_file("train", about))
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(f"{'case':<16}{'composition':<24}{'images/s':>10}{'ms/step':>10}{'MFU':>8}{'GB':>8}{'start s':>9}{'x':>7}")
     results = []
@@ -242,9 +244,7 @@ def main(args: argparse.Namespace) -> None:
             ratio = f"{speeds['ours'] / speeds[kind]:.2f}" if fair else ""
             numbers = f"{speeds[kind]:>10.1f}{row['ms_per_step']:>10.1f}{mfu:>8}{memory:>8}"
             print(f"{name:<16}{kind:<24}{numbers}{row['first_epoch_seconds']:>9.1f}{ratio:>7}", flush=True)
-    machine.write(
-        args.output or machine.result_file("train", about), {**about, "steps": args.steps, "results": results}
-    )
+    machine.write(output, {**about, "steps": args.steps, "results": results})
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 
 from demo import FINETUNE, MODEL, PRETRAIN, RECIPE, ROOT
 from digits import unpack_digits
+from Evaluation.report import output_file
 from util import cli, machine
 
 
@@ -71,6 +72,7 @@ def train(folder: Path, data: Path, loader: str, seed: int, args: argparse.Names
 def main(args: argparse.Namespace) -> None:
     """Train everything, as many runs at a time as there are cores, print the table, write JSON."""
     about = machine.describe(torch.device("cpu"))
+    output = output_file(args.output, machine.result_file("loaders", about))
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -88,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"--loader {loader}: top-1 {statistics.mean(top1):.2f} % (deviation {statistics.stdev(top1):.2f})")
     print(f"fast - pil: {statistics.mean(differences):+.2f} (deviation {statistics.stdev(differences):.2f})")
     report = {**about, "epochs": args.epochs, "finetune_epochs": args.finetune_epochs, "runs": runs}
-    machine.write(args.output or machine.result_file("loaders", about), report)
+    machine.write(output, report)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import bench_scan, bench_train, released
+from benchmarks import bench_data, bench_resilience, bench_scan, bench_train, compare_loaders, released
 from conftest import relative_error
 from mamba import FOUR_DIRECTIONS, ONE_DIRECTION, Block, scan_orders
 from ops import torch_backend
@@ -62,11 +62,36 @@ def test_a_wrong_backend_is_not_timed(name, tmp_path, monkeypatch):
         run(bench_scan, "--sizes", "1,2,8,5,4", "--output", tmp_path / "scan.json")
 
 
-@pytest.mark.parametrize("text", ["1,2,3,4", "1,1,2,3,0", "a,b,c,d,e"])
-def test_sizes_that_are_none(text, capsys):
-    with pytest.raises(SystemExit):
-        bench_scan.get_args_parser().parse_args(["--sizes", text])
-    assert "--sizes" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("benchmark", "words", "message"),
+    [
+        (bench_scan, "--sizes 1,2,3,4", "argument --sizes: '1,2,3,4' is not K,B,D,L,N, five positive numbers"),
+        (bench_scan, "--sizes 1,1,2,3,0", "argument --sizes: '1,1,2,3,0' is not K,B,D,L,N"),
+        (bench_scan, "--sizes a,b,c,d,e", "argument --sizes: invalid size value: 'a,b,c,d,e'"),
+        (bench_scan, "--sizes 99999,99999,99999,99999,16", "of a product up to"),
+        (bench_scan, "--device cuda:-1", "--device cuda:-1: cuda and cpu are supported"),
+        (bench_scan, "--device meta", "--device meta: cuda and cpu are supported"),
+        (bench_scan, "--device cpu --output /dev/null/x.json", "--output /dev/null/x.json cannot be written"),
+        (bench_train, "--device cuda:999", "--device cuda:999: "),
+        (bench_train, "--device cpu --cases pretrain_huge9", "invalid choice: 'pretrain_huge9'"),
+        (bench_train, "--device cpu --output /proc/x/y.json", "--output /proc/x/y.json cannot be written"),
+        (bench_resilience, "--case pretrain_toy --output /dev/null/x.json", "cannot be written"),
+        (bench_data, "--data_path /nowhere", "/nowhere"),
+        (bench_data, "--parts loading --output /dev/null/x.json", "cannot be written"),
+        (bench_data, "--images 2", "argument --images: 2 is not at least 4 and at most 1000000"),
+        (compare_loaders, "--seeds 1", "argument --seeds: 1 is not at least 2 and at most 1000"),
+        (compare_loaders, "--output /dev/null/x.json", "cannot be written"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_mistakes(run_script, capsys, benchmark, words, message):
+    """One line, before anything is measured."""
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(benchmark, *words.split())
+    err = capsys.readouterr().err
+    assert exit_info.value.code == 2
+    assert err.count("\n") == 1
+    assert message in err
 
 
 # ---- training ----
