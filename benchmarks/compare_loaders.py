@@ -28,6 +28,7 @@ from demo import FINETUNE, MODEL, PRETRAIN, RECIPE, ROOT
 from digits import unpack_digits
 from Evaluation.report import output_file
 from util import cli, machine
+from util.errors import RunError
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -53,7 +54,9 @@ def script(name: str, arguments: str, out: Path) -> None:
     with (out.with_name(out.name + ".txt")).open("w") as log:
         command = [sys.executable, ROOT / name, *shlex.split(arguments), "--output_dir", out]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run([str(w) for w in command], stdout=log, stderr=log, env=environment, check=True)
+        done = subprocess.run([str(w) for w in command], stdout=log, stderr=log, env=environment)
+    if done.returncode:
+        raise RunError(f"{name} failed with exit status {done.returncode}: {log.name} says why")
 
 
 def train(folder: Path, data: Path, loader: str, seed: int, args: argparse.Namespace) -> dict[str, float]:

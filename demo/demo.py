@@ -6,6 +6,7 @@ runs the training scripts under torchrun, the same that train ARM-base on ImageN
 and pictures to demo_out/.
 """
 
+import argparse
 import json
 import os
 import re
@@ -22,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from digits import unpack_digits
 from main_pretrain import build_model
 from pictures import draw_curves, draw_predictions
-from util import checkpoint, launch, plot_log
+from util import checkpoint, cli, launch, plot_log
 from util.dist import seed_everything
+from util.errors import as_user_error
 from util.launch import ROOT
 
 OUT = ROOT / "demo_out"
@@ -73,10 +75,16 @@ def probe(path: Path) -> tuple[float, float]:
     return rows["20-NN"], rows["linear"]
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> None:
+    """Run the demo; it has no arguments.
+
+    Raises:
+        UserError: its folder cannot be made.
+    """
     start = time.monotonic()
     shutil.rmtree(OUT, ignore_errors=True)  # of an earlier demo
-    OUT.mkdir()
+    with as_user_error(OSError):
+        OUT.mkdir()
     unpack_digits(DATA)
     torchrun("main_pretrain.py", f"{MODEL} {RECIPE} {PRETRAIN} --output_dir {OUT}/pretrain")
     torchrun(
@@ -111,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, cli.Parser("demo.py", description=__doc__.splitlines()[0]))

@@ -1,6 +1,9 @@
 """The parts of the demo; `make demo` runs the whole."""
 
+import sys
+
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
@@ -10,7 +13,7 @@ import main_pretrain
 from conftest import TINY_PRETRAIN
 from digits import unpack_digits
 from pictures import draw_curves, draw_predictions
-from util import checkpoint
+from util import checkpoint, cli
 
 
 def test_unpacked_digits(tmp_path):
@@ -48,3 +51,18 @@ def test_random_encoder(image_folder, tmp_path, run_script):
     want, got = (checkpoint.read(tmp_path / name)["model"] for name in ("checkpoint-0.pth", "random.pth"))
     assert want.keys() == got.keys()
     assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_it_takes_no_arguments(monkeypatch, capsys, tmp_path):
+    """A mistake starts nothing, and a folder that cannot be made is named."""
+    monkeypatch.setattr(demo, "OUT", tmp_path / "file")
+    (tmp_path / "target").mkdir()
+    (tmp_path / "file").symlink_to(tmp_path / "target")  # is not removed
+    for words, message in ((["--epochs", "5"], "unrecognized arguments: --epochs 5"), ([], "File exists")):
+        monkeypatch.setattr(sys, "argv", ["demo.py", *words])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.run(demo.main, cli.Parser("demo.py"))
+        assert exit_info.value.code == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert message in error
