@@ -6,7 +6,6 @@ from operator import attrgetter
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers.weight_init import lecun_normal_
 from torch import Tensor, nn
 
 from ops import causal_conv1d, check_backend, selective_scan
@@ -26,16 +25,17 @@ def scan_orders(grid: tuple[int, int]) -> Tensor:
         grid: rows and columns of patches.
 
     Returns:
-        (4, M + 1) int64; entry [k, t] is the row-major index of the token that direction k reads at step t, with
-        the directions in the order of `FOUR_DIRECTIONS`.
+        (4, M + 1) int64, on the CPU; entry [k, t] is the row-major index of the token that direction k reads at step t,
+        with the directions in the order of `FOUR_DIRECTIONS`.
     """
     rows, columns = grid
     middle = rows * columns // 2
-    patches = torch.arange(rows * columns)
+    patches = torch.arange(rows * columns, device="cpu")
     patches += patches >= middle  # the class token takes index `middle`
     row_major = patches
     column_major = patches.view(rows, columns).t().flatten()  # (rows, columns) -> (columns * rows,)
-    forward = [torch.cat([p[:middle], torch.tensor([middle]), p[middle:]]) for p in (row_major, column_major)]
+    token = torch.tensor([middle], device="cpu")
+    forward = [torch.cat([p[:middle], token, p[middle:]]) for p in (row_major, column_major)]
     return torch.stack([forward[0], forward[0].flip(0), forward[1], forward[1].flip(0)])
 
 
@@ -45,7 +45,11 @@ class PatchEmbed(nn.Module):
     def __init__(self, patch_size: int, embed_dim: int, in_chans: int = 3) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
-        lecun_normal_(self.proj.weight)
+        # LeCun's normal as timm before 0.6 draws it, which the released code runs with. It divides by 0.87962566, the
+        # standard deviation of a unit normal that is cut at two deviations, but cuts at the values -2 and 2, which
+        # nothing reaches. Later versions cut at two deviations, and their standard deviation is 1 / sqrt(fan_in).
+        fan_in = self.proj.weight[0].numel()
+        nn.init.normal_(self.proj.weight, std=fan_in**-0.5 / 0.87962566)
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, imgs: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from timm.optim import param_groups_weight_decay
 
+import mamba
 import models_arm
 from conftest import golden_json, relative_error
 from util.checkpoint import load, pretrain_to_classifier
@@ -192,7 +193,17 @@ def test_initialisation_statistics(kind, create):
     assert set(statistics) == {name for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
         mean, std = statistics[name]
-        # sampling errors of two draws, six standard errors wide
-        width = 6 * math.sqrt(2 / parameter.numel())
-        assert parameter.mean().item() == pytest.approx(mean, abs=width * std + 1e-6), name
+        # five standard errors of the difference of two draws
+        width = 5 / math.sqrt(parameter.numel())
+        assert parameter.mean().item() == pytest.approx(mean, abs=math.sqrt(2) * width * std + 1e-6), name
         assert parameter.std(correction=0).item() == pytest.approx(std, rel=width, abs=1e-6), name
+
+
+@pytest.mark.parametrize(("side", "channels"), [(16, 3), (8, 1)])
+def test_patch_embedding_is_a_whole_normal(side, channels):
+    """Of the released code's standard deviation, with tails that a cut at two deviations does not leave."""
+    torch.manual_seed(0)
+    weight = mamba.PatchEmbed(side, 768, channels).proj.weight
+    std = 1 / (0.87962566 * math.sqrt(channels * side**2))
+    assert weight.std().item() == pytest.approx(std, rel=5 / math.sqrt(2 * weight.numel()))
+    assert (weight.abs() > 2 * std).double().mean().item() == pytest.approx(0.0455, rel=0.1)
