@@ -74,6 +74,12 @@ def _log_once(level: int, message: str) -> None:
         logging.getLogger("arm").log(level, message)
 
 
+@torch.compiler.assume_constant_result  # the compiler guards on both by itself
+def _transformed() -> bool:
+    """Return whether forward-mode derivatives or a transform of `torch.func` may be under way."""
+    return operators.in_forward_mode() or torch._C._functorch.maybe_current_level() is not None
+
+
 @torch.compiler.assume_constant_result
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype, width: int, states: int = 1) -> str:
     """Turn the requested backend into the one that computes; the only place where that is decided.
@@ -114,12 +120,28 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, width: i
     return candidate
 
 
-def _check(device: torch.device, **tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
-    """Raise ValueError unless each tensor (None passes) has its shape and lies on `device`: kernels read by address."""
+def _check(x: Tensor, sizes: dict[str, int], **tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Raise unless every input is what kernels, which read by address, take it for.
+
+    Args:
+        x: the activations.
+        sizes: numbers of things of which there must be one at least, by name.
+        **tensors: `order` and the others, with the shape that each must have; None passes.
+
+    Raises:
+        TypeError: `x` is not floating point, or `order` holds no integers.
+        ValueError: a size is 0, or a tensor has another shape or lies elsewhere than `x`.
+    """
+    order, _ = tensors["order"]
+    if not x.is_floating_point() or (order is not None and order.dtype not in (torch.int64, torch.int32)):
+        dtypes = f"{x.dtype}" + ("" if order is None else f" and {order.dtype}")
+        raise TypeError(f"activations must be floating point, and order int64, got {dtypes}")
+    if empty := [name for name, size in sizes.items() if size == 0]:
+        raise ValueError(f"there must be at least one {empty[0]}")
     for name, (tensor, shape) in tensors.items():
-        if tensor is not None and (tensor.shape != shape or tensor.device != device):
+        if tensor is not None and (tensor.shape != shape or tensor.device != x.device):
             found = f"{tuple(tensor.shape)} on {tensor.device}"
-            raise ValueError(f"{name} must have shape {shape} and be on {device}, got {found}")
+            raise ValueError(f"{name} must have shape {shape} and be on {x.device}, got {found}")
 
 
 def selective_scan(
@@ -137,7 +159,8 @@ def selective_scan(
 
     In each direction, with delta = softplus(dt + dt_bias) and no state before the first token:
     h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t and y_t = <C_t, h_t> + D u_t. The state is float32 (float64 for
-    float64 inputs) whatever autocast says; each gradient has the dtype of its input.
+    float64 inputs) whatever autocast says; each gradient has the dtype of its input. Under forward-mode derivatives and
+    the transforms of `torch.func` the backend "export" computes, which has all derivatives, whatever was asked for.
 
     Args:
         u: (K, B, L, D) in token order, any strides, as `dt`, `B` and `C`; floating point.
@@ -154,17 +177,20 @@ def selective_scan(
         y (K, B, L, D) in token order, dtype of `u`.
 
     Raises:
-        ValueError: a shape or a device does not fit, or see `choose_backend`.
+        ValueError: a shape or a device does not fit, there is no direction, token or state, or see `choose_backend`.
         IndexError: `order` names a token that does not exist (on CUDA as the device reports it).
-        BackendUnavailable, TypeError: see `choose_backend`.
+        TypeError: `u` is not floating point, `order` holds no integers, or see `choose_backend`.
+        BackendUnavailable: see `choose_backend`.
+        NotImplementedError: a second derivative is asked for, of a backend other than "export".
     """
     K, batch, L, width = u.shape
     N = A.shape[-1]
-    inputs, rows = (K, batch, L, width), (K, batch, L, N)
-    _check(u.device, dt=(dt, inputs), A=(A, (K, width, N)), B=(B, rows), C=(C, rows))
-    _check(u.device, D=(D, (K, width)), dt_bias=(dt_bias, (K, width)), order=(order, (K, L)))
+    inputs, rows, channels = (K, batch, L, width), (K, batch, L, N), (K, width)
+    shapes = {"dt": (dt, inputs), "A": (A, (*channels, N)), "B": (B, rows), "C": (C, rows)}
+    shapes |= {"D": (D, channels), "dt_bias": (dt_bias, channels), "order": (order, (K, L))}
+    _check(u, {"direction": K, "token": L, "state": N}, **shapes)
     tensors = (u, dt, A, B, C, D, dt_bias)
-    name = choose_backend(backend, u.device, u.dtype, width, N)
+    name = "export" if _transformed() else choose_backend(backend, u.device, u.dtype, width, N)
     if name in ("mamba_ssm", "export"):
         return backend_module(name).selective_scan(*tensors, order)
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
@@ -190,12 +216,13 @@ def causal_conv1d(
         (K, B, L, D) in token order, dtype of `x`.
 
     Raises:
-        ValueError, IndexError, BackendUnavailable, TypeError: as `selective_scan`.
+        ValueError, IndexError, TypeError, BackendUnavailable, NotImplementedError: as `selective_scan`.
     """
     _, L, width = x.shape
     K, _, W = weight.shape
-    _check(x.device, weight=(weight, (K, width, W)), bias=(bias, (K, width)), order=(order, (K, L)))
-    name = choose_backend(backend, x.device, x.dtype, width)
+    shapes = {"weight": (weight, (K, width, W)), "bias": (bias, (K, width)), "order": (order, (K, L))}
+    _check(x, {"direction": K, "token": L, "tap": W}, **shapes)
+    name = "export" if _transformed() else choose_backend(backend, x.device, x.dtype, width)
     if name in ("mamba_ssm", "export"):
         return backend_module(name).causal_conv1d(x, weight, bias, order)
     return operators.causal_conv1d(x, weight, bias, order, name)

@@ -1,7 +1,8 @@
-"""Both ops for `torch.export`: operators of torch alone, which programs without this repository can run.
+"""Both ops composed of torch's own operators, for `torch.export` and for derivatives that kernels do not have.
 
-torch's scan (in ONNX: Scan) holds the graph of one step, where a loop would be recorded token by token. Arguments and
-results are those of `ops.selective_scan` and `ops.causal_conv1d`.
+Exported programs run without this repository. Run eagerly, both ops have every derivative that torch's operators have:
+forward mode, double backward, `torch.func`. Arguments and results are those of `ops.selective_scan` and
+`ops.causal_conv1d`.
 """
 
 import torch
@@ -47,7 +48,15 @@ def selective_scan(
         return h, (row[..., None] * h).sum(2)
 
     h = u.new_zeros(*u.shape[:2], A.shape[2], u.shape[3])
-    _, y = scan(step, h, tuple(_steps(x, order) for x in (delta * u, delta, C, B)))
+    tokens = tuple(_steps(x, order) for x in (delta * u, delta, C, B))
+    if torch.compiler.is_compiling():  # in ONNX: Scan; it holds the graph of one step, not of every token
+        _, y = scan(step, h, tokens)
+    else:  # scan lacks forward mode and loses parts of second derivatives
+        outputs = []
+        for token in zip(*(x.unbind() for x in tokens), strict=True):
+            h, output = step(h, token)
+            outputs.append(output)
+        y = torch.stack(outputs)
     y = _gather(y.permute(1, 2, 0, 3), _inverse(order))  # (L, K, B, D) -> (K, B, L, D)
     return (y + D[:, None, None] * u).to(result)
 

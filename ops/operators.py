@@ -8,14 +8,34 @@ backend is a module of five functions: `scan_forward`, `scan_states`, `scan_back
 import importlib
 from collections.abc import Iterable
 from types import ModuleType
+from typing import NoReturn
 
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import custom_op
 
 
+def in_forward_mode() -> bool:
+    """Return whether a level of forward-mode derivatives is entered."""
+    return forward_ad._current_level >= 0
+
+
 def backend_module(name: str) -> ModuleType:
-    """The module that implements backend `name`."""
+    """Return the module that implements backend `name`."""
     return importlib.import_module(f".{name}_backend", __package__)
+
+
+def _refuse_forward_mode() -> None:
+    """Raise where tangents may be about: torch would leave them out of what an operator returns without a word."""
+    if in_forward_mode():
+        raise NotImplementedError(
+            "the operators arm::... have no forward-mode derivatives: call ops.selective_scan and ops.causal_conv1d "
+            "instead, uncompiled and inside the forward-mode level; backend='export' where only a backward pass is"
+        )
+
+
+def _refuse_second(ctx: object, *grads: Tensor) -> NoReturn:
+    raise NotImplementedError("the kernels have no second derivatives: backend='export' (--scan_backend export) has")
 
 
 def _as_inputs(grads: Iterable[Tensor], inputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
@@ -41,12 +61,14 @@ def selective_scan(
     trains: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return y and, where it `trains`, the states that the backward pass starts from (else an empty tensor)."""
+    _refuse_forward_mode()
     y, states = backend_module(backend).scan_forward(u, dt, A, B, C, D, dt_bias, order, trains)
     return y.contiguous(), u.new_empty(0) if states is None else states
 
 
 @selective_scan.register_fake
 def _(u, dt, A, B, C, D, dt_bias, order, backend, trains):
+    _refuse_forward_mode()
     return u.new_empty(u.shape), backend_module(backend).scan_states(u, A) if trains else u.new_empty(0)
 
 
@@ -65,13 +87,18 @@ def selective_scan_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of u, dt, A, B, C, D and dt_bias."""
+    _refuse_forward_mode()
     inputs = (u, dt, A, B, C, D, dt_bias)
     return _as_inputs(backend_module(backend).scan_backward(dy, *inputs, order, states), inputs)
 
 
 @selective_scan_backward.register_fake
 def _(dy, u, dt, A, B, C, D, dt_bias, order, states, backend):
+    _refuse_forward_mode()
     return _empty_grads((u, dt, A, B, C, D, dt_bias))
+
+
+selective_scan_backward.register_autograd(_refuse_second)
 
 
 def _scan_context(ctx, inputs, output):
@@ -95,11 +122,13 @@ selective_scan.register_autograd(_scan_grads, setup_context=_scan_context)
 @custom_op("arm::causal_conv1d", mutates_args=())
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None, backend: str) -> Tensor:
     """Return the convolution after SiLU."""
+    _refuse_forward_mode()
     return backend_module(backend).conv_forward(x, weight, bias, order).contiguous()
 
 
 @causal_conv1d.register_fake
 def _(x, weight, bias, order, backend):
+    _refuse_forward_mode()
     return x.new_empty(weight.shape[0], *x.shape)
 
 
@@ -108,13 +137,18 @@ def causal_conv1d_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight and bias."""
+    _refuse_forward_mode()
     inputs = (x, weight, bias)
     return _as_inputs(backend_module(backend).conv_backward(dy, *inputs, order), inputs)
 
 
 @causal_conv1d_backward.register_fake
 def _(dy, x, weight, bias, order, backend):
+    _refuse_forward_mode()
     return _empty_grads((x, weight, bias))
+
+
+causal_conv1d_backward.register_autograd(_refuse_second)
 
 
 def _conv_context(ctx, inputs, output):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.autograd import forward_ad
 
 import main_finetune
 import main_pretrain
@@ -136,3 +137,26 @@ def test_whether_to_compile(monkeypatch):
         for device in (cpu, gpu):
             assert models_arm.compiles(True, device)
             assert not models_arm.compiles(False, device)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_forward_mode_of_what_is_compiled(backend):
+    """Of a block that was compiled and called before, as usual: the right tangent or an error, never one of 0."""
+    torch.manual_seed(0)
+    block = Block(32, 2, ONE_DIRECTION, backend).requires_grad_(False)
+    h, tangent = torch.randn(2, 2, 5, 32)
+    keep = torch.ones(2, 1, 1)
+    want = torch.func.jvp(lambda h: block(h, None, keep), (h,), (tangent,))[1]
+    exact = copy.deepcopy(block).double()
+    exact.mixer.scan_backend = "torch"
+    far, near = (exact(h.double() + step * tangent.double(), None, keep.double()) for step in (1e-6, -1e-6))
+    assert relative_error(want, (far - near) / 2e-6) < 1e-4
+
+    compiled = torch.compile(block, backend="aot_eager")
+    compiled(h, None, keep)
+    assert relative_error(torch.func.jvp(lambda h: compiled(h, None, keep), (h,), (tangent,))[1], want) < 1e-5
+
+    torch._dynamo.reset()
+    compiled(h, None, keep)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="uncompiled and inside"):
+        compiled(forward_ad.make_dual(h, tangent), None, keep)

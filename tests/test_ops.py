@@ -1,6 +1,7 @@
 """The backends of ops/ against the oracle in float64: outputs, every gradient, choosing, building, timing."""
 
 import contextlib
+import copy
 import importlib
 import logging
 import multiprocessing
@@ -12,8 +13,12 @@ import types
 
 import pytest
 import torch
+from torch import func
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import models_arm
 import ops
 from ops import BackendUnavailable, cpu_backend, naive
 
@@ -295,6 +300,130 @@ def test_the_states_get_no_gradient():
     assert states not in backward.shapes
 
 
+# ---- other derivatives ----
+
+SMALL = {"selective_scan": scan_inputs(K=2, batch=2, L=4, D=3, N=2), "causal_conv1d": conv_inputs(K=2, L=4, D=3, W=3)}
+OPS = pytest.mark.parametrize("op", SMALL)
+
+
+def frozen(op):
+    """Return the inputs of an op without gradients, and a tangent for each."""
+    inputs = {name: leaf.detach() for name, leaf in SMALL[op].items()}
+    return inputs, {name: torch.randn_like(tensor) for name, tensor in inputs.items()}
+
+
+def in_dual_level(compute, inputs, tangents):
+    with forward_ad.dual_level():
+        duals = {name: forward_ad.make_dual(tensor, tangents[name]) for name, tensor in inputs.items()}
+        return forward_ad.unpack_dual(compute(duals)).tangent
+
+
+def in_dual_level_with_gradients(compute, inputs, tangents):
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
+    return in_dual_level(compute, leaves, tangents)
+
+
+def pairs(inputs, tangents):
+    """Return two sets of inputs as one batch, to be mapped over."""
+    return {name: torch.stack([tensor, tensor + tangents[name]]) for name, tensor in inputs.items()}
+
+
+def first_only(compute, inputs):
+    name = next(iter(inputs))
+    return (lambda tensor: compute({**inputs, name: tensor}).pow(2).sum()), inputs[name]
+
+
+DERIVATIVES = {
+    "jvp": lambda compute, x, v: func.jvp(compute, (x,), (v,))[1],
+    "jacfwd": lambda compute, x, v: torch.cat([part.flatten() for part in func.jacfwd(compute)(x).values()]),
+    "jacrev": lambda compute, x, v: torch.cat([part.flatten() for part in func.jacrev(compute)(x).values()]),
+    "dual level": in_dual_level,
+    "dual level, inputs with gradients": in_dual_level_with_gradients,
+    "vmap": lambda compute, x, v: func.vmap(compute)(pairs(x, v)),
+    "gradients of each image": lambda compute, x, v: torch.cat(
+        [part.flatten() for part in func.vmap(func.grad(lambda x: compute(x).sum()))(pairs(x, v)).values()]
+    ),
+    "jvp of vmap": lambda compute, x, v: func.jvp(func.vmap(compute), (pairs(x, v),), (pairs(v, v),))[1],
+    "vmap of jvp": lambda compute, x, v: func.vmap(lambda x: func.jvp(compute, (x,), (v,))[1])(pairs(x, v)),
+    "jacfwd of jacrev": lambda compute, x, v: func.hessian(first_only(compute, x)[0])(first_only(compute, x)[1]),
+    "jacrev of jacfwd": lambda compute, x, v: func.jacrev(func.jacfwd(first_only(compute, x)[0]))(
+        first_only(compute, x)[1]
+    ),
+    "linearize": lambda compute, x, v: func.linearize(compute, x)[1](v),
+}
+
+
+@OPS
+@pytest.mark.parametrize("kind", DERIVATIVES)
+@pytest.mark.parametrize("backend", ["torch", "cpu", "export"])
+def test_derivatives_beyond_those_of_the_kernels(op, kind, backend):
+    """Torch leaves out of a tangent what an operator has no rule for, without a word."""
+    order, (inputs, tangents) = random_order(2, 4), frozen(op)
+    got = DERIVATIVES[kind](lambda x: public(op, backend)(**x, order=order), inputs, tangents)
+    exact, tangents = ({name: x.double() for name, x in given.items()} for given in (inputs, tangents))
+    want = DERIVATIVES[kind](lambda x: getattr(naive, op)(**x, order=order), exact, tangents)
+    assert want.abs().max() > 0.1
+    assert (got - want).abs().max() < 1e-5 * want.abs().max()
+
+
+@OPS
+def test_second_derivatives(op):
+    """Right in the backend of plain operators, refused where kernels compute."""
+    order, leaves = random_order(2, 4), {name: leaf.detach().double() for name, leaf in SMALL[op].items()}
+    leaves = tuple(leaf.requires_grad_() for leaf in leaves.values())
+
+    def compute(*tensors, backend="export"):
+        return public(op, backend)(**dict(zip(SMALL[op], tensors, strict=True)), order=order)
+
+    assert torch.autograd.gradgradcheck(compute, leaves)
+    grads = torch.autograd.grad(compute(*leaves, backend="torch").sum(), leaves, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"no second derivatives: backend='export' \(--scan_backend export\)"):
+        sum(grad.sum() for grad in grads).backward()
+
+
+def operator(op):
+    """Return the registered operator as a function of the same arguments."""
+    if op == "causal_conv1d":
+        return lambda **x: torch.ops.arm.causal_conv1d(*x.values(), "torch")
+    return lambda **x: torch.ops.arm.selective_scan(*x.values(), "torch", False)[0]
+
+
+@OPS
+def test_an_operator_called_directly_refuses_forward_mode(op):
+    order, (inputs, tangents) = random_order(2, 4), frozen(op)
+
+    def tangent(x, v):
+        return func.jvp(lambda x: operator(op)(**x, order=order), (x,), (v,))[1]
+
+    for compute in (tangent, torch.compile(tangent, backend="eager")):
+        with pytest.raises(NotImplementedError, match=r"^the operators arm::\.\.\. have no forward-mode derivatives"):
+            compute(inputs, tangents)
+
+
+@OPS
+def test_forward_mode_of_a_backward_pass_is_refused(op):
+    leaf = next(iter(SMALL[op].values()))
+    y = public(op, "torch")(**SMALL[op])
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="backend='export' where only a backward"):
+        torch.autograd.grad(y, leaf, forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y)))
+
+
+def test_forward_mode_of_models():
+    """Weights that are frozen, as in a linear probe, included."""
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4}
+    classifier = models_arm.create_classifier("arm_tiny_pz16", **sizes, num_classes=3).double().eval()
+    torch.nn.init.normal_(classifier.head.weight)
+    pretrain = models_arm.create_pretrain_model(
+        "arm_tiny_pz16", **sizes, cluster_size=2, dec_embed_dim=64, dec_depth=2
+    ).double()
+    imgs, direction = torch.randn(2, 2, 3, 32, 32, dtype=torch.float64)
+    for model in (classifier, copy.deepcopy(classifier).requires_grad_(False), pretrain.requires_grad_(False)):
+        want = (model(imgs + 1e-6 * direction) - model(imgs - 1e-6 * direction)) / 2e-6
+        with sdpa_kernel(SDPBackend.MATH):  # torch's faster attention has no forward mode, and says so
+            got = func.jvp(model, (imgs,), (direction,))[1]
+        assert (got - want).norm() < 1e-6 * want.norm()
+
+
 # ---- arguments ----
 
 
@@ -310,6 +439,45 @@ def test_shapes_that_do_not_fit(name):
     wrong = "B" if name == "A" else name  # A tells N
     with pytest.raises(ValueError, match=rf"^{wrong} must have shape \(4, .*, got \("):
         ops.selective_scan(**inputs, backend="torch")
+
+
+@pytest.mark.parametrize(("op", "inputs"), [("selective_scan", scan_inputs), ("causal_conv1d", conv_inputs)])
+@pytest.mark.parametrize("backend", ["torch", "cpu", "export"])
+@pytest.mark.parametrize("empty", ["batch", "D"])
+def test_no_images_or_no_channels(op, inputs, backend, empty):
+    """Results are empty, and gradients of what all images share are 0."""
+    leaves = inputs(K=2, L=5, **{empty: 0})
+    y = public(op, backend)(**leaves, order=random_order(2, 5))
+    assert y.shape == (2, 0 if empty == "batch" else 2, 5, 0 if empty == "D" else 32)
+    for name, grad in zip(leaves, torch.autograd.grad(y.sum(), list(leaves.values())), strict=True):
+        assert grad.shape == leaves[name].shape, name
+        assert not grad.any(), name
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu", "export", "auto"])
+@pytest.mark.parametrize(("size", "name"), [("K", "direction"), ("L", "token"), ("N", "state"), ("W", "tap")])
+def test_no_directions_tokens_states_or_taps(backend, size, name):
+    for op, inputs in (("selective_scan", scan_inputs), ("causal_conv1d", conv_inputs)):
+        if (size, op) in (("N", "causal_conv1d"), ("W", "selective_scan")):
+            continue
+        leaves = inputs(**{"K": 2, "L": 5, size: 0})
+        with pytest.raises(ValueError, match=f"^there must be at least one {name}$"):
+            public(op, backend)(**leaves)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu", "export"])
+def test_numbers_of_other_kinds(backend):
+    """Cut down to integers they would be other numbers."""
+    scan, conv, order = scan_inputs(L=5), conv_inputs(L=5), random_order(4, 5)
+    for wrong in (order.float(), order.bool()):
+        with pytest.raises(TypeError, match=f"order int64, got torch.float32 and {wrong.dtype}"):
+            ops.selective_scan(**scan, order=wrong, backend=backend)
+        with pytest.raises(TypeError, match=f"order int64, got torch.float32 and {wrong.dtype}"):
+            ops.causal_conv1d(**conv, order=wrong, backend=backend)
+    with pytest.raises(TypeError, match=r"must be floating point, .*, got torch\.int64$"):
+        ops.selective_scan(**{**scan, "u": scan["u"].long()}, backend=backend)
+    with pytest.raises(TypeError, match=r"must be floating point, .*, got torch\.int64$"):
+        ops.causal_conv1d(**{**conv, "x": conv["x"].long()}, backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])

@@ -366,3 +366,26 @@ def test_table_of_resources():
 def test_interpretation_is_on_where_there_is_no_gpu():
     assert triton_backend.triton.knobs.runtime.interpret == (DEVICE == "cpu")
     assert (os.environ.get("TRITON_INTERPRET") == "1") == (DEVICE == "cpu")
+
+
+@OPS
+@pytest.mark.parametrize("empty", ["batch", "D"])
+def test_no_images_or_no_channels(op, empty):
+    leaves = on_device(INPUTS[op](K=2, L=5, **{empty: 0}))
+    y = TRITON[op](**leaves, order=random_order(2, 5, DEVICE))
+    assert y.shape == (2, 0 if empty == "batch" else 2, 5, 0 if empty == "D" else 32)
+    for name, grad in zip(leaves, torch.autograd.grad(y.sum(), list(leaves.values())), strict=True):
+        assert grad.shape == leaves[name].shape, name
+        assert not grad.any(), name
+
+
+@OPS
+def test_forward_mode(op):
+    """The kernels are left for torch's own operators, which have it."""
+    order = random_order(2, 5, DEVICE)
+    inputs = {name: leaf.detach() for name, leaf in on_device(INPUTS[op](K=2, L=5)).items()}
+    tangents = {name: torch.randn_like(tensor) for name, tensor in inputs.items()}
+    got = torch.func.jvp(lambda x: TRITON[op](**x, order=order), (inputs,), (tangents,))[1]
+    exact, tangents = ({name: x.double() for name, x in given.items()} for given in (inputs, tangents))
+    want = torch.func.jvp(lambda x: getattr(naive, op)(**x, order=order), (exact,), (tangents,))[1]
+    assert (got - want).abs().max() < 1e-4 * want.abs().max()
