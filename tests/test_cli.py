@@ -326,7 +326,7 @@ PRETRAIN_MISTAKES = {
 FINETUNE_MISTAKES = {
     "--nb_classes 2": "has 3 classes, the classifier 2",
     "--finetune none.pth": "no checkpoint file none.pth",
-    "--resume none.pth --model_key ignore_keys model_ema": "--model_key chooses among the weights of --finetune",
+    "--resume none.pth --model_key model_ema": "--model_key chooses among the weights of --finetune",
     "--eval": "--eval needs a checkpoint",
     "--input_size 50": "image size 50 does not divide into patches of 8 pixels; nearest: 48 or 56",
     "--mixup 0.8 --batch_size 3": "need an even batch",
