@@ -15,6 +15,7 @@ import models_arm
 import probe
 from conftest import TINY_FINETUNE
 from util import checkpoint
+from util.checkpoint_file import say_once
 from util.errors import UserError
 from util.run import Run
 
@@ -524,15 +525,17 @@ def test_arguments_that_are_no_namespace(args):
 
 def test_what_is_guessed_is_said(caplog):
     state, args = classifier((48, 48)).state_dict(), argparse.Namespace(input_size=48, global_pool=False)
-    assert checkpoint.guesses({"model": state, "args": args}, state) == []
+    assert checkpoint.guesses({"model": state, "args": args}, state) == {}
     assert checkpoint.saved_pooling({"model": state, "args": args}) is False
-    assert checkpoint.guesses(state, state) == ["the mean of the patches as pooling", "a square input"]
+    assert checkpoint.guesses(state, state) == {"global_pool": "mean of the patches", "input_size": "a square"}
+    assert checkpoint.guesses(state, state, {"global_pool"}) == {"input_size": "a square"}
     assert checkpoint.saved_pooling(state) is True
     state = pretrained((48, 48)).state_dict()
+    say_once.cache_clear()
     with caplog.at_level("INFO"):
         checkpoint.say_guesses("bare.pth", state, state)
     assert re.fullmatch(
-        r"bare\.pth does not say how it was trained; a guess: a square input; as the published models: .*order.*",
+        r"bare\.pth does not say how it was trained; guessed: input_size \(a square\), .*order \(row\).*",
         caplog.messages[0],
     )
 
