@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +31,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import sitecustomize  # noqa: F401
+from ops import BackendUnavailable
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on CPU tensors
@@ -42,6 +43,17 @@ GOLDEN = REPOSITORY / "tests" / "golden"
 TINY = "--model arm_tiny_pz16 --embed_dim 32 --depth 4 --patch_size 8 --device cpu --num_workers 0".split()
 TINY_PRETRAIN = [*TINY, *"--input_size 48 32 --cluster_size 2 --dec_embed_dim 64 --dec_depth 2".split()]
 TINY_FINETUNE = [*TINY, *"--input_size 48 32 --nb_classes 3 --drop_path 0".split()]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """Skip, with the reason, what needs the fast CPU kernels where there is no C compiler, which is optional."""
+    try:
+        return (yield)
+    except BackendUnavailable as error:
+        if "no C compiler found" in str(error):
+            pytest.skip(str(error))
+        raise
 
 
 class Golden:
