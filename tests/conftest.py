@@ -31,7 +31,6 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import sitecustomize  # noqa: F401
-from ops import BackendUnavailable
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on CPU tensors
@@ -48,6 +47,8 @@ TINY_FINETUNE = [*TINY, *"--input_size 48 32 --nb_classes 3 --drop_path 0".split
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
     """Skip, with the reason, what needs the fast CPU kernels where there is no C compiler, which is optional."""
+    from ops import BackendUnavailable  # imports Triton
+
     try:
         return (yield)
     except BackendUnavailable as error:
