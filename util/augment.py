@@ -7,7 +7,7 @@ training device carries them out, a batch at a time, and flips and normalises.
 import copy
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -22,6 +22,7 @@ from torchvision import transforms
 from torchvision.transforms.v2 import functional as F
 
 from util import decode
+from util.decode import MAX_PIXELS, BrokenImage
 
 Array = np.ndarray  # (H, W, 3) uint8
 RANDOM_CROPS = transforms.RandomResizedCrop, RandomResizedCropAndInterpolation
@@ -92,7 +93,12 @@ class Uint8Transform:
 
     def _cropped(self, data: bytes) -> Array:
         if self.crop is None:
-            pixels = decode.crop_of(data, lambda height, width: (0, 0, height, width))
+
+            def everything(height: int, width: int) -> tuple[int, int, int, int]:
+                check_resized(height, width, self.resize.size)
+                return 0, 0, height, width
+
+            pixels = decode.crop_of(data, everything)
             image = F.resize(_as_image(pixels), self.resize.size, self.resize.interpolation)
             return F.center_crop(image, self.centre.size).permute(1, 2, 0).numpy()  # (3, H, W) -> (H, W, 3)
 
@@ -146,6 +152,21 @@ class Uint8Transform:
             box.copy_(torch.randn(shape, device=box.device, generator=generator))
         else:
             box.zero_()
+
+
+def check_resized(height: int, width: int, size: int | Sequence[int]) -> None:
+    """Refuse an image so narrow that it would fill memory once its shorter side has been resized.
+
+    Args:
+        height: in pixels.
+        width: in pixels.
+        size: of the shorter side, as `transforms.Resize` takes it; height and width bound themselves.
+
+    Raises:
+        BrokenImage: more than `MAX_PIXELS` would come out.
+    """
+    if isinstance(size, int) and size * size * max(height, width) > MAX_PIXELS * min(height, width):
+        raise BrokenImage(f"{width} x {height} pixels with {size} on the shorter side are more than {MAX_PIXELS}")
 
 
 def _as_image(pixels: Array) -> Tensor:

@@ -20,11 +20,12 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, g
 from torchvision import transforms
 
 from util import decode
-from util.augment import Uint8Transform
+from util.augment import Uint8Transform, check_resized
 from util.decode import BrokenImage
 from util.device_loader import DeviceLoader, allowed_broken
 from util.dist import rank, world_size
 from util.errors import UserError
+from util.files import printable
 from util.interrupt import SIGNALS
 from util.sources import Source, open_source
 
@@ -83,8 +84,16 @@ def eval_transform(size: tuple[int, int], resize: str, ratio: float | None = Non
         # the shorter side of an image is laid onto the longer side of the input, so that the crop always fits
         resized = max(resized)
     return transforms.Compose(
-        [transforms.Resize(resized, BICUBIC), transforms.CenterCrop(size), transforms.ToTensor(), NORMALIZE]
+        [BoundedResize(resized, BICUBIC), transforms.CenterCrop(size), transforms.ToTensor(), NORMALIZE]
     )
+
+
+class BoundedResize(transforms.Resize):
+    """Resize, but refuse an image that would become too large; see `check_resized`."""
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        check_resized(image.height, image.width, self.size)
+        return super().forward(image)
 
 
 class PillowTransform:
@@ -120,12 +129,18 @@ class ImageDataset(Dataset):
         return len(self.source.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, list[float]]:
-        """Raises `BrokenImage` with the name of what cannot be read or decoded."""
+        """Return a sample; raise `BrokenImage` with the name of what cannot be read or decoded."""
         try:
-            pixels, numbers = self.transform(self.source.read(index))
-            return pixels, [*numbers, self.source.labels[index]]
-        except (BrokenImage, OSError) as error:
+            pixels, numbers = self.transform(self._read(index))
+        except BrokenImage as error:
             raise BrokenImage(f"{self.source.name(index)}: {error}") from error
+        return pixels, [*numbers, self.source.labels[index]]
+
+    def _read(self, index: int) -> bytes:
+        try:
+            return self.source.read(index)
+        except OSError as error:
+            raise BrokenImage(error.strerror or printable(str(error))) from error
 
     def blank(self) -> tuple[Tensor, list[float]]:
         """A black sample with the label -1, in the place of a broken one."""

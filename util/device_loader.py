@@ -2,6 +2,8 @@
 
 import logging
 import math
+import re
+import traceback
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import islice
@@ -16,6 +18,14 @@ from util.errors import RunError
 from util.metrics import RunLog, SilentLog
 
 LOGGER = logging.getLogger(__name__)
+
+# messages of torch and the system about processes that load images -> what helps
+REMEDIES = {
+    "Bus error|shared memory|No space left on device": "/dev/shm is full: a smaller --num_workers or --batch_size "
+    "needs less of it, --num_workers 0 none; or make it larger (docker run --shm-size=8g)",
+    "Too many open files|ancdata": "a smaller --num_workers needs fewer files; or raise the limit (ulimit -n)",
+    "killed by signal: Killed": "if memory has run out, a smaller --num_workers or --batch_size needs less",
+}
 
 
 class DeviceLoader:
@@ -53,13 +63,27 @@ class DeviceLoader:
         """Batches of images (B, 3, H, W) float32 and labels (B,) int64, on the device.
 
         Raises:
-            RunError: more than `max_broken` images are broken.
+            RunError: more than `max_broken` images are broken, or the workers lack memory or open files.
         """
         self.broken = {}
         if self.device.type == "cuda":
             yield from self._ahead()
         else:
-            yield from map(self._to_device, self.loader)
+            yield from map(self._to_device, self._loaded())
+
+    def _loaded(self) -> Iterator[tuple[Tensor, np.ndarray, dict[int, str]]]:
+        """Batches of the loader; what its processes lack ends the run with what helps."""
+        try:
+            yield from self.loader
+        except (OSError, RuntimeError) as error:
+            remedy = next((text for words, text in REMEDIES.items() if re.search(words, str(error))), None)
+            if remedy is None:
+                raise
+            for frame, _ in traceback.walk_tb(error.__traceback__):
+                unfinished = frame.f_locals.get("self")
+                if hasattr(unfinished, "_shutdown_workers"):  # torch's iterator: its __del__ would print a traceback
+                    unfinished._shutdown = True
+            raise RunError(f"{str(error).splitlines()[-1]}; {remedy}") from error
 
     def _to_device(self, batch: tuple[Tensor, np.ndarray, dict[int, str]]) -> list[Tensor]:
         pixels, numbers, broken = batch
@@ -76,7 +100,7 @@ class DeviceLoader:
     def _ahead(self) -> Iterator[list[Tensor]]:
         """Copy and finish each batch on a side stream, while the device is still at the step before it."""
         stream, training = _side_stream(self.device), torch.cuda.current_stream(self.device)
-        batches = iter(self.loader)
+        batches = self._loaded()
         while True:
             with torch.cuda.stream(stream):
                 batch = next(map(self._to_device, batches), None)
