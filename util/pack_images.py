@@ -11,11 +11,13 @@ import argparse
 import errno
 import hashlib
 import io
-import json
 import os
+import stat
 import tarfile
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -29,8 +31,11 @@ from util import cli, decode
 from util.decode import BrokenImage
 from util.device_loader import allowed_broken, listed
 from util.errors import RunError, UserError, as_user_error
+from util.files import printable, read_json, replacing, write_json
 from util.lock import lock_folder
 from util.sources import Folder, Source, TarShards
+
+MAX_JPEG_SIDE = 65500  # of libjpeg
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -78,13 +83,13 @@ def encoded(source: Folder, short_side: int | None, quality: int, index: int) ->
         Suffix and content of its file, or why it is broken.
 
     Raises:
-        RunError: the file cannot be read, which may be another time: only a link that leads nowhere is broken itself.
+        RunError: the file cannot be read, which may be another time.
     """
     name = source.name(index)
     try:
         data = source.read(index)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP) and os.path.islink(name):  # it leads nowhere
+        if error.errno == errno.EFBIG or _never_readable(source.path(index)):
             return f"{name}: {error.strerror}"
         raise RunError(f"{name}: {error.strerror}; the same command goes on after the last whole shard") from error
     suffix = os.path.splitext(name)[1].removeprefix(".").lower()
@@ -94,11 +99,20 @@ def encoded(source: Folder, short_side: int | None, quality: int, index: int) ->
         pixels = decode.crop_of(data, lambda height, width: (0, 0, height, width))
     except BrokenImage as error:
         return f"{name}: {error}"
-    if min(pixels.shape[:2]) <= short_side:
+    height, width, _ = pixels.shape
+    if min(height, width) <= short_side or short_side * max(height, width) > MAX_JPEG_SIDE * min(height, width):
         return suffix, data
     image = torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
     pixels = F.resize_image(image, [short_side], F.InterpolationMode.BICUBIC).permute(1, 2, 0)  # (3, h, w) -> (h, w, 3)
     return "jpg", simplejpeg.encode_jpeg(pixels.contiguous().numpy(), quality=quality, colorsubsampling="420")
+
+
+def _never_readable(path: str) -> bool:
+    """Return whether a path is a link that leads nowhere, a pipe, a device or the like."""
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode)
+    except OSError as error:
+        return error.errno in (errno.ENOENT, errno.ELOOP) and os.path.islink(path)
 
 
 def _start_worker(*arguments: object) -> None:
@@ -111,7 +125,16 @@ def _in_worker(index: int) -> tuple[str, bytes] | str:
     return _encoded(index)
 
 
-def claim(source: Folder, folder: Path, short_side: int | None, args: argparse.Namespace) -> None:
+def shards_of(count: int, folder: Path, size: int) -> dict[Path, list[int]]:
+    """Return the shards of a split, and the images in each: `size` of `count`, the last one fewer."""
+    order = np.random.default_rng(0).permutation(count)  # classes mixed, for readers that shuffle within a buffer
+    return {
+        folder / f"{number:06d}.tar": order[start : start + size].tolist()
+        for number, start in enumerate(range(0, count, size))
+    }
+
+
+def claim(source: Folder, folder: Path, short_side: int | None, args: argparse.Namespace) -> dict[Path, list[str]]:
     """Make the folder of one split, with what will be packed into it in packed.json, and keep other packers out.
 
     Args:
@@ -120,8 +143,12 @@ def claim(source: Folder, folder: Path, short_side: int | None, args: argparse.N
         short_side: see `encoded`.
         args: `quality` and `shard_images`.
 
+    Returns:
+        The shards that are there, and the broken images that each leaves out.
+
     Raises:
-        UserError: the folder holds shards of other images or settings, is in use, or cannot be written.
+        UserError: the folder holds shards of other images or settings, or of unknown ones; a file in it is damaged; it
+            is in use, or cannot be written.
     """
     names = hashlib.sha256(b"\0".join(source.paths)).hexdigest()
     plan = {"images": len(source.labels), "names": names, "short_side": short_side}
@@ -130,14 +157,52 @@ def claim(source: Folder, folder: Path, short_side: int | None, args: argparse.N
     with as_user_error(OSError):  # its message names the file
         folder.mkdir(parents=True, exist_ok=True)
         lock_folder(folder, "DST")
+        found = set(folder.glob("*.tar"))
         if not plan_file.exists():
-            plan_file.with_suffix(".partial").write_text(json.dumps(plan))
-            plan_file.with_suffix(".partial").rename(plan_file)
-    if json.loads(plan_file.read_text()) != plan:
+            if found:
+                raise UserError(f"{folder} holds shards, but no packed.json that says of what: choose another folder")
+            write_json(plan_file, plan)
+    if read_json(plan_file) != plan:
         raise UserError(f"{folder} holds shards of other images or settings: choose another folder, or remove it")
+    foreign = sorted(found - shards_of(len(source.labels), folder, args.shard_images).keys())
+    if foreign:
+        raise UserError(f"{printable(foreign[0])} is none of the shards that are packed here: move it elsewhere")
+    return {path: _left_out(path) for path in sorted(found)}
 
 
-def pack(source: Folder, folder: Path, short_side: int | None, args: argparse.Namespace) -> list[str]:
+def _left_out(shard: Path) -> list[str]:
+    """Return the broken images that a finished shard leaves out, a line for each."""
+    path = _list_of(shard)
+    if not path.exists():
+        return []
+    lines = read_json(path)
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise UserError(f"{path} is damaged: it is no list of broken images. Remove {shard.name} to pack that again")
+    return [printable(line) for line in lines]
+
+
+def _list_of(shard: Path) -> Path:
+    return shard.with_suffix(".broken.json")
+
+
+@contextmanager
+def _starting_workers() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"no worker can be started: {error.strerror}; a smaller --num_workers, a larger /dev/shm (docker run "
+            "--shm-size=8g) or higher limits (ulimit) help"
+        ) from error
+
+
+def pack(
+    source: Folder,
+    folder: Path,
+    short_side: int | None,
+    args: argparse.Namespace,
+    finished: dict[Path, list[str]],
+) -> list[str]:
     """Write the shards of one split that are not there yet.
 
     Args:
@@ -146,36 +211,32 @@ def pack(source: Folder, folder: Path, short_side: int | None, args: argparse.Na
             images of one are in 000000.broken.json, which counts only beside it.
         short_side: see `encoded`.
         args: `quality`, `shard_images`, `num_workers`, `max_bad_samples`.
+        finished: what `claim` has returned.
 
     Returns:
         The images that are broken and left out.
 
     Raises:
-        RunError: too many images are broken, or a file cannot be read.
+        RunError: too many images are broken, a file cannot be read, or no worker can be started.
     """
     count = len(source.labels)
     max_broken = allowed_broken(args.max_bad_samples, count)
-    order = np.random.default_rng(0).permutation(count)  # classes mixed, for readers that shuffle within a buffer
-    shards = {
-        folder / f"{number:06d}.tar": order[start : start + args.shard_images].tolist()
-        for number, start in enumerate(range(0, count, args.shard_images))
-    }
-    missing = [path for path in shards if not path.exists()]
-    lists = {path: path.with_suffix(".broken.json") for path in shards}
-    broken = {path: [] for path in shards}
-    for path in shards.keys() - set(missing):
-        if lists[path].exists():
-            broken[path] = json.loads(lists[path].read_text())
+    shards = shards_of(count, folder, args.shard_images)
+    missing = [path for path in shards if path not in finished]
+    broken = {path: finished.get(path, []) for path in shards}
+    for pattern in (".*.tar.*.tmp", ".*.json.*.tmp", "*.partial"):  # of a killed packer; the last of earlier versions
+        for unfinished in folder.glob(pattern):
+            unfinished.unlink()
     done = count - sum(len(shards[path]) for path in missing)
     settings = source, short_side, args.quality
-    with (
-        tqdm(total=count, initial=done, desc=str(folder), unit=" images") as bar,
-        ProcessPoolExecutor(args.num_workers, initializer=_start_worker, initargs=settings) as pool,
-    ):
+    with _starting_workers():
+        pool = ProcessPoolExecutor(args.num_workers, initializer=_start_worker, initargs=settings)
+    with tqdm(total=count, initial=done, desc=printable(folder), unit=" images") as bar, pool:
         for path in missing:
-            partial_path = path.with_suffix(".partial")
-            with tarfile.open(partial_path, "w") as tar:
-                for index, result in zip(shards[path], pool.map(_in_worker, shards[path], chunksize=16), strict=True):
+            with _starting_workers():
+                results = pool.map(_in_worker, shards[path], chunksize=16)
+            with replacing(path) as temporary, tarfile.open(temporary, "w") as tar:
+                for index, result in zip(shards[path], results, strict=True):
                     bar.update()
                     if not isinstance(result, str):
                         add_image(tar, source, index, *result)
@@ -188,10 +249,9 @@ def pack(source: Folder, folder: Path, short_side: int | None, args: argparse.Na
                             f"{listed(found)}\nthese are more than {max_broken} of {count}: mend or remove them, or "
                             "raise --max_bad_samples"
                         )
-            lists[path].unlink(missing_ok=True)
-            if broken[path]:
-                lists[path].write_text(json.dumps(broken[path]))
-            partial_path.rename(path)
+                _list_of(path).unlink(missing_ok=True)
+                if broken[path]:
+                    write_json(_list_of(path), broken[path])
     return [line for lines in broken.values() for line in lines]
 
 
@@ -219,15 +279,18 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"{source}: there is no folder train or val in it")
     sources = {split: Folder(args.source, split) for split in splits}
     short_sides = {"train": args.short_side, "val": None}
-    for split, images in sources.items():  # all mistakes before the hours that the first one takes
-        claim(images, target / split, short_sides[split], args)
+    # all mistakes before the hours that the first one takes
+    finished = {split: claim(images, target / split, short_sides[split], args) for split, images in sources.items()}
     for split, images in sources.items():
         try:
-            broken = pack(images, target / split, short_sides[split], args)
+            broken = pack(images, target / split, short_sides[split], args, finished[split])
         except BrokenProcessPool as error:
-            raise RunError("a worker was killed; the same command goes on after the last whole shard") from error
+            raise RunError(
+                "a worker was killed; the same command goes on after the last whole shard, if memory ran out with a "
+                "smaller --num_workers"
+            ) from error
         except OSError as error:
-            raise RunError(f"{target}: {error.strerror}") from error
+            raise RunError(f"{printable(target)}: {error.strerror}") from error
         packed = TarShards(args.target, split)
         if len(packed.labels) + len(broken) != len(images.labels):
             raise RunError(
