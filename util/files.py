@@ -1,5 +1,6 @@
 """Small files: written atomically, never through a link; JSON within bounds; names that any terminal can show."""
 
+import errno
 import json
 import math
 import os
@@ -8,7 +9,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import BinaryIO, NoReturn, TextIO
 
 from util.errors import UserError, as_user_error
 
@@ -99,6 +100,19 @@ def read_json(path: Path) -> object:
         raise UserError(f"{path} is larger than {MAX_JSON} bytes")
     with as_user_error(ValueError, prefix=f"{path} is damaged: "):
         return from_json(text)
+
+
+def open_regular(path: str | bytes | os.PathLike) -> BinaryIO:
+    """Open a file for unbuffered reading.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file: reading a pipe or a device could take forever.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file", path)
+    return open(descriptor, "rb", buffering=0)
 
 
 def open_lock(path: Path) -> TextIO:

@@ -1,15 +1,19 @@
 """What a run tells: a live bar on a terminal or plain lines elsewhere, log.txt and TensorBoard or another tracker."""
 
 import datetime
+import errno
 import importlib
 import json
 import os
+import re
 import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cached_property
+from contextlib import contextmanager, suppress
+from functools import cache, cached_property
+from itertools import compress
+from operator import not_
 from pathlib import Path
 from types import ModuleType
 
@@ -19,8 +23,27 @@ from tqdm import tqdm
 
 from util.dist import is_main
 from util.errors import RunError, UserError
+from util.files import open_regular, replacing, to_json, write_text
 
+TRACKER_ID = "tracker-id"  # file in the output folder
 LOG_EVERY = 20  # steps between two looks at what the device has computed: plain lines, points in TensorBoard
+
+
+def show(text: str) -> None:
+    """Print a line above a progress bar, if there is one; a full disk behind stdout does not end a run."""
+    try:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _complain(f"what the run says cannot be written: {error.strerror}; it continues, and log.txt tells the epochs")
+
+
+@cache
+def _complain(text: str) -> None:
+    """Print a line on stderr, once."""
+    print(text, file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -46,7 +69,7 @@ class Progress:
                 left = seconds / (self.step - self.done) * (self.steps - self.step)
                 left = datetime.timedelta(seconds=round(left))
                 text = "  ".join(f"{name} {value}" for name, value in shown.items())
-                print(f"{self.title}  [{self.step}/{self.steps}]  {text}  left {left}", flush=True)
+                show(f"{self.title}  [{self.step}/{self.steps}]  {text}  left {left}")
         if self.bar is not None:
             self.bar.update()
 
@@ -62,8 +85,7 @@ class ScreenLog:
         return Progress(title, steps, done)
 
     def say(self, text: str) -> None:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        show(text)
 
 
 class Tracker:
@@ -89,11 +111,19 @@ class Tracker:
 
     @staticmethod
     def _id_in(output_dir: Path) -> str:
-        """What the run is known by: drawn once and kept in its folder, so that another one there has its own."""
-        kept = output_dir / "tracker-id"
-        if not kept.exists():
-            kept.write_text(secrets.token_hex(3))
-        return kept.read_text().strip()
+        """Return the id of the run, drawn once and kept in its folder, so that another run there has its own."""
+        kept = output_dir / TRACKER_ID
+        with suppress(OSError), open_regular(kept) as file:
+            known = file.read(100).strip()
+            if re.fullmatch(rb"[0-9a-f]{6}", known):
+                return known.decode()
+        write_text(kept, secrets.token_hex(3))
+        return Tracker._id_in(output_dir)
+
+    @staticmethod
+    def forget(output_dir: Path) -> None:
+        """Let the next process in the folder begin a run of its own."""
+        (output_dir / TRACKER_ID).unlink(missing_ok=True)
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         self.module.log({name: value}, step=step)
@@ -117,12 +147,42 @@ class RunLog(ScreenLog):
     def __init__(self, output_dir: Path, log_dir: Path, tracker: ModuleType | None = None) -> None:
         self.path, self.log_dir, self.tracker = output_dir / "log.txt", log_dir, tracker
         self.complained = False
+        self.first_step: int | None = None  # of this process, in curves
 
     @cached_property
     def writer(self) -> SummaryWriter | Tracker:
         if self.tracker is not None:
             return Tracker(self.tracker, self.path.parent)
-        return SummaryWriter(log_dir=str(self.log_dir))
+        return SummaryWriter(log_dir=str(self.log_dir), purge_step=self.first_step)
+
+    def start_at(self, epoch: int, step: int) -> None:
+        """Take back what is logged of the epochs and steps that follow: each is shown once. The first call counts.
+
+        Lines of log.txt move to log.replaced.txt. TensorBoard leaves the points out when it reads its files. A tracker
+        can take nothing back: where whole epochs are repeated, a new run begins there.
+
+        Args:
+            epoch: the one under way.
+            step: in curves, the first that is not logged yet.
+        """
+        if self.first_step is not None:
+            return
+        self.first_step = step
+        with self._writing():
+            lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+            epochs = [_epoch_of(line) for line in lines]
+            is_replaced = [known is not None and known >= epoch for known in epochs]
+            replaced = list(compress(lines, is_replaced))
+            if not replaced:
+                return
+            aside = self.path.with_name("log.replaced.txt")
+            with aside.open("ab") as file:
+                file.writelines(replaced)
+            with replacing(self.path) as temporary:
+                temporary.write_bytes(b"".join(compress(lines, map(not_, is_replaced))))
+            self.say(f"{self.path}: {len(replaced)} epochs from {epoch} on are logged anew; their lines are in {aside}")
+            if self.tracker is not None:
+                Tracker.forget(self.path.parent)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -159,8 +219,17 @@ class RunLog(ScreenLog):
                 if file.tell():
                     file.seek(-1, os.SEEK_END)
                     file.write(b"" if file.read(1) == b"\n" else b"\n")  # a crash has left half a line
-                file.write(json.dumps(values).encode() + b"\n")
+                file.write(to_json(values).encode() + b"\n")
             self.writer.flush()
+
+
+def _epoch_of(line: bytes) -> int | None:
+    """Return the epoch that a line of log.txt is of; None for half a line."""
+    try:
+        epoch = json.loads(line)["epoch"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return epoch if type(epoch) is int else None
 
 
 class SilentLog:

@@ -7,6 +7,7 @@ draws loss, learning rate, accuracy, accuracy of the EMA and images a second, wh
 
 import argparse
 import json
+import logging
 import math
 from collections import Counter
 from pathlib import Path
@@ -16,7 +17,11 @@ from matplotlib.ticker import MaxNLocator
 
 from util import cli
 from util.errors import UserError, as_user_error
+from util.files import open_regular, printable
 
+LOGGER = logging.getLogger(__name__)
+MAX_LOG = 2**28  # bytes
+MAX_EPOCHS = 10**9  # as of --epochs
 QUANTITIES = {
     "train_loss": "training loss",
     "train_lr": "learning rate",
@@ -28,29 +33,59 @@ QUANTITIES = {
 
 
 def read(path: Path) -> list[dict]:
-    """The lines of a log.txt by epoch; half a line does not count.
+    """Read the lines of a log.txt by epoch; lines that are none are counted in a warning and do not count.
 
     Where a run went back to an earlier epoch, what it logs from there on replaces what it had logged of it and later.
 
     Args:
         path: of the file, or of the run's folder.
 
+    Returns:
+        One dict an epoch: `epoch`, an int from 0, and the logged values; NaN where a value is no number.
+
     Raises:
         UserError: no such file, or nothing is logged in it.
     """
-    path = path / "log.txt" if path.is_dir() else path
     with as_user_error(OSError):
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    rows = {}
-    for line in lines:
-        try:
-            row = json.loads(line)
-            rows = {epoch: other for epoch, other in rows.items() if epoch < row["epoch"]} | {row["epoch"]: row}
-        except (ValueError, TypeError, KeyError):  # what a crash has left
+        path = path / "log.txt" if path.is_dir() else path
+        with open_regular(path) as file:
+            content = file.read(MAX_LOG + 1)
+    if len(content) > MAX_LOG:
+        raise UserError(f"{printable(path)} is larger than {MAX_LOG} bytes, which no log.txt is")
+    rows: list[dict] = []
+    ignored = 0
+    for line in filter(None, map(bytes.strip, content.splitlines())):
+        row = _row(line)
+        if row is None:
+            ignored += 1
             continue
+        while rows and rows[-1]["epoch"] >= row["epoch"]:
+            rows.pop()
+        rows.append(row)
+    if ignored:
+        LOGGER.warning("%s: %d lines are not of a log, or cut off, and are ignored", printable(path), ignored)
     if not rows:
-        raise UserError(f"{path}: no epoch is logged in it")
-    return list(rows.values())
+        raise UserError(f"{printable(path)}: no epoch is logged in it")
+    return rows
+
+
+def _row(line: bytes) -> dict | None:
+    """Return the values of a line, those of `QUANTITIES` as floats; None for what is no line of a log."""
+    try:
+        row = json.loads(line)
+        if type(row["epoch"]) is not int or not 0 <= row["epoch"] < MAX_EPOCHS:
+            return None
+        return row | {key: _number(row[key]) for key in QUANTITIES if key in row}
+    except (ValueError, TypeError, KeyError, RecursionError):  # what a crash has left, or another program's
+        return None
+
+
+def _number(value: object) -> float:
+    """Return a value as a float, NaN for what is no number."""
+    try:
+        return float(value) if isinstance(value, (int, float)) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def draw(logs: dict[str, list[dict]]) -> Figure:
@@ -72,7 +107,12 @@ def draw(logs: dict[str, list[dict]]) -> Figure:
     for axis, key in zip(panels, present, strict=False):
         for name, rows in logs.items():
             points = [(row["epoch"] + 1, row.get(key, math.nan)) for row in rows]
-            axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else None, markersize=3, label=name)
+            axis.plot(
+                *zip(*points, strict=True),
+                marker="o" if len(points) < 30 else None,
+                markersize=3,
+                label=printable(name),
+            )
         axis.set_title(QUANTITIES[key], fontsize=10)
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)

@@ -28,7 +28,7 @@ import numpy as np
 
 from util.decode import MAX_PIXELS, SUFFIXES
 from util.errors import UserError, as_user_error
-from util.files import from_json, open_lock, printable, replacing
+from util.files import from_json, open_lock, open_regular, printable, replacing
 
 LOGGER = logging.getLogger(__name__)
 MAX_CLASSES = 10**6  # far more than any classification has; what is larger is an id
@@ -78,19 +78,6 @@ def open_source(data_path: str, split: str) -> Source:
             raise UserError(f"--data_path {data_path}: nothing follows the colon")
         return TarShards(path, split) if kind == "wds" else HubDataset(path, split)
     return Folder(data_path, split)
-
-
-def open_regular(path: str | bytes | os.PathLike) -> BinaryIO:
-    """Open a file for unbuffered reading.
-
-    Raises:
-        OSError: it cannot be opened, or is no regular file: reading a pipe or a device could take forever.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is no regular file", path)
-    return open(descriptor, "rb", buffering=0)
 
 
 def _read_at(file: BinaryIO, offset: int, size: int, path: str | os.PathLike) -> bytes:

@@ -78,10 +78,15 @@ def train_epoch(
     skipped, in_a_row = torch.tensor([0.0, run.skipped_in_a_row], device=device).unbind()
     unlogged, start = 0, time.monotonic()
 
+    def abscissa_of(step: int) -> int:
+        """MAE's: epochs times 1000, so that runs of any batch size compare. `step` batches end with the update."""
+        return int(1000 * (epoch + max(0, step - accum_iter) / len(loader)))
+
     def lr_of(step: int) -> float:
         position = epoch + step / len(loader)
         return lr_at(position, args.lr, args.min_lr, args.warmup_epochs, args.epochs)
 
+    log.start_at(epoch, abscissa_of(done) + 1 if epoch or done else 0)
     for step, batch in enumerate(islice(loader, max(0, steps - done)), done):
         seed_everything(args.seed, epoch, step)  # a run that goes on here draws the same numbers
         if step % accum_iter == 0:
@@ -126,9 +131,7 @@ def train_epoch(
         run.samples, run.skipped_in_a_row = (step + 1) * images, int(row)
         mean = total / count if count else math.nan
         progress.update(images, loss=mean, lr=lr)
-        # MAE's abscissa: epochs times 1000, so that runs of any batch size compare
-        abscissa = int(1000 * (epoch + (step + 1 - accum_iter) / len(loader)))
-        log.scalars(abscissa, train_loss=mean, lr=lr, grad_norm=grad_norm)
+        log.scalars(abscissa_of(step + 1), train_loss=mean, lr=lr, grad_norm=grad_norm)
         if row >= args.max_nonfinite:
             first, run.loss = max(0, step + 1 - int(row) * accum_iter), before
             keep_evidence(run, loader, first, Path(args.output_dir))
