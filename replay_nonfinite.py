@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).resolve().parent / "Finetuning"))
@@ -22,8 +23,9 @@ import main_finetune
 import main_pretrain
 from util import checkpoint, cli
 from util.dist import init_device, seed_everything
-from util.errors import UserError
-from util.nonfinite import STATE, batch_file
+from util.errors import UserError, as_user_error
+from util.files import printable
+from util.nonfinite import STATE, batch_file, ranks_in
 from util.train_loop import autocast
 
 
@@ -67,6 +69,42 @@ def broken_modules(model: nn.Module) -> list[str]:
     return found
 
 
+def read_update(path: Path, size: tuple[int, int], classes: int | None) -> dict:
+    """Read the batches of one process: `epoch`, `first` (the number of the first batch in it) and `batches`.
+
+    Args:
+        path: of the file.
+        size: height and width of the model's input.
+        classes: outputs of a classifier, which its labels lie below; None takes any label.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    update = checkpoint.read(path)
+    for name in ("epoch", "first"):
+        if type(update.get(name)) is not int or not 0 <= update[name] < 2**63:
+            raise UserError(f"{printable(path)} is damaged: it has no number {name}")
+    batches = update.get("batches")
+    if not isinstance(batches, list) or not batches:
+        raise UserError(f"{printable(path)} is damaged: it has no batches")
+    for batch in batches:
+        fits = (
+            isinstance(batch, list)
+            and len(batch) == 2
+            and all(isinstance(tensor, Tensor) for tensor in batch)
+            and batch[0].shape == (len(batch[1]) if batch[1].ndim else -1, 3, *size)
+            and batch[0].is_floating_point()
+            and batch[1].dtype == torch.int64
+            and batch[1].ndim == 1
+            and (classes is None or (len(batch[1]) > 0 and batch[1].min() >= 0 and batch[1].max() < classes))
+        )
+        if not fits:
+            raise UserError(
+                f"{printable(path)} is damaged: a batch is no pair of images of {size[0]} x {size[1]} pixels and labels"
+            )
+    return update
+
+
 def main(args: argparse.Namespace) -> None:
     """Replay every batch of every process.
 
@@ -74,17 +112,22 @@ def main(args: argparse.Namespace) -> None:
         UserError: the folder is not one that a run left.
     """
     content = checkpoint.read(args.folder / STATE)
+    saved = checkpoint.saved_arguments(content, "world_size", "seed")
+    if not isinstance(content.get("args"), argparse.Namespace) or not saved["seed"] >= 0:
+        raise UserError(f"{printable(args.folder / STATE)} does not hold the arguments of a run")
     device = init_device(args.device)
-    model, compute_loss = build(content)
+    with as_user_error(AttributeError, KeyError, TypeError, ValueError, prefix=f"{printable(args.folder / STATE)}: "):
+        model, compute_loss = build(content)
     model.to(device).train()
     modules, finite = broken_modules(model), True
-    ranks = [rank for rank in range(content["args"].world_size) if batch_file(args.folder, rank).exists()]
+    ranks = [rank for rank in ranks_in(args.folder) if rank < saved["world_size"]]
     if not ranks:
-        raise UserError(f"{args.folder} holds no batches")
-    for rank in ranks:
-        update = checkpoint.read(batch_file(args.folder, rank))
+        raise UserError(f"{printable(args.folder)} holds no batches")
+    size = tuple(side * model.patch_size for side in model.grid_size)
+    updates = {r: read_update(batch_file(args.folder, r), size, getattr(model, "num_classes", None)) for r in ranks}
+    for rank, update in updates.items():
         for step, batch in enumerate(update["batches"], update["first"]):
-            seed_everything(content["args"].seed, update["epoch"], step, of_rank=rank)
+            seed_everything(saved["seed"], update["epoch"], step, of_rank=rank)
             modules.clear()
             model.zero_grad()
             with autocast(device):

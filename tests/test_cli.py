@@ -586,7 +586,7 @@ def damaged(folder: Path, damage: str) -> None:
     ("script", "tiny", "damage", "message"),
     [
         (main_pretrain, TINY_PRETRAIN, "no train", "there is no folder 'train'"),
-        (main_pretrain, TINY_PRETRAIN, "empty class", "no valid file for the classes class_x"),
+        (main_pretrain, TINY_PRETRAIN, "empty class", "no image in 1 of 4 class folders: class_x"),
         (main_pretrain, TINY_PRETRAIN, "no class", "Couldn't find any class folder"),
         (main_finetune, TINY_FINETUNE, "no train", "there is no folder 'train'"),
         (main_finetune, TINY_FINETUNE, "no val", "there is no folder 'val'"),

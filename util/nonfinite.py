@@ -1,5 +1,7 @@
 """What is kept of an update whose gradient is not finite, for `replay_nonfinite.py` to look into."""
 
+import os
+import re
 from pathlib import Path
 from typing import NoReturn
 
@@ -8,7 +10,7 @@ import torch
 from util.checkpoint_folder import on_host
 from util.device_loader import DeviceLoader
 from util.dist import barrier, is_main, rank, world_size
-from util.errors import RunError
+from util.errors import RunError, as_user_error
 from util.fsdp import take_part
 from util.run import Run
 
@@ -18,6 +20,13 @@ STATE = "state.pth"
 def batch_file(folder: Path, of_rank: int) -> Path:
     """Where the batches of a rank are."""
     return folder / f"batches-rank{of_rank}.pth"
+
+
+def ranks_in(folder: Path) -> list[int]:
+    """Return the ranks whose batches are in a folder, in order; raises UserError where it cannot be listed."""
+    with as_user_error(OSError):
+        found = [re.fullmatch(r"batches-rank([0-9]{1,9})\.pth", name) for name in os.listdir(folder)]
+    return sorted(int(match[1]) for match in found if match)
 
 
 def keep_evidence(run: Run, loader: DeviceLoader, first: int, output_dir: Path) -> NoReturn:
