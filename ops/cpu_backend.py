@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import BackendUnavailable
+from .compiled import LOGGER, cached_file
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
 CHUNK = 16  # tokens between two stored states
@@ -55,18 +56,6 @@ def _cache_folder() -> Path:
     return cache / "arm-ops" if cache.is_absolute() else Path(_private_folder().name)  # relative: there is no home
 
 
-def _built(folder: Path, name: str, command: list[str]) -> Path:
-    """Return the library `name` in `folder`, compiled unless it is there."""
-    library = folder / name
-    if not library.exists():
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            fresh = Path(scratch, name)
-            _run([*command, "-o", str(fresh), str(SOURCE)])
-            fresh.replace(library)  # atomic: of ranks that build at the same time each finds a whole file
-    return library
-
-
 @cache
 def load(states: int = 16, taps: int = 4) -> ctypes.CDLL:
     """Return the kernels for N = `states` and W = `taps`, compiling them unless the cache has them.
@@ -82,11 +71,16 @@ def load(states: int = 16, taps: int = 4) -> ctypes.CDLL:
     # may be shared by different machines.
     macros = _run([*command, "-dM", "-E", "-x", "c", os.devnull])
     key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), shlex.join(command).encode(), macros])).hexdigest()[:16]
-    name = f"cpu_kernels-{key}.so"
+
+    def build(path: Path) -> None:
+        _run([*command, "-o", str(path), str(SOURCE)])
+
+    built = f"cpu_kernels-{key}", ".so", build
     try:
-        library = _built(_cache_folder(), name, command)
-    except OSError:  # the cache cannot be written: build for this process alone
-        library = _built(Path(_private_folder().name), name, command)
+        library = cached_file(_cache_folder(), *built)
+    except OSError as error:  # the cache cannot be written, or by too many: build for this process alone
+        LOGGER.info("the CPU kernels are compiled for this process alone: %s", error)
+        library = cached_file(Path(_private_folder().name), *built)
     try:
         kernels = ctypes.CDLL(str(library))
     except OSError as error:

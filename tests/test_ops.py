@@ -7,9 +7,11 @@ import logging
 import multiprocessing
 import os
 import platform
+import stat
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -674,6 +676,65 @@ def test_cache_that_cannot_be_written(fresh, monkeypatch, tmp_path):
     assert cpu_backend.load()._name.startswith(folder)
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert str(cpu_backend._cache_folder()) == folder
+
+
+@pytest.mark.parametrize("damage", ["truncated", "bit", "empty", "writable", "owner", "link", "fifo"])
+def test_a_compiled_file_that_is_not_ours_or_not_whole_is_built_again(damage, fresh, monkeypatch, tmp_path, caplog):
+    """A truncated one would end the process with SIGBUS; one that others can write would execute what they like."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = Path(cpu_backend.load()._name)
+    content = path.read_bytes()
+    # not written to in place: this process has it mapped
+    os.rename(path, tmp_path / "loaded")
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 16
+    changed = {"truncated": content[:5000], "bit": flipped, "empty": b""}.get(damage, content)
+    if damage == "link":
+        path.symlink_to(tmp_path / "loaded")
+    elif damage == "fifo":
+        os.mkfifo(path)
+    else:
+        path.write_bytes(changed)
+        path.chmod(0o722 if damage == "writable" else 0o700)
+    if damage == "owner":
+        if os.geteuid():
+            pytest.skip("only root can give a file away")
+        os.chown(path, 12345, 12345)
+    before = path.lstat().st_ino
+    cpu_backend.load.cache_clear()
+    assert cpu_backend.load()._name == str(path)
+    status = path.lstat()
+    assert stat.S_ISREG(status.st_mode)
+    assert status.st_ino != before
+    assert status.st_uid == os.geteuid()
+    assert stat.S_IMODE(status.st_mode) == 0o700
+    assert path.read_bytes() == content
+    (message,) = [line for line in caplog.messages if line.endswith(": built again")]
+    assert message.startswith(f"{path} ")
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707])
+def test_a_cache_that_others_can_write_is_not_used(mode, fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "arm-ops").mkdir()
+    (tmp_path / "arm-ops").chmod(mode)
+    assert cpu_backend.load()._name.startswith(cpu_backend._private_folder().name)
+    assert not list((tmp_path / "arm-ops").iterdir())
+
+
+def test_a_compiled_file_is_private_and_flushed_whatever_the_umask(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flushed, fsync = [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: flushed.append(os.fstat(descriptor).st_ino) or fsync(descriptor)
+    )
+    before = os.umask(0)
+    try:
+        path = Path(cpu_backend.load()._name)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert flushed == [path.stat().st_ino]
 
 
 def test_cache_tells_cpus_and_compilers_apart(fresh, monkeypatch, tmp_path):

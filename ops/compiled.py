@@ -1,0 +1,69 @@
+"""A cache of compiled files that this process will execute: whose they are, and whether they are whole, comes first."""
+
+import hashlib
+import logging
+import os
+import re
+import stat
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+LOGGER = logging.getLogger("arm")
+
+
+def cached_file(folder: Path, stem: str, suffix: str, build: Callable[[Path], object]) -> Path:
+    """Return a compiled file from a folder, built unless a trustworthy one is there.
+
+    The file is called STEM-SHA256SUFFIX, by the SHA-256 of its content, so that damage shows. A file or folder counts
+    only if this user or root owns it and nobody else can write it: what is in it will be executed. A file that does not
+    count is removed with a warning and built anew.
+
+    Args:
+        folder: of the cache, made for this user alone where it is missing.
+        stem: names what the file is compiled from, and for which machine.
+        suffix: of its name.
+        build: writes it to a path.
+
+    Raises:
+        OSError: the folder cannot be made or written, or others can write it.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if reason := distrust(folder, stat.S_ISDIR):
+        raise OSError(f"{folder} {reason}")
+    for path in folder.glob(f"{stem}-*{suffix}"):
+        digest = path.name[len(stem) + 1 : len(path.name) - len(suffix)]
+        if not re.fullmatch("[0-9a-f]{64}", digest):
+            continue
+        reason = distrust(path, stat.S_ISREG)
+        if not reason and sha256_of(path) == digest:
+            return path
+        LOGGER.warning("%s %s: built again", path, reason or "is damaged")
+        with suppress(OSError):
+            path.unlink()
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        fresh = Path(scratch, f"{stem}{suffix}")
+        build(fresh)
+        fresh.chmod(0o700)  # whatever the umask says
+        with fresh.open("rb") as file:
+            os.fsync(file.fileno())  # a name that survives a power failure has its content
+        # atomic: of ranks that build at the same time each finds a whole file
+        return fresh.replace(folder / f"{stem}-{sha256_of(fresh)}{suffix}")
+
+
+def distrust(path: Path, is_kind: Callable[[int], bool]) -> str:
+    """Return why a file or folder must not be executed from, or an empty string."""
+    status = path.lstat()
+    if not is_kind(status.st_mode):
+        return "is a link, or of another kind"
+    if status.st_uid not in (0, os.geteuid()):
+        return f"belongs to user {status.st_uid}"
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return "can be written by other users"
+    return ""
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
