@@ -26,9 +26,8 @@ from torch import Tensor, nn
 
 import models_arm
 from mamba import Mixer
-from timm_models import CONFIG, pooling
+from timm_models import CONFIG, input_config, pooling
 from util import checkpoint, cli
-from util.datasets import crop_ratio
 from util.errors import RunError, UserError, as_user_error
 from util.hub import beside
 
@@ -98,7 +97,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, dict]:
 def describe(name: str, sizes: dict) -> dict:
     """What timm's config.json says of a model."""
     classes, size = sizes.get("num_classes", 0), sizes["img_size"]
-    data = {"num_classes": classes, "input_size": (3, *size), "crop_pct": crop_ratio(size)}
+    data = {"num_classes": classes} | input_config(size)
     return {
         "architecture": name,
         "num_classes": classes,
@@ -140,6 +139,7 @@ def to_safetensors(module: nn.Module, about: dict, imgs: Tensor, path: Path) -> 
     return Encoder(again) if isinstance(module, Encoder) else again
 
 
+@torch.no_grad()  # recorded with gradients, the graph of a step would also hold numbers that ONNX cannot hold
 def program(module: nn.Module, imgs: Tensor) -> torch.export.ExportedProgram:
     """The computation, for any number of images; `module` itself then scans in the exported form."""
     torch._dynamo.reset()  # a size that differs from those of an earlier program would count as dynamic

@@ -16,13 +16,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import Mlp, trunc_normal_
+from timm.layers import Mlp, resample_patch_embed, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mamba import FOUR_DIRECTIONS, ONE_DIRECTION, Block, PatchEmbed, drop_path_factors, scan_orders
 from ops import unavailable
-from timm_models import TimmModel, init_head, new_head, pooling, register
+from timm_models import INSTEAD, TimmModel, init_head, new_head, pooling, register
 from util.pos_embed import insert_middle, resize_around_token, sincos_pos_embed
 
 SIZES = {
@@ -57,14 +57,15 @@ def create_pretrain_model(name: str, objective: str = "arm", **overrides: object
     Args:
         name: key of `SIZES`.
         objective: key of `OBJECTIVES`: "arm" predicts the next cluster, "mae" hidden patches.
-        **overrides: keyword arguments of `PretrainModel` that replace the values of that size.
+        **overrides: keyword arguments of `PretrainModel` that replace the values of that size; `device` and `dtype` as
+            in `create_classifier`.
 
     Raises:
         ValueError: unknown name or objective, or sizes that do not fit together; the message names values that do.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r}; choose from {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[objective](**{**_size(name), **overrides})
+    return _build(OBJECTIVES[objective], **{**_size(name), **overrides})
 
 
 def create_classifier(name: str, **overrides: object) -> "ARMClassifier":
@@ -72,14 +73,25 @@ def create_classifier(name: str, **overrides: object) -> "ARMClassifier":
 
     Args:
         name: key of `SIZES`.
-        **overrides: keyword arguments of `ARMClassifier` that replace the values of that size.
+        **overrides: keyword arguments of `ARMClassifier` that replace the values of that size. `device` and `dtype` say
+            where the model is built and what its numbers are (default: torch's).
 
     Raises:
         ValueError: unknown name, or sizes that do not fit together; the message names values that do.
     """
     size = _size(name)
     del size["dec_embed_dim"]
-    return ARMClassifier(**{**size, **overrides})
+    return _build(ARMClassifier, **{**size, **overrides})
+
+
+def _build(
+    model: Callable[..., nn.Module],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **sizes: object,
+) -> nn.Module:
+    with torch.device(device or torch.get_default_device()):
+        return model(**sizes).to(dtype=dtype)
 
 
 def compiles(asked: bool | None, device: torch.device) -> bool:
@@ -223,7 +235,9 @@ class PretrainModel(nn.Module, ABC):
         self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, self.grid_size), requires_grad=False)
         self.ar_token = nn.Parameter(torch.zeros(1, 1, dec_embed_dim))
         self.dec_pos_embed = nn.Parameter(sincos_pos_embed(dec_embed_dim, self.grid_size), requires_grad=False)
-        self.register_buffer("cluster_order", cluster_order(order, clusters), persistent=order == "random")
+        self.register_buffer("cluster_order", None, persistent=order == "random")
+        self._fill_cluster_order()
+        self.register_load_state_dict_post_hook(_fill_buffers)
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.layers = nn.ModuleList(Block(embed_dim, depth, ONE_DIRECTION, scan_backend) for _ in range(depth))
         self.enc2dec = nn.Linear(embed_dim * dec_depth, dec_embed_dim * dec_depth)
@@ -237,6 +251,19 @@ class PretrainModel(nn.Module, ABC):
         _zero_bias(self.enc2dec)
         _zero_bias(self.ar_pred)
         _xavier(self.dec_block)
+
+    def _fill_cluster_order(self) -> None:
+        rows, columns = (side // self.cluster_size for side in self.grid_size)
+        order = cluster_order(self.order, (rows, columns))
+        self.cluster_order = order if order is None else order.to(self.pos_embed.device)
+
+    def init_non_persistent_buffers(self) -> None:
+        """Compute the buffers that no state dict holds, on the device of the parameters; needed after `to_empty`.
+
+        Loading a state dict does it too.
+        """
+        if self.order != "random":  # a random order is in the state dict
+            self._fill_cluster_order()
 
     def draw_order(self, batch: int) -> Tensor | None:
         """Orders of clusters (batch, clusters) where every image has its own; None is the model's, for all images."""
@@ -419,14 +446,18 @@ class ARMPretrain(PretrainModel):
 
     def __init__(self, **sizes: object) -> None:
         super().__init__(**sizes)
-        per_cluster = self.cluster_size**2
-        if self.num_patches == per_cluster:
+        if self.num_patches == self.cluster_size**2:
             size = tuple(self.patch_size * side for side in self.grid_size)
             raise ValueError(f"an image of {size} pixels holds a single cluster: there is no next one to predict")
-        cluster = torch.arange(self.num_patches - per_cluster) // per_cluster
-        visible = cluster[:, None] >= cluster[None, :]  # the queries of cluster i + 1 see clusters 0..i
-        self.register_buffer("mask", torch.zeros(visible.shape).masked_fill(~visible, float("-inf")))
+        self.register_buffer("mask", self.new_mask().to(self.pos_embed.device))
         self.register_load_state_dict_pre_hook(_supply_mask)
+
+    def new_mask(self) -> Tensor:
+        """Compute the attention mask (n, n) float32 on the CPU: 0 where a query may look and -inf elsewhere."""
+        per_cluster = self.cluster_size**2
+        cluster = torch.arange(self.num_patches - per_cluster, device="cpu") // per_cluster
+        visible = cluster[:, None] >= cluster[None, :]  # the queries of cluster i + 1 see clusters 0..i
+        return torch.zeros(visible.shape, device="cpu").masked_fill(~visible, float("-inf"))
 
     def forward_encoder(self, imgs: Tensor, order: Tensor | None = None) -> Tensor:
         """Encode every cluster but the last: (B, 3, H, W) -> latents (B, n, Cd, dec_depth), one for each block."""
@@ -526,14 +557,14 @@ def cluster_order(order: str, clusters: tuple[int, int]) -> Tensor | None:
         clusters: rows and columns of them.
 
     Returns:
-        (rows * columns,) int64, raster indices; None for rows, or where every image has its own.
+        (rows * columns,) int64 on the CPU, raster indices; None for rows, or where every image has its own.
 
     Raises:
         ValueError: unknown order.
     """
     if order not in ORDERS:
         raise ValueError(f"unknown order {order!r}; choose from {', '.join(ORDERS)}")
-    return ORDERS[order](torch.arange(clusters[0] * clusters[1]).view(clusters))
+    return ORDERS[order](torch.arange(clusters[0] * clusters[1], device="cpu").view(clusters))  # (rows, columns)
 
 
 def decoder_taps(depth: int, dec_depth: int, kind: str = "even") -> list[int]:
@@ -565,8 +596,14 @@ def decoder_taps(depth: int, dec_depth: int, kind: str = "even") -> list[int]:
 
 
 def _supply_mask(model: ARMPretrain, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """A checkpoint may lack the attention mask, which the sizes determine."""
-    state_dict.setdefault(f"{prefix}mask", model.mask)
+    """Supply the attention mask, which the sizes determine, to a checkpoint that lacks it."""
+    beside = state_dict.get(f"{prefix}ar_token", model.mask)  # with assign=True the mask is taken as it is
+    state_dict.setdefault(f"{prefix}mask", model.new_mask().to(device=beside.device, dtype=beside.dtype))
+
+
+def _fill_buffers(model: nn.Module, _: object) -> None:
+    """Compute the buffers that a state dict does not hold: a model that was built on "meta" has none yet."""
+    model.init_non_persistent_buffers()
 
 
 class ARMClassifier(TimmModel):
@@ -619,7 +656,6 @@ class ARMClassifier(TimmModel):
         self.num_classes, self.drop_rate, self.in_chans = num_classes, drop_rate, in_chans
         self.dynamic_img_size, self.grad_checkpointing = dynamic_img_size, False
         num_patches = self.grid_size[0] * self.grid_size[1]
-        rates = F.pad(torch.linspace(0, drop_path_rate, depth)[:-1], (1, 0))
 
         # Registration order is that of the published code: optimizer states are stored by it.
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -628,12 +664,58 @@ class ARMClassifier(TimmModel):
         self.head = new_head(embed_dim, num_classes)
         self.layers = nn.ModuleList(Block(embed_dim, depth, names, scan_backend) for _ in range(depth))
         self.norm_f = nn.LayerNorm(embed_dim)
-        self.register_buffer("order", scan_orders(self.grid_size)[:directions], persistent=False)
-        self.register_buffer("drop_path_rates", rates, persistent=False)
+        order = torch.empty(directions, num_patches + 1, dtype=torch.int64)
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("drop_path_rates", torch.empty(depth), persistent=False)
+        self.init_non_persistent_buffers()
+        self.register_load_state_dict_post_hook(_fill_buffers)
 
         for parameter in (self.cls_token, self.pos_embed):
             trunc_normal_(parameter, std=0.02)
         init_head(self.head)
+
+    def init_non_persistent_buffers(self) -> None:
+        """Compute the buffers that no state dict holds, on the device of the parameters; needed after `to_empty`.
+
+        Loading a state dict does it too, and so does Hugging Face's TimmWrapper.
+        """
+        device, dtype = self.cls_token.device, self.cls_token.dtype
+        rates = torch.linspace(0, self.drop_path_rate, len(self.drop_path_rates), device="cpu")
+        self.drop_path_rates = F.pad(rates[:-1], (1, 0)).to(device, dtype)
+        self.order = scan_orders(self.grid_size)[: len(self.order)].to(device)
+
+    @torch.no_grad()
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Take images of another size from now on.
+
+        The position embedding is interpolated to the new grid, the patch embedding to the new patches. Parameters that
+        change are new objects: make optimizers afterwards.
+
+        Args:
+            img_size: pixels, one side or (height, width); None keeps it.
+            patch_size: pixels a side; None keeps it.
+
+        Raises:
+            ValueError: patches that are not square, or do not divide the images; the message names sizes that fit.
+        """
+        sides = {patch_size} if isinstance(patch_size, int) else set(patch_size or (self.patch_size,))
+        if len(sides) > 1:
+            raise ValueError(f"patches of {tuple(patch_size)} pixels: they have to be square")
+        (side,) = sides
+        if img_size is None:
+            img_size = tuple(self.patch_size * n for n in self.grid_size)
+        grid = _patches(img_size, side)
+        if side != self.patch_size:
+            old = self.patch_embed.proj
+            self.patch_embed = PatchEmbed(side, self.embed_dim, self.in_chans).to(old.weight)
+            self.patch_embed.proj.weight.copy_(resample_patch_embed(old.weight, [side, side]))
+            self.patch_embed.proj.bias.copy_(old.bias)
+        self.pos_embed = nn.Parameter(resize_around_token(self.pos_embed, self.grid_size, grid))
+        self.grid_size, self.patch_size = grid, side
+        self.init_non_persistent_buffers()
+        self.record_input_size((grid[0] * side, grid[1] * side))
 
     def for_grid(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Position embedding (1, M + 1, C) and scan order (directions, M + 1) of a grid of M patches.
@@ -662,14 +744,17 @@ class ARMClassifier(TimmModel):
 
         Raises:
             ValueError: an image size that does not fit; see `for_grid`.
+            TypeError: torch.fx traces it.
         """
+        if isinstance(imgs, torch.fx.Proxy):
+            raise TypeError(f"torch.fx cannot trace this model, {INSTEAD}")
         pos_embed, order = self.for_grid(_patches(imgs.shape[-2:], self.patch_size))
         x = self.patch_embed(imgs).flatten(1, 2)  # (B, rows, columns, C) -> (B, M, C)
         h = insert_middle(x, self.cls_token.expand(x.shape[0], -1, -1)) + pos_embed  # (B, M + 1, C)
         layers = self.layers[:depth]
         keep = [None] * len(layers)
         if self.training and self.drop_path_rate:
-            keep = drop_path_factors(self.drop_path_rates, len(h))[:depth]
+            keep = drop_path_factors(self.drop_path_rates, len(h))[: len(layers)]
         tapped = []
         for i, (layer, factors) in enumerate(zip(layers, keep, strict=True)):
             if self.grad_checkpointing and torch.is_grad_enabled():

@@ -7,27 +7,45 @@ model = timm.create_model("arm_base_pz16", num_classes=10, img_size=(224, 192))
 from collections.abc import Callable, Sequence
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.layers import is_exportable, to_2tuple, trunc_normal_
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
 from torch import Tensor, nn
 
 from util.checkpoint import NEW_IN_CLASSIFIER, StateDict, pretrain_to_classifier
+from util.datasets import crop_ratio
 from util.lr_decay import NO_WEIGHT_DECAY
 from util.pos_embed import split_middle
+
+try:  # timm 1.0.31, not yet 1.0.28, keeps the size for `save_for_hf`
+    from timm.models._input import update_model_input_size
+except ImportError:
+    update_model_input_size = None
+
+
+def input_config(size: tuple[int, int]) -> dict:
+    """The entries of a config of timm that depend on height and width of the images."""
+    return {"input_size": (3, *size), "crop_pct": crop_ratio(size)}
+
 
 POOLING = {"avg": "avg", True: "avg", "token": "token", False: "token", "": ""}  # timm's names and the scripts' flag
 CONFIG = {  # of timm.data.resolve_data_config; "squash" and the crop evaluate as util.datasets.eval_transform does
     "num_classes": 1000,
-    "input_size": (3, 224, 224),
+    **input_config((224, 224)),
     "fixed_input_size": True,
     "mean": IMAGENET_DEFAULT_MEAN,
     "std": IMAGENET_DEFAULT_STD,
     "interpolation": "bicubic",
-    "crop_pct": 0.875,
     "crop_mode": "squash",
     "first_conv": "patch_embed.proj",
     "classifier": "head",
 }
+INSTEAD = "which chooses its path and its scan in Python: use torch.export or torch.compile"
 default_cfgs = {}  # timm looks here for the configurations of what this module registers
 
 
@@ -37,16 +55,32 @@ def register(name: str, classifier: Callable[..., nn.Module]) -> None:
     `pretrained=True` with a `file` in `pretrained_cfg_overlay` loads what `pretrain_to_classifier` takes: from
     pretraining (the head keeps its random values), or from a classifier of any resolution.
 
+    `exportable=True` scans in the form of operators of torch alone, which exporters know.
+
     Args:
         name: of the model in timm.
         classifier: builds it from keyword arguments.
     """
 
-    def create(pretrained: bool = False, **kwargs: object) -> nn.Module:
+    def create(
+        pretrained: bool = False,
+        pretrained_cfg: str | dict | PretrainedCfg | None = None,
+        pretrained_cfg_overlay: dict | None = None,
+        **kwargs: object,
+    ) -> nn.Module:
+        overlay = dict(pretrained_cfg_overlay or {})
+        if "img_size" in kwargs:
+            size = to_2tuple(kwargs["img_size"])
+            if size != tuple(resolve_pretrained_cfg(name, pretrained_cfg, dict(overlay)).input_size[-2:]):
+                overlay = input_config(size) | overlay
+        if is_exportable():
+            kwargs.setdefault("scan_backend", "export")
         return build_model_with_cfg(
             classifier,
             name,
             pretrained,
+            pretrained_cfg=pretrained_cfg,
+            pretrained_cfg_overlay=overlay,
             pretrained_filter_fn=_adapted,
             feature_cfg={"out_indices": 3, "feature_cls": "getter"},
             **kwargs,
@@ -116,7 +150,7 @@ class TimmModel(nn.Module):
         """
         taken = chosen(len(self.layers), indices)
         last = max(taken)
-        self.layers, self.drop_path_rates = self.layers[: last + 1], self.drop_path_rates[: last + 1]
+        self.layers = self.layers[: last + 1]
         if prune_norm:
             self.norm_f = nn.Identity()
         if prune_head:
@@ -132,7 +166,8 @@ class TimmModel(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> list | tuple[Tensor, list]:
+        output_dict: bool = False,
+    ) -> list | tuple[Tensor, list] | dict:
         """The patches after some of the blocks.
 
         Args:
@@ -143,10 +178,12 @@ class TimmModel(nn.Module):
             stop_early: leave out the blocks after the last of `indices`, and let the final tokens be its.
             output_fmt: "NCHW" for (B, C, H / p, W / p), "NLC" for (B, M, C).
             intermediates_only: leave out the final tokens.
+            output_dict: return a dict, with the class tokens in a list of their own.
 
         Returns:
             Final tokens (B, M + 1, C) as from `forward_features`, and one tensor or pair for each index in the
-            order of the blocks; only those with `intermediates_only`.
+            order of the blocks; only those with `intermediates_only`. With `output_dict` the same as
+            `image_features`, `image_intermediates` and `image_intermediates_prefix` (see `return_prefix_tokens`).
 
         Raises:
             ValueError: unknown format, or see `ARMClassifier.encode`.
@@ -157,13 +194,58 @@ class TimmModel(nn.Module):
         last = max(taken)
         h, states = self.encode(x, taken, last + 1 if stop_early else None)
         rows = x.shape[-2] // self.patch_size
-        intermediates = []
+        intermediates, prefixes = [], []
         for state in states:
             patches, token = split_middle(self.norm_f(state) if norm else state)
             if output_fmt == "NCHW":
                 patches = patches.unflatten(1, (rows, -1)).permute(0, 3, 1, 2).contiguous()  # (B, M, C) -> (B, C, h, w)
-            intermediates.append((patches, token) if return_prefix_tokens else patches)
+            intermediates.append(patches)
+            prefixes.append(token)
+        if output_dict:
+            outputs = {"image_intermediates": intermediates}
+            if return_prefix_tokens:
+                outputs["image_intermediates_prefix"] = prefixes
+            return outputs if intermediates_only else outputs | {"image_features": self.norm_f(h)}
+        if return_prefix_tokens:
+            intermediates = list(zip(intermediates, prefixes, strict=True))
         return intermediates if intermediates_only else (self.norm_f(h), intermediates)
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list:
+        """The patches after some of the blocks, in DINO's form.
+
+        Args:
+            x: images (B, 3, H, W).
+            n: of blocks: their indices, or how many last ones.
+            reshape: return (B, C, H / p, W / p) instead of (B, M, C).
+            return_prefix_tokens: see `forward_intermediates`.
+            norm: apply `norm_f` to each.
+
+        Returns:
+            One tensor or pair for each block, in the order of the blocks.
+
+        Raises:
+            ValueError: see `forward_intermediates`.
+        """
+        output_fmt = "NCHW" if reshape else "NLC"
+        return self.forward_intermediates(x, n, return_prefix_tokens, norm, True, output_fmt, intermediates_only=True)
+
+    def record_input_size(self, size: tuple[int, int]) -> None:
+        """Let timm's configs of this model name another height and width of the images."""
+        if hasattr(self, "pretrained_cfg"):
+            self.pretrained_cfg.update(input_config(size))
+        if update_model_input_size:
+            update_model_input_size(self, size, patch_size=self.patch_size)
+
+    def __prepare_scriptable__(self) -> None:
+        """Refuse `torch.jit.script`, which calls this."""
+        raise TypeError(f"TorchScript cannot compile this model, {INSTEAD}")
 
 
 def pooling(global_pool: str | bool, directions: int = 4) -> str:

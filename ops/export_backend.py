@@ -40,14 +40,14 @@ def selective_scan(
     result = u.dtype
     u, dt, A, B, C, D, dt_bias = (x.to(_state_dtype(u)) for x in (u, dt, A, B, C, D, dt_bias))
     delta = F.softplus(dt + dt_bias[:, None, None])
-    A = A.mT[:, None]  # (K, D, N) -> (K, 1, N, D)
+    A = A.mT  # (K, D, N) -> (K, N, D)
 
     def step(h: Tensor, token: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         x, delta, row, column = token  # (K, B, D) or (K, B, N)
-        h = h * torch.exp(delta[:, :, None] * A) + x[:, :, None] * column[..., None]  # (K, B, N, D)
+        h = h * torch.exp(delta[:, :, None] * A[:, None]) + x[:, :, None] * column[..., None]  # (K, B, N, D)
         return h, (row[..., None] * h).sum(2)
 
-    h = u.new_zeros(*u.shape[:2], A.shape[2], u.shape[3])
+    h = u.new_zeros(*u.shape[:2], *A.shape[1:])
     tokens = tuple(_steps(x, order) for x in (delta * u, delta, C, B))
     if torch.compiler.is_compiling():  # in ONNX: Scan; it holds the graph of one step, not of every token
         _, y = scan(step, h, tokens)

@@ -233,6 +233,25 @@ def test_as_a_command(runs, tmp_path):
     assert (tmp_path / "out.safetensors").is_file()
 
 
+def onnx_outputs(exported, path, imgs):
+    exported.save(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: imgs.numpy()})[0])
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["torch.onnx.export", "export.program"])
+def test_with_gradients_enabled(tmp_path, imgs, direct):
+    """Without `torch.no_grad`: the model as timm builds it for exporters, and what `export.program` records."""
+    assert torch.is_grad_enabled()
+    sizes = {"embed_dim": 32, "depth": 2, "patch_size": 8, "img_size": (48, 32), "num_classes": 3}
+    model = timm.create_model("arm_tiny_pz16", exportable=True, **sizes).eval()
+    assert model.layers[0].mixer.scan_backend == "export"
+    want = model(imgs)
+    module, args = (model, (imgs[:2],)) if direct else (export.program(model, imgs[:2]), ())
+    exported = torch.onnx.export(module, args, dynamo=True, verbose=False, dynamic_shapes=export.ANY_BATCH)
+    assert relative_error(onnx_outputs(exported, tmp_path / "model.onnx", imgs), want.detach()) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("ordered", [True, False])
 def test_exported_ops(dtype, ordered):
