@@ -8,7 +8,6 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-import transformers
 from timm.layers import resample_patch_embed
 from timm.models import load_checkpoint, save_for_hf
 from timm.optim import param_groups_layer_decay as timm_groups
@@ -195,6 +194,7 @@ def test_buffers_that_no_state_dict_holds(create, options, how):
 
 def test_hugging_face_wrapper(tmp_path, imgs):
     """Saved and loaded by transformers, which builds the model without memory and fills in what the file holds."""
+    transformers = pytest.importorskip("transformers", minversion="5.0", exc_type=ImportError)
     args = {name: value for name, value in SMALL.items() if name != "num_classes"} | {"drop_path_rate": 0.5}
     config = transformers.TimmWrapperConfig(architecture="arm_base_pz16", num_labels=5, model_args=args)
     torch.manual_seed(0)
