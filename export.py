@@ -13,6 +13,7 @@ encoder only: it reads in one direction, and returns all patches after the last 
 import argparse
 import json
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,10 +30,12 @@ from mamba import Mixer
 from timm_models import CONFIG, input_config, pooling
 from util import checkpoint, cli
 from util.errors import RunError, UserError, as_user_error
-from util.hub import beside
+from util.files import json_with, output_file, printable, read_json, write_json
+from util.hub import beside, sha256_of
 
 TOLERANCE = 1e-4  # of the largest output: sums in another order differ by some 1e-6
 ANY_BATCH = ({0: torch.export.Dim("batch")},)
+DESCRIPTION = json_with(architecture=str, model_args=dict, pretrained_cfg=dict)  # the JSON beside a file
 ONNX_NEEDS = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -122,6 +125,12 @@ def load_weights(model: nn.Module, state_dict: checkpoint.StateDict) -> None:
     checkpoint.load(model, state_dict, set(own) - set(checkpoint.without_decoder(own)))
 
 
+def files_of(description: Path) -> dict[str, str]:
+    """Return the files that earlier exports have written beside their JSON file: SHA-256 by name."""
+    files = read_json(description).get("files", {}) if description.is_file() else {}
+    return files if isinstance(files, dict) else {}
+
+
 # Each writes a file, and returns what computes from it: images (B, 3, H, W) -> outputs.
 
 
@@ -187,11 +196,15 @@ def main(args: argparse.Namespace) -> None:
     source = beside(args.checkpoint)
     output = args.output or source.with_name(f"{source.stem}{'-encoder' if args.encoder else ''}.{args.to}")
     if output.suffix != f".{args.to}":
-        raise UserError(f"--output {output}: a file of --to {args.to} ends in .{args.to}")
-    if output.resolve() == source.resolve():
-        raise UserError(f"--output {output} is the checkpoint itself")
+        raise UserError(f"--output {printable(output)}: a file of --to {args.to} ends in .{args.to}")
     if not output.parent.is_dir():
-        raise UserError(f"--output {output}: {output.parent} is no folder")
+        raise UserError(f"--output {printable(output)}: {printable(output.parent)} is no folder")
+    with as_user_error(UnicodeEncodeError, prefix=f"--output {printable(output)}: the name is not UTF-8: "):
+        str(output.resolve()).encode()  # the libraries that write and read the file take no other
+    description = output_file(output.with_suffix(".json"), DESCRIPTION, source)
+    known = files_of(description)
+    for file in (output, *[output.with_name(f"{output.name}.data")] * (args.to == "onnx")):
+        output_file(file, lambda path: path.name in known and known[path.name] == sha256_of(path), source)
     start = time.monotonic()
     model, about = load(args)
     module = Encoder(model) if args.encoder else model
@@ -205,14 +218,19 @@ def main(args: argparse.Namespace) -> None:
             difference, largest = max(differences).item(), want.abs().max().item()
             if not difference <= TOLERANCE * largest:
                 raise RunError(f"the exported model differs by {difference:.3g}, where outputs reach {largest:.3g}")
-            path.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
-            for file in Path(folder).iterdir():
+            written = list(Path(folder).iterdir())
+            about["files"] = known | {file.name: sha256_of(file) for file in written}
+            write_json(path.with_suffix(".json"), about)
+            for file in (*written, path.with_suffix(".json")):
+                with file.open("rb") as content:
+                    os.fsync(content.fileno())
                 file.replace(output.parent / file.name)
     except OSError as error:
-        raise RunError(f"{output} cannot be written: {error.strerror}") from error
+        raise RunError(f"{printable(output)} cannot be written: {error.strerror}") from error
+    megabytes, seconds = output.stat().st_size / 1e6, time.monotonic() - start
     print(
-        f"{output}: {output.stat().st_size / 1e6:.1f} MB after {time.monotonic() - start:.0f} s; read again it differs "
-        f"by at most {difference:.2g} where outputs reach {largest:.2g}"
+        f"{printable(output)}: {megabytes:.1f} MB after {seconds:.0f} s; read again it differs by at most "
+        f"{difference:.2g} where outputs reach {largest:.2g}"
     )
 
 

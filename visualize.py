@@ -16,9 +16,13 @@ import torch
 
 import models_arm
 from util import checkpoint, cli, sheet
-from util.decode import BrokenImage
+from util.decode import BrokenImage, with_pillow
 from util.dist import init_device, seed_everything
-from util.errors import UserError, as_user_error
+from util.errors import RunError, UserError, as_user_error
+from util.files import figure_of, open_regular, output_file, printable, save_figure
+
+TITLE = "ARM predictions"  # in the metadata of a sheet
+MAX_BYTES = 2**30  # of an image file
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -26,7 +30,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.Parser("visualize.py", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="of pretraining, ours or a released one")
     parser.add_argument("images", nargs="+", type=Path, help="image files")
-    parser.add_argument("--output", type=Path, default=Path("."), metavar="DIR", help="folder (default: the current)")
+    parser.add_argument("--output", type=cli.filled, default=".", metavar="DIR", help="folder (default: the current)")
     cli.add_ignore_keys(parser)
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is a GPU)")
     return parser
@@ -55,28 +59,60 @@ def load_model(path: str | Path, ignore_keys: Sequence[str] = ()) -> models_arm.
     return model.eval()
 
 
-def main(args: argparse.Namespace) -> None:
-    """Write one sheet an image; images of the same name get numbers.
+def read_image(path: Path) -> bytes:
+    """Read an image file that can be decoded.
 
     Raises:
-        UserError: a checkpoint or image that cannot be read, or a folder that cannot be written.
+        UserError: it cannot be read or decoded, is no regular file, or larger than `MAX_BYTES`.
     """
+    with as_user_error(OSError, BrokenImage, ValueError, prefix=f"{printable(path)}: "):
+        with open_regular(path) as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise BrokenImage(f"it is larger than {MAX_BYTES} bytes")
+        with_pillow(data)
+    return data
+
+
+def targets(args: argparse.Namespace) -> list[Path]:
+    """Return the file of each image's sheet; images of the same name get numbers.
+
+    Raises:
+        UserError: one cannot be written there, or a file is there that is no sheet, or is one of the images.
+    """
+    with as_user_error(OSError, ValueError, prefix=f"--output {printable(args.output)}: "):
+        Path(args.output).mkdir(parents=True, exist_ok=True)
+    seen, paths = Counter(), []
+    for path in args.images:
+        seen[path.stem] += 1
+        number = f"-{seen[path.stem]}" if seen[path.stem] > 1 else ""
+        target = Path(args.output, f"{path.stem}-sheet{number}.png")
+        paths.append(output_file(target, figure_of(TITLE), args.checkpoint, *args.images))
+    return paths
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write one sheet an image.
+
+    Raises:
+        UserError: a checkpoint or image that cannot be read, or a folder that cannot be written; nothing is written.
+        RunError: a sheet cannot be written.
+    """
+    for path in args.images:
+        read_image(path)
+    sheets = targets(args)
     device = init_device(args.device)
     model = load_model(args.checkpoint, args.ignore_keys).to(device)
     seed_everything(0)  # what is hidden, and an order of each image's own, are the same in every sheet of an image
     transform = sheet.input_transform(tuple(side * model.patch_size for side in model.grid_size))
-    seen = Counter()
-    for path in args.images:
-        with as_user_error(OSError, BrokenImage, prefix=f"{path}: "):
-            img = transform(path.read_bytes())
-        seen[path.stem] += 1
-        number = f"-{seen[path.stem]}" if seen[path.stem] > 1 else ""
-        target = args.output / f"{path.stem}-sheet{number}.png"
-        with as_user_error(OSError, prefix=f"--output {args.output}: "):
-            args.output.mkdir(parents=True, exist_ok=True)
-            (figure,) = sheet.draw_sheets(model, torch.stack([img]).to(device))
-            figure.savefig(target)
-        print(target)
+    for path, target in zip(args.images, sheets, strict=True):
+        img = transform(read_image(path))
+        (figure,) = sheet.draw_sheets(model, torch.stack([img]).to(device))
+        try:
+            save_figure(figure, target, TITLE)
+        except OSError as error:
+            raise RunError(f"--output {printable(target)} cannot be written: {error.strerror}") from error
+        print(printable(target))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """Frozen features: the encoder of a checkpoint, and what its blocks make of each image, computed once and kept."""
 
 import argparse
+import glob
 import hashlib
 import json
 import os
 import socket
+import stat
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,22 +20,28 @@ from ops import BackendUnavailable, choose_backend
 from util import checkpoint, cli
 from util.datasets import ImageDataset, eval_loader
 from util.device_loader import DeviceLoader
-from util.dist import barrier, on_main, world_size
+from util.dist import barrier, gather_late, on_main, rank, world_size
 from util.errors import RunError, UserError, as_user_error
+from util.files import printable
 from util.metrics import LOG_EVERY, ScreenLog, SilentLog
 from util.pos_embed import resize_pos_embed
 from util.run import fingerprint
+from util.sources import HubDataset, Source, TarShards
 from util.train_loop import activation_dtype, autocast
 
 Model = PretrainModel | ARMClassifier
 ENCODER = ("patch_embed.", "layers.", "pos_embed", "cluster_order")  # what of a pretraining model makes features
+DIGEST = hashlib.sha256().digest_size  # bytes: the end of a cache file
+BLOCK = 2**24  # bytes that are hashed at a time
+THREADS = 16  # that ask for the states of files
 
 
 def load_model(args: argparse.Namespace, device: torch.device) -> Model:
     """The model of a checkpoint, of pretraining (its encoder only: the decoder stays random) or of finetuning.
 
     Args:
-        args: `checkpoint`, `model_key`, `input_size` and `scan_backend` count; the middle ones get what was found.
+        args: `checkpoint`, `model_key`, `input_size` and `scan_backend` count; the middle ones get what was found, and
+            `class_names` the names of a classifier's outputs, where the file has them.
         device: where it goes.
 
     Raises:
@@ -40,6 +49,7 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Model:
     """
     content = checkpoint.read(args.checkpoint, args.ignore_keys)
     args.model_key = checkpoint.chosen_key(content, args.model_key)
+    args.class_names = checkpoint.class_names(content)
     state = checkpoint.weights(content, args.model_key)
     checkpoint.say_guesses(args.checkpoint, content, state)
     trained_size = checkpoint.image_size(state, checkpoint.saved_size(content))
@@ -131,7 +141,8 @@ def features(
     """What the frozen model makes of every image: from the cache, or computed, each process a share, and kept there.
 
     A file of the cache is NumPy's format, which executes nothing, read through a memory map. It is named by a hash of
-    the weights, of the images' folder and labels, and of all settings that change a value.
+    the weights, of the images' folder, files and labels, and of all settings that change a value. It ends in a checksum
+    of all before it, which is compared once, before the file is used.
 
     Args:
         args: `cache`, `max_gb`, what `eval_loader` reads, and the settings of the images.
@@ -148,12 +159,12 @@ def features(
         image is -1. Memory-mapped from the file.
 
     Raises:
-        UserError: larger than `--max_gb`, or the folder cannot be written.
+        UserError: larger than `--max_gb`, the folder cannot be written, or the file is damaged.
         RunError: broken images, or features that are not finite.
     """
     settings = {
         "weights": hash_of(model), "data": fingerprint(dataset.source), "split": split,
-        "root": os.path.abspath(dataset.source.root),
+        "root": os.path.abspath(dataset.source.root), "files": on_main(lambda: state_of_files(dataset.source)),
         "blocks": list(blocks), "tokens": tokens, "pool": str(getattr(model, "global_pool", "mean")),
         "dtype": str(activation_dtype(device)), "cluster_size": getattr(model, "cluster_size", None),
         "order": model.order if isinstance(model, PretrainModel) else None,
@@ -166,26 +177,30 @@ def features(
     record = np.dtype([("label", np.int64), feature], align=True)
 
     def start() -> str | None:
-        """Make the file to fill, unless there is a whole one."""
-        if path.is_file():
+        """Make the file to fill, unless there is one."""
+        if os.path.lexists(path):
             return None
         size = len(dataset) * record.itemsize / 1e9
         if size > args.max_gb:
             raise UserError(f"the features of {split} take {size:.3g} GB, more than --max_gb {args.max_gb:g} allows")
         mine = f".{path.name}.{socket.gethostname()}."  # other hosts may share the folder
-        for left in path.parent.glob(f"{mine}*"):  # by a process that was killed
-            if not Path("/proc", left.suffix[1:]).exists():
-                left.unlink(missing_ok=True)
-        partial = path.with_name(f"{mine}{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            np.lib.format.open_memmap(partial, "w+", record, (len(dataset),))
-            with partial.open("r+b") as file:  # a full disk would end a process that writes to the map, wordlessly
-                os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
+            for left in path.parent.glob(f"{glob.escape(mine)}*"):  # by a process that was killed
+                if left.suffix[1:] == str(os.getpid()) or not Path("/proc", left.suffix[1:]).exists():
+                    left.unlink(missing_ok=True)
+            partial = path.with_name(f"{mine}{os.getpid()}")
+            with partial.open("xb") as file:  # a new file, not one that a link leads to
+                header = {"descr": np.lib.format.dtype_to_descr(record), "fortran_order": False}
+                np.lib.format.write_array_header_1_0(file, header | {"shape": (len(dataset),)})
+                # a full disk would end a process that writes to the map, wordlessly
+                size = file.tell() + len(dataset) * record.itemsize + DIGEST
+                file.flush()
+                os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
-            with suppress(OSError):
+            with suppress(OSError, NameError):
                 partial.unlink()
-            raise UserError(f"--cache {path.parent} cannot be written: {error.strerror}") from error
+            raise UserError(f"--cache {printable(path.parent)} cannot be written: {error.strerror}") from error
         return str(partial)
 
     partial = on_main(start)
@@ -193,14 +208,89 @@ def features(
         loader = eval_loader(dataset, args, device)
         try:
             compute(model, loader, np.lib.format.open_memmap(partial, "r+"), blocks, tokens, device, log, split)
+            barrier()
+            digest = digest_of(Path(partial))
+            on_main(lambda: publish(Path(partial), path, digest))
         except BaseException:
             Path(partial).unlink(missing_ok=True)
             raise
-        barrier()
-        on_main(lambda: os.replace(partial, path))
-    with as_user_error(ValueError, OSError, prefix=f"{path} is damaged, delete it: "):
+    with as_user_error(ValueError, OSError, prefix=f"{printable(path)} is damaged, delete it: "):
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError("it is no regular file")
+        if partial is None and digest_of(path) != last_bytes(path):
+            raise ValueError("its checksum is that of other content")
         rows = np.load(path, mmap_mode="c", allow_pickle=False)  # as if writable: torch has no read-only tensors
+        if (rows.dtype, rows.shape) != (record, (len(dataset),)):
+            raise ValueError(f"it holds {rows.dtype} {rows.shape}, not {record} {(len(dataset),)}")
     return torch.from_numpy(rows["feature"]), torch.from_numpy(rows["label"])
+
+
+def state_of_files(source: Source) -> str:
+    """Hash the name, size and modification time of every file that images are read from, or a dataset's fingerprint.
+
+    A million files take some seconds on a local disk, by threads, since a network's file system answers slowly.
+    """
+    if isinstance(source, HubDataset):
+        return source.rows._fingerprint  # of its content and of all that was done to it
+    if isinstance(source, TarShards):
+        path, count = source.shards.__getitem__, len(source.shards)
+    else:  # its names are for messages, where it has paths, too
+        path, count = getattr(source, "path", source.name), len(source.labels)
+
+    def share(indices: np.ndarray) -> bytes:
+        digest = hashlib.sha256()
+        for index in indices:
+            name = os.fsencode(path(index))
+            try:
+                found = os.stat(name)
+                digest.update(b"%b\0%d\0%d\0" % (name, found.st_size, found.st_mtime_ns))
+            except OSError:  # a broken image, which is told when it is read
+                digest.update(b"%b\0\0\0" % name)
+        return digest.digest()
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return hashlib.sha256(b"".join(pool.map(share, np.array_split(np.arange(count), THREADS)))).hexdigest()
+
+
+def digest_of(path: Path) -> bytes:
+    """Return the SHA-256 of the SHA-256s of a file's blocks, without its last `DIGEST` bytes; each process reads some.
+
+    One process hashes 1.5 GB a second, on a core with SHA instructions.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    end = path.stat().st_size - DIGEST
+    starts = range(0, end, BLOCK)
+    with path.open("rb") as file:
+        own = [
+            hashlib.sha256(os.pread(file.fileno(), min(BLOCK, end - at), at)).digest()
+            for at in starts[rank() :: world_size()]
+        ]
+    shares = gather_late(own)
+    blocks = [shares[i % world_size()][i // world_size()] for i in range(len(starts))]
+    return hashlib.sha256(b"".join(blocks)).digest()
+
+
+def last_bytes(path: Path) -> bytes:
+    """Return the last `DIGEST` bytes of a file."""
+    with path.open("rb") as file:
+        return os.pread(file.fileno(), DIGEST, max(0, path.stat().st_size - DIGEST))
+
+
+def publish(partial: Path, path: Path, digest: bytes) -> None:
+    """End a whole file with its digest, for which it has the room, and give it its name.
+
+    Raises:
+        UserError: the folder cannot be written any more.
+    """
+    with as_user_error(OSError, prefix="--cache: "):
+        with partial.open("r+b") as file:
+            file.seek(-DIGEST, os.SEEK_END)
+            file.write(digest)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
 
 
 @torch.inference_mode()
@@ -219,10 +309,13 @@ def compute(
     for step, (imgs, labels) in enumerate(loader, start=1):
         with autocast(device):
             found = encode(model, imgs, blocks)
-        found = (found if tokens else pool(model, found)).cpu().numpy().astype(rows["feature"].dtype)
-        if not np.isfinite(found).all():
-            raise RunError(f"features of {title} are not finite" + " in float16" * tokens)
         share = list(loader.sampler.indices[seen : seen + len(labels)])
+        with np.errstate(over="ignore"):  # what float16 does not hold becomes infinite
+            found = (found if tokens else pool(model, found)).cpu().numpy().astype(rows["feature"].dtype)
+        if not np.isfinite(found).all():
+            first = share[int(np.isfinite(found).reshape(len(found), -1).all(axis=1).argmin())]  # (B, ...) -> (B, n)
+            name = printable(loader.loader.dataset.dataset.source.name(first))
+            raise RunError(f"features of {title} are not finite" + " in float16" * tokens + f"; the first: {name}")
         rows["feature"][share], rows["label"][share] = found, labels.cpu()
         seen += len(labels)
         progress.update(len(labels) * world_size(), quiet=step % LOG_EVERY != 0 and step != len(loader))

@@ -21,15 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from features import chosen_blocks, features, hash_of, load_model
-from probes import AttentiveHead, LinearHead, knn, train_probe
-from report import accuracy, output_file, table, with_interval, write_json
-from util import cli
+from probes import FEWEST, AttentiveHead, LinearHead, has_direction, held_out, knn, train_probe
+from report import accuracy, result_file, table, with_interval, write_result
+from util import cli, machine
 from util.class_names import match_classes
 from util.datasets import eval_transform, image_dataset
-from util.dist import gather_late, init_device, on_main, rank, reduce_sum, seed_everything, world_size
+from util.dist import gather_late, init_device, rank, reduce_sum, seed_everything, world_size
 from util.errors import UserError
+from util.files import printable
 from util.hub import beside
 from util.metrics import ScreenLog, SilentLog, open_log
+from util.run import fingerprint
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -74,50 +76,79 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("the processes share a file of features: run all of them on one machine")
     device, log = init_device(args.device, args.dist_timeout), open_log()
     seed_everything(args.seed)
+    output = result_file(args, ".probe.json", list)
     model = load_model(args, device)
     torch.set_float32_matmul_precision("highest")  # TF32 would choose other neighbours than a CPU
-    source = beside(args.checkpoint)
-    output = on_main(lambda: output_file(args.output, source.with_suffix(".probe.json")))
-    args.cache = args.cache or source.parent / "features"
+    args.cache = beside(args.checkpoint).parent / "features" if args.cache is None else args.cache
     blocks = chosen_blocks(args, len(model.layers))
     heads = args.attn_heads or max(1, model.embed_dim // 64)
     if "attentive" in args.probe and model.embed_dim % heads:
         raise UserError(f"--attn_heads {heads} does not divide the {model.embed_dim} channels")
     transform = eval_transform(cli.image_size(args), args.eval_resize)
     splits = {name: image_dataset(args.data_path, name, transform, args.eval_loader) for name in ("train", "val")}
-    train = splits["train"].source
-    for line in match_classes(splits["val"].source, train.classes, train.root):
+    sources = {name: data.source for name, data in splits.items()}
+    for line in match_classes(sources["val"], sources["train"].classes, sources["train"].root):
         log.say(line)
-    classes = len(train.classes)
-
-    if "knn" in args.probe:
-        possible(args.k, len(splits["train"]))
+    names = [printable(name) for name in sources["train"].classes]
+    check_images(args, *(torch.from_numpy(source.labels) for source in sources.values()), names)
     # the larger files first: what is too large is refused before any work
     kept = {
         tokens: [features(args, model, data, name, blocks, tokens, device, log) for name, data in splits.items()]
         for tokens in sorted({probe == "attentive" for probe in args.probe}, reverse=True)
     }
     # under --eval_bad wrong: those of train are left out, those of val count as wrong
-    broken = {name: int((y < 0).sum()) for name, (_, y) in zip(splits, next(iter(kept.values())), strict=True)}
+    labels = {name: y for name, (_, y) in zip(splits, next(iter(kept.values())), strict=True)}
+    broken = {name: int((y < 0).sum()) for name, y in labels.items()}
     if any(broken.values()):
         log.say(f"broken images: {broken['train']} of train are left out, {broken['val']} of val count as wrong")
+        check_images(args, *labels.values(), names)
+    images = len(labels["train"]) - broken["train"]
+    trained_on = images - held_out(images)
+    if trained_on < args.probe_batch_size and set(args.probe) != {"knn"}:
+        log.say(f"--probe_batch_size {args.probe_batch_size}: batches have the {trained_on} images that are trained on")
     pooled = [(x.to(device), y.to(device)) for x, y in kept.get(False, ())]
     rows = []
     if "knn" in args.probe:
-        rows += evaluate_knn(*pooled, args, classes, log)
+        rows += evaluate_knn(*pooled, args, len(names), log)
     if "linear" in args.probe:
-        make_head = partial(LinearHead, model.embed_dim, classes)
-        rows.append(train_seeds("linear", make_head, *pooled, args, device))
+        make_head = partial(LinearHead, model.embed_dim, len(names))
+        rows.append(train_seeds("linear", make_head, *pooled, args, device, log))
     if "attentive" in args.probe:
-        make_head = partial(AttentiveHead, model.embed_dim, classes, heads)
-        rows.append(train_seeds("attentive", make_head, *kept[True], args, device))
+        make_head = partial(AttentiveHead, model.embed_dim, len(names), heads)
+        rows.append(train_seeds("attentive", make_head, *kept[True], args, device, log))
 
     log.say(f"{type(model).__name__}, block {', '.join(map(str, blocks))} of {len(model.layers)}")
     head = ["probe", "top-1 (95 % over images)", "deviation over seeds", "top-5", "images", "learning rate"]
     log.say(table(head, *map(cells, rows)))
-    content = {"checkpoint": str(args.checkpoint), "weights": hash_of(model), "blocks": list(blocks), "broken": broken}
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    on_main(lambda: write_json(output, {**content, "results": rows, "args": settings}))
+    data = {
+        name: {"root": printable(source.root), "images": len(source.labels), "fingerprint": fingerprint(source)}
+        for name, source in sources.items()
+    }
+    content = {"weights": hash_of(model), "blocks": list(blocks), "data": data, "class_names": names, "broken": broken}
+    write_result(output, vars(args), {**content, "machine": machine.describe(device), "results": rows})
+
+
+def check_images(args: argparse.Namespace, train: Tensor, val: Tensor, names: list[str]) -> None:
+    """Refuse probes that need more images than there are.
+
+    Args:
+        args: `probe`, `k` and `data_path` count.
+        train: (n,) int64, labels of the training images; the label -1 of a broken one does not count.
+        val: (m,) int64, those of the validation images.
+        names: of the classes, by label.
+
+    Raises:
+        UserError: says how many images there are, or which classes lack them.
+    """
+    images = int((train >= 0).sum())
+    if "knn" in args.probe:
+        possible(args.k, images)
+    if set(args.probe) != {"knn"} and images < FEWEST:
+        raise UserError(f"a probe trains on {FEWEST - 1} images and is chosen by one held out: there are {images}")
+    lacking = sorted(set(val[val >= 0].tolist()) - set(train.tolist()))
+    if lacking:
+        named = ", ".join(names[label] or str(label) for label in lacking[:5])
+        raise UserError(f"{args.data_path}: train has no image of {len(lacking)} classes that val has: {named}")
 
 
 def possible(ks: list[int], images: int) -> list[int]:
@@ -138,17 +169,26 @@ def evaluate_knn(
     classes: int,
     log: ScreenLog | SilentLog,
 ) -> list[dict]:
-    """A row of results for each of `--k` that the training images suffice for; each process asks a share of `val`."""
-    intact = train[1] >= 0
-    ks = possible(args.k, intact.sum())
+    """A row of results for each of `--k` that the training images suffice for; each process asks a share of `val`.
+
+    Features without a direction have no cosine: those of `train` are left out, those of `val` count as wrong.
+    """
+    lost = [int((~has_direction(x) & (y >= 0)).sum()) for x, y in (train, val)]
+    if any(lost):
+        log.say(f"kNN: features of {lost[0]} images of train have no direction and are left out")
+        log.say(f"kNN: features of {lost[1]} images of val have no direction and count as wrong")
+    intact = has_direction(train[0]) & (train[1] >= 0)
+    ks = possible(args.k, int(intact.sum()))
     if len(ks) < len(set(args.k)):
         log.say(f"{intact.sum()} training images: larger --k are left out")
     queries, labels = (part[rank() :: world_size()] for part in val)
+    labels = labels.masked_fill(~has_direction(queries), -1)
     rows = []
     for k, best in knn(train[0][intact], train[1][intact], queries, ks, args.temperature, classes).items():
         hits = (best == labels[:, None]) & (labels[:, None] >= 0)  # (m, up to 5)
         counts = reduce_sum(torch.stack([hits[:, 0].sum(), hits.sum()]))
-        rows.append({"probe": f"{k}-NN", "k": k, **accuracy(*counts.tolist(), len(val[1]))})
+        row = {"probe": f"{k}-NN", "k": k, **accuracy(*counts.tolist(), len(val[1]))}
+        rows.append(row | ({"without_direction": lost[1]} if lost[1] else {}))
     return rows
 
 
@@ -159,12 +199,16 @@ def train_seeds(
     val: tuple[Tensor, Tensor],
     args: argparse.Namespace,
     device: torch.device,
+    log: ScreenLog | SilentLog,
 ) -> dict:
     """A row of results of `--seeds` probes, their mean and its deviation; each process trains some of them."""
     shares = gather_late(
         [train_probe(make_head, train, val, args, s, device) for s in range(args.seeds)[rank() :: world_size()]]
     )
     runs = [shares[s % world_size()][s // world_size()] for s in range(args.seeds)]
+    for seed, run in enumerate(runs):
+        if "nonfinite" in run:
+            log.say(f"{kind} probe of seed {seed}: {run['nonfinite']} images have logits that are not finite: wrong")
     correct, correct5 = (statistics.mean(run[name] for run in runs) for name in ("correct", "correct5"))
     each = [100 * run["correct"] / len(val[1]) for run in runs]
     deviation = statistics.stdev(each) if len(each) > 1 else None

@@ -9,11 +9,25 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from util.dist import seed_everything
+from util.errors import RunError
 from util.lr_sched import lr_at, set_lr
 
 # Learning rates that are tried, for 256 images a step.
 LINEAR_LRS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 ATTENTIVE_LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+FEWEST = 3  # training images of a trained probe: one is held out, and batch norm needs two
+SHORTEST = 1e-12  # features: what `F.normalize` does not divide by
+
+
+def held_out(images: int) -> int:
+    """Return how many of so many training images choose the learning rate: a tenth."""
+    return max(1, images // 10)
+
+
+def has_direction(features: Tensor) -> Tensor:
+    """Tell which features have a cosine with others: neither zero nor beyond float32, (n, C) -> (n,) bool."""
+    length = features.norm(dim=-1)
+    return (length > SHORTEST) & length.isfinite()
 
 
 def knn(
@@ -32,8 +46,8 @@ def knn(
     Returns:
         For each of ks, (m, up to 5) int64: the classes by their votes, -1 where a class has none.
     """
-    train, found = F.normalize(train), {k: [] for k in ks}
-    for part in F.normalize(queries).split(256):
+    train, found = F.normalize(train, eps=SHORTEST), {k: [] for k in ks}
+    for part in F.normalize(queries, eps=SHORTEST).split(256):
         similarity, nearest = (part @ train.T).topk(max(ks))  # (b, max k), sorted
         # from the nearest on, whose weight is 1: a low temperature would overflow
         weights, voted = ((similarity - similarity[:, :1]) / temperature).exp(), labels[nearest]
@@ -122,13 +136,17 @@ def train_probe(
 
     Returns:
         `correct`, `correct5` among the images of `val`; `lr`, the one chosen (for 256 images a step), and `held_out`,
-        its accuracy in percent there.
+        its accuracy in percent there. Images whose logits are not finite count as wrong; `nonfinite` is their number in
+        `val` where there are any.
+
+    Raises:
+        RunError: the features have no finite variance, or every learning rate has led to values that are not finite.
     """
     seed_everything(args.seed, seed, of_rank=0)
     order = torch.Generator().manual_seed(torch.randint(2**31, ()).item())  # apart: the grid does not change it
     features, labels = train
     intact = (labels >= 0).nonzero()[:, 0].cpu()
-    held_out, used = intact[torch.randperm(len(intact), generator=order)].tensor_split([max(1, len(intact) // 10)])
+    held, used = intact[torch.randperm(len(intact), generator=order)].tensor_split([held_out(len(intact))])
     size = min(args.probe_batch_size, len(used))
     steps = len(used) // size  # an epoch
     linear = features.ndim == 2
@@ -150,11 +168,18 @@ def train_probe(
             loss.backward()
             optimizer.step()
     probes.eval()
-    right = count(probes, *train, held_out.split(size), device)[:, 0]
-    chosen = int(right.argmax())
-    correct, correct5 = count(probes, *val, torch.arange(len(val[1])).split(size), device)[chosen].tolist()
-    held = 100 * right[chosen].item() / len(held_out)
-    return {"correct": correct, "correct5": correct5, "lr": lrs[chosen], "held_out": held}
+    if not probes.norm.running_var.isfinite().all():
+        raise RunError("the variance of the features is not finite: they are too large for a probe in float32")
+    right, _, nonfinite = count(probes, *train, held.split(size), device).unbind(dim=1)
+    finite = [all(p.isfinite().all() for p in head.parameters()) for head in probes.heads]
+    fit = torch.tensor(finite) & (nonfinite == 0)
+    if not fit.any():
+        raise RunError(f"seed {seed}: with each of the learning rates {lrs} the probe diverged")
+    chosen = int(right.masked_fill(~fit, -1).argmax())
+    found = count(probes, *val, torch.arange(len(val[1])).split(size), device)[chosen].tolist()
+    result = {"correct": found[0], "correct5": found[1], "lr": lrs[chosen]}
+    result["held_out"] = 100 * right[chosen].item() / len(held)
+    return result | ({"nonfinite": found[2]} if found[2] else {})
 
 
 def rows_of(values: Tensor, index: Tensor, device: torch.device) -> Tensor:
@@ -164,11 +189,17 @@ def rows_of(values: Tensor, index: Tensor, device: torch.device) -> Tensor:
 
 @torch.inference_mode()
 def count(probes: Probes, features: Tensor, labels: Tensor, batches: Iterable[Tensor], device: torch.device) -> Tensor:
-    """How many labels are each head's best, and among its five best, over batches of rows: (heads, 2) int64."""
-    counts = torch.zeros(len(probes.heads), 2, dtype=torch.int64)
+    """Count over batches of rows the labels that are each head's best, those among its five best, and broken logits.
+
+    Returns:
+        (heads, 3) int64; an image whose logits are not finite is in the last count alone.
+    """
+    counts = torch.zeros(len(probes.heads), 3, dtype=torch.int64)
     for index in batches:
         logits = probes(rows_of(features, index, device).float())
+        finite = logits.isfinite().all(dim=-1, keepdim=True)  # (heads, B, 1)
         best = logits.topk(min(5, logits.shape[-1])).indices  # (heads, B, 5)
-        hits = best == rows_of(labels, index, device)[:, None]
-        counts += torch.stack([hits[..., 0].sum(dim=1), hits.sum(dim=(1, 2))], dim=1).cpu()
+        hits = (best == rows_of(labels, index, device)[:, None]) & finite
+        found = hits[..., 0].sum(dim=1), hits.sum(dim=(1, 2)), (~finite).sum(dim=(1, 2))
+        counts += torch.stack(found, dim=1).cpu()
     return counts

@@ -1,11 +1,13 @@
 """Accuracies with intervals, as a table and as a JSON file."""
 
-import json
+import argparse
 import math
-import tempfile
 from pathlib import Path
 
-from util.errors import UserError
+from util.dist import on_main
+from util.errors import RunError, as_user_error
+from util.files import json_with, output_file, printable, write_json
+from util.hub import beside
 
 
 def wilson(correct: float, images: int) -> tuple[float, float]:
@@ -32,29 +34,33 @@ def table(*rows: list) -> str:
     return "\n".join([head, f"|{' --- |' * len(rows[0])}", *body])
 
 
-def output_file(given: str | None, default: Path) -> Path:
-    """Where a result will go; that it can be written there is tried before the work.
+def result_file(args: argparse.Namespace, suffix: str, results: type) -> Path:
+    """Return where the JSON file of a result goes: `--output`, or beside the checkpoint; see `output_file`.
+
+    Args:
+        args: `output` and `checkpoint` count.
+        suffix: of the default, in the place of the checkpoint's.
+        results: type of what an earlier file of this kind has under "results".
 
     Raises:
-        UserError: it cannot.
+        UserError: it cannot be written, or another file is there.
     """
-    path = Path(given or default)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") if path.exists() else tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise UserError(f"--output {path} cannot be written: {error.strerror}") from error
-    return path
+    with as_user_error(ValueError, prefix=f"{args.checkpoint} names no file: "):
+        default = beside(args.checkpoint).with_suffix(suffix)
+    path = default if args.output is None else Path(args.output)
+    ours = json_with(checkpoint=str, weights=str, results=results, args=dict)
+    return on_main(lambda: output_file(path, ours, beside(args.checkpoint)))
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file.
+def write_result(path: Path, settings: dict, content: dict) -> None:
+    """Write a result, and the arguments that led to it, on the main process.
 
     Raises:
-        UserError: the file cannot be written.
+        RunError: the file cannot be written; the result has been printed.
     """
+    settings = {name: printable(value) if isinstance(value, (str, Path)) else value for name, value in settings.items()}
+    content = {"checkpoint": settings["checkpoint"], **content, "args": settings}
     try:
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        on_main(lambda: write_json(path, content))
     except OSError as error:
-        raise UserError(f"--output {path} cannot be written: {error.strerror}") from error
+        raise RunError(f"--output {printable(path)} cannot be written: {error.strerror}") from error

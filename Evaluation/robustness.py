@@ -27,13 +27,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from features import hash_of, load_model
 from models_arm import ARMClassifier
-from report import accuracy, output_file, table, with_interval, write_json
-from util import cli
+from report import accuracy, result_file, table, with_interval, write_result
+from util import cli, machine
 from util.datasets import ImageDataset, eval_loader, eval_transform, pixels_by
-from util.dist import init_device, on_main
+from util.dist import init_device
 from util.errors import UserError
 from util.evaluation import evaluate, score_labels
-from util.hub import beside
+from util.files import printable
 from util.metrics import open_log
 from util.sources import Folder
 
@@ -47,6 +47,7 @@ ALEXNET = {
 }  # fmt: skip
 SEVERITIES = range(1, 6)
 Score = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # see util.evaluation.evaluate
+UNANSWERED = {"broken": "broken", "nonfinite": "with logits that are not finite"}  # images that count as wrong
 SETS = ("imagenet", "imagenet-a", "imagenet-r", "sketch", "v2", "c", "real")
 
 
@@ -131,9 +132,14 @@ def real_labelled(path: Path, real: list[list[int]]) -> tuple[Folder, Score]:
     strange = np.flatnonzero((numbers < 0) | (numbers >= len(real)))
     if len(strange):
         raise UserError(f"{source.name(strange[0])}: no number from 1 to {len(real)} follows ILSVRC2012_val_ in it")
+    first = np.unique(numbers, return_index=True)[1]
+    if len(first) < len(numbers):
+        again = np.setdiff1d(np.arange(len(numbers)), first)
+        raise UserError(f"{source.name(again[0])}: {len(again)} images have the number of another one; remove them")
     kept = np.flatnonzero([bool(real[number]) for number in numbers])
     if not len(kept):
         raise UserError(f"{path}: none of the images has a ReaL label")
+    source.unlabelled = len(numbers) - len(kept)
     source.paths, source.labels = source.paths[kept], numbers[kept]
     classes = pad_sequence([torch.tensor(own or [-1]) for own in real], batch_first=True, padding_value=-1)
     return source, partial(score_sets, classes)
@@ -165,13 +171,13 @@ def result_of(name: str, results: dict[str, dict]) -> dict:
         (result,) = results.values()
         correct, correct5 = (result[key] * result["images"] / 100 for key in ("acc1", "acc5"))
         return result | accuracy(correct, correct5, result["images"])
-    broken = sum(result.get("broken", 0) for result in results.values())
+    counts = {kind: sum(result.get(kind, 0) for result in results.values()) for kind in UNANSWERED}
     acc1 = {c: [results[f"{c} {s}"]["acc1"] for s in SEVERITIES] for c in ALEXNET}
     return {
         "acc1": float(np.mean(list(acc1.values()))),
         "acc5": float(np.mean([result["acc5"] for result in results.values()])),
         "images": sum(result["images"] for result in results.values()),
-        **({"broken": broken} if broken else {}),
+        **{kind: count for kind, count in counts.items() if count},
         "mce": float(np.mean([100 * (100 - np.mean(acc1[c])) / ALEXNET[c] for c in ALEXNET])),
         "parts": results,
     }
@@ -184,16 +190,24 @@ def main(args: argparse.Namespace) -> None:
         UserError: something that was asked for cannot be; nothing has been evaluated then.
     """
     cli.check_input_size(args)
-    device, log = init_device(args.device, args.dist_timeout), open_log()
-    model = load_model(args, device)
-    if not isinstance(model, ARMClassifier):
-        raise UserError(f"{args.checkpoint} comes from pretraining: a classifier is needed")
-    if model.head.out_features != 1000:
-        raise UserError(f"{args.checkpoint} has {model.head.out_features} outputs, not the 1000 of ImageNet")
     if len(dict(args.data)) < len(args.data):
         raise UserError("--data names a set twice")
-    output = on_main(lambda: output_file(args.output, beside(args.checkpoint).with_suffix(".robustness.json")))
+    device, log = init_device(args.device, args.dist_timeout), open_log()
+    output = result_file(args, ".robustness.json", dict)
+    model = load_model(args, device)
+    weights, synsets = hash_of(model), timm_list("imagenet_synsets.txt")
+    if not isinstance(model, ARMClassifier):
+        raise UserError(f"{args.checkpoint} comes from pretraining: a classifier is needed")
+    if model.head.out_features != len(synsets):
+        raise UserError(f"{args.checkpoint} has {model.head.out_features} outputs, not the {len(synsets)} of ImageNet")
+    if args.class_names:
+        sort_outputs(model, args.class_names, synsets, args.checkpoint)
+    else:
+        log.say(f"{args.checkpoint} does not name its classes: ImageNet's in the order of their synsets are assumed")
     sets = {name: parts_of(name, path) for name, path in args.data}
+    for name, path in args.data:
+        for line in left_out(name, path, sets[name]):
+            log.say(f"{name}: {line}")
     rows = {}
     for name, parts in sets.items():
         # images of C are stored as the crop that is to be evaluated
@@ -206,17 +220,56 @@ def main(args: argparse.Namespace) -> None:
         rows[name] = result_of(name, results)
     head = ["data", "top-1 (95 % over images)", "top-5", "images", "mCE"]
     log.say(table(head, *([name, *cells(row)] for name, row in rows.items())))
-    content = {"checkpoint": str(args.checkpoint), "weights": hash_of(model), "results": rows}
-    settings = {"input_size": args.input_size, "data": {name: str(path) for name, path in args.data}}
-    settings |= {name: getattr(args, name) for name in ("model_key", "eval_resize", "eval_loader", "eval_bad")}
-    on_main(lambda: write_json(output, {**content, "args": settings}))
+    settings = vars(args) | {"data": {name: printable(path) for name, path in args.data}}
+    content = {"weights": weights, "class_names": synsets, "machine": machine.describe(device), "results": rows}
+    write_result(output, settings, content)
+
+
+def sort_outputs(model: ARMClassifier, names: list[str], synsets: list[str], owner: str) -> None:
+    """Give the outputs of a classifier, whose classes have these names, the order of the synsets.
+
+    Raises:
+        UserError: the names are others.
+    """
+    other = sorted(set(names) ^ set(synsets))
+    if other or len(names) != len(synsets):
+        raise UserError(f"{owner} has other classes than ImageNet's synsets: {', '.join(map(printable, other[:5]))}")
+    order = [names.index(synset) for synset in synsets]
+    for parameter in model.head.parameters():
+        parameter.copy_(parameter[order])
+
+
+def left_out(name: str, path: Path, parts: dict[str, tuple[Folder, Score]]) -> list[str]:
+    """Return lines that count what is not evaluated of a set: classes without images, and what it has beside.
+
+    Args:
+        name: of the set.
+        path: its folder.
+        parts: as `parts_of` returns them.
+    """
+    if name == "real":
+        ((source, _),) = parts.values()
+        return [f"{source.unlabelled} images without a ReaL label are left out"] * bool(source.unlabelled)
+    classes, lines = 200 if name in ("imagenet-a", "imagenet-r") else 1000, []
+    missing = [classes - len(set(source.labels.tolist())) for source, _ in parts.values()]
+    if any(missing):
+        where = f" in {sum(map(bool, missing))} of {len(parts)} folders" if name == "c" else ""
+        lines.append(f"up to {max(missing)} of its {classes} classes have no image{where}")
+    if name == "c":
+        used = {c: set(map(str, SEVERITIES)) for c in ALEXNET}
+        other = [f"{p.parent.name}/{p.name}" for c in used for p in (path / c).iterdir() if p.name not in used[c]]
+        other += [p.name for p in path.iterdir() if p.name not in used]
+        if other:
+            named = ", ".join(map(printable, sorted(other)[:5]))
+            lines.append(f"{len(other)} files or folders are no part of mCE and left out: {named}")
+    return lines
 
 
 def cells(row: dict) -> list:
     """A row of results for the table. Corrupted images are copies of the same ones: no interval is told for them."""
-    broken = f", {row['broken']} of them broken" if "broken" in row else ""
+    wrong = "".join(f", {row[kind]} of them {what}" for kind, what in UNANSWERED.items() if kind in row)
     top1 = with_interval(row) if "interval" in row else f"{row['acc1']:.2f} %"
-    return [top1, f"{row['acc5']:.2f} %", f"{row['images']}{broken}", f"{row['mce']:.1f} %" if "mce" in row else ""]
+    return [top1, f"{row['acc5']:.2f} %", f"{row['images']}{wrong}", f"{row['mce']:.1f} %" if "mce" in row else ""]
 
 
 if __name__ == "__main__":

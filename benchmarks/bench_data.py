@@ -37,7 +37,6 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "Finetuning"))
 import main_finetune
 import main_pretrain
 from engine_pretrain import train_one_epoch
-from Evaluation.report import output_file
 from models_arm import compiles
 from util import cli, datasets, machine, pack_images
 from util.device_loader import DeviceLoader
@@ -284,7 +283,7 @@ def main(args: argparse.Namespace) -> None:
         get_args_parser().error("--parts training needs --train MODEL where there is no GPU")
     torch.set_num_threads(1)  # the training process only passes batches on
     about = machine.describe(machine.default_device()) | {"cores": len(CORES)}
-    output = output_file(args.output, machine.result_file("-".join(["data", *(args.parts or ())]), about))
+    output = machine.result_file("-".join(["data", *(args.parts or ())]), about, args.output)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     with tempfile.TemporaryDirectory() as temporary:
         folder, shards = Path(args.data_path or f"{temporary}/images"), Path(temporary, "shards")

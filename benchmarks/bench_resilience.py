@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bench_train import CASES, RandomBatches, build, loop_args
 from engine_pretrain import loss_of, train_one_epoch
-from Evaluation.report import output_file
 from util import cli, machine
 from util.checkpoint_folder import LAST, CheckpointFolder
 from util.dist import distribute, init_device, is_main, on_main, world_size
@@ -116,7 +115,7 @@ def main(args: argparse.Namespace) -> None:
     args.batch_size = args.batch_size or CASES[args.case].batch_size
     about = machine.describe(device) | {"processes": world_size(), "case": args.case, "batch_size": args.batch_size}
     kind = "resilience" if world_size() == 1 else f"resilience-{world_size()}"
-    output = on_main(lambda: output_file(args.output, machine.result_file(kind, about)))
+    output = on_main(lambda: machine.result_file(kind, about, args.output))
     steps = step_times(args, device)
     if not is_main():
         return

@@ -23,7 +23,6 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ops
-from Evaluation.report import output_file
 from ops import naive
 from util import cli, machine
 from util.dist import init_device
@@ -163,7 +162,7 @@ def main(args: argparse.Namespace) -> None:
     """Check, time, print a table per size, write everything as JSON."""
     args.device = init_device(args.device)
     about = machine.describe(args.device)
-    output = output_file(args.output, machine.result_file("scan", about))
+    output = machine.result_file("scan", about, args.output)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     yardstick, results = YARDSTICK[args.device.type], []
     for sizes in args.sizes or SIZES[args.device.type]:

@@ -42,7 +42,6 @@ import engine_pretrain
 import models_arm
 import ops
 from benchmarks import released
-from Evaluation.report import output_file
 from util import cli, machine
 from util.dist import init_device
 from util.lr_decay import param_groups_layer_decay
@@ -222,7 +221,7 @@ def main(args: argparse.Namespace) -> None:
     """Train every case with every composition, print a table, write everything as JSON."""
     args.device = init_device(args.device)  # as the training scripts set it up
     about = machine.describe(args.device)
-    output = output_file(args.output, machine.result_file("train", about))
+    output = machine.result_file("train", about, args.output)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(f"{'case':<16}{'composition':<24}{'images/s':>10}{'ms/step':>10}{'MFU':>8}{'GB':>8}{'start s':>9}{'x':>7}")
     results = []

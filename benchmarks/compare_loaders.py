@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 
 from demo import FINETUNE, MODEL, PRETRAIN, RECIPE, ROOT
 from digits import unpack_digits
-from Evaluation.report import output_file
 from util import cli, machine
 from util.errors import RunError
 
@@ -75,7 +74,7 @@ def train(folder: Path, data: Path, loader: str, seed: int, args: argparse.Names
 def main(args: argparse.Namespace) -> None:
     """Train everything, as many runs at a time as there are cores, print the table, write JSON."""
     about = machine.describe(torch.device("cpu"))
-    output = output_file(args.output, machine.result_file("loaders", about))
+    output = machine.result_file("loaders", about, args.output)
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-from Evaluation.report import output_file, write_json
 from studies import fashion_mnist, report
 from studies.budgets import BUDGETS
 from studies.shards import alone, write_subset
@@ -28,7 +27,7 @@ from studies.steps import SCRIPTS, Machine, Step, run_steps
 from studies.study import SEEDS, Arm, Budget, Study, flags, load, names, only
 from util import cli
 from util.errors import UserError, as_user_error
-from util.files import replacing, write_text
+from util.files import json_with, output_file, save_figure, write_json, write_text
 from util.launch import ROOT
 from util.sources import open_source
 
@@ -267,7 +266,9 @@ def main(args: argparse.Namespace) -> None:
     runs = plan(study, budget, seeds, data, output / "runs", more)
     steps = steps_of(runs)
     folder = ROOT / output / f"{args.name}-{name}"
-    result = output_file(None, folder / "results.json")
+    result = output_file(folder / "results.json", json_with(study=str, budget=str, summary=list, runs=list))
+    for name in ("table.md", "plot.png"):
+        output_file(folder / name, lambda _: result.is_file())  # they are of the results beside them
     print(study.question, flush=True)
     run_steps(steps, machine, commit())
 
@@ -289,8 +290,7 @@ def main(args: argparse.Namespace) -> None:
     text = report.markdown(results)
     with as_user_error(OSError):
         write_text(folder / "table.md", text)
-        with replacing(folder / "plot.png") as temporary:
-            report.draw(found).savefig(temporary, dpi=150, format="png")
+        save_figure(report.draw(found), folder / "plot.png", "ARM study", dpi=150)
     print(f"\n{text}\nresults.json, table.md and plot.png are in {output}/{args.name}-{name}")
 
 

@@ -6,14 +6,20 @@ import math
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, NoReturn, TextIO
+from typing import TYPE_CHECKING, BinaryIO, NoReturn, TextIO
 
 from util.errors import UserError, as_user_error
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 MAX_JSON = 2**26  # bytes; the largest that a script writes lists broken images, a line each
+TITLED = ("png", "pdf", "svg")  # formats of figures whose metadata can hold a title
+ENDS = 2**16  # bytes at either end of a figure's file, in which its metadata are looked for
 
 
 def printable(name: str | bytes | os.PathLike) -> str:
@@ -126,3 +132,82 @@ def open_lock(path: Path) -> TextIO:
         os.close(descriptor)
         raise OSError(f"{path} is no regular file")
     return open(descriptor, "r+", encoding="utf-8", errors="surrogateescape")
+
+
+def output_file(path: Path, is_ours: Callable[[Path], bool], *inputs: str | os.PathLike) -> Path:
+    """Return the path of a result, after proving before the work that it can be written there and loses nothing.
+
+    Only a regular file that is an earlier result of the same kind is replaced. The folder is made where it is missing.
+
+    Args:
+        path: what `--output` says, or its default.
+        is_ours: whether a regular file is such a result; see `json_with` and `figure_of`.
+        inputs: files that the script reads, under whatever name.
+
+    Raises:
+        UserError: names the path, and says why it cannot be or must not be written.
+    """
+    name = f"--output {printable(path)}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return path
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{name} cannot be written: Is a directory")
+    if any(os.path.exists(file) and os.path.exists(path) and os.path.samefile(path, file) for file in inputs):
+        raise UserError(f"{name} is the checkpoint itself, or another file that is read: give another name")
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{name} cannot be written: it is a link, a device or a pipe, and no regular file")
+    if not is_ours(path):
+        raise UserError(f"{name} is there and is no earlier result of this kind: move it, or give another name")
+    return path
+
+
+def json_with(**fields: type) -> Callable[[Path], bool]:
+    """Return a test whether a file holds a JSON object with these fields: how a script knows its earlier results."""
+
+    def holds(path: Path) -> bool:
+        try:
+            content = read_json(path)
+        except UserError:
+            return False
+        return isinstance(content, dict) and all(isinstance(content.get(k), kind) for k, kind in fields.items())
+
+    return holds
+
+
+def figure_of(title: str) -> Callable[[Path], bool]:
+    """Return a test whether a file has the title that `save_figure` writes, which other formats have no room for."""
+
+    def holds(path: Path) -> bool:
+        try:
+            with path.open("rb") as file:
+                head = file.read(ENDS)
+                file.seek(max(0, path.stat().st_size - ENDS))
+                return title.encode() in head + file.read(ENDS)
+        except OSError:
+            return False
+
+    return holds
+
+
+def save_figure(figure: "Figure", path: Path, title: str, **options: object) -> None:
+    """Write a figure of matplotlib, whole or not at all, in the format of the suffix.
+
+    Args:
+        figure: to be drawn.
+        path: of the file.
+        title: for its metadata, by which `figure_of` knows it; ASCII.
+        options: of `Figure.savefig`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    kind = path.suffix[1:].lower()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=kind, metadata={"Title": title} if kind in TITLED else None, **options)

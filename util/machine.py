@@ -1,7 +1,6 @@
 """What benchmarks and studies share: the machine's name, times of a step, and the file of results."""
 
 import datetime
-import json
 import os
 import platform
 import re
@@ -10,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from util.errors import RunError
+from util.files import json_with, output_file, printable, write_json
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
@@ -39,17 +41,28 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def result_file(kind: str, machine: dict) -> Path:
-    """`results/<gpu or cpu>-<date>-<kind>.json`."""
+def result_file(kind: str, machine: dict, given: str | Path | None = None) -> Path:
+    """Return where a report goes: `given`, else `results/<gpu or cpu>-<date>-<kind>.json`.
+
+    Raises:
+        UserError: it cannot be written there, or a file is there that is no report.
+    """
     name = re.sub(r"[^a-z0-9]+", "-", machine.get("gpu", "cpu").lower()).strip("-")
-    return RESULTS / f"{name}-{machine['date']}-{kind}.json"
+    path = RESULTS / f"{name}-{machine['date']}-{kind}.json" if given is None else Path(given)
+    return output_file(path, json_with(date=str, torch=str, cpu=str, threads=int))
 
 
 def write(path: Path, report: dict) -> None:
-    """Write a report as JSON and say where."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"\nwritten to {path}")
+    """Write a report as JSON and say where.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    try:
+        write_json(path, report)
+    except OSError as error:
+        raise RunError(f"--output {printable(path)} cannot be written: {error.strerror}") from error
+    print(f"\nwritten to {printable(path)}")
 
 
 def time_once(function: Callable[[], object], device: torch.device) -> tuple[float, object]:

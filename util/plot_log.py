@@ -17,11 +17,12 @@ from matplotlib.ticker import MaxNLocator
 
 from util import cli
 from util.errors import UserError, as_user_error
-from util.files import open_regular, printable
+from util.files import figure_of, open_regular, output_file, printable, save_figure
 
 LOGGER = logging.getLogger(__name__)
 MAX_LOG = 2**28  # bytes
 MAX_EPOCHS = 10**9  # as of --epochs
+TITLE = "ARM curves"  # in the metadata of the file
 QUANTITIES = {
     "train_loss": "training loss",
     "train_lr": "learning rate",
@@ -136,10 +137,16 @@ def main(args: argparse.Namespace) -> None:
     folders = [run if run.is_dir() else run.parent for run in args.runs]
     counts = Counter(folder.resolve().name for folder in folders)
     names = [folder.resolve().name if counts[folder.resolve().name] == 1 else str(folder) for folder in folders]
+    formats = Figure().canvas.get_supported_filetypes()
+    with as_user_error(ValueError, prefix="--output: "):
+        path = args.output if args.output.suffix else args.output.with_suffix(".png")
+    if path.suffix[1:].lower() not in formats:
+        raise UserError(f"--output: Format {path.suffix[1:]!r} is not supported, only {', '.join(sorted(formats))}")
+    output_file(path, figure_of(TITLE), *args.runs)
     figure = draw(dict(zip(names, map(read, args.runs), strict=True)))
-    with as_user_error(OSError, ValueError, prefix="--output: "):  # ValueError: a format that matplotlib does not have
-        figure.savefig(args.output, dpi=120)
-    print(args.output)
+    with as_user_error(OSError, prefix=f"--output {printable(path)}: "):
+        save_figure(figure, path, TITLE, dpi=120)
+    print(printable(path))
 
 
 if __name__ == "__main__":
