@@ -4,6 +4,7 @@ import argparse
 import ctypes
 import fcntl
 import hashlib
+import math
 import os
 import signal
 import subprocess
@@ -163,7 +164,7 @@ class Step:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_record(content: object) -> bool:

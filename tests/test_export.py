@@ -21,6 +21,7 @@ from conftest import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN, relative_error
 from ops import causal_conv1d as convolution
 from ops import naive, selective_scan
 from util import checkpoint
+from util.hub import sha256_of
 
 FORMATS = ("safetensors", "onnx", "pt2")
 
@@ -152,7 +153,9 @@ def test_a_safetensors_file_says_what_its_weights_do_not(runs, run_script, tmp_p
     run_script(export, tmp_path / "a.pth", "--to", "safetensors", *words)
     (again,) = tmp_path.glob("*.safetensors")
     _, about = export.load(Namespace(checkpoint=again, model_key=None, ignore_keys=(), encoder=bool(words)))
-    assert json.loads(json.dumps(about)) == json.loads(again.with_suffix(".json").read_text())
+    described = json.loads(again.with_suffix(".json").read_text())
+    assert described.pop("files") == {again.name: sha256_of(again)}
+    assert json.loads(json.dumps(about)) == described
 
 
 def test_names_of_classes(runs, run_script, tmp_path):

@@ -289,7 +289,7 @@ def test_broken_images(checkpoints, image_folder, tmp_path):
         ("--k 25", "--k 25: there are 24 training images"),
         ("--k 0", "0 is not at least 1"),
         ("--probe_batch_size 1", "1 is not at least 2"),
-        ("--temperature 0", "0 is not above 0"),
+        ("--temperature 0", "0 is not at least 1e-06"),
         ("--probe attentive --attn_heads 5", "--attn_heads 5 does not divide the 32 channels"),
         ("--probe attentive --max_gb 1e-6", r"the features of train take [\d.e-]+ GB, more than --max_gb 1e-06 allows"),
         ("--output /dev/null/x --cache /dev/null/x", "--output /dev/null/x cannot be written"),

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 import main_finetune
 import main_pretrain
@@ -691,3 +692,399 @@ def test_a_second_packer_is_refused(jpeg_folder, tmp_path):
 def test_plan_of_a_packed_folder_is_readable(shards):
     plan = json.loads((shards / "train" / "packed.json").read_text())
     assert (plan["images"], plan["short_side"], plan["shard_images"]) == (24, None, 5)
+
+
+# ---- what is left out, refused or broken
+
+
+def put(root, *paths, content=b"x"):
+    """Write files, in folders that are made."""
+    for path in paths:
+        path = os.path.join(os.fsencode(root), os.fsencode(path))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(content)
+
+
+def test_a_folder_has_the_order_of_torchvision(tmp_path):
+    """Resuming and feature caches depend on it: classes, folders below them, capitals, links."""
+    names = (
+        "b/2.png b/10.JPG a/x/1.jpg a/x-1/1.jpg a/x.y/1.jpg a/z.jpeg a/Z.png a-1/0.webp B/é.tif c/d/e/f/0.bmp c/ü.ppm"
+    )
+    put(tmp_path / "train", *names.split())
+    put(tmp_path / "elsewhere", "deep/1.png", "0.png", "0.pgm")
+    (tmp_path / "train" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "train" / "a" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "train" / "a" / "image.png").symlink_to(tmp_path / "elsewhere" / "0.png")
+    (tmp_path / "train" / "a" / "nowhere.png").symlink_to(tmp_path / "none")
+    (tmp_path / "train" / "a" / "itself.png").symlink_to("itself.png")
+    want, got = ImageFolder(str(tmp_path / "train")), sources.Folder(str(tmp_path), "train")
+    assert len(want.samples) == 20
+    assert [(got.path(index), label) for index, label in enumerate(got.labels.tolist())] == want.samples
+    assert [got.name(index) for index in range(20)] == [path for path, _ in want.samples]
+    assert (got.classes, got.labels.dtype) == (want.classes, np.dtype(np.int64))
+
+
+@pytest.mark.parametrize("change", [str.lower, str.upper, str.title])
+def test_every_suffix_that_is_decoded_is_read(tmp_path, caplog, change):
+    names = [f"{number}.{change(suffix)}" for number, suffix in enumerate(sorted(decode.SUFFIXES))]
+    put(tmp_path / "train" / "a", *names)
+    (tmp_path / "shards").mkdir()
+    members = [(name, b"x") for name in names] + [(f"{number}.cls", b"0") for number in range(len(names))]
+    write_shard(tmp_path / "shards" / "train.tar", members)
+    for path in (str(tmp_path), f"wds:{tmp_path / 'shards'}"):
+        source = sources.open_source(path, "train")
+        assert sorted(Path(source.name(index)).name.split(" ")[-1] for index in range(len(names))) == sorted(names)
+    assert not caplog.records
+
+
+def warnings_of(caplog, path, split="train"):
+    """The source and the lines that opening it gives."""
+    caplog.clear()
+    return sources.open_source(str(path), split), [record.getMessage() for record in caplog.records]
+
+
+def test_what_a_folder_leaves_out_is_counted(tmp_path, caplog):
+    train = tmp_path / "train"
+    put(train, "a/0.jpg", "a/1.heic", "a/2", "a/deep/jpg", "b/0.jpg", "note.txt", "loose.jpg")
+    assert warnings_of(caplog, tmp_path)[1] == [
+        f"{train}: 2 files lie beside the class folders and are left out; the first: loose.jpg; "
+        "3 files do not end as images that can be read and are left out; the first: a/1.heic"
+    ]
+    put(train, ".DS_Store", "a/.DS_Store", "a/._0.jpg", ".ipynb_checkpoints/0-checkpoint.jpg", "b/.git/x.jpg")
+    source, (line,) = warnings_of(caplog, tmp_path)
+    assert (source.classes, source.labels.tolist()) == (["a", "b"], [0, 1])
+    assert line.endswith("a/1.heic; 3 images or folders are hidden and are left out; the first: .ipynb_checkpoints")
+    put(train, "c/0.heic")
+    with pytest.raises(UserError, match=r"train: no image in 1 of 3 class folders: c \(2 files lie .* hidden"):
+        sources.open_source(str(tmp_path), "train")
+
+
+LINKS = {
+    "a/loop": "..",
+    "a/itself": ".",
+    "loop": ".",
+    "a/deep/far": "/",
+    "a/deep/near": "../../..",
+    "a/twice": "deep",
+    "a/via": "../../outside",  # which links to a/
+}
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_a_link_that_repeats_images_is_refused(tmp_path, link):
+    put(tmp_path / "train", "a/0.jpg", "a/deep/0.jpg", "b/0.jpg")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "back").symlink_to(tmp_path / "train" / "a")
+    (tmp_path / "train" / link).symlink_to(LINKS[link])
+    shown = "a/via/back" if link == "a/via" else "a/(twice|deep)" if link == "a/twice" else link
+    with pytest.raises(UserError, match=f"^{tmp_path}/train/{shown} leads to /.*: its images would count twice"):
+        sources.Folder(str(tmp_path), "train")
+
+
+def test_links_that_double_folders_end(tmp_path):
+    """2^40 ways lead through these folders, without a loop."""
+    put(tmp_path / "train", "a/0.jpg")
+    for depth in range(40):
+        (tmp_path / f"{depth}").mkdir()
+        for name in "xy":
+            (tmp_path / f"{depth}" / name).symlink_to(tmp_path / f"{depth + 1}")
+    (tmp_path / "40").mkdir()
+    (tmp_path / "train" / "a" / "0").symlink_to(tmp_path / "0")
+    with pytest.raises(UserError, match="its images would count twice"):
+        sources.Folder(str(tmp_path), "train")
+
+
+def test_names_that_are_not_utf8(tmp_path, run_script, capsys):
+    """From listing through packing to a whole run: printable in every message, and the bytes on the disk are read."""
+    for split in ("train", "val"):
+        image = encoded(Image.new("RGB", (20, 20)))
+        put(tmp_path / split, b"caf\xe9/0\xff.jpg", b"caf\xe9/1.jpg", b"line\nfeed/2.jpg", "é/3.jpg", content=image)
+    classes = [r"caf\xe9", r"line\nfeed", "é"]
+    folder = sources.Folder(str(tmp_path), "train")
+    assert (folder.classes, folder.labels.tolist(), folder.read(0)) == (classes, [0, 0, 1, 2], image)
+    assert folder.name(0) == rf"{tmp_path}/train/caf\xe9/0\xff.jpg"
+    assert os.fsencode(folder.path(0)) == os.fsencode(tmp_path) + b"/train/caf\xe9/0\xff.jpg"
+    run_pack(tmp_path, tmp_path / "packed")
+    packed = sources.TarShards(str(tmp_path / "packed"), "train")
+    assert packed.classes == classes
+    assert any(packed.name(index).endswith(r"000000.tar: caf\xe9/0_0\xff.jpg") for index in range(4))
+    write_shard(tmp_path / "0-train.tar", [("caf\udce9/\udcff.jpg", image), ("caf\udce9/\udcff.cls", b"0")])
+    shard = sources.TarShards(str(tmp_path), "train")
+    assert shard.classes == [r"caf\xe9"]
+    assert shard.name(0).startswith(f"{tmp_path}/0-train.tar: caf")
+    assert shard.name(0).isprintable()
+    words = ["--data_path", tmp_path, "--batch_size", 2, "--epochs", 1, "--warmup_epochs", 0]
+    run_script(main_pretrain, *TINY_PRETRAIN, *words, "--output_dir", tmp_path / "out")
+    assert len(read_log(tmp_path / "out")) == 1
+    put(tmp_path / "train", r"caf\xe9/0.jpg")
+    with pytest.raises(UserError, match=r"train: 2 class folders would be called caf\\xe9: rename one"):
+        sources.Folder(str(tmp_path), "train")
+
+
+def test_folders_that_cannot_be_listed(tmp_path, monkeypatch):
+    put(tmp_path, "train/a/0.jpg", "train/a/deep/1.jpg", "file")
+    long = tmp_path / ("x" * 300)
+    for path, message in (
+        (tmp_path / "file", "no such folder"),
+        (tmp_path / "file" / "below", "no such folder"),
+        (long, r"\[Errno 36\] File name too long"),
+    ):
+        for prefix in ("", "wds:"):
+            with pytest.raises(UserError, match=rf"^--data_path {prefix}{re.escape(str(path))}: {message}") as error:
+                sources.open_source(f"{prefix}{path}", "train")
+            assert str(error.value).isprintable()
+    for path in ("wds:", "hfds:"):
+        with pytest.raises(UserError, match="nothing follows the colon"):
+            sources.open_source(path, "train")
+    scan = os.scandir
+    # the superuser may read every folder
+    monkeypatch.setattr(sources.os, "scandir", lambda path: denied(path) if str(path).endswith("deep") else scan(path))
+    with pytest.raises(UserError, match=r"^--data_path .*: \[Errno 13\] Permission denied: '.*/train/a/deep'"):
+        sources.Folder(str(tmp_path), "train")
+
+
+def broken(source, index=0):
+    """Why an image cannot be read, as training says it."""
+    with pytest.raises(decode.BrokenImage) as error:
+        dataset_of(source)[index]
+    return str(error.value)
+
+
+def dataset_of(source):
+    transform = datasets.finetune_transform((32, 32), finetune_args())
+    return datasets.ImageDataset(source, datasets.pixels_by("fast", transform))
+
+
+def test_files_that_are_none(tmp_path):
+    """A pipe in a class folder does not hold up a worker, nor does one in the place of a shard or its index."""
+    put(tmp_path / "train", "a/1.jpg")
+    os.mkfifo(tmp_path / "train" / "a" / "0.jpg")
+    (tmp_path / "train" / "a" / "2.jpg").symlink_to("/dev/zero")
+    folder = sources.Folder(str(tmp_path), "train")
+    for index in (0, 2):
+        assert broken(folder, index).startswith(f"{folder.name(index)}: it is no regular file")
+    os.mkfifo(tmp_path / "train-0.tar")
+    with pytest.raises(UserError, match=r"train-0\.tar is no regular file"):
+        sources.TarShards(str(tmp_path), "train")
+    with (tmp_path / "train" / "a" / "1.jpg").open("wb") as file:
+        file.truncate(10**12)
+    assert "an image of 1000000000000 bytes is larger than " in broken(folder, 1)
+
+
+def one_shard(folder, *members):
+    folder.mkdir(exist_ok=True)
+    write_shard(folder / "train-0.tar", members)
+    return f"wds:{folder}"
+
+
+LABELS = {
+    ".cls": [b"1.7", b"", b"-1", b"true", b"1_0", b"one", b"1 2", b"1e3", b"20261127123456", b"1000000", b"9" * 5000],
+    ".json": [b"1.7", b"true", b'"3"', b"[1]", b"{}", b"NaN", b"Infinity", b"-1", b"1e3", b"1000000", b"9" * 5000],
+}
+
+
+@pytest.mark.parametrize("suffix", LABELS)
+def test_labels_are_whole_numbers(tmp_path, suffix):
+    for number, label in enumerate(LABELS[suffix]):
+        content = label if suffix == ".cls" else b'{"label": %s}' % label
+        path = one_shard(tmp_path / f"{number}", ("a/b.jpg", b"x"), (f"a/b{suffix}", content))
+        with pytest.raises(UserError, match=rf"train-0\.tar: a/b\{suffix} holds no label: ") as error:
+            sources.open_source(path, "train")
+        assert len(str(error.value)) < 400
+    content = b" 999999\n" if suffix == ".cls" else b'{"score": NaN, "label": 999999}'
+    source = sources.open_source(one_shard(tmp_path / "good", ("a.jpg", b"x"), (f"a{suffix}", content)), "train")
+    assert (source.labels.tolist(), len(source.classes)) == ([999999], 10**6)
+
+
+def test_a_cls_file_comes_before_a_json_file(tmp_path):
+    members = [("a.jpg", b"x"), ("a.json", b"[]"), ("a.cls", b"3"), ("b.jpg", b"y"), ("b.cls", b"4"), ("b.json", b"5")]
+    for order in (members, members[::-1]):
+        source = sources.open_source(one_shard(tmp_path, *order), "train")
+        assert sorted(zip(source.labels.tolist(), map(source.read, (0, 1)), strict=True)) == [(3, b"x"), (4, b"y")]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (("k.jpg", "k.jpg"), "image: k.jpg and k.jpg"),
+        (("k.jpg", "k.png"), r"image: k.(jpg|png) and k.(jpg|png)"),
+        (("a/k.jpg", "./a//k.JPG"), r"image: a/k.(jpg|JPG) and a/k.(jpg|JPG)"),
+        (("k.cls", "k.cls"), "cls: k.cls and k.cls"),
+        (("k.json", "k.json"), "json: k.json and k.json"),
+    ],
+)
+def test_a_key_names_one_image_and_one_label(tmp_path, names, shown, first):
+    members = [("k.jpg", b"x"), ("k.cls", b"0"), ("a/k.cls", b"0")][: 1 if names[0] == "k.json" else 3]
+    members = [member for member in members if member[0] not in names]
+    both = [(names[first], b'{"label": 0}'), (names[1 - first], b'{"label": 0}')]
+    with pytest.raises(UserError, match=rf"train-0\.tar: the key (a/)?k has more than one {shown}$"):
+        sources.open_source(one_shard(tmp_path, both[0], *members, both[1]), "train")
+
+
+def test_dots_in_keys(tmp_path, caplog):
+    """A key with dots that has an image and a label is read; what belongs to the sample of another key is not."""
+    members = [("a.jpg", b"a"), ("a.cls", b"0"), ("img_1.5x.jpg", b"b"), ("img_1.5x.cls", b"1")]
+    members += [("n.v2.PNG", b"c"), ("n.v2.json", b'{"label": 2}'), ("x.y/d.jpg", b"d"), ("x.y/d.cls", b"3")]
+    path = one_shard(tmp_path, *members)
+    source, lines = warnings_of(caplog, path)
+    assert [(label, source.read(i)) for i, label in enumerate(source.labels)] == [*enumerate([b"a", b"b", b"c", b"d"])]
+    assert not lines
+    members += [("a.mask.png", b"mask"), ("a.meta.json", b"[1.5]"), ("e.left.jpg", b"e"), ("a.depth.cls", b"0")]
+    source, lines = warnings_of(caplog, one_shard(tmp_path, *members, ("._a.jpg", b""), ("._a.cls", b"\0")))
+    assert len(source.labels) == 4
+    assert lines == [
+        f"{tmp_path}: 1 labels have no image of a known kind and are left out; the first: "
+        "train-0.tar: a.depth (.cls); 2 images with a dot in their key have no label and are left out; the first: "
+        "train-0.tar: a.mask.png; 1 images or folders are hidden and are left out; the first: train-0.tar: ._a.jpg"
+    ]
+    with pytest.raises(UserError, match="e has no label"):
+        sources.open_source(one_shard(tmp_path, *members, ("e.jpg", b"e")), "train")
+
+
+def test_archives_that_are_not_read_are_counted(tmp_path, caplog):
+    write_labelled(tmp_path / "train" / "0.tar", "a=0")
+    write_labelled(tmp_path / "in1k-train-1.tar", "b=0")
+    put(tmp_path, "train/1.tar.gz", "train/2.TAR", "train/._0.tar", "train/packed.json")
+    source, lines = warnings_of(caplog, f"wds:{tmp_path}")
+    assert [path.name for path in source.shards] == ["0.tar"]
+    assert lines == [
+        f"{tmp_path}/train: 3 archives are compressed or not beside the other shards and are left out; "
+        f"the first: {tmp_path}/train/1.tar.gz"
+    ]
+    (tmp_path / "train" / "0.tar").unlink()
+    (tmp_path / "in1k-train-1.tar").unlink()
+    with pytest.raises(UserError, match=r"as a word, only .*train/1\.tar\.gz"):
+        sources.TarShards(str(tmp_path), "train")
+
+
+def gone(path, _):
+    path.unlink()
+
+
+def shrunk(path, _):
+    os.truncate(path, 700)
+
+
+def replaced(path, _):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def unreadable(path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(sources.os, "pread", fail)
+
+
+@pytest.mark.parametrize("how", [gone, shrunk, replaced, unreadable])
+def test_a_shard_that_cannot_be_read_any_more(tmp_path, monkeypatch, how):
+    """Its images are broken ones like others, named by the shard; finding the name raises nothing."""
+    path = one_shard(tmp_path, ("a.jpg", b"x" * 900), ("a.cls", b"0"))
+    source = sources.open_source(path, "train")
+    sources._opened.cache_clear()
+    how(tmp_path / "train-0.tar", monkeypatch)
+    said = broken(source)
+    assert said.startswith(f"{tmp_path}/train-0.tar: {'a.jpg' if how == shrunk else 'the image at byte 512'}: ")
+    assert said.isprintable()
+    samples = datasets.SeededSamples(dataset_of(source), 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets.ImageDataset, "blank", lambda _: "blank")
+        assert samples[0, 0] == ("blank", {0: said})
+
+
+def test_locks_and_indices_do_not_follow_links(tmp_path):
+    """Nothing is written, or emptied, through a link in the folder of the data."""
+    path, precious = one_shard(tmp_path, ("a.jpg", b"x"), ("a.cls", b"0")), tmp_path / "precious"
+    for name in ("index-train.lock", "index-train.npz"):
+        precious.write_text("precious")
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).symlink_to(precious)
+        (tmp_path / "index-train.npz").unlink(missing_ok=name.endswith("lock"))
+        (tmp_path / "index-train.npz").symlink_to(precious)
+        assert len(sources.open_source(path, "train").labels) == 1
+        assert precious.read_text() == "precious"
+        assert not (tmp_path / "index-train.npz").is_symlink()
+
+
+def test_an_index_that_does_not_serve_is_named(tmp_path, caplog):
+    """One of other shards is no fault."""
+    path, index = one_shard(tmp_path, ("a.jpg", b"x"), ("a.cls", b"0")), tmp_path / "index-train.npz"
+    sources.open_source(path, "train")
+    index.write_bytes(b"damaged")
+    assert warnings_of(caplog, path)[1] == [f"{index} cannot be used, and is made again: File is not a zip file"]
+    assert warnings_of(caplog, path)[1] == []
+    one_shard(tmp_path, ("a.jpg", b"new"), ("a.cls", b"0"), ("b.jpg", b"x"), ("b.cls", b"0"))
+    source, lines = warnings_of(caplog, path)
+    assert (len(source.labels), lines) == (2, [])
+
+
+# ---- Hugging Face datasets of other forms
+
+
+def saved(folder, split=None, **columns):
+    """A dataset with these columns, each a pair of feature and values, that is saved alone."""
+    hub = pytest.importorskip("datasets")
+    features = hub.Features({name: feature for name, (feature, _) in columns.items()})
+    rows = {name: values for name, (_, values) in columns.items()}
+    hub.Dataset.from_dict(rows, features=features, split=split and hub.Split(split)).save_to_disk(folder)
+    return f"hfds:{folder}"
+
+
+def test_one_saved_dataset(tmp_path):
+    hub = pytest.importorskip("datasets")
+    image, label = (hub.Image(), [{"bytes": b"x", "path": None}]), (hub.ClassLabel(names=["a"]), [0])
+    path = saved(tmp_path / "alone", image=image, label=label)
+    source = sources.open_source(path, "train")
+    assert (source.classes, source.labels.tolist(), source.read(0)) == (["a"], [0], b"x")
+    with pytest.raises(UserError, match="the splits train, and no validation; one data set that is saved alone counts"):
+        sources.open_source(path, "val")
+    path = saved(tmp_path / "val", "validation", image=image, label=label)
+    assert sources.open_source(path, "val").labels.tolist() == [0]
+    with pytest.raises(UserError, match="the splits validation, and no train"):
+        sources.open_source(path, "train")
+
+
+@pytest.mark.parametrize("kind", ["int64", "uint8", "uint64"])
+def test_labels_that_are_numbers(tmp_path, kind):
+    hub = pytest.importorskip("datasets")
+    images = (hub.Image(), [{"bytes": b"x", "path": None}, None])
+    path = saved(tmp_path / "data", picture=images, label=(hub.Value(kind), [3, 1]), id=(hub.Value("int64"), [7, 8]))
+    source = sources.open_source(path, "train")
+    assert (source.labels.tolist(), source.labels.dtype, source.classes) == ([3, 1], np.dtype(np.int64), [""] * 4)
+    assert (source.read(0), source.read(1)) == (b"x", b"")
+    assert broken(source, 1) == f"hfds:{tmp_path}/data (train) row 1: no image of a known kind"
+
+
+def test_mistakes_of_hub_datasets(tmp_path):
+    hub = pytest.importorskip("datasets")
+    images = (hub.Image(), [{"bytes": b"x", "path": None}] * 2)
+    name = hub.ClassLabel(names=["a", "b"])
+    cases = {
+        "empty": ({"image": (hub.Image(), []), "label": (name, [])}, "it is damaged or empty: "),
+        "without columns": ({}, "it is damaged or empty: "),
+        "without images": ({"label": (name, [0, 1])}, "it needs one Image column"),
+        "without labels": ({"image": images}, "it needs one ClassLabel column or one called 'label'; found: none$"),
+        "only ids": ({"image": images, "id": (hub.Value("int64"), [0, 1])}, "it needs one ClassLabel column"),
+        "fractions": ({"image": images, "label": (hub.Value("float32"), [0, 1])}, r"'label' holds Value\('float32'\)"),
+        "truths": ({"image": images, "label": (hub.Value("bool"), [0, 1])}, r"'label' holds Value\('bool'\)"),
+        "words": ({"image": images, "label": (hub.Value("string"), ["0", "1"])}, r"'label' holds Value\('string'\)"),
+        "no numbers": ({"image": images, "label": (hub.Value("int64"), [None, None])}, "2 images have no label"),
+        "below 0": ({"image": images, "label": (hub.Value("int32"), [-1, 0])}, "1 images have no label"),
+        "an id": ({"image": images, "label": (hub.Value("int64"), [10**18, 0])}, r"label 10{18} is not below 1000000"),
+    }
+    for case, (columns, message) in cases.items():
+        path = saved(tmp_path / case, **columns)
+        with pytest.raises(UserError, match=message) as error:
+            sources.open_source(path, "train")
+        assert str(error.value).isprintable(), case
+        assert path in str(error.value), case
+    for damage in ("{", "[" * 10**5, "null", "[]", '{"_data_files": [{"filename": "/dev/zero"}]}'):
+        (tmp_path / "damaged").mkdir(exist_ok=True)
+        (tmp_path / "damaged" / "state.json").write_text(damage)
+        (tmp_path / "damaged" / "dataset_info.json").write_text(damage)
+        with pytest.raises(UserError, match="damaged: ") as error:
+            sources.open_source(f"hfds:{tmp_path / 'damaged'}", "train")
+        assert str(error.value).isprintable()

@@ -152,9 +152,10 @@ def output_file(path: Path, is_ours: Callable[[Path], bool], *inputs: str | os.P
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return path
+        try:
+            mode = path.lstat().st_mode
+        except FileNotFoundError:
+            return path
     except (OSError, ValueError) as error:
         raise UserError(f"{name} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     if stat.S_ISDIR(mode):

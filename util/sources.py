@@ -596,7 +596,7 @@ class HubDataset:
             splits = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
         except Exception as error:  # of damaged files, the library raises nearly anything
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{about}{printable(reason)}") from error
+            raise UserError(f"{about}{'it is damaged or empty: ' * saved}{printable(reason)}") from error
         others = "validation", "val", "test"
         if single := isinstance(splits, datasets.Dataset):
             splits = {str(splits.split) if str(splits.split) in others else "train": splits}
