@@ -1,6 +1,7 @@
 """Real broken files, killed and hanging workers: what training and evaluation do about them."""
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -14,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 import main_finetune
 import main_pretrain
 from conftest import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN, encoded, torchrun
 from test_data import finetune_args, loader_args
 from util import datasets, decode, pack_images, sources
+from util.device_loader import DeviceLoader
 from util.errors import RunError
 
 CPU = torch.device("cpu")
@@ -75,6 +77,139 @@ def test_neither_decoder_takes_a_broken_file(broken_files, name):
         decode.with_pillow(broken_files[name])
     with pytest.raises(decode.BrokenImage):
         decode.crop_of(broken_files[name], lambda height, width: (0, 0, height, width))
+
+
+BOTH = (decode.with_pillow, lambda data: decode.crop_of(data, lambda height, width: (0, 0, height, width)))
+
+
+def test_more_pixels_than_a_worker_can_hold():
+    most = encoded(Image.new("1", (9459, 9459)), "PNG")
+    assert 9459 * 9459 < decode.MAX_PIXELS < 9460 * 9460
+    assert decode.with_pillow(most).size == (9459, 9459)
+    for read in BOTH:
+        with pytest.raises(decode.BrokenImage, match="9460 x 9460 pixels are more than 89478485"):
+            read(encoded(Image.new("1", (9460, 9460)), "PNG"))
+
+
+def test_an_image_too_narrow_to_be_resized():
+    """256 pixels on the shorter side of these 5,000 would be 1,280,000 on the longer one."""
+    transform = datasets.eval_transform((224, 224), "shorter")
+    for how in ("fast", "pil"):
+        for size in ((1, 5000), (5000, 1)):
+            for kind in ("PNG", "JPEG"):
+                with pytest.raises(decode.BrokenImage, match="with 256 on the shorter side are more than"):
+                    datasets.pixels_by(how, transform)(encoded(Image.new("RGB", size), kind))
+        pixels, _ = datasets.pixels_by(how, transform)(encoded(Image.new("RGB", (1, 500)), "PNG"))
+        assert sorted(pixels.shape) == [3, 224, 224]
+
+
+@pytest.mark.parametrize("name", ["image.eps", "image.jpg"])
+def test_no_image_reaches_ghostscript(tmp_path, monkeypatch, name):
+    """Pillow alone would run it."""
+    shown = tmp_path / "gs has run"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch '{shown}'\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # look for it again
+    (tmp_path / name).write_bytes(encoded(Image.new("RGB", (9, 9)), "EPS"))
+    data = (tmp_path / name).read_bytes()
+    for read in BOTH:
+        with pytest.raises(decode.BrokenImage, match="no image of a known kind"):
+            read(data)
+    for how in ("fast", "pil"):
+        with pytest.raises(decode.BrokenImage, match="no image of a known kind"):
+            datasets.pixels_by(how, datasets.eval_transform((32, 32), "square"))(data)
+    assert not shown.exists()
+    with contextlib.suppress(OSError), Image.open(tmp_path / name) as image:
+        image.load()
+    assert shown.exists()
+
+
+def test_every_format_is_read(tmp_path):
+    """Each suffix belongs to a format of the installed Pillow, and to what it writes under it."""
+    Image.init()
+    assert set(decode.FORMATS) - set(decode.KNOWN) <= {"AVIF"}  # Pillow before 11.3
+    written = Image.registered_extensions()
+    for suffix in decode.SUFFIXES - {"jpx", "jpf", "jpc", "j2c"}:
+        if written.get(f".{suffix}") not in Image.SAVE:
+            continue
+        Image.new("RGB", (40, 30), (200, 30, 40)).save(tmp_path / f"image.{suffix}")
+        pixels = np.asarray(decode.with_pillow((tmp_path / f"image.{suffix}").read_bytes()))
+        assert pixels.shape == (30, 40, 3)
+        assert np.abs(pixels.astype(int) - (200, 30, 40)).max() < 12 or suffix in ("pgm", "pbm")
+
+
+def test_what_the_installed_pillow_does_not_read_is_named(monkeypatch):
+    data = b"\0\0\0\x20ftypavif" + bytes(100)
+    monkeypatch.setattr(decode.features, "check", lambda library: library != "avif")
+    monkeypatch.setattr(decode, "KNOWN", tuple(name for name in decode.FORMATS if name != "AVIF"))
+    for read in BOTH:
+        with pytest.raises(decode.BrokenImage, match=r"\(the installed Pillow does not read AVIF\)$"):
+            read(data)
+
+
+def test_decoders_without_memory(photographs, monkeypatch):
+    def exhausted(*_, **__):
+        raise MemoryError
+
+    data = encoded(photographs[0].resize((90, 60)))
+    monkeypatch.setattr(Image, "open", exhausted)
+    monkeypatch.setattr(decode.simplejpeg, "decode_jpeg", exhausted)
+    for read in BOTH:
+        with pytest.raises(decode.BrokenImage, match="not enough memory to decode it"):
+            read(data)
+
+
+class Unreadable:
+    """A source whose storage is gone; a name costs no read."""
+
+    root, classes, labels = "somewhere", ["a"], np.zeros(5, np.int64)
+
+    def __init__(self, error):
+        self.error, self.reads = error, 0
+
+    def read(self, index):
+        self.reads += 1
+        raise self.error
+
+    def name(self, index):
+        return f"image {index}"
+
+
+@pytest.mark.parametrize("how", ["fast", "pil"])
+def test_a_read_that_fails_is_a_broken_image(how):
+    error = OSError(errno.EIO, os.strerror(errno.EIO), b"caf\xe9")
+    source = Unreadable(error)
+    dataset = datasets.ImageDataset(source, datasets.pixels_by(how, datasets.eval_transform((32, 32), "square")))
+    (pixels, numbers), broken = datasets.EverySample(dataset)[3]
+    assert broken == {3: "image 3: Input/output error"}
+    assert numbers[-1] == -1
+    assert 32 in pixels.shape
+    assert source.reads == 1
+    _, broken = datasets.SeededSamples(dataset, seed=0)[0, 3]
+    assert list(broken) == [3, 4, 0, 1, 2]
+    assert source.reads == 6
+
+
+@pytest.mark.parametrize("error", [OSError("a bug"), KeyError("a bug"), RuntimeError("a bug")])
+def test_a_bug_in_a_transform_is_no_broken_image(jpeg_folder, error):
+    def transform(image):
+        raise error
+
+    dataset = datasets.ImageDataset(sources.Folder(str(jpeg_folder), "train"), datasets.PillowTransform(transform))
+    with pytest.raises(type(error), match="a bug"):
+        datasets.EverySample(dataset)[0]
+
+
+def test_a_pipe_among_the_images(jpeg_folder, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(jpeg_folder, folder)
+    os.mkfifo(folder / "train" / "class_1" / "pipe.jpg")
+    transform = datasets.pretrain_transform((32, 32), finetune_args())
+    dataset = datasets.image_dataset(str(folder), "train", transform, "fast")
+    loader = datasets.train_loader(dataset, loader_args(batch_size=25, max_bad_samples=1), CPU)
+    assert len(list(loader)) == 1
+    assert [text.rpartition("/")[2] for text in loader.broken.values()] == ["pipe.jpg: it is no regular file"]
 
 
 @pytest.fixture
@@ -334,6 +469,60 @@ def test_a_worker_that_is_killed_or_hangs_ends_the_run(jpeg_folder, tmp_path, se
         assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
     finally:
         process.kill()
+
+
+FULL = "/dev/shm is full: a smaller --num_workers or --batch_size needs less of it"
+LACKS = {
+    "RuntimeError: unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)": FULL,
+    "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ... out of shared memory.": FULL,
+    "[Errno 28] No space left on device": FULL,
+    "[Errno 24] Too many open files": "raise the limit (ulimit -n)",
+    "DataLoader worker (pid 7) is killed by signal: Killed. ": "if memory has run out",
+}
+
+
+@pytest.mark.parametrize("message", LACKS)
+def test_what_workers_lack_is_said_with_what_helps(message):
+    def batches():
+        raise RuntimeError(f"Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback:\n{message}")
+        yield
+
+    with pytest.raises(RunError) as raised:
+        list(DeviceLoader(batches(), None, CPU))
+    text = str(raised.value)
+    assert text.startswith(f"{message}; ")
+    assert LACKS[message] in text
+    assert "\n" not in text
+
+
+def test_other_errors_of_a_loader_keep_their_traceback():
+    def batches():
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nshapes do not fit")
+        yield
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        list(DeviceLoader(batches(), None, CPU))
+
+
+@pytest.mark.parametrize("size", ["4k", "64k"])  # no room for a semaphore, and none for a batch
+def test_a_full_shared_memory(jpeg_folder, tmp_path, size):
+    alone = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
+    try:
+        refused = subprocess.run([*alone, mount], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("util-linux's unshare is not installed")
+    if refused.returncode:
+        pytest.skip(f"a file system cannot be mounted in a namespace here: {refused.stderr.strip()}")
+    words = pretrain(jpeg_folder, "--num_workers", 2, "--output_dir", tmp_path / "out")
+    done = subprocess.run(
+        [*alone, f'{mount} && exec "$0" "$@"', sys.executable, REPOSITORY / "main_pretrain.py", *words],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert re.fullmatch(rf"main_pretrain\.py: rank 0: .*No space left on device.*; {FULL}.*\n", done.stderr), (
+        done.stderr
+    )
 
 
 @pytest.mark.parametrize("marker", [b"\xff\xd0", b"\xff\xd7", b"\xff\x01", b"\x00\x00", b"\xff\xff\xff"])

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import random
+import struct
 
 import numpy as np
 import pytest
@@ -106,6 +107,39 @@ def test_12_bits_of_a_tiff_keep_their_upper_8():
     depth = file.index(bytes([2, 1, 3, 0, 1, 0, 0, 0, 16, 0]))
     file = file[: depth + 8] + bytes([12, 0]) + file[depth + 10 : -4] + bytes([0xFF, 0xF8, 0x00])
     assert np.array(decode.with_pillow(file))[0, :, 0].tolist() == [255, 128]
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(
+    ("bits", "values"), [(1, [0, 1]), (4, [0, 5, 15]), (8, [0, 100, 255]), (16, [0, 25700, 65535])]
+)
+def test_white_is_zero_in_some_tiffs(order, bits, values):
+    """Pillow inverts them up to 8 bits; of 16 bits in big-endian order it reads none, which is said."""
+    stored = "".join(f"{value:0{bits}b}" for value in values).ljust(48, "0")
+    pixels = int(stored, 2).to_bytes(6, "big")
+    if bits == 16:
+        pixels = np.array(values, f"{order}u2").tobytes()
+    tags = {
+        256: len(values),
+        257: 1,
+        258: bits,
+        259: 1,
+        262: 0,
+        273: 8,
+        277: 1,
+        278: 1,
+        279: -(-bits * len(values) // 8),
+    }
+    entries = (struct.pack(f"{order}HHI", tag, 4, 1) + struct.pack(f"{order}I", value) for tag, value in tags.items())
+    header = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 14)
+    file = header + pixels + struct.pack(f"{order}H", len(tags)) + b"".join(entries) + bytes(4)
+    for read in (decode.with_pillow, lambda data: decode.crop_of(data, whole)):
+        if (order, bits) == (">", 16):
+            with pytest.raises(decode.BrokenImage):
+                read(file)
+        else:
+            grey = 255 - np.array(values) * 255 // (2**bits - 1)
+            assert np.asarray(read(file)).tolist() == [[[value] * 3 for value in grey.tolist()]]
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [(np.int32, "TIFF"), (np.float32, "TIFF"), (np.float32, "PPM")])
