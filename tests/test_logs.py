@@ -41,6 +41,16 @@ def parsed(image_folder, folder, *more):
     return main_pretrain.get_args_parser().parse_args([str(word) for word in words])
 
 
+def test_each_update_is_shown_once_after_going_back(image_folder, tmp_path):
+    """The first update of an epoch, too, where each is logged: its place is not that of the evaluation before it."""
+    words = ["--save_every_steps", 1, "--output_dir", tmp_path / "run"]
+    main_pretrain.main(parsed(image_folder, tmp_path, *words))
+    shown = curves(tmp_path / "run")
+    assert shown[0]["train_loss"] == [0, 333, 666, 1001, 1333, 1666, 2001, 2333, 2666]
+    main_pretrain.main(parsed(image_folder, tmp_path, *words, "--resume", tmp_path / "run" / "checkpoint-0.pth"))
+    assert curves(tmp_path / "run") == shown
+
+
 @pytest.mark.parametrize("more", [["--resume", "checkpoint-0.pth"], ["--start_epoch", 1]])
 def test_each_step_is_shown_once_after_going_back(more, three_epochs, image_folder, tmp_path):
     folder = shutil.copytree(three_epochs, tmp_path / "run")
@@ -122,6 +132,42 @@ def test_what_is_no_file_of_a_log(tmp_path):
         with pytest.raises(UserError) as refused:
             plot_log.read(tmp_path / name)
         assert "\n" not in str(refused.value)
+
+
+def test_a_log_that_is_no_file_is_said_once(tmp_path, capsys):
+    """A pipe that nobody reads does not stop the run; nothing is written through a link."""
+    for make in (os.mkfifo, os.mkdir):
+        (folder := tmp_path / make.__name__).mkdir()
+        make(folder / "log.txt")
+        log = RunLog(folder, folder)
+        log.start_at(0, 0)
+        log.epoch(epoch=0, train_loss=1.0)
+        (line,) = capsys.readouterr().out.splitlines()
+        assert re.fullmatch("the log cannot be written: .*log.txt'; training goes on without it", line)
+    other, log = tmp_path / "other", RunLog(tmp_path, tmp_path)
+    other.write_text("precious")
+    (tmp_path / "log.replaced.txt").symlink_to(other)
+    log.epoch(epoch=0, train_loss=1.0)
+    log.start_at(0, 0)
+    assert "the log cannot be written" in capsys.readouterr().out
+    assert other.read_text() == "precious"
+    assert [row["epoch"] for row in plot_log.read(tmp_path)] == [0]  # nothing is taken out that was not kept
+
+
+NAMES = ["_run", "$\\frac$", "$$", "a\nb", os.fsdecode(b"\xff"), "x" * 200]
+
+
+@pytest.mark.parametrize("values", [[1e308, -1e308, 1], [2.0**128, -(2.0**128), 0], [10**400, 1, 2], [None, True, "x"]])
+def test_odd_names_and_numbers_are_drawn(values, tmp_path):
+    for name in NAMES:
+        (tmp_path / name).mkdir()
+        rows = [{"epoch": i * 10**8, "train_loss": value} for i, value in enumerate(values)]
+        (tmp_path / name / "log.txt").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figure = plot_log.draw({name: plot_log.read(tmp_path / name) for name in NAMES})
+    figure.savefig(tmp_path / "x.png")
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert shown[:5] == ["./_run", r"\$\frac\$", r"\$\$", r"a\nb", r"\xff"]
+    assert len(shown) == len(NAMES)
 
 
 def test_a_long_log_is_read(tmp_path):

@@ -117,7 +117,7 @@ def open_regular(path: str | bytes | os.PathLike) -> BinaryIO:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is no regular file", path)
+        raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
     return open(descriptor, "rb", buffering=0)
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from util.dist import is_main
 from util.errors import RunError, UserError
-from util.files import open_regular, replacing, to_json, write_text
+from util.files import open_lock, open_regular, replacing, to_json, write_text
 
 TRACKER_ID = "tracker-id"  # file in the output folder
 LOG_EVERY = 20  # steps between two looks at what the device has computed: plain lines, points in TensorBoard
@@ -169,15 +169,19 @@ class RunLog(ScreenLog):
             return
         self.first_step = step
         with self._writing():
-            lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+            lines = []
+            if self.path.exists():
+                with open_regular(self.path) as file:
+                    lines = file.readlines()
             epochs = [_epoch_of(line) for line in lines]
             is_replaced = [known is not None and known >= epoch for known in epochs]
             replaced = list(compress(lines, is_replaced))
             if not replaced:
                 return
             aside = self.path.with_name("log.replaced.txt")
-            with aside.open("ab") as file:
-                file.writelines(replaced)
+            with open_lock(aside) as file:  # never through a link
+                file.buffer.seek(0, os.SEEK_END)
+                file.buffer.writelines(replaced)
             with replacing(self.path) as temporary:
                 temporary.write_bytes(b"".join(compress(lines, map(not_, is_replaced))))
             self.say(f"{self.path}: {len(replaced)} epochs from {epoch} on are logged anew; their lines are in {aside}")
@@ -209,12 +213,15 @@ class RunLog(ScreenLog):
         with self._writing():
             for name, pixels in images.items():
                 self.writer.add_image(name, pixels, 1000 * (epoch + 1), dataformats="HWC")
+            self.writer.flush()  # those of the last epoch would be lost: a thread writes them that ends with Python
 
     def epoch(self, **values: float) -> None:
         """Append one line to log.txt, and a point to the curve of each evaluated value."""
         evaluated = {name: value for name, value in values.items() if "test_" in name}
         self.scalars(1000 * (values["epoch"] + 1), **evaluated)
         with self._writing():
+            if self.path.exists():
+                open_regular(self.path).close()  # a pipe that nobody reads would stop the run
             with self.path.open("ab+") as file:
                 if file.tell():
                     file.seek(-1, os.SEEK_END)

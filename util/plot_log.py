@@ -21,6 +21,7 @@ from util.files import figure_of, open_regular, output_file, printable, save_fig
 
 LOGGER = logging.getLogger(__name__)
 MAX_LOG = 2**28  # bytes
+MAX_NUMBER = 2**128
 MAX_EPOCHS = 10**9  # as of --epochs
 TITLE = "ARM curves"  # in the metadata of the file
 QUANTITIES = {
@@ -42,7 +43,8 @@ def read(path: Path) -> list[dict]:
         path: of the file, or of the run's folder.
 
     Returns:
-        One dict an epoch: `epoch`, an int from 0, and the logged values; NaN where a value is no number.
+        One dict an epoch: `epoch`, an int from 0, and the logged values; NaN where a value is no number,
+        or beyond `MAX_NUMBER`.
 
     Raises:
         UserError: no such file, or nothing is logged in it.
@@ -82,11 +84,14 @@ def _row(line: bytes) -> dict | None:
 
 
 def _number(value: object) -> float:
-    """Return a value as a float, NaN for what is no number."""
-    try:
-        return float(value) if isinstance(value, (int, float)) else math.nan
-    except OverflowError:
-        return math.nan
+    """Return a value as a float, NaN for what is no number, or one that no float32 is and no axis can show."""
+    return float(value) if isinstance(value, (int, float)) and abs(value) <= MAX_NUMBER else math.nan
+
+
+def _label(name: str) -> str:
+    """Return a run's name as matplotlib shows it: it leaves out those that begin with _, and sets formulas in $."""
+    name = printable(name)
+    return ("./" * name.startswith("_") + name).replace("$", r"\$")
 
 
 def draw(logs: dict[str, list[dict]]) -> Figure:
@@ -112,7 +117,7 @@ def draw(logs: dict[str, list[dict]]) -> Figure:
                 *zip(*points, strict=True),
                 marker="o" if len(points) < 30 else None,
                 markersize=3,
-                label=printable(name),
+                label=_label(name),
             )
         axis.set_title(QUANTITIES[key], fontsize=10)
         axis.set_xlabel("epoch")

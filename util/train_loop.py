@@ -79,14 +79,19 @@ def train_epoch(
     unlogged, start = 0, time.monotonic()
 
     def abscissa_of(step: int) -> int:
-        """MAE's: epochs times 1000, so that runs of any batch size compare. `step` batches end with the update."""
-        return int(1000 * (epoch + max(0, step - accum_iter) / len(loader)))
+        """MAE's: epochs times 1000, so that runs of any batch size compare. `step` batches end with the update.
+
+        The number where an epoch begins belongs to what was evaluated before it, so that a run that resumes there can
+        take back all points after it.
+        """
+        position = int(1000 * (epoch + max(0, step - accum_iter) / len(loader)))
+        return max(position, 1000 * epoch + 1) if epoch else position
 
     def lr_of(step: int) -> float:
         position = epoch + step / len(loader)
         return lr_at(position, args.lr, args.min_lr, args.warmup_epochs, args.epochs)
 
-    log.start_at(epoch, abscissa_of(done) + 1 if epoch or done else 0)
+    log.start_at(epoch, abscissa_of(done) + 1 if done else abscissa_of(0))
     for step, batch in enumerate(islice(loader, max(0, steps - done)), done):
         seed_everything(args.seed, epoch, step)  # a run that goes on here draws the same numbers
         if step % accum_iter == 0:
