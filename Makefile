@@ -6,7 +6,7 @@ demo: .venv/installed
 	.venv/bin/python demo/demo.py
 
 test: .venv/installed
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed
 	.venv/bin/ruff check .

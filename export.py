@@ -42,7 +42,7 @@ ONNX_NEEDS = ("onnx", "onnxscript", "onnxruntime")
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = cli.Parser("export.py", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", metavar="CKPT", help="of pretraining or finetuning")
+    parser.add_argument("checkpoint", type=cli.filled, metavar="CKPT", help="of pretraining or finetuning")
     parser.add_argument("--to", choices=tuple(WRITERS), required=True, help="format of the file")
     parser.add_argument("--output", type=Path, metavar="FILE", help="(default: CKPT's name and the format's)")
     parser.add_argument("--model_key", choices=("model", "model_ema"), help="which weights (default: model)")
@@ -194,7 +194,8 @@ def main(args: argparse.Namespace) -> None:
     if missing:
         raise UserError(f"--to onnx needs {', '.join(missing)}: pip install {' '.join(missing)}")
     source = beside(args.checkpoint)
-    output = args.output or source.with_name(f"{source.stem}{'-encoder' if args.encoder else ''}.{args.to}")
+    with as_user_error(ValueError, prefix=f"{printable(args.checkpoint)} names no file: "):
+        output = args.output or source.with_name(f"{source.stem}{'-encoder' if args.encoder else ''}.{args.to}")
     if output.suffix != f".{args.to}":
         raise UserError(f"--output {printable(output)}: a file of --to {args.to} ends in .{args.to}")
     if not output.parent.is_dir():

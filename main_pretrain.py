@@ -138,7 +138,7 @@ def main(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     run = Run(args, model, optimizer)
     if content is not None:
-        run.restore(content)
+        run.restore(content, len(dataset))
     if models_arm.compiles(args.compile, device):
         model.compile()
     run.keep_in(folders[0], log)

@@ -49,6 +49,8 @@ ORDERS: dict[str, Callable[[Tensor], Tensor | None]] = {
     "random_per_image": lambda grid: None,
 }
 TAPS = ("even", "last")
+MAX_SIZE = 2**31  # some 28 billion parameters; ARM-huge has 24 x 1536^2 = 0.03 x 2^31
+MAX_PATCHES = 2**14  # of autoregressive pretraining, whose attention mask has their square: 1 GB
 
 
 def create_pretrain_model(name: str, objective: str = "arm", **overrides: object) -> "PretrainModel":
@@ -105,9 +107,19 @@ def _size(name: str) -> dict[str, int]:
     return dict(SIZES[name])
 
 
+def _check_size(embed_dim: int, depth: int) -> None:
+    """Refuse a width and depth that no memory holds; raises ValueError."""
+    if depth * embed_dim**2 > MAX_SIZE:
+        raise ValueError(
+            f"{depth} blocks of {embed_dim} channels are too many: depth x channels^2 is at most {MAX_SIZE}"
+        )
+
+
 def _grid(img_size: int | tuple[int, int], unit: int, what: str) -> tuple[int, int]:
     """Rows and columns of `unit`-pixel squares in an image; ValueError with the nearest sizes if it does not divide."""
     size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if unit < 1:
+        raise ValueError(f"{what} of {unit} pixels: they need at least one")
     for pixels in size:
         if pixels <= 0 or pixels % unit:
             below = pixels // unit * unit
@@ -220,6 +232,7 @@ class PretrainModel(nn.Module, ABC):
     ) -> None:
         super().__init__()
         clusters = _grid(img_size, patch_size * cluster_size, f"{cluster_size} x {cluster_size}-patch clusters")
+        _check_size(embed_dim, depth)
         if embed_dim % 4 or embed_dim <= 0:
             raise ValueError(f"encoder width {embed_dim} is not a multiple of 4, as its position embedding needs")
         if dec_embed_dim % 64 or dec_embed_dim <= 0:
@@ -449,6 +462,10 @@ class ARMPretrain(PretrainModel):
         if self.num_patches == self.cluster_size**2:
             size = tuple(self.patch_size * side for side in self.grid_size)
             raise ValueError(f"an image of {size} pixels holds a single cluster: there is no next one to predict")
+        if self.num_patches > MAX_PATCHES:
+            raise ValueError(
+                f"{self.num_patches} patches are more than {MAX_PATCHES}: the mask grows with their square"
+            )
         self.register_buffer("mask", self.new_mask().to(self.pos_embed.device))
         self.register_load_state_dict_pre_hook(_supply_mask)
 
@@ -648,6 +665,7 @@ class ARMClassifier(TimmModel):
         super().__init__()
         if directions not in (1, 4):
             raise ValueError(f"{directions} scan directions: choose 1 or 4")
+        _check_size(embed_dim, depth)
         names = FOUR_DIRECTIONS[:directions]
         self.grid_size = _patches(img_size, patch_size)
         self.patch_size, self.drop_path_rate = patch_size, drop_path_rate

@@ -45,7 +45,8 @@ def load_model(path: str | Path, ignore_keys: Sequence[str] = ()) -> models_arm.
     content = checkpoint.read(path, ignore_keys)
     state = checkpoint.weights(content)
     if not checkpoint.is_pretrained(state) or "ar_token" not in state:
-        raise UserError(f"{path} is of a classifier: only a pretraining checkpoint predicts images")
+        what = "has no decoder" if checkpoint.is_pretrained(state) else "is of a classifier"
+        raise UserError(f"{path} {what}: only a pretraining checkpoint predicts images")
     checkpoint.say_guesses(path, content, state)
     with as_user_error(ValueError, prefix=f"{path}: "):
         model = models_arm.create_pretrain_model(

@@ -45,7 +45,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     which = group.add_mutually_exclusive_group()
     which.add_argument("--block", type=cli.few, metavar="N", help="the output of block N, from 1 (default: last)")
     which.add_argument("--average_last", type=cli.few, metavar="N", help="the mean of the last N blocks")
-    group.add_argument("--cache", metavar="DIR", help="where features are kept (default: features/ beside CKPT)")
+    group.add_argument(
+        "--cache", type=cli.filled, metavar="DIR", help="where features are kept (default: features/ beside CKPT)"
+    )
     group.add_argument(
         "--max_gb",
         type=cli.amount,

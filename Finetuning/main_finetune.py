@@ -34,7 +34,7 @@ import models_arm
 from engine_finetune import train_one_epoch
 from ops import BackendUnavailable, choose_backend
 from util import checkpoint, cli
-from util.class_names import differing, known_names, match_classes, names_by_output, some
+from util.class_names import differing, known_names, match_classes, names_by_output
 from util.datasets import (
     ImageDataset,
     eval_loader,
@@ -46,6 +46,7 @@ from util.datasets import (
 from util.dist import distribute, init_device, seed_everything
 from util.errors import UserError, as_user_error
 from util.evaluation import evaluate, in_words
+from util.files import some
 from util.lr_decay import param_groups_layer_decay
 from util.metrics import RunLog, ScreenLog, SilentLog, clock, open_log
 from util.run import Run, fingerprint, starting_point
@@ -304,7 +305,7 @@ def finetune(
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
     run = Run(args, model, optimizer, ema, names)
     if args.resume:
-        run.restore(content)
+        run.restore(content, len(train))
     compiled = models_arm.compiles(args.compile, device)
     if compiled:
         model.compile()

@@ -38,7 +38,7 @@ import main_finetune
 import main_pretrain
 from engine_pretrain import train_one_epoch
 from models_arm import compiles
-from util import cli, datasets, machine, pack_images
+from util import cli, datasets, decode, machine, pack_images
 from util.device_loader import DeviceLoader
 from util.metrics import SilentLog
 from util.run import Run
@@ -102,11 +102,17 @@ def loader_of(args: argparse.Namespace, recipe: str, device: torch.device) -> De
     return datasets.train_loader(dataset, args, device)
 
 
+def open_as_released(path: str) -> Image.Image:
+    """Open an image as torchvision's `ImageFolder` does, but none that Pillow would hand to another program."""
+    with open(path, "rb") as file:
+        return Image.open(file, formats=decode.KNOWN).convert("RGB")
+
+
 def released_epochs(args: argparse.Namespace, recipe: str) -> Epoch:
     """Epochs of the released pipeline: ImageFolder, torchvision's or timm's transform in Pillow, plain DataLoader."""
     make = datasets.pretrain_transform if recipe == "pretrain" else datasets.finetune_transform
     loader = DataLoader(
-        ImageFolder(f"{args.data_path}/train", make(cli.image_size(args), args)),
+        ImageFolder(f"{args.data_path}/train", make(cli.image_size(args), args), loader=open_as_released),
         batch_size=args.batch_size,
         shuffle=True,
         num_workers=args.num_workers,

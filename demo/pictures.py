@@ -16,6 +16,7 @@ from torchvision.datasets import ImageFolder
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from util.datasets import eval_transform
+from util.decode import with_pillow
 from visualize import load_model
 
 
@@ -56,7 +57,8 @@ def draw_predictions(path: Path, image_folder: Path, picture: Path) -> None:
     """
     model = load_model(path)
     height, width = model.grid_size[0] * model.patch_size, model.grid_size[1] * model.patch_size
-    dataset = ImageFolder(str(image_folder), eval_transform((height, width), "square"))
+    transform = eval_transform((height, width), "square")
+    dataset = ImageFolder(str(image_folder), transform, loader=lambda path: with_pillow(Path(path).read_bytes()))
     firsts = [dataset.targets.index(label) for label in range(len(dataset.classes))]
     imgs = torch.stack([dataset[i][0] for i in firsts])
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))

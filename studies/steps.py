@@ -18,7 +18,7 @@ from studies.study import Flags, in_words
 from util import cli, launch, plot_log
 from util import machine as hardware
 from util.errors import INTERRUPTED, Interrupted, RunError, UserError, as_user_error
-from util.files import open_lock, read_json, write_json
+from util.files import open_lock, read_json, replacing, write_json
 from util.interrupt import StopRequest
 
 SCRIPTS = {"pretrain": "main_pretrain.py", "finetune": "Finetuning/main_finetune.py"}
@@ -205,7 +205,8 @@ class Job:
         print(f"{step.name}: $ {command}", flush=True)
         self.attempts.append({"command": command, **about, "start": time.time(), "end": None})
         step.write({"finished": False, "attempts": self.attempts})
-        step.path("command.txt").write_text(command + "\n", encoding="utf-8", errors="surrogateescape")
+        with as_user_error(OSError), replacing(step.path("command.txt")) as temporary:
+            temporary.write_bytes(os.fsencode(command) + b"\n")
         self.shown = output.stat().st_size if output.exists() else 0
         with output.open("a") as file:
             self.process = launch.start(

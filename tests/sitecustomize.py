@@ -1,4 +1,4 @@
-"""Refuse every connection but those to this machine, as a machine without a network does.
+"""Refuse every connection but those to this machine, and data sets of the system, as on a machine that has neither.
 
 conftest.py imports this, and so does every Python that a test starts: conftest.py puts this folder on PYTHONPATH.
 """
@@ -8,6 +8,7 @@ import ipaddress
 import socket
 import sys
 
+DATA_SETS = "/usr/share/datasets"  # of Debian's packages, which are not installed everywhere
 LOCAL_NAMES = "localhost", "ip6-localhost", socket.gethostname()
 
 
@@ -23,11 +24,13 @@ def is_local(host: str | bytes | None) -> bool:
 
 
 def refuse(event: str, arguments: tuple) -> None:
-    """Hook of `sys.addaudithook`: raise where a socket reaches out."""
+    """Hook of `sys.addaudithook`: raise where a socket reaches out or a data set of the system is read."""
     if event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
         connection, address = arguments
         if connection.family in (socket.AF_INET, socket.AF_INET6) and address and not is_local(address[0]):
             raise OSError(errno.ENETUNREACH, f"tests have no network: {address[0]}")
+    elif event == "open" and str(arguments[0]).startswith(DATA_SETS):
+        raise FileNotFoundError(errno.ENOENT, "tests have no data sets of the system", arguments[0])
     elif event in ("socket.getaddrinfo", "socket.gethostbyname") and not is_local(arguments[0]):
         raise socket.gaierror(socket.EAI_AGAIN, f"tests have no network: {arguments[0]}")
 

@@ -160,6 +160,14 @@ def test_decoders_without_memory(photographs, monkeypatch):
             read(data)
 
 
+def test_headers_that_contradict_each_other(photographs, monkeypatch):
+    """A part drawn for one size is not cut out of an image of another."""
+    monkeypatch.setattr(decode.simplejpeg, "decode_jpeg_header", lambda data: (500, 400, "CMYK", "444"))
+    data = encoded(photographs[0].resize((90, 60)).convert("CMYK"))
+    with pytest.raises(decode.BrokenImage, match="its headers contradict each other"):
+        decode.crop_of(data, lambda height, width: (300, 200, 100, 100))
+
+
 class Unreadable:
     """A source whose storage is gone; a name costs no read."""
 

@@ -3,6 +3,8 @@
 import logging
 import re
 import shutil
+import subprocess
+import sys
 from hashlib import sha256
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ from timm.data import ImageNetInfo
 
 import main_finetune
 import models_arm
-from conftest import TINY_FINETUNE
+from conftest import REPOSITORY, TINY_FINETUNE
 from util import checkpoint
 from util.checkpoint_file import say_once
 from util.class_names import differing, known_names, match_classes, names_by_output
@@ -258,3 +260,33 @@ def test_a_run_is_not_resumed_with_other_classes(run, run_script, image_folder, 
             run_script(main_finetune, *words, "--resume", run, *more)
         assert exit_info.value.code == 2
         assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_name_that_two_outputs_have_is_refused():
+    model = models_arm.create_classifier(
+        "arm_tiny_pz16", img_size=16, patch_size=8, embed_dim=32, depth=1, num_classes=3
+    )
+    with pytest.raises(UserError, match="its class_names hold a more than once"):
+        checkpoint.class_names({"model": model.state_dict(), "class_names": ["a", "b", "a"]})
+    assert checkpoint.class_names({"model": model.state_dict(), "class_names": ["", "b", ""]}) == ["", "b", ""]
+
+
+def test_an_accuracy_that_cannot_be_shown_is_no_success(run, image_folder):
+    """It is all that an evaluation gives: a full disk behind stdout is an error."""
+    words = ["--eval", "--resume", run, "--data_path", image_folder, "--device", "cpu", "--num_workers", 0]
+    command = [sys.executable, REPOSITORY / "Finetuning" / "main_finetune.py", *words]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(list(map(str, command)), stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+
+
+def test_a_position_beyond_the_epoch_is_refused(run, image_folder, run_script, tmp_path, capsys):
+    """Training would end at once and call itself done."""
+    content = torch.load(run, weights_only=False)
+    torch.save(content | {"samples": 10**12 * 8}, tmp_path / "far.pth")
+    words = [*WORDS, "--epochs", 2, "--data_path", image_folder, "--output_dir", tmp_path / "out"]
+    with pytest.raises(SystemExit) as ended:
+        run_script(main_finetune, *words, "--resume", tmp_path / "far.pth", "--allow_changed_args")
+    assert ended.value.code == 2
+    assert "stands at image 8000000000000 of its epoch, and there are 24" in capsys.readouterr().err

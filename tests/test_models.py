@@ -409,3 +409,18 @@ def test_swiglu_is_its_formula(dim):
         torch.autograd.grad(got.sum(), parameters), torch.autograd.grad(want.sum(), parameters), strict=True
     ):
         assert relative_error(g, w) < 1e-12
+
+
+def test_sizes_that_no_memory_holds_are_refused():
+    """Before anything is allocated: together they would take terabytes."""
+    for create in (models_arm.create_pretrain_model, models_arm.create_classifier):
+        with pytest.raises(
+            ValueError, match="1000 blocks of 16384 channels are too many"
+        ):
+            create("arm_tiny_pz16", embed_dim=16384, depth=1000)
+    with pytest.raises(ValueError, match="262144 patches are more than 16384: the mask grows"):
+        models_arm.create_pretrain_model(
+            "arm_tiny_pz16", img_size=1024, patch_size=2, embed_dim=4, depth=1, dec_embed_dim=64, dec_depth=1
+        )
+    with pytest.raises(ValueError, match="patches of 0 pixels: they need at least one"):
+        models_arm.create_classifier("arm_tiny_pz16", patch_size=0)

@@ -40,6 +40,12 @@ def test_connections_beyond_this_machine_are_refused(tmp_path):
     assert len(re.findall(r"tests have no network: (?:192\.0\.2\.1|example\.org)", done.stdout)) == 3
 
 
+def test_data_sets_of_the_system_are_not_there():
+    """Debian's Fashion-MNIST is on some machines; no test may need it."""
+    with pytest.raises(FileNotFoundError, match="tests have no data sets of the system"):
+        Path("/usr/share/datasets/fashion-mnist/t10k-labels-idx1-ubyte.gz").read_bytes()
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", b"127.9.9.9", "::1", "localhost", "", None])
 def test_this_machine(host):
     assert is_local(host)

@@ -154,3 +154,8 @@ def test_workers_that_cannot_be_started(data, tmp_path, monkeypatch):
     monkeypatch.setattr(pack_images, "ProcessPoolExecutor", full)
     with pytest.raises(RunError, match=r"no worker can be started: No space left on device; .* larger /dev/shm"):
         run_pack(data, tmp_path / "shards")
+
+
+def test_packing_among_the_images_is_refused(data):
+    with pytest.raises(UserError, match="is SRC: shards among the images would be in their way"):
+        pack_images.main(pack_images.get_args_parser().parse_args([str(data), str(data)]))

@@ -987,7 +987,7 @@ def test_a_shard_that_cannot_be_read_any_more(tmp_path, monkeypatch, how):
     sources._opened.cache_clear()
     how(tmp_path / "train-0.tar", monkeypatch)
     said = broken(source)
-    assert said.startswith(f"{tmp_path}/train-0.tar: {'a.jpg' if how == shrunk else 'the image at byte 512'}: ")
+    assert said.startswith(f"{tmp_path}/train-0.tar: the image at byte 512: ")
     assert said.isprintable()
     samples = datasets.SeededSamples(dataset_of(source), 0)
     with monkeypatch.context() as patch:
@@ -1088,3 +1088,20 @@ def test_mistakes_of_hub_datasets(tmp_path):
         with pytest.raises(UserError, match="damaged: ") as error:
             sources.open_source(f"hfds:{tmp_path / 'damaged'}", "train")
         assert str(error.value).isprintable()
+
+
+def test_keys_without_image_and_label_are_counted(tmp_path, caplog):
+    """An image of an unknown kind, without its label; notes on an image that is read are none."""
+    path = one_shard(
+        tmp_path,
+        ("a.jpg", b"x"),
+        ("a.cls", b"0"),
+        ("a.txt", b""),
+        ("a.mask.npy", b""),
+        ("b.heic", b"x"),
+        ("README", b""),
+    )
+    assert len(sources.open_source(path, "train").labels) == 1
+    (line,) = caplog.messages
+    assert "1 keys have neither an image of a known kind nor a label" in line
+    assert "train-0.tar: b (.heic)" in line

@@ -322,6 +322,17 @@ def test_files_of_a_run_are_files(tmp_path, name, kind):
     assert (tmp_path / "precious").read_text() == "precious"
 
 
+def test_a_command_is_not_written_through_a_link(tmp_path):
+    step = Step("pretrain", 0, flags("--data_path /nowhere --batch_size 8 --epochs 1"), tmp_path / "runs")
+    step.folder.mkdir(parents=True)
+    (tmp_path / "precious").write_text("precious")
+    step.path("command.txt").symlink_to(tmp_path / "precious")
+    with pytest.raises(RunError, match="/nowhere: no such folder"):
+        run_steps([step], ONE, None)
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert "--data_path /nowhere" in step.path("command.txt").read_text()
+
+
 def test_a_log_without_a_value_is_named(tmp_path):
     """As another program, or a damaged disk, may have left it."""
     step = Step("finetune", 0, flags("--batch_size 8 --epochs 1"), tmp_path)

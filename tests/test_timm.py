@@ -3,6 +3,8 @@
 import copy
 import pickle
 import re
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
@@ -14,7 +16,7 @@ from timm.optim import param_groups_layer_decay as timm_groups
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import models_arm
-from conftest import relative_error
+from conftest import REPOSITORY, relative_error
 from util.checkpoint import pretrain_to_classifier
 from util.datasets import eval_transform
 from util.lr_decay import param_groups_layer_decay
@@ -573,3 +575,15 @@ def test_what_is_not_promised(imgs):
     for module in (model, torch.nn.Sequential(model)):
         with pytest.raises(TypeError, match=f"TorchScript cannot compile this model, .*{instead}"):
             torch.jit.script(module)
+
+
+def test_the_line_that_starts_timms_scripts(tmp_path):
+    """As docs/using.md has it; the script here stands for validate.py, which timm's package does not carry."""
+    line = next(line for line in (REPOSITORY / "docs" / "using.md").read_text().splitlines() if "runpy" in line)
+    command, _, _ = line.partition(" validate.py ")
+    (tmp_path / "script.py").write_text(
+        "import sys, timm\nprint(__name__, sys.argv, len(timm.list_models('arm_*_pz16')))\n"
+    )
+    command = command.replace("REPOSITORY", str(REPOSITORY)).replace(" python ", f" {sys.executable} ")
+    done = subprocess.run(f"{command} script.py --x 1", shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "__main__ ['script.py', '--x', '1'] 5\n", done.stderr

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
@@ -20,7 +21,7 @@ from torch.optim import Optimizer
 
 from util.checkpoint_file import METADATA, DamagedCheckpoint, load_file, say_once
 from util.errors import UserError, as_user_error
-from util.files import printable
+from util.files import printable, some
 from util.fsdp import like
 from util.pos_embed import insert_middle, resize_around_token
 
@@ -84,19 +85,13 @@ def read(path: str | os.PathLike, ignore_keys: Sequence[str] = ()) -> dict:
         for part, key in found:
             del part[key]
     if ignored:
-        say_once(logging.INFO, f"{printable(path)}: {len(ignored)} keys are ignored: {_some(sorted(ignored))}")
+        say_once(logging.INFO, f"{printable(path)}: {len(ignored)} keys are ignored: {some(sorted(ignored))}")
     return content
 
 
 def _unwrapped(name: object) -> str:
     """Return the name of a parameter without the parts that wrappers of a model add."""
     return ".".join(part for part in str(name).split(".") if part not in _WRAPPERS)
-
-
-def _some(names: Sequence[str], shown: int = 3) -> str:
-    """Return the first names, and how many follow, as one line."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(printable(name)[:200] for name in names[:shown]) + more
 
 
 def kinds(content: dict) -> list[str]:
@@ -143,7 +138,9 @@ def weights(content: dict, key: str | None = None) -> StateDict:
         patch.ndim != 4
         or not patch.numel()
         or patch.shape[2] != patch.shape[3]
-        or position.shape != (1, max(position.shape[1:2], default=0), len(patch))
+        or position.ndim != 3
+        or position.shape[0] != 1
+        or position.shape[2] != len(patch)
         or position.shape[1] < (1 if is_pretrained(state_dict) else 2)
         or not position.is_floating_point()
     ):
@@ -215,7 +212,7 @@ def _blocks(state_dict: StateDict, name: str) -> list[dict[str, torch.Size]]:
         if differing:
             raise UserError(
                 f"the checkpoint is not one of ARM: {name}.{index} has not the tensors of the other blocks: "
-                f"{_some(sorted({key for key, _ in differing}))}"
+                f"{some(sorted({key for key, _ in differing}))}"
             )
     return [blocks[index] for index in range(len(blocks))]
 
@@ -316,7 +313,10 @@ def class_names(content: dict) -> list[str]:
         raise UserError("the checkpoint is damaged: its class_names are no list of names")
     if names and len(names) != len(weights(content).get("head.weight", ())):
         raise UserError(f"the checkpoint is damaged: it has {len(names)} class_names and another number of outputs")
-    return [printable(name) for name in names]
+    names = [printable(name) for name in names]
+    if twice := {name for name, times in Counter(names).items() if name and times > 1}:
+        raise UserError(f"the checkpoint is damaged: its class_names hold {some(sorted(twice))} more than once")
+    return names
 
 
 def saved_size(content: dict) -> tuple[int, int] | None:
@@ -344,6 +344,8 @@ def image_size(state_dict: StateDict, saved: tuple[int, int] | None = None) -> t
     patches = state_dict["pos_embed"].shape[1] - (not is_pretrained(state_dict))
     if saved is not None and (saved[0] // side) * (saved[1] // side) == patches:
         return saved
+    if saved is not None:
+        say_once(logging.WARNING, f"an input of {saved[0]} x {saved[1]} has not the checkpoint's {patches} patches")
     root = math.isqrt(patches)
     if root * root != patches:
         raise UserError(
@@ -455,21 +457,24 @@ def load(model: nn.Module, state_dict: StateDict, allow_missing: set[str] = froz
         for k, v in common.items()
         if v.is_floating_point() != own[k].is_floating_point() or v.is_complex()
     ]
-    problems = ["missing " + _some(missing)] * bool(missing)
-    problems += [f"unexpected {_some(unexpected)} (--ignore_keys leaves keys out)"] * bool(unexpected)
-    problems += [_some(misfits)] * bool(misfits)
+    problems = ["missing " + some(missing)] * bool(missing)
+    problems += [f"unexpected {some(unexpected)} (--ignore_keys leaves keys out)"] * bool(unexpected)
+    problems += [some(misfits)] * bool(misfits)
     if problems:
         raise UserError("the checkpoint does not fit the model: " + "; ".join(problems))
     infinite = {name for name, buffer in model.named_buffers() if not is_finite(buffer)}
     broken = [k for k, v in common.items() if not is_finite(v) and (k not in infinite or v.isnan().any())]
     if broken:
-        raise UserError(f"the checkpoint has weights that are not finite (NaN or infinite): {_some(broken)}")
+        raise UserError(f"the checkpoint has weights that are not finite (NaN or infinite): {some(broken)}")
     model.load_state_dict({k: like(v, own.get(k)) for k, v in state_dict.items()}, strict=not allow_missing)
 
 
 def is_finite(value: Tensor) -> bool:
     """Whether all values of a tensor are finite."""
-    return not value.is_floating_point() or bool(value.abs().max().isfinite() if value.numel() else True)
+    if not value.is_floating_point() or not value.numel():
+        return True
+    value = value.float() if value.itemsize == 1 else value  # torch compares no numbers of 8 bits
+    return bool(value.abs().max().isfinite())
 
 
 def _width_and_depth(state_dict: StateDict) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import numpy as np
 from timm.data import ImageNetInfo
 
 from util.errors import UserError
-from util.files import printable
+from util.files import printable, some
 from util.sources import Source
 
 
@@ -96,9 +96,5 @@ def differing(saved: list[str], names: list[str]) -> list[str]:
     """Return what two lists of names by output do not share; nothing where they agree, or one of them has no names."""
     if saved == names or not any(saved) or not any(names):
         return []
-    return sorted((set(saved) ^ set(names)) - {""}) or ["the same names in another order"]
-
-
-def some(names: Sequence[str]) -> str:
-    """Return the first five of some names, and the number of the others."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    same = "the same names in another order" if len(saved) == len(names) else "another number of them"
+    return sorted((set(saved) ^ set(names)) - {""}) or [same]

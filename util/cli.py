@@ -57,11 +57,12 @@ def filled(text: str) -> str:
     return text
 
 
-# Each numeric argument has one of these bounds, or its own: far above what makes sense, and below what overflows, or
-# exhausts the machine before a run begins.
+# Each numeric argument has one of these bounds, or its own: far above what makes sense, and below what overflows. What
+# sizes amount to together is bounded where models are built.
 positive, natural = number(int, 1, 10**9), number(int, 0, 10**9)  # steps, epochs, images that come one after the other
 few = number(int, 1, 1000)  # what is made at the start, or for each image: blocks, checkpoints, erased boxes
-side = number(int, 1, 2**14)  # pixels, channels, patches
+side = number(int, 1, 2**14)  # channels, patches
+pixels = number(int, 1, 2**12)  # a side of the input: its evaluation resizes any image to a square of that
 batch = number(int, 1, 10**6)  # images held at a time
 workers = number(int, 0, 1024)  # processes on this machine
 seconds = number(int, 1, 10**6)  # 11 days; 25 overflow the milliseconds of poll(2)
@@ -85,7 +86,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="NAME", help="one of models_arm.SIZES (default: %(default)s)")
     group.add_argument(
-        "--input_size", type=side, nargs="+", metavar="PX", help="side, or height and width, of the input"
+        "--input_size", type=pixels, nargs="+", metavar="PX", help="side, or height and width, of the input"
     )
     group.add_argument("--patch_size", type=side, help="pixels a side")
     group.add_argument("--embed_dim", type=side, help="channels, instead of the model's")
@@ -261,7 +262,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model_key", choices=("model", "model_ema"), help="which of its weights (default: model)")
     add_ignore_keys(group)
     group.add_argument(
-        "--input_size", type=side, nargs="+", metavar="PX", help="side, or height and width (default: as trained)"
+        "--input_size", type=pixels, nargs="+", metavar="PX", help="side, or height and width (default: as trained)"
     )
     group.add_argument("--output", metavar="FILE", help="JSON file of the result (default: beside CKPT)")
 

@@ -16,7 +16,6 @@ from util.files import printable
 # Pixels of the largest image that is decoded, 89 million: where Pillow begins to warn of decompression bombs. Decoding
 # takes up to 20 bytes a pixel (JPEG2000; PNG and others 10, JPEG 6), so a worker needs up to 1.8 GB for such an image.
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # such an image is refused by name here
 
 # Pillow's formats that are read, and how their files end. Everything else is refused unread: Pillow would hand EPS to
 # Ghostscript, which runs programs.

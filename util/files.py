@@ -1,13 +1,14 @@
 """Small files: written atomically, never through a link; JSON within bounds; names that any terminal can show."""
 
 import errno
+import glob
 import json
 import math
 import os
 import secrets
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NoReturn, TextIO
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_JSON = 2**26  # bytes; the largest that a script writes lists broken images, a line each
-TITLED = ("png", "pdf", "svg")  # formats of figures whose metadata can hold a title
+FORMATS = ("png", "pdf", "svg")  # of figures: their metadata can hold a title
 ENDS = 2**16  # bytes at either end of a figure's file, in which its metadata are looked for
 
 
@@ -33,14 +34,25 @@ def _escaped(character: str) -> str:
     return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else character.encode("unicode_escape").decode()
 
 
+def some(names: Sequence[str], shown: int = 5) -> str:
+    """Return the first names, and how many follow, as one line."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(printable(name)[:200] for name in names[:shown]) + more
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a path to write; it replaces `path`, a link itself and not its target, if the block raises nothing.
 
+    One process at a time may write a path: what others have left half-written is removed.
+
     Raises:
         OSError: the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
+    name = f".{path.name[:100]}."
+    for left in path.parent.glob(f"{glob.escape(name)}*.tmp"):  # by a process that was killed
+        left.unlink(missing_ok=True)
+    temporary = path.with_name(f"{name}{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -183,7 +195,7 @@ def json_with(**fields: type) -> Callable[[Path], bool]:
 
 
 def figure_of(title: str) -> Callable[[Path], bool]:
-    """Return a test whether a file has the title that `save_figure` writes, which other formats have no room for."""
+    """Return a test whether a file has the title that `save_figure` writes."""
 
     def holds(path: Path) -> bool:
         try:
@@ -198,7 +210,7 @@ def figure_of(title: str) -> Callable[[Path], bool]:
 
 
 def save_figure(figure: "Figure", path: Path, title: str, **options: object) -> None:
-    """Write a figure of matplotlib, whole or not at all, in the format of the suffix.
+    """Write a figure of matplotlib, whole or not at all, in the format of the suffix: one of `FORMATS`.
 
     Args:
         figure: to be drawn.
@@ -211,4 +223,4 @@ def save_figure(figure: "Figure", path: Path, title: str, **options: object) -> 
     """
     kind = path.suffix[1:].lower()
     with replacing(path) as temporary:
-        figure.savefig(temporary, format=kind, metadata={"Title": title} if kind in TITLED else None, **options)
+        figure.savefig(temporary, format=kind, metadata={"Title": title}, **options)

@@ -30,10 +30,15 @@ LOG_EVERY = 20  # steps between two looks at what the device has computed: plain
 
 
 def show(text: str) -> None:
-    """Print a line above a progress bar, if there is one; a full disk behind stdout does not end a run."""
+    """Print a line above a progress bar, if there is one."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def show_if_possible(text: str) -> None:
+    """Print a line; a full disk behind stdout does not end a run, which keeps what it finds in files."""
     try:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        show(text)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -49,7 +54,8 @@ def _complain(text: str) -> None:
 class Progress:
     """One pass over data as rank 0 shows it: a bar on a terminal, plain lines elsewhere."""
 
-    def __init__(self, title: str, steps: int, done: int = 0) -> None:
+    def __init__(self, title: str, steps: int, done: int = 0, show: Callable[[str], None] = show) -> None:
+        self.show = show
         self.title, self.steps, self.done, self.step, self.images = title, steps, done, done, 0
         self.start, self.bar = time.monotonic(), None
         if sys.stderr.isatty():
@@ -69,7 +75,7 @@ class Progress:
                 left = seconds / (self.step - self.done) * (self.steps - self.step)
                 left = datetime.timedelta(seconds=round(left))
                 text = "  ".join(f"{name} {value}" for name, value in shown.items())
-                show(f"{self.title}  [{self.step}/{self.steps}]  {text}  left {left}")
+                self.show(f"{self.title}  [{self.step}/{self.steps}]  {text}  left {left}")
         if self.bar is not None:
             self.bar.update()
 
@@ -79,13 +85,15 @@ class Progress:
 
 
 class ScreenLog:
-    """What rank 0 shows, without files."""
+    """The log of rank 0 without files."""
+
+    show = staticmethod(show)
 
     def progress(self, title: str, steps: int, done: int = 0) -> Progress:
-        return Progress(title, steps, done)
+        return Progress(title, steps, done, self.show)
 
     def say(self, text: str) -> None:
-        show(text)
+        self.show(text)
 
 
 class Tracker:
@@ -143,6 +151,8 @@ class RunLog(ScreenLog):
         log_dir: where the TensorBoard files go, once there are values.
         tracker: what takes curves and images instead of TensorBoard.
     """
+
+    show = staticmethod(show_if_possible)
 
     def __init__(self, output_dir: Path, log_dir: Path, tracker: ModuleType | None = None) -> None:
         self.path, self.log_dir, self.tracker = output_dir / "log.txt", log_dir, tracker

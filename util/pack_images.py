@@ -42,9 +42,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = cli.Parser("pack_images", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "source", metavar="SRC", help="folder with train/ and perhaps val/, one folder of images a class"
+        "source",
+        type=cli.filled,
+        metavar="SRC",
+        help="folder with train/ and perhaps val/, one folder of images a class",
     )
-    parser.add_argument("target", metavar="DST", help="folder for the shards")
+    parser.add_argument("target", type=cli.filled, metavar="DST", help="folder for the shards")
     parser.add_argument("--short_side", type=cli.side, metavar="PX", help="resize larger training images to this")
     parser.add_argument(
         "--quality",
@@ -187,6 +190,7 @@ def _list_of(shard: Path) -> Path:
 
 @contextmanager
 def _starting_workers() -> Iterator[None]:
+    """Say what helps where the system starts no further process."""
     try:
         yield
     except OSError as error:
@@ -277,6 +281,9 @@ def main(args: argparse.Namespace) -> None:
     splits = [split for split in ("train", "val") if (source / split).is_dir()]
     if not splits:
         raise UserError(f"{source}: there is no folder train or val in it")
+    with as_user_error(OSError):
+        if target.exists() and target.samefile(source):
+            raise UserError(f"DST {printable(args.target)} is SRC: shards among the images would be in their way")
     sources = {split: Folder(args.source, split) for split in splits}
     short_sides = {"train": args.short_side, "val": None}
     # all mistakes before the hours that the first one takes

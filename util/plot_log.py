@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from util import cli
 from util.errors import UserError, as_user_error
-from util.files import figure_of, open_regular, output_file, printable, save_figure
+from util.files import FORMATS, figure_of, open_regular, output_file, printable, save_figure
 
 LOGGER = logging.getLogger(__name__)
 MAX_LOG = 2**28  # bytes
@@ -142,11 +142,10 @@ def main(args: argparse.Namespace) -> None:
     folders = [run if run.is_dir() else run.parent for run in args.runs]
     counts = Counter(folder.resolve().name for folder in folders)
     names = [folder.resolve().name if counts[folder.resolve().name] == 1 else str(folder) for folder in folders]
-    formats = Figure().canvas.get_supported_filetypes()
     with as_user_error(ValueError, prefix="--output: "):
         path = args.output if args.output.suffix else args.output.with_suffix(".png")
-    if path.suffix[1:].lower() not in formats:
-        raise UserError(f"--output: Format {path.suffix[1:]!r} is not supported, only {', '.join(sorted(formats))}")
+    if path.suffix[1:].lower() not in FORMATS:
+        raise UserError(f"--output: Format {path.suffix[1:]!r} is not supported, only {', '.join(FORMATS)}")
     output_file(path, figure_of(TITLE), *args.runs)
     figure = draw(dict(zip(names, map(read, args.runs), strict=True)))
     with as_user_error(OSError, prefix=f"--output {printable(path)}: "):

@@ -15,10 +15,11 @@ from torch.optim import Optimizer
 
 from util import checkpoint
 from util.checkpoint_folder import CheckpointFolder
-from util.class_names import differing, some
+from util.class_names import differing
 from util.cli import effective_batch_size
 from util.dist import barrier, gather, is_main, on_main
 from util.errors import Interrupted, RunError, UserError
+from util.files import some
 from util.fsdp import local, take_part
 from util.interrupt import StopRequest
 from util.lock import lock_folder
@@ -92,7 +93,7 @@ class Run:
                 barrier()  # the end of any process would end the one that writes
             self.stop.__exit__(kind, *exception)
 
-    def restore(self, content: dict) -> None:
+    def restore(self, content: dict, images: int) -> None:
         """Take over weights, optimizer, EMA and position from a checkpoint of this run.
 
         Raises:
@@ -111,6 +112,11 @@ class Run:
                 "--output_dir takes its weights and a new head"
             )
         self.epoch, self.samples = checkpoint.resume(self.args, content, self.model, self.optimizer)
+        if self.samples > images:
+            raise UserError(
+                f"{self.args.resume} stands at image {self.samples} of its epoch, and there are {images}: "
+                f"--start_epoch {self.epoch} begins the epoch again"
+            )
         whole_batches = effective_batch_size(self.args)
         if self.samples % whole_batches:
             if self.args.start_epoch != self.epoch:

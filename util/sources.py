@@ -231,8 +231,9 @@ def _files_below(root: str, folder: str, hidden: list[str]) -> Iterator[str]:
 
 SPLIT_WORDS = {"train": {"train"}, "val": {"val", "validation"}}
 COLUMNS = "labels", "shard", "offset", "size"  # of the images in an index: (n,) int64 each
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 IMAGELESS = "labels have no image of a known kind"
+UNUSED = "keys have neither an image of a known kind nor a label"
 LABELLESS = "images with a dot in their key have no label"
 ELSEWHERE = "archives are compressed or not beside the other shards"
 
@@ -261,6 +262,7 @@ class TarShards:
             if not stat.S_ISREG(status.st_mode):
                 raise UserError(f"{printable(shard)} is no regular file")
         self.root = printable(self.shards[0].parent)
+        self.unreadable: set[Path] = set()  # shards of which an image could not be read
         self.sizes = np.array([status.st_size for _, status in stats])
         of = json.dumps([INDEX_VERSION, [(shard.name, s.st_size, s.st_mtime_ns) for shard, s in stats]])
         index = self._index(self.shards[0].parent / f"index-{split}.npz", of)
@@ -327,7 +329,7 @@ class TarShards:
             {
                 reason: [f"{shard.name}: {name}" for shard, found in zip(self.shards, left_out, strict=True)
                          for name in found[reason]]
-                for reason in (IMAGELESS, LABELLESS, HIDDEN)
+                for reason in (IMAGELESS, UNUSED, LABELLESS, HIDDEN)
             }
         )  # fmt: skip
         labels, offset, size = (np.array([e[k] for shard in entries for e in shard], np.int64) for k in (0, 1, 2))
@@ -346,20 +348,23 @@ class TarShards:
             "left_out": counted,
         }
         # in a folder that cannot be written or is full, the next run finds the positions again
-        with suppress(OSError):
-            for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
-                left.unlink()
-            with replacing(path) as temporary, temporary.open("wb") as file:
-                np.savez(file, **(index | {"of": of, "classes": json.dumps(names)}))
+        with suppress(OSError), replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **(index | {"of": of, "classes": json.dumps(names)}))
         return index
 
     def read(self, index: int) -> bytes:
         path = self.shards[self.shard[index]]
-        return _read_at(_opened(str(path)), int(self.offset[index]), int(self.size[index]), path)
+        try:
+            return _read_at(_opened(str(path)), int(self.offset[index]), int(self.size[index]), path)
+        except OSError:
+            self.unreadable.add(path)
+            raise
 
     def name(self, index: int) -> str:
         path, offset = self.shards[self.shard[index]], int(self.offset[index])
-        name = f"the image at byte {offset}"  # where reading it failed, reading its name may fail as well
+        name = f"the image at byte {offset}"
+        if path in self.unreadable:  # reading the name may fail as well, or take as long
+            return f"{printable(path)}: {name}"
         with suppress(OSError, tarfile.HeaderError):
             header = os.pread(_opened(str(path)).fileno(), tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE)
             name = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
@@ -443,11 +448,17 @@ def _images_of(shard: Path) -> tuple[list[tuple[int, int, int, str]], dict[str, 
             # the last dot ends the key; where keys have none, as in the webdataset layout, it is the first one, too
             stem, dot, suffix = file_name.rpartition(".")
             key, kind = "/".join([*parts[:-1], stem]), suffix.lower() if dot else ""
-            suffixes[key].append(f".{suffix}")
-            kind = "image" if kind in SUFFIXES else kind
-            if member.isdir() or kind not in ("image", *labels):
+            if member.isdir():
                 continue
-            if any(part.startswith(".") and part.strip(".") for part in parts):
+            hidden = any(part.startswith(".") and part.strip(".") for part in parts)
+            if (
+                kind and not hidden and not ("." in stem and kind not in (*SUFFIXES, *labels))
+            ):  # KEY.mask.npy is a note on KEY
+                suffixes[key].append(f".{suffix}")
+            kind = "image" if kind in SUFFIXES else kind
+            if kind not in ("image", *labels):
+                continue
+            if hidden:
                 left_out[HIDDEN] += [name] if kind == "image" else []
                 continue
             if not member.isreg():
@@ -461,6 +472,11 @@ def _images_of(shard: Path) -> tuple[list[tuple[int, int, int, str]], dict[str, 
             else:
                 labels[kind][key] = _label(file, member, kind)
     entries = []
+    left_out[UNUSED] += [
+        f"{key} ({', '.join(suffixes[key])})"
+        for key in suffixes.keys() - images.keys() - labels["cls"].keys() - labels["json"].keys()
+    ]
+    left_out[UNUSED].sort()
     for key in dict.fromkeys([*images, *labels["cls"], *labels["json"]]):
         kind = "cls" if key in labels["cls"] else "json"
         label = labels[kind].get(key)
@@ -639,7 +655,10 @@ class HubDataset:
         return columns[0]
 
     def read(self, index: int) -> bytes:
-        image = self.rows[int(index)][self.image] or {}
+        try:
+            image = self.rows[int(index)][self.image] or {}
+        except Exception as error:  # of damaged files, pyarrow raises nearly anything
+            raise OSError(errno.EIO, printable(str(error))[:200] or type(error).__name__) from error
         if image.get("bytes") is None and image.get("path"):
             with open_regular(image["path"]) as file:
                 return _read_at(file, 0, os.fstat(file.fileno()).st_size, image["path"])

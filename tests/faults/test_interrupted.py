@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,18 +131,19 @@ def test_on_a_gpu(start, tmp_path):
 
 def test_a_second_signal_leaves_at_once(start, tmp_path):
     """Where the first cannot be followed: here, because loading hangs."""
-    out = tmp_path / "out"
-    (tmp_path / "images" / "train" / "a").mkdir(parents=True)
-    fifo = tmp_path / "images" / "train" / "a" / "0.png"
-    os.mkfifo(fifo)  # opening it waits for a writer
-    argv = ["--batch_size", 1, "--vis_freq", 0, "--output_dir", out, "--data_path", tmp_path / "images"]
-    running = start(PRETRAIN, *argv, data=False)
-    running.until(lambda: "batch 1 =" in running.text)
-    time.sleep(0.5)
+    argv = ["--epochs", 10**6, "--batch_size", 8, "--vis_freq", 0, "--num_workers", 1, "--output_dir", tmp_path / "out"]
+    running = start(PRETRAIN, *argv)
+    running.until(lambda: "epoch 1:" in running.text)
+    process = running.process.pid
+    workers = [int(child) for child in (Path("/proc") / f"{process}/task/{process}/children").read_text().split()]
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    time.sleep(1)
     running.signal(signal.SIGTERM).until(lambda: "SIGTERM: the run stops" in running.text)
     running.signal(signal.SIGTERM)  # torchrun and Slurm repeat themselves
     time.sleep(2.5)
     assert running.process.poll() is None
     assert running.signal(signal.SIGTERM).status(10) == 128 + signal.SIGTERM
     assert "SIGTERM again: left at once" in running.text
-    os.close(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))  # lets go of the loader's worker, which ends then
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
