@@ -190,7 +190,7 @@ def main(args: argparse.Namespace) -> None:
     if args.model_key and args.resume and not args.eval:
         raise UserError("--model_key chooses among the weights of --finetune; --resume takes both")
     if args.ignore_keys and not (args.finetune or args.eval):
-        raise UserError("--ignore_keys is for --finetune and --eval: --resume goes on with a run of this code")
+        raise UserError("--ignore_keys is for --finetune and --eval: --resume continues a run of this code")
     if args.eval and not (args.resume or args.finetune):
         raise UserError("--eval needs a checkpoint: --resume FILE")
     device = init_device(args.device, args.dist_timeout, args.deterministic)

@@ -1,4 +1,4 @@
-"""What several tests share: no network and an empty home, golden values, small images, scripts run in this process."""
+"""Shared by the tests: no network and an empty home, golden values, small images, scripts run in this process."""
 
 # ruff: noqa: E402
 

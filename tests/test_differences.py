@@ -1,4 +1,4 @@
-"""What docs/differences.md says about this code, where no other test holds it."""
+"""Claims of docs/differences.md about this code that no other test holds."""
 
 import argparse
 import re

@@ -106,7 +106,7 @@ def mutations(data, rng):
 
 
 def decoded(data):
-    """What both decoders make of an image: an array (h, w, 3) uint8, or None where it is broken."""
+    """Decode an image with both decoders: an array (h, w, 3) uint8, or None where it is broken."""
     found, reasons = [], []
     for read in (decode.with_pillow, lambda d: decode.crop_of(d, whole), lambda d: decode.crop_of(d, half, (4, 4))):
         try:
