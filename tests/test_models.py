@@ -414,9 +414,7 @@ def test_swiglu_is_its_formula(dim):
 def test_sizes_that_no_memory_holds_are_refused():
     """Before anything is allocated: together they would take terabytes."""
     for create in (models_arm.create_pretrain_model, models_arm.create_classifier):
-        with pytest.raises(
-            ValueError, match="1000 blocks of 16384 channels are too many"
-        ):
+        with pytest.raises(ValueError, match="1000 blocks of 16384 channels are too many"):
             create("arm_tiny_pz16", embed_dim=16384, depth=1000)
     with pytest.raises(ValueError, match="262144 patches are more than 16384: the mask grows"):
         models_arm.create_pretrain_model(
