@@ -106,7 +106,7 @@ class Step:
 
     @property
     def record(self) -> dict:
-        """Return the content of run.json: whether it is `finished`, and `attempts`: commands, commits, machines and times.
+        """Return the content of run.json: `finished`, and `attempts`: commands, commits, machines and times.
 
         Raises:
             UserError: the file holds something else.
