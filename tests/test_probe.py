@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import features
@@ -19,8 +20,9 @@ import models_arm
 import probe
 import probes
 from conftest import torchrun
-from util.datasets import eval_transform
-from util.errors import RunError
+from util.datasets import eval_loader, eval_transform, image_dataset
+from util.errors import RunError, UserError
+from util.metrics import SilentLog, open_log
 
 SIZES = {"img_size": (48, 32), "patch_size": 8, "embed_dim": 32, "depth": 4}
 QUIET = ["--device", "cpu", "--num_workers", 0, "--probe_epochs", 30]
@@ -129,6 +131,76 @@ def test_heads_side_by_side_do_not_meet(monkeypatch):
 PROBES = probes.Probes
 
 
+def test_a_diverged_learning_rate_is_never_chosen(monkeypatch):
+    """Nor does its NaN, which topk takes for the largest logit, count as right."""
+    data = separable(200)
+
+    def found(*starts, lr=0.3, data=data):
+        monkeypatch.setattr(probes, "LINEAR_LRS", (lr,) * len(starts))
+        heads = iter(starts)
+
+        def make():
+            head = probes.LinearHead(8, 4)
+            torch.nn.init.constant_(head.weight, next(heads))
+            return head
+
+        return probes.train_probe(make, data, data, ARGS, 0, CPU)
+
+    with pytest.raises(RunError, match="the probe diverged"):
+        found(float("nan"), float("inf"))
+    assert found(float("nan"), 0) == found(0)
+    assert found(0)["correct"] > 190
+    never_right = data[0], data[1].clamp(min=1)  # a head that learns nothing answers 0
+    assert found(float("nan"), 0, lr=0, data=never_right) == found(0, lr=0, data=never_right)
+    assert found(0, lr=0, data=never_right)["held_out"] == 0
+
+
+def test_logits_that_are_not_finite_count_as_wrong():
+    model = PROBES(2, [torch.nn.Identity()]).eval()
+    x = torch.tensor([[1.0, 0], [float("nan"), 0], [0, float("inf")], [0, 1], [3, 0]])
+    labels = torch.tensor([0, 0, 1, 0, -1])
+    assert probes.count(model, x, labels, [torch.arange(5)], CPU).tolist() == [[1, 2, 2]]
+
+
+def test_features_without_a_direction(capsys):
+    """They have no cosine: in train no neighbours, in val wrong, also where chance would be right."""
+    train = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0, 0], [3e38, 3e38]]), torch.tensor([0, 0, 1, 0, 0])
+    val = torch.tensor([[1.0, 0.2], [0.1, 1], [0, 0]]), torch.tensor([0, 1, 0])
+    args = argparse.Namespace(k=[1, 4], temperature=0.07)
+    (row,) = probe.evaluate_knn(train, val, args, 2, open_log())
+    assert (row["k"], row["acc1"], row["images"], row["without_direction"]) == (1, pytest.approx(200 / 3), 3, 1)
+    out = capsys.readouterr().out
+    assert "features of 2 images of train have no direction and are left out" in out
+    assert "features of 1 images of val have no direction and count as wrong" in out
+    assert "3 training images: larger --k are left out" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "train", "val", "message"),
+    [
+        (["linear"], [0, 1], [0], "trains on 2 images and is chosen by one held out: there are 2"),
+        (["attentive"], [0, -1, -1, 1], [0], "there are 2"),
+        (["knn"], [0, -1, 1], [0], "--k 3: there are 2 training images"),
+        (["linear"], [0, 0, 0, 2], [0, 1, 2, -1], "train has no image of 1 classes that val has: b"),
+    ],
+)
+def test_images_that_do_not_suffice(words, train, val, message):
+    args = argparse.Namespace(probe=words, k=[3, 9], data_path="images")
+    with pytest.raises(UserError, match=message):
+        probe.check_images(args, torch.tensor(train), torch.tensor(val), ["a", "b", "c"])
+
+
+def test_too_few_images_are_refused_before_features_are_computed(checkpoints, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label in ("a", "b"):
+            (tmp_path / split / label).mkdir(parents=True)
+            Image.fromarray(rng.integers(0, 255, (40, 40, 3), np.uint8)).save(tmp_path / split / label / "0.png")
+    monkeypatch.setattr(features, "encode", lambda *_: pytest.fail("features were computed"))
+    with pytest.raises(UserError, match="there are 2"):
+        run(tmp_path, checkpoints / "pretrain.pth", "--data_path", tmp_path, "--probe", "linear")
+
+
 def zeroed(head):
     torch.nn.init.zeros_(head.weight)
     return head
@@ -159,6 +231,23 @@ def test_pretrained_blocks_are_those_the_decoder_reads(models):
     assert torch.equal(after[:, :-4], blocks[-1][:, :-4])
     assert (after[:, -4:] != blocks[-1][:, -4:]).any(dim=-1).all()
     assert torch.allclose(features.pool(model, after), after.mean(dim=1))
+
+
+def test_features_beyond_float16_are_named(models, image_folder, monkeypatch):
+    """Tokens are kept in float16: what is larger is no value there."""
+    dataset = image_dataset(str(image_folder), "val", eval_transform((48, 32), "square"), "pil")
+    args = cli_args("--batch_size", 2)
+    seen = []
+    large = lambda *_: seen.append(1) or torch.full((2, 24, 32), 1e5 if len(seen) == 2 else 1.0)  # noqa: E731
+    monkeypatch.setattr(features, "encode", large)
+    rows = np.zeros(7, [("label", np.int64), ("feature", np.float16, (24, 32))])
+    loader = eval_loader(dataset, args, CPU)
+    with pytest.raises(RunError, match=r"val are not finite in float16; the first: .*class_0/2\.png"):
+        features.compute(models["pretrain"], loader, rows, range(4, 5), True, CPU, SilentLog(), "val")
+
+
+def cli_args(*words):
+    return probe.get_args_parser().parse_args([str(w) for w in ("c.pth", "--data_path", "x", *QUIET, *words)])
 
 
 @pytest.mark.parametrize("pool", [True, False])

@@ -156,6 +156,50 @@ def test_real_labels(world, tmp_path, run_script):
     assert (row["images"], row["acc1"], row["acc5"]) == (8, 100 * (hits == 0).mean(), 100 * (hits < 5).mean())
 
 
+def test_two_images_of_one_number(world, tmp_path, run_script, capsys):
+    for name in ("a/ILSVRC2012_val_00000002.png", "b/ILSVRC2012_val_00000002.png"):
+        (tmp_path / "val" / name).parent.mkdir(parents=True)
+        world.images[0].save(tmp_path / "val" / name)
+    message = r"b/ILSVRC2012_val_00000002\.png: 1 images have the number of another one"
+    assert_mistake(run_script, capsys, message, world.checkpoint, "--data", f"real={tmp_path / 'val'}")
+
+
+def test_outputs_are_matched_by_name(world, results, tmp_path, run_script, capsys):
+    """A classifier whose outputs stand in another order answers alike; one of other classes is refused."""
+    content = torch.load(world.checkpoint, weights_only=False)
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
+    for part in ("weight", "bias"):
+        content["model"][f"head.{part}"] = content["model"][f"head.{part}"][order]
+    content["class_names"] = [SYNSETS[position] for position in order]
+    torch.save(content, tmp_path / "named.pth")
+    words = [*QUIET, "--data", *(f"{name}={world.root / name}" for name in ("imagenet", "imagenet-a", "v2"))]
+    run_script(robustness, tmp_path / "named.pth", *words)
+    found = json.loads((tmp_path / "named.robustness.json").read_text())
+    assert found["class_names"] == SYNSETS
+    assert found["results"].keys() == {"imagenet", "imagenet-a", "v2"}
+    for name, row in found["results"].items():
+        assert row == {**results[name], "loss": pytest.approx(results[name]["loss"], rel=1e-5)}
+    assert "does not name its classes" not in capsys.readouterr().out
+    content["class_names"][3] = "cat"
+    torch.save(content, tmp_path / "other.pth")
+    message = "other.pth has other classes than ImageNet's synsets: "
+    assert_mistake(run_script, capsys, message, tmp_path / "other.pth", *words[len(QUIET) :])
+
+
+def test_what_is_left_out_is_said(world, tmp_path, run_script, capsys):
+    shutil.copytree(world.root / "c", tmp_path / "c")
+    (tmp_path / "c" / "saturate" / "1").mkdir(parents=True)
+    (tmp_path / "c" / "fog" / "6").mkdir()
+    words = [world.checkpoint, *QUIET, "--output", tmp_path / "out.json"]
+    run_script(robustness, *words, "--data", f"c={tmp_path / 'c'}", f"imagenet-r={world.root / 'imagenet-r'}")
+    out = capsys.readouterr().out
+    assert "tiny.pth does not name its classes: ImageNet's in the order of their synsets are assumed" in out
+    assert "c: 2 files or folders are no part of mCE and left out: fog/6, saturate\n" in out
+    folders = len(list((world.root / "imagenet-r").iterdir()))
+    assert f"imagenet-r: up to {200 - folders} of its 200 classes have no image\n" in out
+    assert re.search(r"c: up to 99[89] of its 1000 classes have no image in 75 of 75 folders\n", out)
+
+
 def test_loss_of_a_set_of_labels():
     """Minus the log of their probability together; a broken image has none."""
     logits = torch.randn(3, 7)
@@ -201,6 +245,10 @@ def test_broken_images_of_corruptions():
     row = robustness.result_of("c", parts)
     assert row["broken"] == 3
     assert robustness.cells(row)[2] == "600, 3 of them broken"
+    parts["fog 1"]["nonfinite"] = 4
+    row = robustness.result_of("c", parts)
+    assert row["nonfinite"] == 4
+    assert robustness.cells(row)[2] == "600, 3 of them broken, 4 of them with logits that are not finite"
 
 
 def test_output_is_tried_before_the_work(world, tmp_path, run_script, capsys):
