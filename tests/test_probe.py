@@ -142,6 +142,7 @@ def test_a_diverged_learning_rate_is_never_chosen(monkeypatch):
         def make():
             head = probes.LinearHead(8, 4)
             torch.nn.init.constant_(head.weight, next(heads))
+            torch.nn.init.ones_(head.bias[:1])  # without learning the answer is 0
             return head
 
         return probes.train_probe(make, data, data, ARGS, 0, CPU)
@@ -150,7 +151,7 @@ def test_a_diverged_learning_rate_is_never_chosen(monkeypatch):
         found(float("nan"), float("inf"))
     assert found(float("nan"), 0) == found(0)
     assert found(0)["correct"] > 190
-    never_right = data[0], data[1].clamp(min=1)  # a head that learns nothing answers 0
+    never_right = data[0], data[1].clamp(min=1)
     assert found(float("nan"), 0, lr=0, data=never_right) == found(0, lr=0, data=never_right)
     assert found(0, lr=0, data=never_right)["held_out"] == 0
 
