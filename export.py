@@ -198,8 +198,9 @@ def main(args: argparse.Namespace) -> None:
         output = args.output or source.with_name(f"{source.stem}{'-encoder' if args.encoder else ''}.{args.to}")
     if output.suffix != f".{args.to}":
         raise UserError(f"--output {printable(output)}: a file of --to {args.to} ends in .{args.to}")
-    if not output.parent.is_dir():
-        raise UserError(f"--output {printable(output)}: {printable(output.parent)} is no folder")
+    with as_user_error(OSError, prefix=f"--output {printable(output)}: "):
+        if not output.parent.is_dir():
+            raise UserError(f"--output {printable(output)}: {printable(output.parent)} is no folder")
     with as_user_error(UnicodeEncodeError, prefix=f"--output {printable(output)}: the name is not UTF-8: "):
         str(output.resolve()).encode()  # the libraries that write and read the file take no other
     description = output_file(output.with_suffix(".json"), DESCRIPTION, source)

@@ -106,8 +106,11 @@ def main(args: argparse.Namespace) -> None:
     model = load_model(args.checkpoint, args.ignore_keys).to(device)
     seed_everything(0)  # what is hidden, and an order of each image's own, are the same in every sheet of an image
     transform = sheet.input_transform(tuple(side * model.patch_size for side in model.grid_size))
-    for path, target in zip(args.images, sheets, strict=True):
-        img = transform(read_image(path))
+    imgs = []
+    for path in args.images:
+        with as_user_error(BrokenImage, prefix=f"{printable(path)}: "):  # too long and narrow for the model's input
+            imgs.append(transform(read_image(path)))
+    for img, target in zip(imgs, sheets, strict=True):
         (figure,) = sheet.draw_sheets(model, torch.stack([img]).to(device))
         try:
             save_figure(figure, target, TITLE)

@@ -31,7 +31,7 @@ from report import accuracy, result_file, table, with_interval, write_result
 from util import cli, machine
 from util.datasets import ImageDataset, eval_loader, eval_transform, pixels_by
 from util.dist import init_device
-from util.errors import UserError
+from util.errors import UserError, as_user_error
 from util.evaluation import evaluate, score_labels
 from util.files import printable
 from util.metrics import open_log
@@ -59,8 +59,8 @@ def timm_list(name: str) -> list:
 
 def named_path(text: str) -> tuple[str, Path]:
     """Argument type: SET=FOLDER."""
-    name, equals, path = text.partition("=")
-    if not equals or name not in SETS:
+    name, _, path = text.partition("=")
+    if not path or name not in SETS:
         raise argparse.ArgumentTypeError(f"{text!r} is not SET=FOLDER with one of {', '.join(SETS)}")
     return name, Path(path)
 
@@ -84,8 +84,9 @@ def parts_of(name: str, path: Path) -> dict[str, tuple[Folder, Score]]:
     Raises:
         UserError: the folder is not there, or not of the set's form.
     """
-    if not path.is_dir():
-        raise UserError(f"--data {name}={path}: no such folder")
+    with as_user_error(OSError, prefix=f"--data {name}: "):
+        if not path.is_dir():
+            raise UserError(f"--data {name}={path}: no such folder")
     synsets = timm_list("imagenet_synsets.txt")
     if name == "c":
         folders = {f"{c} {s}": path / c / str(s) for c in ALEXNET for s in SEVERITIES}

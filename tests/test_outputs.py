@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -147,6 +148,47 @@ def test_odd_images_are_told_before_the_model_is_read(odd, tmp_path, run_script,
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{tmp_path / odd}" in line
+
+
+def test_an_image_too_long_for_the_model(pretrained, tmp_path, run_script, capsys):
+    """Resized to the input its shorter side would make it too large; no other sheet is written then."""
+    photo, line = tmp_path / "photo.png", tmp_path / "line.png"
+    Image.new("RGB", (40, 40)).save(photo)
+    Image.new("L", (60_000, 1)).save(line)
+    with pytest.raises(SystemExit) as ended:
+        run_script(visualize, pretrained / "pre.pth", photo, line, "--output", tmp_path / "sheets", "--device", "cpu")
+    assert ended.value.code == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert f"{line}: 60000 x 1 pixels" in message
+    assert not list((tmp_path / "sheets").iterdir())
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "message"),
+    [
+        (export, [".", "--to", "onnx"], r"\. names no file"),
+        (export, ["http://", "--to", "pt2"], "http:// names no file"),
+        (export, ["{root}/fine.pth", "--to", "pt2", "--output", f"{LONG}/x.pt2"], "File name too long"),
+        (probe, [".", "--data_path", "x"], r"\. names no file"),
+        (probe, ["{root}/pre.pth", "--data_path", "x", "--cache", ""], "argument --cache: it is empty"),
+        (robustness, ["{root}/fine.pth", "--device", "cpu", "--data", f"sketch={LONG}"], "File name too long"),
+        (robustness, ["{root}/fine.pth", "--data", "sketch="], "'sketch=' is not SET=FOLDER"),
+        (plot_log, [LONG], "File name too long"),
+        (plot_log, ["{root}", "--output", ""], "--output: .* has an empty name"),
+        (visualize, ["{root}/pre.pth", LONG, "--device", "cpu"], "File name too long"),
+    ],
+)
+def test_odd_names_give_one_line(script, words, message, pretrained, tmp_path, run_script, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run_script(script, *(word.format(root=pretrained) for word in words))
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line), line
+    assert not list(tmp_path.iterdir())
 
 
 def test_reports_of_benchmarks_replace_reports_alone(tmp_path):

@@ -139,7 +139,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Write one PNG; runs are called by their folders, or where these have equal names by their paths."""
-    folders = [run if run.is_dir() else run.parent for run in args.runs]
+    with as_user_error(OSError):
+        folders = [run if run.is_dir() else run.parent for run in args.runs]
     counts = Counter(folder.resolve().name for folder in folders)
     names = [folder.resolve().name if counts[folder.resolve().name] == 1 else str(folder) for folder in folders]
     with as_user_error(ValueError, prefix="--output: "):
