@@ -451,9 +451,8 @@ def _images_of(shard: Path) -> tuple[list[tuple[int, int, int, str]], dict[str, 
             if member.isdir():
                 continue
             hidden = any(part.startswith(".") and part.strip(".") for part in parts)
-            if (
-                kind and not hidden and not ("." in stem and kind not in (*SUFFIXES, *labels))
-            ):  # KEY.mask.npy is a note on KEY
+            known = kind in SUFFIXES or kind in labels
+            if kind and not hidden and (known or "." not in stem):  # KEY.mask.npy is a note on KEY
                 suffixes[key].append(f".{suffix}")
             kind = "image" if kind in SUFFIXES else kind
             if kind not in ("image", *labels):
