@@ -760,24 +760,36 @@ def test_what_a_folder_leaves_out_is_counted(tmp_path, caplog):
         sources.open_source(str(tmp_path), "train")
 
 
-LINKS = {
-    "a/loop": "..",
-    "a/itself": ".",
-    "loop": ".",
-    "a/deep/far": "/",
-    "a/deep/near": "../../..",
-    "a/twice": "deep",
-    "a/via": "../../outside",  # which links to a/
-}
+LOOPS = {"a/loop": "..", "a/itself": ".", "a/deep/far": "/", "a/deep/near": "../../.."}
 
 
-@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("link", LOOPS)
+def test_a_link_to_a_folder_that_holds_it_is_refused(tmp_path, caplog, link):
+    """It is not followed, and counted: every image counts once."""
+    put(tmp_path / "train", "a/0.jpg", "a/deep/0.jpg", "b/0.jpg")
+    (tmp_path / "train" / link).symlink_to(LOOPS[link])
+    assert sources.Folder(str(tmp_path), "train").labels.tolist() == [0, 0, 1]
+    (line,) = caplog.messages
+    assert line.endswith(f"1 links lead to folders that hold them and are left out; the first: {link}")
+
+
+def test_a_class_that_links_to_the_folder_of_all_is_refused(tmp_path):
+    put(tmp_path / "train", "a/0.jpg")
+    (tmp_path / "train" / "loop").symlink_to(".")
+    with pytest.raises(UserError, match=r"no image in 1 of 2 class folders: loop \(1 links lead to folders that hold"):
+        sources.Folder(str(tmp_path), "train")
+
+
+TWICE = {"a/twice": "deep", "a/via": "../../outside"}  # which links to a/
+
+
+@pytest.mark.parametrize("link", TWICE)
 def test_a_link_that_repeats_images_is_refused(tmp_path, link):
     put(tmp_path / "train", "a/0.jpg", "a/deep/0.jpg", "b/0.jpg")
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "back").symlink_to(tmp_path / "train" / "a")
-    (tmp_path / "train" / link).symlink_to(LINKS[link])
-    shown = "a/via/back" if link == "a/via" else "a/(twice|deep)" if link == "a/twice" else link
+    (tmp_path / "train" / link).symlink_to(TWICE[link])
+    shown = "a/via/back" if link == "a/via" else "a/(twice|deep)"
     with pytest.raises(UserError, match=f"^{tmp_path}/train/{shown} leads to /.*: its images would count twice"):
         sources.Folder(str(tmp_path), "train")
 

@@ -112,6 +112,7 @@ def _count_left_out(found: dict[str, list[str]]) -> str:
 LOOSE = "files lie beside the class folders"
 UNKNOWN = "files do not end as images that can be read"
 HIDDEN = "images or folders are hidden"
+LOOPS = "links lead to folders that hold them"
 
 
 class Folder:
@@ -144,6 +145,7 @@ class Folder:
     def _list(self) -> tuple[list[str], list[list[str]], str]:
         """Names of the class folders, paths of the images in each of them, and what is left out."""
         hidden: list[str] = []
+        loops: list[str] = []
         unknown: list[str] = []
         names, loose = _split_entries(self.folder, "", hidden)
         if not names:
@@ -153,10 +155,10 @@ class Folder:
             raise UserError(f"{self.root}: {times} class folders would be called {shown}: rename one")
         images = []
         for name in names:
-            files = list(_files_below(self.folder, name, hidden))
+            files = list(_files_below(self.folder, name, hidden, loops))
             images.append([path for path in files if _is_image(path)])
             unknown += [path for path in files if not _is_image(path)]
-        left_out = _count_left_out({LOOSE: loose, UNKNOWN: unknown, HIDDEN: hidden})
+        left_out = _count_left_out({LOOSE: loose, UNKNOWN: unknown, HIDDEN: hidden, LOOPS: loops})
         empty = [printable(name) for name, paths in zip(names, images, strict=True) if not paths]
         if empty:
             raise UserError(
@@ -200,11 +202,13 @@ def _split_entries(root: str, folder: str, hidden: list[str]) -> tuple[list[str]
     return sorted(folders), sorted(files)
 
 
-def _files_below(root: str, folder: str, hidden: list[str]) -> Iterator[str]:
+def _files_below(root: str, folder: str, hidden: list[str], loops: list[str]) -> Iterator[str]:
     """Yield all files below a class folder, through links, in the order of `sorted(os.walk(...))`.
 
+    Hidden ones go into `hidden`, and links to a folder that holds them, which are not followed, into `loops`.
+
     Raises:
-        UserError: a link leads to a folder that is read already, which would count its images twice, or without end.
+        UserError: a link leads to another folder that is read already, which would count its images twice.
         OSError: a folder cannot be read.
     """
     real = os.path.realpath(root)
@@ -214,10 +218,14 @@ def _files_below(root: str, folder: str, hidden: list[str]) -> Iterator[str]:
         here, real = pending.pop()
         path = os.path.join(root, here)
         real = os.path.realpath(path) if os.path.islink(path) else real
+        place = os.path.realpath(os.path.dirname(path))
+        if real in read and f"{place}/".startswith(f"{real.rstrip('/')}/"):
+            loops.append(here)
+            continue
         if real in read:
             raise UserError(
-                f"{printable(path)} leads to {printable(real)}, which holds it or is read already: its images would "
-                "count twice. Remove the link"
+                f"{printable(path)} leads to {printable(real)}, which is read already: its images would count twice. "
+                "Remove the link"
             )
         read.add(real)
         folders, files = _split_entries(root, here, hidden)
