@@ -286,7 +286,7 @@ def read_again(path):
 
 
 def test_damaged_indices(indexed, caplog):
-    """What is damaged is made again, which one line says; what comes out is right in any case."""
+    """A damaged index is made again, which one line says; its content is right in any case."""
     path, want = indexed
     good, rng = path.read_bytes(), random.Random(5)
     said = 0

@@ -12,7 +12,7 @@ from conftest import TINY_PRETRAIN
 
 @pytest.fixture
 def bundle(tmp_path):
-    """What a run of one process leaves."""
+    """Return a bundle as a run of one process leaves it."""
     args = main_pretrain.get_args_parser().parse_args([*TINY_PRETRAIN, "--data_path", "x"])
     args.world_size = 1
     state = {"model": main_pretrain.build_model(args).state_dict(), "args": args, "epoch": 0}

@@ -37,7 +37,7 @@ def small_pretrain(**options):
 
 
 def seeded(model, imgs):
-    """What a model computes, with the random numbers of seed 0, as a list of tensors."""
+    """Return the outputs of a model, with the random numbers of seed 0, as a list of tensors."""
     torch.manual_seed(0)
     outputs = model(imgs)
     return outputs if isinstance(outputs, list) else [outputs]

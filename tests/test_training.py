@@ -487,7 +487,7 @@ def test_weights_that_the_last_update_breaks_are_not_saved(
         assert content["model"]["patch_embed.proj.weight"].isfinite().all()
     assert all(row["epoch"] == 0 for row in read_log(tmp_path) if "test_acc1" in row)
     monkeypatch.undo()
-    run_script(script, *words, "--resume", "auto")  # goes on from the newest
+    run_script(script, *words, "--resume", "auto")  # resumes from the newest
     assert checkpoint.read(tmp_path / "checkpoint-last.pth")["epoch"] == 1
 
 

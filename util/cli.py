@@ -1,4 +1,4 @@
-"""What the command lines of all scripts share: arguments, checks before any work, the end of a run."""
+"""Shared by the command lines of all scripts: arguments, checks before any work, the end of a run."""
 
 import argparse
 import errno
