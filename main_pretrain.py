@@ -17,7 +17,7 @@ from timm.optim import param_groups_weight_decay
 
 import models_arm
 from engine_pretrain import train_one_epoch
-from ops import BackendUnavailable, choose_backend
+from ops import BackendUnavailable
 from util import cli, sheet
 from util.datasets import image_dataset, pretrain_transform, train_loader
 from util.dist import distribute, init_device, is_main, seed_everything
@@ -25,7 +25,7 @@ from util.errors import as_user_error
 from util.fsdp import whole
 from util.metrics import clock, open_log
 from util.run import Run, fingerprint, starting_point
-from util.train_loop import activation_dtype, autocast
+from util.train_loop import autocast, choose_kernels
 
 
 class Target(argparse.Action):
@@ -127,8 +127,7 @@ def main(args: argparse.Namespace) -> None:
     args.data = fingerprint(dataset.source)
     seed_everything(args.seed)
     model = build_model(args).to(device)
-    with as_user_error(TypeError, ValueError, BackendUnavailable):
-        choose_backend(args.scan_backend, device, activation_dtype(device), model.embed_dim)
+    choose_kernels(args, device, model.embed_dim)
     loader = train_loader(dataset, args, device)
     shown = None
     if args.vis_freq and is_main():

@@ -32,7 +32,7 @@ from torch import nn
 
 import models_arm
 from engine_finetune import train_one_epoch
-from ops import BackendUnavailable, choose_backend
+from ops import BackendUnavailable
 from util import checkpoint, cli
 from util.class_names import differing, known_names, match_classes, names_by_output
 from util.datasets import (
@@ -50,7 +50,7 @@ from util.files import some
 from util.lr_decay import param_groups_layer_decay
 from util.metrics import RunLog, ScreenLog, SilentLog, clock, open_log
 from util.run import Run, fingerprint, starting_point
-from util.train_loop import activation_dtype
+from util.train_loop import choose_kernels
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -211,8 +211,7 @@ def main(args: argparse.Namespace) -> None:
     model = build_classifier(args, content)
     transform = eval_transform(cli.image_size(args), args.eval_resize)
     val = image_dataset(args.data_path, "val", transform, args.eval_loader)
-    with as_user_error(TypeError, ValueError, BackendUnavailable):
-        choose_backend(args.scan_backend, device, activation_dtype(device), model.embed_dim)
+    choose_kernels(args, device, model.embed_dim)
     if args.eval:
         evaluate_checkpoint(args, content, model, val, device, log)
     else:

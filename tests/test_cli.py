@@ -28,7 +28,7 @@ import robustness
 import studies.run
 import visualize
 from conftest import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN
-from util import cli, pack_images, plot_log
+from util import cli, pack_images, plot_log, train_loop
 from util.dist import init_device
 from util.errors import UserError
 
@@ -37,7 +37,7 @@ SHARED = """
     batch_size accum_iter epochs warmup_epochs lr blr min_lr weight_decay clip_grad
     data_path loader max_bad_samples scale hflip num_workers worker_timeout pin_mem no_pin_mem
     output_dir log_dir tracker save_freq save_every_steps keep resume start_epoch allow_changed_args
-    device seed deterministic compile no_compile fsdp max_nonfinite dist_timeout
+    device seed deterministic compile no_compile fused_ops fsdp max_nonfinite dist_timeout
 """
 PRETRAIN = SHARED + "cluster_size dec_embed_dim dec_depth norm_pix_loss target order taps objective vis_freq"
 FINETUNE = (
@@ -666,7 +666,7 @@ def test_gpus_that_are_not_there(monkeypatch, environment, device, gpus, message
 
 
 def test_backend_that_cannot_use_the_device(monkeypatch, run_script, image_folder, tmp_path, capsys):
-    monkeypatch.setattr(main_pretrain, "activation_dtype", lambda device: torch.bfloat16)  # as on a GPU
+    monkeypatch.setattr(train_loop, "activation_dtype", lambda device: torch.bfloat16)  # as on a GPU
     words = ["--data_path", image_folder, "--output_dir", tmp_path, "--scan_backend", "cpu"]
     with pytest.raises(SystemExit) as exit_info:
         run_script(main_pretrain, *TINY_PRETRAIN, *words)

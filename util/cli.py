@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ops import fused
 from util.dist import barrier, end_groups, is_main, local_rank, missing_ranks, rank, world_size
 from util.errors import INTERRUPTED, Interrupted, RunError, UserError, as_user_error
 from util.files import printable
@@ -178,6 +179,15 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         help="torch.compile the blocks (default: when training on a GPU)",
     )
     group.add_argument("--no_compile", action="store_false", dest="compile", help="run them eagerly")
+    group.add_argument(
+        "--fused_ops",
+        nargs="+",
+        choices=("auto", "all", "none", *fused.FUSED),
+        default=["auto"],
+        metavar="NAME",
+        help=f"join operators on a GPU: all, none, or some of {', '.join(fused.FUSED)}; auto takes those that are "
+        "measured to be faster on this GPU (default: auto)",
+    )
     group.add_argument(
         "--fsdp",
         action="store_true",

@@ -1,5 +1,6 @@
 """One epoch of training, the same for pretraining and finetuning."""
 
+import argparse
 import math
 import statistics
 import time
@@ -11,8 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ops import BackendUnavailable, choose_backend, fused
 from util.device_loader import DeviceLoader
 from util.dist import gradients_wait, reduce_sum, seed_everything, world_size
+from util.errors import as_user_error
 from util.fsdp import full
 from util.lr_sched import lr_at, set_lr
 from util.metrics import LOG_EVERY, RunLog, SilentLog
@@ -29,6 +32,23 @@ def autocast(device: torch.device) -> torch.autocast:
     """Autocast to `activation_dtype`."""
     dtype = activation_dtype(device)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def choose_kernels(args: argparse.Namespace, device: torch.device, width: int) -> None:
+    """Make sure that the scan backend computes a model of this width, and choose the fused operators of the run.
+
+    Args:
+        args: `scan_backend` and `fused_ops` count; the latter becomes what was chosen.
+        device: of the model.
+        width: channels of its encoder.
+
+    Raises:
+        UserError: the backend, or an operator that was asked for, cannot work here.
+    """
+    with as_user_error(TypeError, ValueError, BackendUnavailable):
+        choose_backend(args.scan_backend, device, activation_dtype(device), width)
+    with as_user_error(ValueError, BackendUnavailable, prefix=f"--fused_ops {' '.join(args.fused_ops)}: "):
+        args.fused_ops = fused.use(args.fused_ops, device)
 
 
 def train_epoch(
