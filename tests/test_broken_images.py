@@ -528,9 +528,8 @@ def test_a_full_shared_memory(jpeg_folder, tmp_path, size):
         capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 1
-    assert re.fullmatch(rf"main_pretrain\.py: rank 0: .*No space left on device.*; {FULL}.*\n", done.stderr), (
-        done.stderr
-    )
+    reason = "(No space left on device|unable to allocate shared memory)"  # torch 2.11 does not say why
+    assert re.fullmatch(rf"main_pretrain\.py: rank 0: .*{reason}.*; {FULL}.*\n", done.stderr), done.stderr
 
 
 @pytest.mark.parametrize("marker", [b"\xff\xd0", b"\xff\xd7", b"\xff\x01", b"\x00\x00", b"\xff\xff\xff"])
