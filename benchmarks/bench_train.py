@@ -9,7 +9,7 @@ For each case both compositions train the same model on the same random images, 
 their place, which says nothing about the released code: no ratio is shown).
 After a warm-up the median of several rounds counts, by CUDA events on a GPU. `--backend`, `--no_compile` and
 `--released_loop` make up one composition by hand: `--backend mamba_ssm --no_compile --released_loop` is the released
-one.
+one. `--cuda_graph` and `--no_cuda_graph` decide about CUDA graphs wherever our loop trains.
 
 Model FLOP utilisation is 3 x F x images/s / peak. F are the floating-point operations of the matrix products and
 convolutions of one image's forward pass, as `torch.utils.flop_counter` counts them; the backward pass takes twice as
@@ -43,7 +43,9 @@ import models_arm
 import ops
 from benchmarks import released
 from util import cli, machine
+from util.cuda_graph import captures
 from util.dist import init_device
+from util.errors import as_user_error
 from util.lr_decay import param_groups_layer_decay
 from util.metrics import SilentLog
 from util.run import Run
@@ -79,6 +81,7 @@ class Composition(NamedTuple):
     backend: str
     compiled: bool
     released_loop: bool
+    cuda_graph: bool
 
 
 class RandomBatches:
@@ -108,12 +111,12 @@ def build(case: Case, backend: str, device: torch.device) -> nn.Module:
         return models_arm.create_classifier(case.model, drop_path_rate=rate, **sizes)
 
 
-def loop_args(case: Case) -> argparse.Namespace:
+def loop_args(case: Case, cuda_graph: bool) -> argparse.Namespace:
     """The arguments that `train_epoch` looks at, for one epoch at a constant learning rate."""
     return argparse.Namespace(
         lr=1e-5, min_lr=1e-5, warmup_epochs=0, epochs=1, accum_iter=1, seed=0, output_dir="", start_epoch=None,
         batch_size=case.batch_size, clip_grad=3.0 if case.task == "pretrain" else None, save_every_steps=None,
-        max_nonfinite=3,
+        max_nonfinite=3, cuda_graph=cuda_graph,
     )  # fmt: skip
 
 
@@ -131,7 +134,7 @@ def epoch_runner(case: Case, how: Composition, steps: int, device: torch.device)
     model = build(case, how.backend, device)
     classes = 1 if case.task == "pretrain" else model.head.out_features
     loader = RandomBatches(case, classes, steps, device)
-    args = loop_args(case)
+    args = loop_args(case, how.cuda_graph)
     if case.task == "pretrain":
         groups, betas, ema = param_groups_weight_decay(model, 0.05), (0.9, 0.95), None
     else:
@@ -209,17 +212,20 @@ def compositions(args: argparse.Namespace) -> dict[str, Composition]:
     gpu = args.device.type == "cuda"
     if args.backend or args.released_loop:
         compiled = gpu and not args.no_compile and not args.released_loop
-        return {"by hand": Composition(args.backend or "auto", compiled, args.released_loop)}
+        graphs = args.cuda_graph and not args.released_loop
+        return {"by hand": Composition(args.backend or "auto", compiled, args.released_loop, graphs)}
     yardstick = "mamba_ssm" if gpu and ops.unavailable("mamba_ssm") is None else "torch"
     return {
-        "ours": Composition("auto", gpu and not args.no_compile, False),
-        f"released ({yardstick})": Composition(yardstick, False, True),
+        "ours": Composition("auto", gpu and not args.no_compile, False, args.cuda_graph),
+        f"released ({yardstick})": Composition(yardstick, False, True, False),
     }
 
 
 def main(args: argparse.Namespace) -> None:
     """Train every case with every composition, print a table, write everything as JSON."""
     args.device = init_device(args.device)  # as the training scripts set it up
+    with as_user_error(ValueError, prefix="--cuda_graph "):
+        args.cuda_graph = captures(args.cuda_graph, args.device)
     about = machine.describe(args.device)
     output = machine.result_file("train", about, args.output)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
@@ -261,6 +267,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--backend", choices=ops.BACKENDS, help="train with this scan backend alone")
     parser.add_argument("--no_compile", action="store_true", help="run the blocks eagerly")
+    cli.add_cuda_graph(parser)
     parser.add_argument("--released_loop", action="store_true", help="train with the released composition's loop alone")
     parser.add_argument("--profile", action="store_true", help="also print where the time goes")
     parser.add_argument("--output", type=Path, help="JSON file (default: in benchmarks/results/)")

@@ -75,7 +75,7 @@ def _log_once(level: int, message: str) -> None:
 
 
 @torch.compiler.assume_constant_result  # the compiler guards on both by itself
-def _transformed() -> bool:
+def transformed() -> bool:
     """Return whether forward-mode derivatives or a transform of `torch.func` may be under way."""
     return operators.in_forward_mode() or torch._C._functorch.maybe_current_level() is not None
 
@@ -190,7 +190,7 @@ def selective_scan(
     shapes |= {"D": (D, channels), "dt_bias": (dt_bias, channels), "order": (order, (K, L))}
     _check(u, {"direction": K, "token": L, "state": N}, **shapes)
     tensors = (u, dt, A, B, C, D, dt_bias)
-    name = "export" if _transformed() else choose_backend(backend, u.device, u.dtype, width, N)
+    name = "export" if transformed() else choose_backend(backend, u.device, u.dtype, width, N)
     if name in ("mamba_ssm", "export"):
         return backend_module(name).selective_scan(*tensors, order)
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
@@ -222,7 +222,7 @@ def causal_conv1d(
     K, _, W = weight.shape
     shapes = {"weight": (weight, (K, width, W)), "bias": (bias, (K, width)), "order": (order, (K, L))}
     _check(x, {"direction": K, "token": L, "tap": W}, **shapes)
-    name = "export" if _transformed() else choose_backend(backend, x.device, x.dtype, width)
+    name = "export" if transformed() else choose_backend(backend, x.device, x.dtype, width)
     if name in ("mamba_ssm", "export"):
         return backend_module(name).causal_conv1d(x, weight, bias, order)
     return operators.causal_conv1d(x, weight, bias, order, name)

@@ -176,6 +176,7 @@ def loop_args(**changes: object) -> argparse.Namespace:
     """The arguments that `train_epoch` looks at."""
     args = {"lr": 1.0, "min_lr": 1.0, "warmup_epochs": 0, "epochs": 1, "accum_iter": 1, "clip_grad": None, "seed": 0}
     args |= {"batch_size": 1, "start_epoch": None, "save_every_steps": None, "max_nonfinite": 3, "output_dir": "out"}
+    args |= {"cuda_graph": False}
     return argparse.Namespace(**{**args, **changes})
 
 

@@ -37,7 +37,7 @@ SHARED = """
     batch_size accum_iter epochs warmup_epochs lr blr min_lr weight_decay clip_grad
     data_path loader max_bad_samples scale hflip num_workers worker_timeout pin_mem no_pin_mem
     output_dir log_dir tracker save_freq save_every_steps keep resume start_epoch allow_changed_args
-    device seed deterministic compile no_compile fused_ops fsdp max_nonfinite dist_timeout
+    device seed deterministic compile no_compile cuda_graph no_cuda_graph fused_ops fsdp max_nonfinite dist_timeout
 """
 PRETRAIN = SHARED + "cluster_size dec_embed_dim dec_depth norm_pix_loss target order taps objective vis_freq"
 FINETUNE = (

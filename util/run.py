@@ -17,6 +17,7 @@ from util import checkpoint
 from util.checkpoint_folder import CheckpointFolder
 from util.class_names import differing
 from util.cli import effective_batch_size
+from util.cuda_graph import BlockGraphs
 from util.dist import barrier, gather, is_main, on_main
 from util.errors import Interrupted, RunError, UserError
 from util.files import some
@@ -75,6 +76,7 @@ class Run:
         self.recent: deque[float] = deque(maxlen=20)  # losses that were logged last
         self.stop = StopRequest()
         self.folder: CheckpointFolder | None = None
+        self.graphs: BlockGraphs | None = None  # of this process
 
     def keep_in(self, folder: Path, log: RunLog | SilentLog) -> None:
         """Write checkpoints to a folder; without it, none are kept."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ops import BackendUnavailable, choose_backend, fused
+from util.cuda_graph import BlockGraphs, captures
 from util.device_loader import DeviceLoader
 from util.dist import gradients_wait, reduce_sum, seed_everything, world_size
 from util.errors import as_user_error
@@ -35,10 +36,10 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def choose_kernels(args: argparse.Namespace, device: torch.device, width: int) -> None:
-    """Make sure that the scan backend computes a model of this width, and choose the fused operators of the run.
+    """Make sure that the scan backend computes a model of this width; choose fused operators, and CUDA graphs or none.
 
     Args:
-        args: `scan_backend` and `fused_ops` count; the latter becomes what was chosen.
+        args: `scan_backend`, `fused_ops` and `cuda_graph` count; the latter two become what was chosen.
         device: of the model.
         width: channels of its encoder.
 
@@ -49,6 +50,8 @@ def choose_kernels(args: argparse.Namespace, device: torch.device, width: int) -
         choose_backend(args.scan_backend, device, activation_dtype(device), width)
     with as_user_error(ValueError, BackendUnavailable, prefix=f"--fused_ops {' '.join(args.fused_ops)}: "):
         args.fused_ops = fused.use(args.fused_ops, device)
+    with as_user_error(ValueError, prefix="--cuda_graph "):
+        args.cuda_graph = captures(args.cuda_graph, device)
 
 
 def train_epoch(
@@ -73,7 +76,7 @@ def train_epoch(
         compute_loss: of the tensors of one batch; called under autocast.
         run: its optimizer is a fused one, which can skip updates, and its groups may have an `lr_scale`; of its args
             count `seed`, `lr`, `min_lr`, `warmup_epochs`, `epochs`, `batch_size`, `accum_iter`, `clip_grad`,
-            `max_nonfinite`, `save_every_steps` and `output_dir`.
+            `cuda_graph`, `max_nonfinite`, `save_every_steps` and `output_dir`.
         device: of the model.
         log: of this rank.
         after_update: called after every update with 1 if it was skipped and 0 if not, float32 on the device.
@@ -88,6 +91,8 @@ def train_epoch(
     """
     args, optimizer, epoch, accum_iter = run.args, run.optimizer, run.epoch, run.args.accum_iter
     model.train()
+    if args.cuda_graph and run.graphs is None:
+        run.graphs = BlockGraphs(run.model)
     images = args.batch_size * world_size()  # of a batch, on all processes
     done = run.samples // images  # batches, before this process began
     loader.sampler.set_epoch(epoch, done * args.batch_size)
@@ -125,6 +130,8 @@ def train_epoch(
             fit = loss.detach().isfinite()
             (loss / accum_iter * torch.where(fit, 1.0, math.nan)).backward()  # its gradient may well be finite
         loss = loss.detach()
+        if run.graphs is not None:
+            run.graphs.capture()
         window += torch.stack([loss.nan_to_num(0, 0, 0), fit])
         unlogged += 1
         if not updates:
