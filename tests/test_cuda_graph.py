@@ -1,7 +1,6 @@
-"""Blocks in CUDA graphs, emulated on the CPU: their bookkeeping with true values. test_cuda_graph_gpu.py has the rest."""
+"""Blocks in CUDA graphs, emulated on the CPU: the bookkeeping, with true values. test_cuda_graph_gpu.py: the rest."""
 
 import copy
-import logging
 import math
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
+from torch._dynamo.utils import counters
 
 import engine_finetune
 import engine_pretrain
@@ -18,7 +18,7 @@ from util import cuda_graph
 from util.metrics import SilentLog
 from util.run import Run
 
-CPU = torch.device("cpu")
+CPU, COPY = torch.device("cpu"), torch.Tensor.copy_
 PRETRAIN = {"img_size": 32, "patch_size": 8, "cluster_size": 2, "embed_dim": 32, "dec_embed_dim": 64, "dec_depth": 2}
 CLASSIFIER = {"img_size": 24, "patch_size": 8, "num_classes": 3, "embed_dim": 32}
 
@@ -32,12 +32,11 @@ class Emulation:
     """
 
     def __init__(self, device):
-        self.memory, self.graphs, self.rehearsals = [], 0, 0
+        self.memory, self.graphs = [], 0
 
     def warm_up(self, function):
         for _ in range(3):
             function()
-        self.rehearsals += 1
 
     def record(self, function):
         outputs, first = function(), self.graphs == 0
@@ -53,7 +52,7 @@ class Emulation:
                 computed = function()
             for x, new in zip(static, computed, strict=True):
                 if x is not None:
-                    x.detach().copy_(new.detach())
+                    COPY(x.detach(), new.detach())
             replays.append(function)
 
         for x in self.memory:
@@ -83,6 +82,7 @@ class Trained:
         optimizer = torch.optim.SGD(self.model.parameters(), fused=True)  # AdamW makes steps of rounding noise
         self.ema = ModelEmaV3(self.model, decay=0.9) if kind == "finetune" else None
         optimizer.register_step_pre_hook(self.note_gradients)
+        self.prepare()
         self.run = Run(args, self.model, optimizer, self.ema)
         self.seen = []
         for self.run.epoch in range(epochs):
@@ -90,6 +90,9 @@ class Trained:
             self.epoch(kind, Batches(*[[x.clone() for x in batch] for batch in batches]))  # mixup works in place
             with torch.no_grad():
                 self.seen.append({"evaluated": self.model.eval()(batches[0][0])})
+
+    def prepare(self):
+        """For tests that change the model first."""
 
     def note_gradients(self, *_):
         self.seen.append({n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None})
@@ -112,11 +115,11 @@ def batches_of(kind, sizes):
     ]
 
 
-def assert_equal(graphed, eager):
-    """The classifier bit for bit. Of a tapped block autograd adds up three gradients, and of a captured one two sums."""
+def assert_equal(graphed, eager, exact=False):
+    """The classifier bit for bit. Of a tapped block autograd adds up three gradients, of a captured one two of them."""
 
     def same(got, want, name=""):
-        if graphed.ema is not None:
+        if exact or eager.ema is not None:
             assert torch.equal(got, want), name
         else:
             assert torch.allclose(got, want, rtol=1e-4, atol=1e-5 * want.abs().max().item()), name
@@ -142,3 +145,160 @@ def test_training_equals_the_eager_one(kind, accum_iter):
     assert_equal(graphed, eager)
     blocks = 6 if kind == "pretrain" else 3
     assert len(replays) == 2 * blocks * 9  # but the first of 12 batches, and two of another size
+
+
+@pytest.mark.parametrize(("kind", "replayed"), [("pretrain", 4 + 3), ("finetune", 1 + 3 + 1)])
+def test_nothing_is_copied_between_blocks(kind, replayed, monkeypatch):
+    """Only what comes from elsewhere is, and mask and orders once.
+
+    Pretraining: the first input, queries, two latents; gradients of two taps and the output. Classifier: the first
+    input, the blocks' factors of drop path; the output's gradient.
+    """
+    copied = []
+    count = lambda self, other: (copied.append(self.shape), COPY(self, other))[1]  # noqa: E731
+    monkeypatch.setattr(Trained, "prepare", lambda self: monkeypatch.setattr(torch.Tensor, "copy_", count))
+    Trained(kind, True, batches_of(kind, [4, 4, 4]))
+    once = 2 if kind == "pretrain" else 3 + 3  # for the rehearsal
+    assert len(copied) == once + 2 * replayed
+
+
+def test_compiled_blocks(monkeypatch):
+    """They are compiled once, for the first batch and the capture, and equal bit for bit what is compiled alone."""
+    compiled = []
+    for graphs in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        monkeypatch.setattr(Trained, "prepare", lambda self: self.model.compile(backend="aot_eager"))
+        compiled.append(Trained("pretrain", graphs, batches_of("pretrain", [4, 4, 4])))
+        compiled[-1].graphs = counters["stats"]["unique_graphs"]
+    assert len(replays) == 2 * 6 * 2
+    assert compiled[0].graphs == compiled[1].graphs
+    assert_equal(compiled[1], compiled[0], exact=True)
+
+
+def test_an_update_that_is_skipped(monkeypatch):
+    """A batch with a loss that is not finite: its gradients are NaN, and the ones after it are right again."""
+    batches = batches_of("finetune", [4, 4, 4, 4])
+    batches[2][0][0, 0, 0, 0] = math.inf
+    eager, graphed = (Trained("finetune", graphs, batches) for graphs in (False, True))
+    assert graphed.run.skipped_in_a_row == 0
+    assert graphed.seen[2]["layers.0.norm1.weight"].isnan().all()
+    del graphed.seen[2], eager.seen[2]
+    assert_equal(graphed, eager)
+
+
+def captured(kind="finetune"):
+    """A model with captured blocks, and a batch of images."""
+    batches = batches_of(kind, [4, 4])
+    return Trained(kind, True, batches).model.train(), batches[0][0]
+
+
+def test_a_backward_pass_that_comes_too_late():
+    model, imgs = captured()
+    first = model(imgs).sum()
+    model(imgs).sum().backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # by the layer after the blocks
+        first.backward()
+    h = torch.randn(4, 10, 32, requires_grad=True)
+    replays.clear()
+    first, second = (model.layers[0](h, model.order, torch.ones(2, 4, 1, 1)).sum() for _ in range(2))
+    second.backward()
+    assert len(replays) == 3
+    with pytest.raises(RuntimeError, match="called again before its backward pass"):
+        first.backward()
+
+
+def test_what_else_calls_a_block():
+    """Evaluation, other autocast, forward mode, a deep copy: the block itself, with its own values."""
+    model, imgs = captured()
+    eager = models_arm.create_classifier("arm_tiny_pz16", **CLASSIFIER, depth=3, drop_path_rate=0.3).train()
+    eager.load_state_dict(model.state_dict())
+    replays.clear()
+
+    def same(compute):
+        results = []
+        for m in (model, eager):
+            torch.manual_seed(5)
+            results.append(compute(m))
+        assert torch.equal(*results)
+        assert not replays
+
+    same(lambda m: m.eval()(imgs))
+    model.train(), eager.train()
+    with torch.no_grad():
+        same(lambda m: m(imgs))
+    same(lambda m: m(imgs[:3]))
+    same(lambda m: torch.func.jvp(m, (imgs,), (imgs,))[1])
+    same(lambda m: copy.deepcopy(m)(imgs))
+    same(lambda m: m.layers[0](h=torch.ones(4, 10, 32, requires_grad=True), order=m.order))
+    with torch.autocast("cpu", torch.bfloat16):
+        same(lambda m: m(imgs.bfloat16()).float())
+    assert list(model.state_dict()) == list(eager.state_dict())
+    model(imgs)
+    assert len(replays) == 3
+
+
+def test_weights_that_are_loaded_later():
+    """Parameters and buffers: what the graphs read changes with them."""
+    model, imgs = captured()
+    other = models_arm.create_classifier("arm_tiny_pz16", **CLASSIFIER, depth=3, drop_path_rate=0.3).train()
+    model.load_state_dict(other.state_dict())
+    for module in (model, other):
+        module.order.copy_(module.order.flip(0))
+    replays.clear()
+    results = []
+    for m in (model, other):
+        torch.manual_seed(5)
+        results.append(m(imgs))
+    assert torch.equal(*results)
+    assert len(replays) == 3
+
+
+@torch.library.custom_op("test::waits", mutates_args=())
+def waits(x: torch.Tensor) -> torch.Tensor:
+    if WAITS:
+        raise RuntimeError("called a synchronizing CUDA operation\nand more")
+    return x.clone()
+
+
+waits.register_autograd(lambda ctx, dy: waits(dy))
+WAITS = []
+
+
+@pytest.mark.parametrize("stage", ["rehearsal", "capture", "repeated"])
+def test_a_block_that_cannot_be_captured(stage, monkeypatch, caplog):
+    """One line says which, and why; training goes on without."""
+    kind = "finetune" if stage == "repeated" else "pretrain"
+    batches = batches_of(kind, [4, 4, 4])
+    eager = Trained(kind, False, batches)
+    warm_up, forward = Emulation.warm_up, models_arm.DecoderBlock.forward
+
+    def refuse(self, function):
+        WAITS.append(True)
+        try:
+            return warm_up(self, function)
+        finally:
+            WAITS.clear()
+
+    def record(self, function):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
+
+    class Waiting(models_arm.DecoderBlock):
+        def forward(self, *args):
+            return waits(forward(self, *args))
+
+    if stage == "rehearsal":
+        monkeypatch.setattr(Emulation, "warm_up", refuse)
+        monkeypatch.setattr(models_arm, "DecoderBlock", Waiting)
+        reason = "Waiting cannot be captured: test.waits.default: called a synchronizing CUDA operation"
+    elif stage == "capture":
+        monkeypatch.setattr(Emulation, "record", record)
+        reason = "Block cannot be captured: CUDA error: operation not permitted when stream is capturing"
+    else:
+        monkeypatch.setattr(Trained, "prepare", lambda self: self.model.set_grad_checkpointing())
+        reason = "Block cannot be captured: it is called more than once in a batch"
+    graphed = Trained(kind, True, batches)
+    assert [record.message for record in caplog.records if record.name == "arm"][-1:] == [f"no CUDA graphs: {reason}"]
+    assert not replays
+    assert all(module._compiled_call_impl is None for module in graphed.model.modules())
+    assert_equal(graphed, eager, exact=True)

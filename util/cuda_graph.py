@@ -306,6 +306,7 @@ class CapturedBlock:
             if isinstance(static, Tensor) and static.data_ptr() != arg.data_ptr():
                 self._copy_in(i, arg)
         self.replay_forward()
+        torch.autograd.graph.increment_version(self.result)  # so that autograd notices who still needs the old one
         return number
 
     def _copy_in(self, i: int, arg: Tensor) -> None:
@@ -387,15 +388,14 @@ def _trains(block: nn.Module) -> bool:
     return block.training and torch.is_grad_enabled() and not transformed()
 
 
-def _autocast(device: torch.device) -> tuple[bool, torch.dtype]:
-    """Return whether autocast is on, and its dtype."""
-    return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+def _autocast(device: torch.device) -> torch.dtype | None:
+    """Return the dtype of autocast, None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
-def _as_autocast(state: tuple[bool, torch.dtype], device: torch.device) -> torch.autocast:
-    """Return autocast of a state, without its cache of weights: a graph that read from there would keep old ones."""
-    enabled, dtype = state
-    return torch.autocast(device.type, dtype, enabled, cache_enabled=False)
+def _as_autocast(dtype: torch.dtype | None, device: torch.device) -> torch.autocast:
+    """Return autocast to a dtype, without its cache of weights: a graph that read from there would keep old ones."""
+    return torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False)
 
 
 def _reason(error: RuntimeError) -> str:
