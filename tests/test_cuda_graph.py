@@ -1,7 +1,10 @@
 """Blocks in CUDA graphs, emulated on the CPU: the bookkeeping, with true values. test_cuda_graph_gpu.py: the rest."""
 
 import copy
+import logging
 import math
+import os
+import sys
 
 import pytest
 import torch
@@ -12,9 +15,12 @@ from torch._dynamo.utils import counters
 
 import engine_finetune
 import engine_pretrain
+import main_finetune
+import main_pretrain
 import models_arm
-from conftest import Batches, loop_args
-from util import cuda_graph
+from conftest import TINY_FINETUNE, TINY_PRETRAIN, Batches, loop_args, read_log, torchrun
+from ops import measured
+from util import cli, cuda_graph, train_loop
 from util.metrics import SilentLog
 from util.run import Run
 
@@ -72,7 +78,7 @@ def _emulated(monkeypatch):
 class Trained:
     """A model after some epochs of training, and all that was seen of it: losses, and the gradients of each update."""
 
-    def __init__(self, kind, graphs, batches, epochs=1, **changes):
+    def __init__(self, kind, graphs, batches, epochs=1, wrap=lambda model, device: model, **changes):
         torch.manual_seed(0)
         if kind == "pretrain":
             self.model = models_arm.create_pretrain_model("arm_tiny_pz16", **PRETRAIN, depth=4, norm_pix_loss=True)
@@ -83,6 +89,7 @@ class Trained:
         self.ema = ModelEmaV3(self.model, decay=0.9) if kind == "finetune" else None
         optimizer.register_step_pre_hook(self.note_gradients)
         self.prepare()
+        self.wrapped = wrap(self.model, CPU)
         self.run = Run(args, self.model, optimizer, self.ema)
         self.seen = []
         for self.run.epoch in range(epochs):
@@ -99,11 +106,11 @@ class Trained:
 
     def epoch(self, kind, loader):
         if kind == "pretrain":
-            engine_pretrain.train_one_epoch(self.model, loader, self.run, CPU, SilentLog())
+            engine_pretrain.train_one_epoch(self.wrapped, loader, self.run, CPU, SilentLog())
         else:
             mixup, criterion = Mixup(mixup_alpha=0.8, num_classes=3), SoftTargetCrossEntropy()
             common = (loader, self.run, CPU, SilentLog(), mixup)
-            engine_finetune.train_one_epoch(self.model, criterion, *common)
+            engine_finetune.train_one_epoch(self.wrapped, criterion, *common)
         self.seen.append({"losses": self.run.loss})
 
 
@@ -302,3 +309,94 @@ def test_a_block_that_cannot_be_captured(stage, monkeypatch, caplog):
     assert not replays
     assert all(module._compiled_call_impl is None for module in graphed.model.modules())
     assert_equal(graphed, eager, exact=True)
+
+
+ON_TWO = """
+import torch
+import test_cuda_graph
+from util import cuda_graph
+from util.dist import distribute, end_groups, init_device, rank
+
+init_device("cpu")
+torch.set_num_threads(1)
+cuda_graph.Recorder = test_cuda_graph.Emulation
+for kind, accum_iter in (("pretrain", 1), ("finetune", 2)):
+    batches = test_cuda_graph.batches_of(kind, [4] * 8)[rank() :: 2]
+    runs = []
+    for graphs in (False, True):
+        test_cuda_graph.replays.clear()
+        runs.append(test_cuda_graph.Trained(kind, graphs, batches, wrap=distribute, accum_iter=accum_iter))
+    test_cuda_graph.assert_equal(runs[1], runs[0])
+    print(f"rank {rank()}: {kind}, {len(test_cuda_graph.replays)} replays, {len(runs[1].seen) - 2} updates")
+end_groups()
+"""
+
+
+def test_two_processes(tmp_path, monkeypatch):
+    """DDP sees every gradient, also of batches that are accumulated before."""
+    (tmp_path / "two.py").write_text(ON_TWO)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    said = torchrun(tmp_path / "two.py")
+    for rank in (0, 1):
+        assert f"rank {rank}: pretrain, {3 * 2 * 6} replays, 4 updates" in said
+        assert f"rank {rank}: finetune, {3 * 2 * 3} replays, 2 updates" in said
+
+
+@pytest.mark.parametrize(("script", "tiny"), [(main_pretrain, TINY_PRETRAIN), (main_finetune, TINY_FINETUNE)])
+def test_a_run_that_resumes(script, tiny, image_folder, tmp_path, run_script, monkeypatch, caplog):
+    """Through the scripts, with evaluations, EMA or pictures in between: the same losses as without graphs."""
+    monkeypatch.setattr(train_loop, "captures", lambda asked, device: asked)
+    caplog.set_level(logging.INFO)
+    common = [*tiny, "--data_path", image_folder, "--batch_size", 4, "--warmup_epochs", 0, "--lr", 1e-3, "--epochs", 2]
+    common += ["--vis_freq", 1] if script is main_pretrain else ["--drop_path", 0.3, "--reprob", 0, "--ema_decay", 0.9]
+    common += ["--save_freq", 1]
+    for flag in ("--no_cuda_graph", "--cuda_graph"):
+        run_script(script, *common, flag, "--output_dir", tmp_path / flag)
+    logs = [read_log(tmp_path / flag) for flag in ("--no_cuda_graph", "--cuda_graph")]
+    for got, want in zip(*logs, strict=True):
+        assert got == pytest.approx(want, rel=1e-4)
+    blocks = 6 if script is main_pretrain else 4
+    assert caplog.messages.count(f"{blocks} blocks run as CUDA graphs") == 1
+    assert len(replays) == 2 * blocks * 11
+    file = tmp_path / "--cuda_graph" / "checkpoint-0.pth"
+    run_script(script, *common, "--cuda_graph", "--resume", file, "--output_dir", tmp_path / "resumed")
+    (row,) = read_log(tmp_path / "resumed")
+    assert row == pytest.approx(logs[1][1], rel=1e-4)
+
+
+def test_whether_to_capture(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for places in ({}, {(9, 0): "a file"}):
+        monkeypatch.setattr(measured, "FASTER", {"cuda_graph": places})
+        assert cuda_graph.captures(None, gpu) == bool(places)
+        assert cuda_graph.captures(True, gpu)
+        for asked, device in ((False, gpu), (None, CPU), (False, CPU)):
+            assert not cuda_graph.captures(asked, device)
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "problem"),
+    [
+        (main_pretrain, TINY_PRETRAIN, "--cuda_graph needs a GPU with CUDA, and the model is on cpu"),
+        (main_pretrain, ["--fsdp"], "--cuda_graph does not go together with --fsdp: leave one of them out"),
+        (main_finetune, ["--deterministic"], "--cuda_graph does not go together with --deterministic"),
+        (main_finetune, ["--eval"], "--cuda_graph does not go together with --eval"),
+    ],
+)
+def test_where_it_cannot_be(script, words, problem, image_folder, tmp_path, run_script, capsys, monkeypatch):
+    monkeypatch.setattr("util.cli.world_size", lambda: 2 if "--fsdp" in words else 1)
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(script, *words, "--cuda_graph", "--data_path", image_folder, "--output_dir", tmp_path)
+    assert exit_info.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert problem in line
+
+
+def test_left_out_where_it_cannot_be():
+    for flag in ("--fsdp", "--deterministic", None):
+        args = main_pretrain.get_args_parser().parse_args(["--data_path", "x", *[flag] * bool(flag)])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("util.cli.world_size", lambda: 2)
+            cli.check_arguments(args)
+        assert args.cuda_graph is (None if flag is None else False)
