@@ -10,8 +10,8 @@ from .measured import faster
 
 # What each one joins: the backward pass of SwiGLU's activation and its bias gradients; a residual sum and the layer
 # norm after it; four tokens of the convolution, loaded before the first is used; the products between the convolution
-# and the scan, whose gradients meet in u.
-FUSED = ("swiglu", "norm", "conv", "projections")
+# and the scan, whose gradients meet in u; a layer of RandAugment's operations on a batch of images.
+FUSED = ("swiglu", "norm", "conv", "projections", "augment")
 
 _USED: set[str] = set()
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.transforms.v2 import functional as F
 
+from ops import fused
 from util import decode
 from util.decode import MAX_PIXELS, BrokenImage
 
@@ -130,8 +131,13 @@ class Uint8Transform:
         sent = torch.cat([notes, order], dim=1).to(device, non_blocking=True)
         images = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
         images = images.clone(memory_format=torch.contiguous_format)
-        for at, rows in zip(noted, sent[:, noted.stop :].long().unbind(1), strict=True):
-            carry_out(images, notes[:, at], rows, sent[:, at + 1 : at + NOTE], fill)
+        if fused.uses("augment"):
+            from ops import randaugment  # imports Triton
+
+            images = randaugment.carry_out(images, sent[:, 1 : noted.stop], fill)
+        else:
+            for at, rows in zip(noted, sent[:, noted.stop :].long().unbind(1), strict=True):
+                carry_out(images, notes[:, at], rows, sent[:, at + 1 : at + NOTE], fill)
         if self.flip_rate:
             images = torch.where(sent[:, 0].bool()[:, None, None, None], images.flip(3), images)
         images = images.float().div_(255).sub_(mean).div_(std)
