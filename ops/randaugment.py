@@ -22,6 +22,8 @@ NOTE: tl.constexpr = tl.constexpr(3)  # numbers of an operation, float64: which 
 
 READ = 4096  # pixels that a program of the first kernel reads at a time
 BLOCK = 512  # pixels of a program of the second
+WARPS = 8
+EXACT = {"enable_fp_fusion": False}  # a fused multiply-add rounds once where Pillow rounds twice
 
 
 @triton.jit
@@ -225,17 +227,13 @@ def carry_out(images: Tensor, notes: Tensor, fill: Tensor) -> Tensor:
         (B, 3, H, W) uint8; the images themselves, where there is no layer.
     """
     batch, _, height, width = images.shape
+    plane, stride, blocks = height * width, notes.stride(0), triton.cdiv(height * width, BLOCK)
     tables = torch.empty(batch, 3, 256, dtype=torch.uint8, device=images.device)
-    blocks = triton.cdiv(height * width, BLOCK)
+    how = {"num_warps": WARPS, **EXACT}
     with torch.cuda.device_of(images):
         for at in range(0, notes.shape[1], NOTE.value):
             layer, done = notes[:, at:], torch.empty_like(images)
-            plane, stride = height * width, notes.stride(0)
-            tables_kernel[(3 * batch,)](
-                images, layer, tables, plane, stride, READ=READ, num_warps=8, enable_fp_fusion=False
-            )
-            operations_kernel[(batch * blocks,)](
-                images, done, layer, tables, fill, height, width, stride, BLOCK=BLOCK, enable_fp_fusion=False
-            )
+            tables_kernel[(3 * batch,)](images, layer, tables, plane, stride, READ, **how)
+            operations_kernel[(batch * blocks,)](images, done, layer, tables, fill, height, width, stride, BLOCK, **how)
             images = done
     return images

@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 
-from benchmarks import bench_data, bench_resilience, bench_scan, bench_train, compare_loaders, released
+from benchmarks import bench_augment, bench_data, bench_resilience, bench_scan, bench_train, compare_loaders, released
 from conftest import relative_error
 from mamba import FOUR_DIRECTIONS, ONE_DIRECTION, Block, scan_orders
-from ops import torch_backend
+from ops import fused, randaugment, torch_backend
 from util import machine
 
 
@@ -62,6 +62,37 @@ def test_a_wrong_backend_is_not_timed(name, tmp_path, monkeypatch):
         run(bench_scan, "--sizes", "1,2,8,5,4", "--output", tmp_path / "scan.json")
 
 
+# ---- augmentation ----
+
+
+def test_augment(tmp_path, capsys, monkeypatch):
+    """Both forms, the kernels interpreted where there is no GPU; the CPU has one clock."""
+    monkeypatch.setattr(fused, "_USED", set())  # which the benchmark fills
+    output = tmp_path / "augment.json"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    words = ["--device", device, "--batch_size", 4, "--input_size", 8, "--rounds", 1, "--output", output]
+    run(bench_augment, *words)
+    report, printed = json.loads(output.read_text()), capsys.readouterr().out
+    assert {"date", "torch", "cpu", "threads"} <= report.keys()
+    assert report["forms"].keys() == {"torch", "triton"}
+    clocks = {"ms_per_image"}
+    if device == "cuda":
+        clocks |= {"host_ms_per_image", "event_ms_per_image", "launches"}
+    for rows in report["forms"].values():
+        assert rows.keys() == {"with_erasing", "without_erasing"}
+        for row in rows.values():
+            assert row.keys() == clocks
+            assert min(row.values()) > 0
+            assert f"{row['ms_per_image']:.4g}" in printed
+
+
+def test_a_form_of_augmentation_that_is_wrong_is_not_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(fused, "_USED", set())
+    monkeypatch.setattr(randaugment, "carry_out", lambda images, notes, fill: images + 1)
+    with pytest.raises(RuntimeError, match="the two forms of RandAugment differ"):
+        run(bench_augment, "--batch_size", 4, "--input_size", 8, "--output", tmp_path / "augment.json")
+
+
 @pytest.mark.parametrize(
     ("benchmark", "words", "message"),
     [
@@ -76,6 +107,8 @@ def test_a_wrong_backend_is_not_timed(name, tmp_path, monkeypatch):
         (bench_train, "--device cpu --cases pretrain_huge9", "invalid choice: 'pretrain_huge9'"),
         (bench_train, "--device cpu --output /proc/x/y.json", "--output /proc/x/y.json cannot be written"),
         (bench_resilience, "--case pretrain_toy --output /dev/null/x.json", "cannot be written"),
+        (bench_augment, "--batch_size 0", "argument --batch_size: 0 is not at least 1"),
+        (bench_augment, "--output /dev/null/x.json", "cannot be written"),
         (bench_data, "--data_path /nowhere", "/nowhere"),
         (bench_data, "--parts loading --output /dev/null/x.json", "cannot be written"),
         (bench_data, "--images 2", "argument --images: 2 is not at least 4 and at most 1000000"),

@@ -365,8 +365,8 @@ def test_mistakes(run_script, image_folder, tmp_path, capsys, script, tiny, word
     assert not list(tmp_path.rglob("*.pth"))
 
 
-# the sixth, kernel_resources, chooses Triton's compiler when it is imported, and its numbers are choices
-BENCHMARKS = "bench_data", "bench_resilience", "bench_scan", "bench_train", "compare_loaders"
+# the seventh, kernel_resources, chooses Triton's compiler when it is imported, and its numbers are choices
+BENCHMARKS = "bench_augment", "bench_data", "bench_resilience", "bench_scan", "bench_train", "compare_loaders"
 
 
 def numeric_arguments() -> list:

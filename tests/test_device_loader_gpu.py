@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from ops import fused, randaugment
 from test_data import finetune_args, loader_args
 from test_fast_images import POLICIES
 from util import augment, datasets
@@ -14,14 +15,16 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("how", ["fast", "pil"])
+@pytest.mark.parametrize(("how", "form"), [("fast", "none"), ("fast", "augment"), ("pil", "none")])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_on_a_gpu_are_those_on_the_cpu(jpeg_folder, how, workers):
+def test_batches_on_a_gpu_are_those_on_the_cpu(jpeg_folder, how, form, workers, monkeypatch):
     # noise is drawn on the device, and differs there; a busy stream shows a batch that is read before it is there
     transform = datasets.finetune_transform((64, 64), finetune_args(remode="const"))
     dataset = datasets.image_dataset(str(jpeg_folder), "train", transform, how)
     want = list(datasets.train_loader(dataset, loader_args(), torch.device("cpu")))
     device = torch.device("cuda", 0)
+    monkeypatch.setattr(fused, "_USED", set())
+    fused.use([form], device)
     busy = torch.randn(4096, 4096, device=device)
     loader = datasets.train_loader(dataset, loader_args(num_workers=workers), device)
     got = []
@@ -53,8 +56,10 @@ def test_randaugment_on_a_gpu_is_that_on_the_cpu(photographs, aa):
     fill = torch.tensor(transform.fill, dtype=torch.uint8)[:, None, None]
     order = notes[..., 0].argsort(dim=1)
     got, on_gpu, fill_on_gpu, rows = (tensor.to(device) for tensor in (images, notes, fill, order))
+    by_image = on_gpu.transpose(0, 1).flatten(1)  # (layers, B, 3) -> (B, 3 layers)
     torch.cuda.set_sync_debug_mode("error")
     try:
+        by_kernels = randaugment.carry_out(got, by_image, fill_on_gpu)
         for layer in range(draw.num_layers):
             augment.carry_out(got, notes[layer, :, 0], rows[layer], on_gpu[layer, :, 1:], fill_on_gpu)
     finally:
@@ -62,3 +67,4 @@ def test_randaugment_on_a_gpu_is_that_on_the_cpu(photographs, aa):
     for layer in range(draw.num_layers):
         augment.carry_out(images, notes[layer, :, 0], order[layer], notes[layer, :, 1:], fill)
     assert torch.equal(got.cpu(), images)
+    assert torch.equal(by_kernels.cpu(), images)

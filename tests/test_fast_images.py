@@ -296,12 +296,12 @@ def uint8_transform(*steps):
     return augment.Uint8Transform(transforms.Compose([transforms.Resize((200, 224)), *steps, normalize]))
 
 
-def carried_out(transform, images, notes):
+def carried_out(transform, images, notes, device=CPU):
     """What the device makes of arrays (H, W, 3) uint8 and the numbers that the worker noted."""
     todo = torch.tensor([[0, *numbers] for numbers in notes], dtype=torch.float64)
     pixels = torch.from_numpy(np.stack(images))
     kept = pixels.clone()
-    got = transform.finish(pixels, todo, CPU)
+    got = transform.finish(pixels, todo, device).cpu()
     assert torch.equal(pixels, kept)  # the batch itself is left alone
     return got.permute(0, 2, 3, 1).round().byte().numpy()  # (B, 3, H, W) -> (B, H, W, 3)
 
@@ -314,7 +314,7 @@ def alone(name):
     return op, uint8_transform(step)
 
 
-def against_timm(name, images):
+def against_timm(name, images, device=CPU):
     """The operation on each image with a drawn magnitude: timm's result and ours."""
     op, transform = alone(name)
     want, notes = [], []
@@ -323,7 +323,7 @@ def against_timm(name, images):
         want.append(np.array(op(Image.fromarray(image))))
         datasets._seed_generators(seed)
         notes.append(transform.draw.ops[0]([]))
-    return np.stack(want), carried_out(transform, images, notes)
+    return np.stack(want), carried_out(transform, images, notes, device)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

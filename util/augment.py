@@ -81,16 +81,24 @@ class Uint8Transform:
         todo = [int(torch.rand(1) < self.flip_rate) if self.flip_rate else 0]
         for step in self.augment:
             pixels = np.array(step(Image.fromarray(pixels)))
+        return torch.from_numpy(pixels), todo + self.drawn(*pixels.shape[:2])
+
+    def drawn(self, height: int, width: int) -> list[float]:
+        """Draw what the device will do with an image of this size, its flip aside.
+
+        Returns:
+            The `NOTE` numbers of each operation of RandAugment, a seed, and the sides of each box to erase.
+        """
+        todo = []
         if self.draw is not None:
             notes = self.draw([])
             todo += notes + NO_OPERATION * (self.draw.num_layers - len(notes) // NOTE)
         if self.erase is not None:
-            height, width, _ = pixels.shape
             notes = _Notes(height, width)
             self.draw_boxes(notes)
             boxes = notes.boxes + [0, 0, 0, 0] * (self.erase.max_count - len(notes.boxes) // 4)
             todo += [random.getrandbits(52), *boxes]
-        return torch.from_numpy(pixels), todo
+        return todo
 
     def _cropped(self, data: bytes) -> Array:
         if self.crop is None:
