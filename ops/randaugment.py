@@ -170,12 +170,12 @@ def _warp(image, out, fill, operation, first, second, pixels, here, height, widt
 
 @triton.jit
 def _smooth(channel, pixels, inner, width):
-    """The mean of 3 x 3 pixels, the middle one 5 times; int32, rounded. No sum over 13 lies half way."""
+    """The mean of 3 x 3 pixels, the middle one 5 times; int32, rounded. No thirteenth lies half way."""
     total = 4 * tl.load(channel + pixels, mask=inner, other=0).to(tl.int32)
     for j in tl.static_range(3):
         for i in tl.static_range(3):
             total += tl.load(channel + pixels + (j - 1) * width + i - 1, mask=inner, other=0).to(tl.int32)
-    return (2 * total + 13) // 26
+    return (total + 6) // 13
 
 
 @triton.jit(do_not_specialize=["notes_stride"], do_not_specialize_on_alignment=["notes"])

@@ -10,11 +10,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import REPOSITORY
 from ops import fused, randaugment
-from test_fast_images import OPERATIONS, POLICIES, against_timm, carried_out, policy, uint8_transform
+from test_fast_images import OPERATIONS, POLICIES, against_timm, alone, carried_out, policy, uint8_transform
 from util import augment, datasets
 
 ON_GPU = torch.cuda.is_available()
@@ -78,6 +79,38 @@ def test_autocontrast_of_every_range():
     assert np.array_equal(got, want)
 
 
+def test_grey_that_lies_half_way():
+    """Colours whose brightness times 65536 ends in 32768, which is rounded up."""
+    colours = np.random.default_rng(0).integers(0, 256, (2**20, 3), dtype=np.uint8)
+    half = colours[colours @ np.array([19595, 38470, 7471]) % 65536 == 32768]
+    assert len(half) > 8
+    for name in ("Color", "Contrast"):
+        want, got = against_timm(name, [half[None]] * 4, DEVICE)
+        assert np.array_equal(got, want)
+
+
+# parameters for which a point falls onto a border of the image, or onto the centre of a pixel; of images 16 x 16
+ON_THE_GRID = {
+    "ShearX": [0.0, 1.0, -1.0, 0.5, 1 / 16],
+    "ShearY": [0.0, 1.0, -1.0, 0.5, 1 / 16],
+    "TranslateXRel": [0.0, 0.5 / 16, -0.5 / 16, 1 / 16, -2.5 / 16, 1.0, -1.0],
+    "TranslateYRel": [0.0, 0.5 / 16, -0.5 / 16, 1 / 16, -2.5 / 16, 1.0, -1.0],
+    "Rotate": [0.0, 90.0, 180.0, 270.0, 45.0, -30.0],
+}
+
+
+@pytest.mark.parametrize("name", ON_THE_GRID)
+def test_points_on_the_grid(name):
+    op, transform = alone(name)
+    images = list(np.random.default_rng(0).integers(0, 256, (len(ON_THE_GRID[name]), 16, 16, 3), dtype=np.uint8))
+    want = [
+        np.array(op.aug_fn(Image.fromarray(image), value, **op.kwargs))
+        for image, value in zip(images, ON_THE_GRID[name], strict=True)
+    ]
+    notes = [augment._note(op.aug_fn, [], value) for value in ON_THE_GRID[name]]
+    assert np.array_equal(carried_out(transform, images, notes, DEVICE), np.stack(want))
+
+
 @pytest.mark.parametrize("aa", POLICIES)
 def test_random_batches_against_timm(photographs, aa):
     """Whole policies of up to four layers, batches of noise and photographs in several sizes: the same bytes."""
@@ -91,7 +124,7 @@ def test_random_batches_against_timm(photographs, aa):
             image = rng.integers(0, 256, image.shape, dtype=np.uint8) if seed % 3 == 0 else image
             images.append(image)
             datasets._seed_generators(seed)
-            want.append(np.array(step(augment.Image.fromarray(image))))
+            want.append(np.array(step(Image.fromarray(image))))
             datasets._seed_generators(seed)
             numbers = transform.draw([])
             notes.append(numbers + augment.NO_OPERATION * (step.num_layers - len(numbers) // augment.NOTE))
