@@ -26,8 +26,9 @@ from util.metrics import SilentLog
 from util.run import Run
 
 CPU, COPY = torch.device("cpu"), torch.Tensor.copy_
-PRETRAIN = {"img_size": 32, "patch_size": 8, "cluster_size": 2, "embed_dim": 32, "dec_embed_dim": 64, "dec_depth": 2}
-CLASSIFIER = {"img_size": 24, "patch_size": 8, "num_classes": 3, "embed_dim": 32}
+DECODER = {"cluster_size": 2, "dec_embed_dim": 64, "dec_depth": 2, "norm_pix_loss": True}
+PRETRAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, **DECODER}
+CLASSIFIER = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_classes": 3, "drop_path_rate": 0.3}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,25 +80,29 @@ def _emulated(monkeypatch):
 class Trained:
     """A model after some epochs of training, and all that was seen of it: losses, and the gradients of each update."""
 
+    device = CPU
+
     def __init__(self, kind, graphs, batches, epochs=1, wrap=lambda model, device: model, **changes):
         torch.manual_seed(0)
         if kind == "pretrain":
-            self.model = models_arm.create_pretrain_model("arm_tiny_pz16", **PRETRAIN, depth=4, norm_pix_loss=True)
+            self.model = models_arm.create_pretrain_model("arm_tiny_pz16", **PRETRAIN)
         else:
-            self.model = models_arm.create_classifier("arm_tiny_pz16", **CLASSIFIER, depth=3, drop_path_rate=0.3)
+            self.model = models_arm.create_classifier("arm_tiny_pz16", **CLASSIFIER)
+        self.model.to(self.device)
         args = loop_args(lr=0.1, min_lr=0.0, epochs=epochs, cuda_graph=graphs, clip_grad=0.5, batch_size=4, **changes)
         optimizer = torch.optim.SGD(self.model.parameters(), fused=True)  # AdamW makes steps of rounding noise
         self.ema = ModelEmaV3(self.model, decay=0.9) if kind == "finetune" else None
         optimizer.register_step_pre_hook(self.note_gradients)
         self.prepare()
-        self.wrapped = wrap(self.model, CPU)
+        self.wrapped = wrap(self.model, self.device)
         self.run = Run(args, self.model, optimizer, self.ema)
         self.seen = []
         for self.run.epoch in range(epochs):
             self.run.samples = 0
-            self.epoch(kind, Batches(*[[x.clone() for x in batch] for batch in batches]))  # mixup works in place
+            here = [[x.clone().to(self.device) for x in batch] for batch in batches]  # mixup works in place
+            self.epoch(kind, Batches(*here))
             with torch.no_grad():
-                self.seen.append({"evaluated": self.model.eval()(batches[0][0])})
+                self.seen.append({"evaluated": self.model.eval()(here[0][0])})
 
     def prepare(self):
         """For tests that change the model first."""
@@ -108,10 +113,10 @@ class Trained:
 
     def epoch(self, kind, loader):
         if kind == "pretrain":
-            engine_pretrain.train_one_epoch(self.wrapped, loader, self.run, CPU, SilentLog())
+            engine_pretrain.train_one_epoch(self.wrapped, loader, self.run, self.device, SilentLog())
         else:
             mixup, criterion = Mixup(mixup_alpha=0.8, num_classes=3), SoftTargetCrossEntropy()
-            common = (loader, self.run, CPU, SilentLog(), mixup)
+            common = (loader, self.run, self.device, SilentLog(), mixup)
             engine_finetune.train_one_epoch(self.wrapped, criterion, *common)
         self.seen.append({"losses": self.run.loss})
 
@@ -187,6 +192,15 @@ def test_compiled_blocks(monkeypatch):
     assert_equal(compiled[1], compiled[0], exact=True)
 
 
+def test_under_autocast(monkeypatch):
+    """To bfloat16, as on a GPU: neither the capture nor a replay finds weights in its cache that are old."""
+    monkeypatch.setattr(train_loop, "activation_dtype", lambda device: torch.bfloat16)
+    batches = batches_of("finetune", [4, 4, 4, 4])
+    eager, graphed = (Trained("finetune", graphs, batches, accum_iter=2) for graphs in (False, True))
+    assert len(replays) == 2 * 3 * 3
+    assert_equal(graphed, eager)
+
+
 def test_an_update_that_is_skipped(monkeypatch):
     """A batch with a loss that is not finite: its gradients are NaN, and the ones after it are right again."""
     batches = batches_of("finetune", [4, 4, 4, 4])
@@ -224,7 +238,7 @@ def test_a_backward_pass_that_comes_too_late():
 def test_what_else_calls_a_block():
     """Evaluation, other autocast, forward mode, a deep copy: the block itself, with its own values."""
     model, imgs = captured()
-    eager = models_arm.create_classifier("arm_tiny_pz16", **CLASSIFIER, depth=3, drop_path_rate=0.3).train()
+    eager = models_arm.create_classifier("arm_tiny_pz16", **CLASSIFIER).train()
     eager.load_state_dict(model.state_dict())
     replays.clear()
 
@@ -260,7 +274,7 @@ def test_what_else_calls_a_block():
 def test_weights_that_are_loaded_later():
     """Parameters and buffers: what the graphs read changes with them."""
     model, imgs = captured()
-    other = models_arm.create_classifier("arm_tiny_pz16", **CLASSIFIER, depth=3, drop_path_rate=0.3).train()
+    other = models_arm.create_classifier("arm_tiny_pz16", **CLASSIFIER).train()
     model.load_state_dict(other.state_dict())  # which also makes the order anew
     for _ in range(2):
         replays.clear()

@@ -81,10 +81,11 @@ class Recorder:
                 with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                     outputs = function()
             except RuntimeError as error:
-                # Where the driver refuses to end the capture, torch stops short of this call, and would from then on
-                # never free memory that was used on two streams.
+                # Where the driver refuses to end the capture, torch stops short of these calls, and from then on would
+                # never take back memory that was used on two streams. Where it has made them, the first one raises.
                 with suppress(RuntimeError):
                     torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+                    torch._C._cuda_releasePool(self.device.index, self.pool)
                 raise RuntimeError(str(error.__context__ or error)) from error  # ending the capture raised one more
         return graph.replay, outputs
 
@@ -148,9 +149,8 @@ class BlockGraphs:
         self.noted = None
         for call in self.calls:
             call.output = None
-        block = None
+        recorder = Recorder(self.device)
         try:
-            recorder = Recorder(self.device)
             for call in self.calls:
                 block = call.block
                 if block in self.repeated:
