@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ops import causal_conv1d, check_backend, selective_scan
+from ops import causal_conv1d, check_backend
+from ops.fused import add_branches, selective_ssm, swiglu
 
 # Suffixes of the parameters that each scan direction owns; the names are those of the published checkpoints.
 ONE_DIRECTION = ("",)  # row-major forward
@@ -127,23 +128,20 @@ class Mixer(nn.Module):
         u = causal_conv1d(
             x, self._stacked("conv1d{}.weight").squeeze(2), self._stacked("conv1d{}.bias"), order, self.scan_backend
         )  # (K, B, L, C)
-        K, B, L, C = u.shape
-        projected = u.flatten(1, 2) @ self._stacked("x_proj{}.weight").mT  # (K, B * L, R + 2N)
-        dt, b, c = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        dt = dt @ self._stacked("dt_proj{}.weight").mT  # (K, B * L, C)
-        y = selective_scan(
+        y = selective_ssm(
             u,
-            dt.view(K, B, L, C),
+            self._stacked("x_proj{}.weight"),
+            self._stacked("dt_proj{}.weight"),
             -self._stacked("A{}_log").exp(),
-            b.unflatten(1, (B, L)),  # (K, B * L, N) -> (K, B, L, N)
-            c.unflatten(1, (B, L)),
             self._stacked("D{}"),
             self._stacked("dt_proj{}.bias"),
             order,
             self.scan_backend,
         )  # (K, B, L, C)
+        K = len(y)
         # A sum, not a mean: its gradient is one tensor for all directions, where a mean's would be written K times.
-        y = y.sum(dim=0, dtype=y.dtype)  # (K, B, L, C) -> (B, L, C); autocast would make it float32
+        # Autocast would make it float32. The sum over a single direction would be a copy.
+        y = y.squeeze(0) if K == 1 else y.sum(dim=0, dtype=y.dtype)  # (K, B, L, C) -> (B, L, C)
         return self.out_proj(y * (F.silu(z) / K))
 
 
@@ -165,8 +163,8 @@ class SwiGLU(nn.Module):
         pad = -self.w1.out_features % 8
         weight = torch.cat([F.pad(w.weight, (0, 0, 0, pad)) for w in (self.w1, self.w2)])  # (2 * padded hidden, C)
         bias = torch.cat([F.pad(w.bias, (0, pad)) for w in (self.w1, self.w2)])
-        gate, value = F.linear(x, weight, bias).chunk(2, dim=-1)  # (..., padded hidden) each
-        return F.linear(F.silu(gate) * value, F.pad(self.w3.weight, (0, pad)), self.w3.bias)
+        hidden = swiglu(x, weight, bias)  # (..., padded hidden)
+        return F.linear(hidden, F.pad(self.w3.weight, (0, pad)), self.w3.bias)
 
 
 class Block(nn.Module):
@@ -189,10 +187,11 @@ class Block(nn.Module):
         Returns:
             (B, L, C).
         """
-        mixed = self.mixer(self.norm1(h), order)
-        h = h + (mixed if keep is None else keep[0] * mixed)
-        out = self.mlp(self.norm2(h))
-        return h + (out if keep is None else keep[1] * out)
+
+        def mixer(x: Tensor) -> Tensor:
+            return self.mixer(x, order)
+
+        return add_branches(h, [(self.norm1, mixer), (self.norm2, self.mlp)], keep)
 
 
 def drop_path_factors(rates: Tensor, batch: int) -> Tensor:

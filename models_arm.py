@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mamba import FOUR_DIRECTIONS, ONE_DIRECTION, Block, PatchEmbed, drop_path_factors, scan_orders
 from ops import unavailable
+from ops.fused import norm_cat
 from timm_models import INSTEAD, TimmModel, init_head, new_head, pooling, register
 from util.pos_embed import insert_middle, resize_around_token, sincos_pos_embed
 
@@ -374,10 +375,12 @@ class PretrainModel(nn.Module, ABC):
         Returns:
             (B, n, Cd, dec_depth).
         """
-        normed = [self.get_submodule(f"norm_{j}")(tap) for j, tap in enumerate(taps, start=1)]
+        normed = norm_cat(
+            taps, [self.get_submodule(f"norm_{j}") for j in range(1, len(taps) + 1)]
+        )  # (B, n, dec_depth * C)
         by_block = "(c j) ... -> (j c) ..."
         weight, bias = (rearrange(p, by_block, j=self.dec_depth) for p in (self.enc2dec.weight, self.enc2dec.bias))
-        latents = F.linear(torch.cat(normed, dim=-1), weight, bias)  # (B, n, dec_depth * C) -> (B, n, dec_depth * Cd)
+        latents = F.linear(normed, weight, bias)  # (B, n, dec_depth * C) -> (B, n, dec_depth * Cd)
         return latents.unflatten(-1, (self.dec_depth, -1)).mT  # (B, n, dec_depth, Cd) -> (B, n, Cd, dec_depth)
 
     def decode(self, queries: Tensor, latents: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -1,11 +1,17 @@
-"""Fused operators: each does in one pass what compiled code does in several. A run chooses which of them it uses."""
+"""Steps of the model for which there is a fused operator, and which of these operators a run uses.
+
+Each function here is its formula in torch, which a compiler cuts into several passes over memory; where the run has
+chosen the fused operator, that takes its place and does it in one.
+"""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from . import BackendUnavailable, unavailable
+from . import BackendUnavailable, choose_backend, selective_scan, transformed, unavailable
 from .measured import faster
 
 # What each one joins: the backward pass of SwiGLU's activation and its bias gradients; a residual sum and the layer
@@ -47,3 +53,132 @@ def use(names: Iterable[str], device: torch.device) -> list[str]:
 def uses(name: str) -> bool:
     """Return whether this process uses the fused operator `name`."""
     return name in _USED
+
+
+def _fuses(name: str, x: Tensor, *dtypes: torch.dtype) -> bool:
+    """Return whether the fused operator `name` takes the place of a formula for activations like x."""
+    if not uses(name) or transformed():
+        return False
+    device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+    return x.device.type == device and x.dtype in (dtypes or (torch.float32, torch.bfloat16, torch.float16))
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a product takes x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def swiglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """SiLU of the first half of a linear layer's outputs, times the second half (Shazeer 2020).
+
+    Args:
+        x: (..., C).
+        weight: (2 H, C).
+        bias: (2 H,).
+
+    Returns:
+        (..., H).
+    """
+    if _fuses("swiglu", x):
+        from .fused_operators import swiglu as operator
+
+        return operator(F.linear(x, weight, bias.detach()), bias)
+    gate, value = F.linear(x, weight, bias).chunk(2, dim=-1)  # (..., H) each
+    return F.silu(gate) * value
+
+
+def add_branches(
+    h: Tensor, branches: Sequence[tuple[nn.LayerNorm, Callable[[Tensor], Tensor]]], keep: Tensor | None
+) -> Tensor:
+    """Add branches to a residual stream, one after the other, each of the normed stream.
+
+    Args:
+        h: (B, L, C).
+        branches: what norms the stream and what is computed of that, (B, L, C) -> (B, L, C).
+        keep: (len(branches), B, 1, 1), factor of each branch for each image (stochastic depth); None is 1.
+
+    Returns:
+        (B, L, C).
+    """
+    if _fuses("norm", h, torch.float32):
+        return _add_branches_fused(h.contiguous(), branches, keep)
+    for i, (norm, branch) in enumerate(branches):
+        out = branch(norm(h))
+        h = h + (out if keep is None else keep[i] * out)
+    return h
+
+
+def _add_branches_fused(h: Tensor, branches: Sequence, keep: Tensor | None) -> Tensor:
+    from . import fused_operators
+
+    dtype = _autocast_dtype(h)
+    factors = (
+        [None] * len(branches) if keep is None else keep.flatten(1).float()
+    )  # (branches, B, 1, 1) -> (branches, B)
+    (norm, branch), *others = branches
+    normed, stand_in, _ = fused_operators.norm(h, norm.weight, norm.bias, norm.eps, dtype)
+    out = branch(normed)
+    for (norm, branch), factor in zip(others, factors[:-1], strict=True):
+        normed, h, _ = fused_operators.add_norm(
+            h.detach(), stand_in, out, factor, norm.weight, norm.bias, norm.eps, dtype
+        )
+        stand_in, out = h, branch(normed)
+    # The stand-in carries the gradient of h, where h is the input.
+    return h + (out if keep is None else keep[-1] * out)
+
+
+def norm_cat(xs: Sequence[Tensor], norms: Sequence[nn.LayerNorm]) -> Tensor:
+    """Layer norm of each of n tensors (B, L, C), side by side: (B, L, n * C)."""
+    if _fuses("norm", xs[0], torch.float32):
+        from .fused_operators import norm_cat as operator
+
+        weights, biases = [norm.weight for norm in norms], [norm.bias for norm in norms]
+        xs = [x.contiguous() for x in xs]
+        return operator(xs, weights, biases, norms[0].eps, _autocast_dtype(xs[0]))[0]
+    return torch.cat([norm(x) for x, norm in zip(xs, norms, strict=True)], dim=-1)
+
+
+def selective_ssm(
+    u: Tensor,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    A: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    order: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Selective state space model along K directions: B, C and the step of each token are products of the token.
+
+    Args:
+        u: (K, B, L, C).
+        x_proj: (K, R + 2N, C), gives a step of low rank R, then B and C.
+        dt_proj: (K, C, R), gives the step from that.
+        A: (K, C, N), negative.
+        D: (K, C).
+        dt_bias: (K, C).
+        order: (K, L) int64, see `ops.selective_scan`.
+        backend: see `ops.choose_backend`.
+
+    Returns:
+        y (K, B, L, C), dtype of `u`.
+
+    Raises:
+        ValueError, IndexError, TypeError, BackendUnavailable, NotImplementedError: see `ops.selective_scan`.
+    """
+    K, B, L, C = u.shape
+    N, R = A.shape[-1], dt_proj.shape[-1]
+    if _fuses("projections", u) and u.dtype == _autocast_dtype(u):
+        name = choose_backend(backend, u.device, u.dtype, C, N)
+        if name not in ("mamba_ssm", "export"):
+            from .fused_operators import selective_ssm as operator
+
+            tensors = (u, x_proj.to(u.dtype), dt_proj.to(u.dtype), A, D, dt_bias)
+            trains = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+            return operator(*tensors, order, name, trains)[0]
+    projected = u.flatten(1, 2) @ x_proj.mT  # (K, B * L, R + 2N)
+    dt, b, c = projected.split([R, N, N], dim=-1)
+    dt = (dt @ dt_proj.mT).view(K, B, L, C)  # (K, B * L, R) -> (K, B * L, C) -> (K, B, L, C)
+    b, c = b.unflatten(1, (B, L)), c.unflatten(1, (B, L))  # (K, B * L, N) -> (K, B, L, N)
+    return selective_scan(u, dt, A, b, c, D, dt_bias, order, backend)

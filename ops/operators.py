@@ -25,7 +25,7 @@ def backend_module(name: str) -> ModuleType:
     return importlib.import_module(f".{name}_backend", __package__)
 
 
-def _refuse_forward_mode() -> None:
+def refuse_forward_mode() -> None:
     """Raise where tangents may be about: torch would leave them out of what an operator returns without a word."""
     if in_forward_mode():
         raise NotImplementedError(
@@ -34,16 +34,18 @@ def _refuse_forward_mode() -> None:
         )
 
 
-def _refuse_second(ctx: object, *grads: Tensor) -> NoReturn:
+def refuse_second(ctx: object, *grads: Tensor) -> NoReturn:
+    """Raise in place of a second derivative."""
     raise NotImplementedError("the kernels have no second derivatives: backend='export' (--scan_backend export) has")
 
 
-def _as_inputs(grads: Iterable[Tensor], inputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """Each gradient with the dtype of its input and dense, as `_empty_grads` announces it."""
+def as_inputs(grads: Iterable[Tensor], inputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Each gradient with the dtype of its input and dense, as `empty_grads` announces it."""
     return tuple(grad.to(x.dtype).contiguous() for grad, x in zip(grads, inputs, strict=True))
 
 
-def _empty_grads(inputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
+def empty_grads(inputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Return tensors like the gradients that `as_inputs` gives, for tracing."""
     return tuple(x.new_empty(x.shape) for x in inputs)
 
 
@@ -61,14 +63,14 @@ def selective_scan(
     trains: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return y and, where it `trains`, the states that the backward pass starts from (else an empty tensor)."""
-    _refuse_forward_mode()
+    refuse_forward_mode()
     y, states = backend_module(backend).scan_forward(u, dt, A, B, C, D, dt_bias, order, trains)
     return y.contiguous(), u.new_empty(0) if states is None else states
 
 
 @selective_scan.register_fake
 def _(u, dt, A, B, C, D, dt_bias, order, backend, trains):
-    _refuse_forward_mode()
+    refuse_forward_mode()
     return u.new_empty(u.shape), backend_module(backend).scan_states(u, A) if trains else u.new_empty(0)
 
 
@@ -87,18 +89,18 @@ def selective_scan_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of u, dt, A, B, C, D and dt_bias."""
-    _refuse_forward_mode()
+    refuse_forward_mode()
     inputs = (u, dt, A, B, C, D, dt_bias)
-    return _as_inputs(backend_module(backend).scan_backward(dy, *inputs, order, states), inputs)
+    return as_inputs(backend_module(backend).scan_backward(dy, *inputs, order, states), inputs)
 
 
 @selective_scan_backward.register_fake
 def _(dy, u, dt, A, B, C, D, dt_bias, order, states, backend):
-    _refuse_forward_mode()
-    return _empty_grads((u, dt, A, B, C, D, dt_bias))
+    refuse_forward_mode()
+    return empty_grads((u, dt, A, B, C, D, dt_bias))
 
 
-selective_scan_backward.register_autograd(_refuse_second)
+selective_scan_backward.register_autograd(refuse_second)
 
 
 def _scan_context(ctx, inputs, output):
@@ -122,13 +124,13 @@ selective_scan.register_autograd(_scan_grads, setup_context=_scan_context)
 @custom_op("arm::causal_conv1d", mutates_args=())
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None, backend: str) -> Tensor:
     """Return the convolution after SiLU."""
-    _refuse_forward_mode()
+    refuse_forward_mode()
     return backend_module(backend).conv_forward(x, weight, bias, order).contiguous()
 
 
 @causal_conv1d.register_fake
 def _(x, weight, bias, order, backend):
-    _refuse_forward_mode()
+    refuse_forward_mode()
     return x.new_empty(weight.shape[0], *x.shape)
 
 
@@ -137,18 +139,18 @@ def causal_conv1d_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight and bias."""
-    _refuse_forward_mode()
+    refuse_forward_mode()
     inputs = (x, weight, bias)
-    return _as_inputs(backend_module(backend).conv_backward(dy, *inputs, order), inputs)
+    return as_inputs(backend_module(backend).conv_backward(dy, *inputs, order), inputs)
 
 
 @causal_conv1d_backward.register_fake
 def _(dy, x, weight, bias, order, backend):
-    _refuse_forward_mode()
-    return _empty_grads((x, weight, bias))
+    refuse_forward_mode()
+    return empty_grads((x, weight, bias))
 
 
-causal_conv1d_backward.register_autograd(_refuse_second)
+causal_conv1d_backward.register_autograd(refuse_second)
 
 
 def _conv_context(ctx, inputs, output):

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import BackendUnavailable
+from . import BackendUnavailable, fused
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -246,9 +246,12 @@ def conv_forward_kernel(
     x, weight, bias, order, y,
     batch, length, x_sb, x_st,
     K: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
-    ORDERED: tl.constexpr,
+    AHEAD: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
-    """The convolution after SiLU, one segment of tokens; the last inputs stay in registers."""
+    """The convolution after SiLU, one segment of tokens; the last inputs stay in registers.
+
+    AHEAD tokens are asked for before the first of them is used: later, nothing moves a load across a store.
+    """
     segments = tl.cdiv(length, SEGMENT)
     k, b, segment, block = _program(segments, K, WIDTH, BLOCK)
     d = block * BLOCK + tl.arange(0, BLOCK)
@@ -263,27 +266,31 @@ def conv_forward_kernel(
     for j in tl.static_range(1, TAPS):
         past += (_past(x, order, start - j, x_st, ORDERED),)
     offset = tl.load(bias + k * WIDTH + d)
-    for t in range(start, min(length, start + SEGMENT)):
-        token = _token(order, t, ORDERED)
-        past = (tl.load(x + token * x_st).to(tl.float32),) + past
-        s = offset
-        for j in tl.static_range(TAPS):
-            s += w[j] * past[j]
-        tl.store(y + token * WIDTH, (s * _sigmoid(s)).to(y.dtype.element_ty))
-        past = past[: TAPS - 1]
+    for first in range(start, min(length, start + SEGMENT), AHEAD):
+        tokens, loaded = (), ()
+        for i in tl.static_range(AHEAD):
+            tokens += (_token(order, tl.minimum(first + i, length - 1), ORDERED),)
+            loaded += (tl.load(x + tokens[i] * x_st),)
+        for i in tl.static_range(AHEAD):
+            past = (loaded[i].to(tl.float32),) + past
+            s = offset
+            for j in tl.static_range(TAPS):
+                s += w[j] * past[j]
+            tl.store(y + tokens[i] * WIDTH, (s * _sigmoid(s)).to(y.dtype.element_ty), mask=first + i < length)
+            past = past[: TAPS - 1]
 
 
 @triton.jit(do_not_specialize=["batch", "length"])
 def conv_backward_kernel(
-    x, weight, bias, order, dy, dx, dweight, dbias,
+    x, weight, bias, order, dy, dx, sums,
     batch, length, x_sb, x_st, dy_sk, dy_sb, dy_st,
     K: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
-    ORDERED: tl.constexpr,
+    AHEAD: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
-    """dx (K, B, L, D) of each direction, and the sums over one segment: dweight (K, B, segments, D, TAPS), dbias.
+    """dx (K, B, L, D) of each direction, and sums over one segment, (K, B, segments, TAPS + 1, D): dweight, dbias.
 
-    Walks back in time. A token's dx needs the gradients of the TAPS - 1 tokens after it, so a segment begins with
-    those of the next one.
+    Walks back in time, AHEAD tokens at once as the forward pass. A token's dx needs the gradients of the TAPS - 1
+    tokens after it, so a segment begins with those of the next one.
     """
     segments = tl.cdiv(length, SEGMENT)
     k, b, segment, block = _program(segments, K, WIDTH, BLOCK)
@@ -306,32 +313,38 @@ def conv_backward_kernel(
         ahead += (tl.zeros([BLOCK], tl.float32),)
     offset = tl.load(bias + k * WIDTH + d)
     db = tl.zeros([BLOCK], tl.float32)
-    for i in range(last + 1 - start):
-        t = last - i
-        token = _token(order, t, ORDERED)
-        s = offset
-        for j in tl.static_range(TAPS):
-            s += w[j] * past[j]
-        gate = _sigmoid(s)
-        ds = tl.load(dy + token * dy_st).to(tl.float32) * gate * (1.0 + s * (1.0 - gate))
-        ahead = (ds,) + ahead
-        dx_t = tl.zeros([BLOCK], tl.float32)
-        for j in tl.static_range(TAPS):
-            dx_t += w[j] * ahead[j]
-        own = t < end
-        tl.store(dx + token * WIDTH, dx_t.to(dx.dtype.element_ty), mask=own)
-        ds = tl.where(own, ds, 0.0)
-        sums = ()
-        for j in tl.static_range(TAPS):
-            sums += (dw[j] + ds * past[j],)
-        dw = sums
-        db += ds
-        ahead = ahead[: TAPS - 1]
-        past = past[1:] + (_past(x, order, t - TAPS, x_st, ORDERED),)
-    part = row * segments + segment
+    for passed in range(0, last + 1 - start, AHEAD):
+        tokens, dys, pasts = (), (), ()
+        for i in tl.static_range(AHEAD):
+            t = last - passed - i
+            tokens += (_token(order, tl.maximum(t, 0), ORDERED),)
+            dys += (tl.load(dy + tokens[i] * dy_st),)
+            pasts += (_past(x, order, t - TAPS, x_st, ORDERED),)
+        for i in tl.static_range(AHEAD):
+            t = last - passed - i
+            s = offset
+            for j in tl.static_range(TAPS):
+                s += w[j] * past[j]
+            gate = _sigmoid(s)
+            ds = dys[i].to(tl.float32) * gate * (1.0 + s * (1.0 - gate))
+            ahead = (ds,) + ahead
+            dx_t = tl.zeros([BLOCK], tl.float32)
+            for j in tl.static_range(TAPS):
+                dx_t += w[j] * ahead[j]
+            own = (t >= start) & (t < end)
+            tl.store(dx + tokens[i] * WIDTH, dx_t.to(dx.dtype.element_ty), mask=own)
+            ds = tl.where(own, ds, 0.0)
+            added = ()
+            for j in tl.static_range(TAPS):
+                added += (dw[j] + ds * past[j],)
+            dw = added
+            db += ds
+            ahead = ahead[: TAPS - 1]
+            past = past[1:] + (pasts[i],)
+    sums += (row * segments + segment) * (TAPS + 1) * WIDTH + d
     for j in tl.static_range(TAPS):
-        tl.store(dweight + (part * WIDTH + d) * TAPS + (TAPS - 1 - j), dw[j])
-    tl.store(dbias + part * WIDTH + d, db)
+        tl.store(sums + (TAPS - 1 - j) * WIDTH, dw[j])
+    tl.store(sums + TAPS * WIDTH, db)
 
 
 # ---- host code: what `ops.operators` asks of a backend ----
@@ -432,6 +445,7 @@ def scan_backward(dy, u, dt, A, B, C, D, dt_bias, order, states):
 def _conv_setup(x, weight, bias, order):
     (x,), (K, width, W), L = _dense_channels(x), weight.shape, x.shape[1]
     sizes = {"K": K, "WIDTH": width, "TAPS": W, "BLOCK": math.gcd(width, CONV_BLOCK), "SEGMENT": SEGMENT}
+    sizes["AHEAD"] = 4 if fused.uses("conv") else 1
     tensors = (x, weight.float().contiguous(), bias.float().contiguous(), _checked(order, L))
     return tensors, triton.cdiv(L, SEGMENT), sizes | {"ORDERED": order is not None}
 
@@ -450,8 +464,9 @@ def conv_backward(dy, x, weight, bias, order):
     tensors, segments, constants = _conv_setup(x, weight, bias, order)
     (dy,), (K, width, W) = _dense_channels(dy), weight.shape
     dx = x.new_empty(K, *x.shape)
-    dweight, dbias = (dx.new_empty(K, len(x), segments, width, n, dtype=torch.float32) for n in (W, 1))
+    sums = dx.new_empty(K, len(x), segments, W + 1, width, dtype=torch.float32)
     strides = (*tensors[0].stride()[:2], *dy.stride()[:3])
-    args = (*tensors, dy, dx, dweight, dbias, *x.shape[:2], *strides)
+    args = (*tensors, dy, dx, sums, *x.shape[:2], *strides)
     _launch(conv_backward_kernel, K * len(x) * segments, *args, **constants)
-    return dx.sum(0) if K > 1 else dx[0], dweight.sum((1, 2)), dbias.sum((1, 2, 4))
+    sums = sums.sum((1, 2))  # (K, W + 1, D)
+    return dx.sum(0) if K > 1 else dx[0], sums[:, :W].mT, sums[:, W]

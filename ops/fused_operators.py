@@ -1,0 +1,322 @@
+"""The fused operators (see fused.py) as torch operators, `arm::...`, so that a compiled model holds each as one node.
+
+Their kernels are those of triton_fused.py, and for the products around the scan those of a scan backend.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from .operators import as_inputs, backend_module, empty_grads, refuse_forward_mode, refuse_second
+
+
+def _kernels() -> ModuleType:
+    from . import triton_fused  # imports Triton
+
+    return triton_fused
+
+
+# ---- SwiGLU ----
+
+
+@custom_op("arm::swiglu", mutates_args=())
+def swiglu(x: Tensor, bias: Tensor) -> Tensor:
+    """silu(gate) * value of x (..., 2 H), to which the bias (2 H,) was added: only its gradient comes from here."""
+    refuse_forward_mode()
+    return _kernels().swiglu_forward(x)
+
+
+@swiglu.register_fake
+def _(x, bias):
+    refuse_forward_mode()
+    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+
+
+@custom_op("arm::swiglu_backward", mutates_args=())
+def swiglu_backward(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and bias."""
+    refuse_forward_mode()
+    return as_inputs(_kernels().swiglu_backward(dy, x), (x, bias))
+
+
+@swiglu_backward.register_fake
+def _(dy, x, bias):
+    refuse_forward_mode()
+    return empty_grads((x, bias))
+
+
+swiglu_backward.register_autograd(refuse_second)
+swiglu.register_autograd(
+    lambda ctx, dy: swiglu_backward(dy, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+# ---- residual sums and layer norms ----
+
+
+@custom_op("arm::norm", mutates_args=())
+def norm(h: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the layer norm of h (B, L, C) in `dtype`, a stand-in for h, and what `norm_backward` needs.
+
+    The stand-in is one number, expanded. Whoever uses h beside its norm gives its gradient to the stand-in, and this
+    operator adds it in the pass that computes its own.
+    """
+    refuse_forward_mode()
+    normed = torch.empty_like(h, dtype=dtype)
+    _, statistics = _kernels().norm_forward(h, None, None, weight, bias, eps, normed)
+    return normed, h.new_zeros(1).expand(h.shape), statistics
+
+
+@norm.register_fake
+def _(h, weight, bias, eps, dtype):
+    refuse_forward_mode()
+    return torch.empty_like(h, dtype=dtype), h.new_zeros(1).expand(h.shape), h.new_empty(2, *h.shape[:-1])
+
+
+@custom_op("arm::add_norm", mutates_args=())
+def add_norm(
+    h: Tensor,
+    stand_in: Tensor,
+    branch: Tensor,
+    keep: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the layer norm of h + keep * branch in `dtype`, that sum, and what `norm_backward` needs.
+
+    h is read, and its gradient goes to `stand_in`; shapes as `triton_fused.norm_forward` has them.
+    """
+    refuse_forward_mode()
+    normed = torch.empty_like(h, dtype=dtype)
+    return normed, *_kernels().norm_forward(h, branch, keep, weight, bias, eps, normed)
+
+
+@add_norm.register_fake
+def _(h, stand_in, branch, keep, weight, bias, eps, dtype):
+    refuse_forward_mode()
+    return torch.empty_like(h, dtype=dtype), torch.empty_like(h), h.new_empty(2, *h.shape[:-1])
+
+
+@custom_op("arm::norm_backward", mutates_args=())
+def norm_backward(
+    dnormed: Tensor, dtotal: Tensor | None, x: Tensor, keep: Tensor | None, weight: Tensor, statistics: Tensor,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of h, of the branch in `dtype` (None: there was none), of weight and bias (2, C)."""
+    refuse_forward_mode()
+    args = (dnormed.contiguous(), dtotal, x, keep, weight, statistics, dtype)
+    dh, dbranch, sums = _kernels().norm_backward(*args)
+    return dh, x.new_empty(0) if dbranch is None else dbranch, sums
+
+
+@norm_backward.register_fake
+def _(dnormed, dtotal, x, keep, weight, statistics, dtype):
+    refuse_forward_mode()
+    dbranch = x.new_empty(0) if dtype is None else torch.empty_like(x, dtype=dtype)
+    return torch.empty_like(x), dbranch, x.new_empty(2, x.shape[-1])
+
+
+norm_backward.register_autograd(refuse_second)
+
+
+def _norm_context(ctx, inputs, output):
+    h, weight, *_ = inputs
+    ctx.save_for_backward(h, weight, output[2])
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)  # the statistics have none
+
+
+def _norm_grads(ctx, dnormed, dstand_in, _):
+    if dnormed is None:
+        return dstand_in, None, None, None, None
+    h, weight, statistics = ctx.saved_tensors
+    dh, _, sums = norm_backward(dnormed, dstand_in, h, None, weight, statistics, None)
+    return dh, *sums.to(weight.dtype).unbind(), None, None
+
+
+def _add_norm_context(ctx, inputs, output):
+    _, _, branch, keep, weight, *_ = inputs
+    ctx.dtype = branch.dtype
+    ctx.save_for_backward(output[1], keep, weight, output[2])
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _add_norm_grads(ctx, dnormed, dtotal, _):
+    total, keep, weight, statistics = ctx.saved_tensors
+    if dnormed is None:
+        dnormed = torch.zeros_like(total)
+    dh, dbranch, sums = norm_backward(dnormed, dtotal, total, keep, weight, statistics, ctx.dtype)
+    return None, dh, dbranch, None, *sums.to(weight.dtype).unbind(), None, None
+
+
+norm.register_autograd(_norm_grads, setup_context=_norm_context)
+add_norm.register_autograd(_add_norm_grads, setup_context=_add_norm_context)
+
+
+@custom_op("arm::norm_cat", mutates_args=())
+def norm_cat(
+    xs: list[Tensor], weights: list[Tensor], biases: list[Tensor], eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return n layer norms of (B, L, C) side by side in `dtype`, (B, L, n * C), and what the gradients need."""
+    refuse_forward_mode()
+    normed = xs[0].new_empty(*xs[0].shape[:-1], len(xs) * xs[0].shape[-1], dtype=dtype)
+    slices, forward = normed.chunk(len(xs), dim=-1), _kernels().norm_forward
+    inputs = zip(xs, weights, biases, slices, strict=True)
+    return normed, torch.stack([forward(x, None, None, w, b, eps, s)[1] for x, w, b, s in inputs])
+
+
+@norm_cat.register_fake
+def _(xs, weights, biases, eps, dtype):
+    refuse_forward_mode()
+    *rows, C = xs[0].shape
+    return xs[0].new_empty(*rows, len(xs) * C, dtype=dtype), xs[0].new_empty(len(xs), 2, *rows)
+
+
+@custom_op("arm::norm_cat_backward", mutates_args=())
+def norm_cat_backward(
+    dnormed: Tensor, xs: list[Tensor], weights: list[Tensor], statistics: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Return the gradients of xs, and those of weights and biases (n, 2, C)."""
+    refuse_forward_mode()
+    slices, backward = dnormed.contiguous().chunk(len(xs), dim=-1), _kernels().norm_backward
+    inputs = zip(slices, xs, weights, statistics, strict=True)
+    dxs, _, sums = zip(*(backward(s, None, x, None, w, found, None) for s, x, w, found in inputs), strict=True)
+    return list(dxs), torch.stack(sums)
+
+
+@norm_cat_backward.register_fake
+def _(dnormed, xs, weights, statistics):
+    refuse_forward_mode()
+    return [torch.empty_like(x) for x in xs], xs[0].new_empty(len(xs), 2, xs[0].shape[-1])
+
+
+norm_cat_backward.register_autograd(refuse_second)
+
+
+def _norm_cat_context(ctx, inputs, output):
+    xs, weights, *_ = inputs
+    ctx.count = len(xs)
+    ctx.save_for_backward(*xs, *weights, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _norm_cat_grads(ctx, dnormed, _):
+    n = ctx.count
+    if dnormed is None:
+        return [None] * n, [None] * n, [None] * n, None, None
+    *tensors, statistics = ctx.saved_tensors
+    weights = tensors[n:]
+    dxs, sums = norm_cat_backward(dnormed, tensors[:n], weights, statistics)
+    dweights, dbiases = sums.to(weights[0].dtype).unbind(1)  # (n, 2, C) -> (n, C) each
+    return dxs, list(dweights.unbind()), list(dbiases.unbind()), None, None
+
+
+norm_cat.register_autograd(_norm_cat_grads, setup_context=_norm_cat_context)
+
+
+# ---- the products around the scan ----
+
+
+def _selection(projected: Tensor, dt_proj: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Low-rank steps (K, B * L, R), B and C (K, B, L, N) of what x_proj returns, as views."""
+    rank = dt_proj.shape[-1]
+    states = (projected.shape[-1] - rank) // 2
+    low, b, c = projected.split([rank, states, states], dim=-1)
+    return low, *(x.unflatten(1, u.shape[1:3]) for x in (b, c))  # (K, B * L, N) -> (K, B, L, N)
+
+
+@custom_op("arm::selective_ssm", mutates_args=())
+def selective_ssm(
+    u: Tensor,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    A: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    order: Tensor | None,
+    backend: str,
+    trains: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return y, what x_proj gives, steps before bias and softplus, and the scan's states (empty unless it `trains`)."""
+    refuse_forward_mode()
+    projected = u.flatten(1, 2) @ x_proj.mT  # (K, B * L, R + 2N)
+    low, b, c = _selection(projected, dt_proj, u)
+    dt = (low @ dt_proj.mT).view(u.shape)  # (K, B * L, C) -> (K, B, L, C)
+    y, states = backend_module(backend).scan_forward(u, dt, A, b, c, D, dt_bias, order, trains)
+    return y.contiguous(), projected, dt, u.new_empty(0) if states is None else states
+
+
+@selective_ssm.register_fake
+def _(u, x_proj, dt_proj, A, D, dt_bias, order, backend, trains):
+    refuse_forward_mode()
+    K, batch, L, _ = u.shape
+    states = backend_module(backend).scan_states(u, A) if trains else u.new_empty(0)
+    return u.new_empty(u.shape), u.new_empty(K, batch * L, x_proj.shape[1]), u.new_empty(u.shape), states
+
+
+@custom_op("arm::selective_ssm_backward", mutates_args=())
+def selective_ssm_backward(
+    dy: Tensor,
+    u: Tensor,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    A: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    order: Tensor | None,
+    projected: Tensor,
+    dt: Tensor,
+    states: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of u, x_proj, dt_proj, A, D and dt_bias."""
+    refuse_forward_mode()
+    low, b, c = _selection(projected, dt_proj, u)
+    du, ddt, dA, db, dc, dD, dbias = backend_module(backend).scan_backward(
+        dy, u, dt, A, b, c, D, dt_bias, order, states
+    )
+    dprojected = torch.empty_like(projected)
+    dlow, *slices = _selection(dprojected, dt_proj, u)
+    for part, grad in zip(slices, (db, dc), strict=True):
+        part.copy_(grad)
+    ddt = ddt.to(u.dtype).flatten(1, 2)  # (K, B, L, C) -> (K, B * L, C)
+    torch.bmm(ddt, dt_proj, out=dlow)
+    ddt_proj = ddt.mT @ low  # (K, C, R)
+    dx_proj = dprojected.mT @ u.flatten(1, 2)  # (K, R + 2N, C)
+    du = torch.baddbmm(du.to(u.dtype).flatten(1, 2), dprojected, x_proj).view(u.shape)
+    inputs = (u, x_proj, dt_proj, A, D, dt_bias)
+    return as_inputs((du, dx_proj, ddt_proj, dA, dD, dbias), inputs)
+
+
+@selective_ssm_backward.register_fake
+def _(dy, u, x_proj, dt_proj, A, D, dt_bias, order, projected, dt, states, backend):
+    refuse_forward_mode()
+    return empty_grads((u, x_proj, dt_proj, A, D, dt_bias))
+
+
+selective_ssm_backward.register_autograd(refuse_second)
+
+
+def _ssm_context(ctx, inputs, output):
+    *tensors, ctx.backend, ctx.trains = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _ssm_grads(ctx, dy, *_):
+    if dy is None:
+        return (None,) * 9
+    if not ctx.trains:
+        raise RuntimeError("arm::selective_ssm was computed with trains=False: it has no gradients")
+    return *selective_ssm_backward(dy, *ctx.saved_tensors, ctx.backend), None, None, None
+
+
+selective_ssm.register_autograd(_ssm_grads, setup_context=_ssm_context)
