@@ -9,6 +9,7 @@ import torch
 import models_arm
 from conftest import relative_error
 from mamba import SwiGLU, drop_path_factors, scan_orders
+from ops import fused
 from util import checkpoint
 
 SMALL = {"embed_dim": 32, "depth": 4, "dec_embed_dim": 64}
@@ -334,16 +335,14 @@ def test_transposed_image_with_rows_and_columns_swapped():
 
 def test_bf16_autocast_keeps_the_recurrence_in_float32(monkeypatch):
     """Under autocast A, D and dt's bias reach the scan in float32, the activations in bf16."""
-    import mamba
-
     seen = {}
 
     def spy(u, dt, A, B, C, D, dt_bias, order, backend):
         seen.update(u=u.dtype, dt=dt.dtype, A=A.dtype, B=B.dtype, C=C.dtype, D=D.dtype, dt_bias=dt_bias.dtype)
         return scan(u, dt, A, B, C, D, dt_bias, order, "torch")
 
-    scan = mamba.selective_scan
-    monkeypatch.setattr(mamba, "selective_scan", spy)
+    scan = fused.selective_scan
+    monkeypatch.setattr(fused, "selective_scan", spy)
     model = small_pretrain(scan_backend="torch").float()
     imgs = torch.randn(2, 3, 48, 32)
     with torch.autocast("cpu", torch.bfloat16):
