@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from . import operators
+from .measured import faster
 from .operators import backend_module
 
-BACKENDS = ("auto", "torch", "cpu", "triton", "mamba_ssm", "export")
-FASTEST_FIRST = {"cpu": ("cpu", "torch"), "cuda": ("triton", "mamba_ssm", "torch")}  # of "auto", by kind of device
+BACKENDS = ("auto", "torch", "cpu", "triton", "mamba_ssm", "export", "cuda")
+# Of "auto", by kind of device; "cuda" only where a measurement shows it to be faster.
+FASTEST_FIRST = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "mamba_ssm", "torch")}
 
 
 class BackendUnavailable(RuntimeError):
@@ -22,36 +24,39 @@ class BackendUnavailable(RuntimeError):
 def unavailable(name: str) -> str | None:
     """Return why backend `name` cannot work on this machine, None if it can; tried once per process."""
     try:
-        if name in ("cpu", "triton"):
+        if name in ("cpu", "triton", "cuda"):
             backend_module(name).load()
         elif name == "mamba_ssm":
             backend_module(name)
     except (ImportError, OSError) as error:  # not installed, or built for another torch or CUDA
         if name == "cpu":  # there is nothing to install
             return str(error)
-        how = {"mamba_ssm": "--no-build-isolation -r requirements-cuda.txt"}.get(name, name)
+        how = {"mamba_ssm": "--no-build-isolation -r requirements-cuda.txt", "cuda": "triton"}.get(name, name)
         return f"{error}; to install it: pip install {how}"
     except BackendUnavailable as error:
         return str(error)
     return None
 
 
-def misfit(name: str, device: torch.device, dtype: torch.dtype, width: int, states: int = 1) -> str | None:
+def misfit(name: str, device: torch.device, dtype: torch.dtype, width: int, states: int = 16) -> str | None:
     """Return what backend `name` does not compute about these activations, None if it computes them."""
     here, halves = f"{dtype} on {device.type}", (torch.bfloat16, torch.float16)
     if name == "cpu" and (device.type != "cpu" or dtype != torch.float32):
         return here
     if name in ("triton", "mamba_ssm") and dtype not in (torch.float32, *halves):
         return here
-    if name == "mamba_ssm" and device.type != "cuda":
+    if name in ("mamba_ssm", "cuda") and device.type != "cuda":
         return here
-    if name == "triton":
-        if device.type != ("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"):
-            return here
-        if width % 32:
-            return f"{width} channels, which 32 does not divide,"
-        if states & (states - 1):
-            return f"{states} states, no power of 2,"
+    if name == "triton" and device.type != ("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"):
+        return here
+    if name == "cuda" and dtype != torch.bfloat16:
+        return here
+    if name in ("triton", "cuda") and width % 32:
+        return f"{width} channels, which 32 does not divide,"
+    if name == "triton" and states & (states - 1):
+        return f"{states} states, no power of 2,"
+    if name == "cuda" and states != 16:
+        return f"{states} states, not 16,"
     return None
 
 
@@ -81,19 +86,19 @@ def transformed() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype, width: int, states: int = 1) -> str:
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype, width: int, states: int = 16) -> str:
     """Turn the requested backend into the one that computes; the only place where that is decided.
 
     "auto" is the first of `FASTEST_FIRST` that computes these activations and works on this machine; on other kinds of
-    device it is torch. Each decision is logged once per process (rank 0), as a warning where torch takes the place of
-    kernels that do not work here.
+    device it is torch. "cuda" leaves to "triton" what it does not compute. Each decision is logged once per process
+    (rank 0), as a warning where torch takes the place of kernels that do not work here.
 
     Args:
         name: one of `BACKENDS`.
         device: where the activations are.
         dtype: of the activations.
         width: their channels.
-        states: of a channel, in the scan.
+        states: of a channel, in the scan; the convolution has none, and every backend computes 16.
 
     Returns:
         One of `BACKENDS`, not "auto".
@@ -105,19 +110,41 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, width: i
     check_backend(name)
     if name != "auto":
         if problem := misfit(name, device, dtype, width, states):
+            if name == "cuda" and not misfit("triton", device, dtype, width, states):
+                return _left_to_triton(problem)
             raise TypeError(f"backend {name!r} does not compute {problem}: use backend 'torch'")
         return name
     broken = []
     for candidate in FASTEST_FIRST.get(device.type, ("torch",)):
         if misfit(candidate, device, dtype, width, states):
             continue
+        if candidate == "cuda" and not faster("cuda", device):
+            continue
         if not (reason := unavailable(candidate)):
             break  # at torch at the latest
         broken.append(f"{candidate}: {reason}")
     level = logging.WARNING if broken and candidate == "torch" else logging.INFO
-    note = f", several times slower than what does not work here ({'; '.join(broken)})" if broken else ""
+    note = f", slower than what does not work here ({'; '.join(broken)})" if broken else ""
     _log_once(level, f"scan backend for {dtype} on {device.type}: {candidate}{note}")
     return candidate
+
+
+@torch.compiler.assume_constant_result
+def _left_to_triton(what: str) -> str:
+    _log_once(logging.INFO, f"scan backend cuda does not compute {what}: triton computes them")
+    return "triton"
+
+
+def _rows_misfit(*rows: Tensor) -> str | None:
+    """Return what backend "cuda" does not read about these activations, None if it reads them.
+
+    It copies 16 bytes at a time. Rows whose channels are not contiguous are copied beforehand, as for other kernels.
+    """
+    if odd := [x.dtype for x in rows if x.dtype != torch.bfloat16]:
+        return f"activations of {odd[0]} beside bfloat16"
+    if any(x.stride(-1) == 1 and any(n % 8 for n in (x.storage_offset(), *x.stride()[:-1])) for x in rows):
+        return "rows that do not begin at multiples of 16 bytes"
+    return None
 
 
 def _check(x: Tensor, sizes: dict[str, int], **tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
@@ -193,6 +220,8 @@ def selective_scan(
     name = "export" if transformed() else choose_backend(backend, u.device, u.dtype, width, N)
     if name in ("mamba_ssm", "export"):
         return backend_module(name).selective_scan(*tensors, order)
+    if name == "cuda" and (problem := _rows_misfit(u, dt, B, C)):
+        name = _left_to_triton(problem)
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return operators.selective_scan(*tensors, order, name, trains)[0]
 

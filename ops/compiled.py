@@ -8,9 +8,34 @@ import stat
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 LOGGER = logging.getLogger("arm")
+
+
+@cache
+def private_folder() -> tempfile.TemporaryDirectory:
+    """Return the folder of what this process compiles for itself alone; removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="arm-ops-")
+
+
+def cache_folder() -> Path:
+    """Return the user's folder of compiled files."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return cache / "arm-ops" if cache.is_absolute() else Path(private_folder().name)  # relative: there is no home
+
+
+def cached_or_private(stem: str, suffix: str, build: Callable[[Path], object]) -> Path:
+    """Return a compiled file from the cache, or, where the cache cannot be used, one of this process alone.
+
+    Args are those of `cached_file`.
+    """
+    try:
+        return cached_file(cache_folder(), stem, suffix, build)
+    except OSError as error:  # the cache cannot be written, or by too many
+        LOGGER.info("%s is compiled for this process alone: %s", stem, error)
+        return cached_file(Path(private_folder().name), stem, suffix, build)
 
 
 def cached_file(folder: Path, stem: str, suffix: str, build: Callable[[Path], object]) -> Path:

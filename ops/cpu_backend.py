@@ -7,7 +7,6 @@ import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import BackendUnavailable
-from .compiled import LOGGER, cached_file
+from .compiled import cached_or_private
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
 CHUNK = 16  # tokens between two stored states
@@ -47,16 +46,6 @@ def _run(command: list[str]) -> bytes:
 
 
 @cache
-def _private_folder() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="arm-ops-")
-
-
-def _cache_folder() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    return cache / "arm-ops" if cache.is_absolute() else Path(_private_folder().name)  # relative: there is no home
-
-
-@cache
 def load(states: int = 16, taps: int = 4) -> ctypes.CDLL:
     """Return the kernels for N = `states` and W = `taps`, compiling them unless the cache has them.
 
@@ -75,12 +64,7 @@ def load(states: int = 16, taps: int = 4) -> ctypes.CDLL:
     def build(path: Path) -> None:
         _run([*command, "-o", str(path), str(SOURCE)])
 
-    built = f"cpu_kernels-{key}", ".so", build
-    try:
-        library = cached_file(_cache_folder(), *built)
-    except OSError as error:  # the cache cannot be written, or by too many: build for this process alone
-        LOGGER.info("the CPU kernels are compiled for this process alone: %s", error)
-        library = cached_file(Path(_private_folder().name), *built)
+    library = cached_or_private(f"cpu_kernels-{key}", ".so", build)
     try:
         kernels = ctypes.CDLL(str(library))
     except OSError as error:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import models_arm
 import ops
-from ops import BackendUnavailable, cpu_backend, naive
+from ops import BackendUnavailable, compiled, cpu_backend, naive
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}
 KERNELS = [("torch", torch.float64), ("torch", torch.float32), ("cpu", torch.float32)]
@@ -41,7 +41,7 @@ def fresh(monkeypatch):
     """Forget what is known about backends, before and after a test that changes the machine."""
 
     def forget():
-        for known in (ops.unavailable, ops._log_once, cpu_backend.load, cpu_backend._private_folder):
+        for known in (ops.unavailable, ops._log_once, cpu_backend.load, compiled.private_folder):
             known.cache_clear()
 
     monkeypatch.delenv("RANK", raising=False)
@@ -672,10 +672,10 @@ def test_a_build_appears_in_one_move(fresh, monkeypatch, tmp_path):
 def test_cache_that_cannot_be_written(fresh, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    folder = cpu_backend._private_folder().name
+    folder = compiled.private_folder().name
     assert cpu_backend.load()._name.startswith(folder)
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert str(cpu_backend._cache_folder()) == folder
+    assert str(compiled.cache_folder()) == folder
 
 
 @pytest.mark.parametrize("damage", ["truncated", "bit", "empty", "writable", "owner", "link", "fifo"])
@@ -718,7 +718,7 @@ def test_a_cache_that_others_can_write_is_not_used(mode, fresh, monkeypatch, tmp
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "arm-ops").mkdir()
     (tmp_path / "arm-ops").chmod(mode)
-    assert cpu_backend.load()._name.startswith(cpu_backend._private_folder().name)
+    assert cpu_backend.load()._name.startswith(compiled.private_folder().name)
     assert not list((tmp_path / "arm-ops").iterdir())
 
 

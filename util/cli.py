@@ -229,7 +229,7 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--device", type=filled, help="cuda or cpu (default: cuda where there is a GPU)")
     group.add_argument(
-        "--scan_backend", default="auto", help="auto, triton, mamba_ssm, cpu or torch (default: %(default)s)"
+        "--scan_backend", default="auto", help="auto, triton, cuda, mamba_ssm, cpu or torch (default: %(default)s)"
     )
     group.add_argument(
         "--num_workers",
