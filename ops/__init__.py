@@ -131,18 +131,19 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, width: i
 
 @torch.compiler.assume_constant_result
 def _left_to_triton(what: str) -> str:
-    _log_once(logging.INFO, f"scan backend cuda does not compute {what}: triton computes them")
+    _log_once(logging.INFO, f"scan backend cuda does not compute {what}: triton does")
     return "triton"
 
 
 def _rows_misfit(*rows: Tensor) -> str | None:
     """Return what backend "cuda" does not read about these activations, None if it reads them.
 
-    It copies 16 bytes at a time. Rows whose channels are not contiguous are copied beforehand, as for other kernels.
+    It reads 16 bytes at a time. Strides decide, which `torch.compile` knows as well; the backend itself copies what only
+    begins at an odd address or has no contiguous channels.
     """
     if odd := [x.dtype for x in rows if x.dtype != torch.bfloat16]:
         return f"activations of {odd[0]} beside bfloat16"
-    if any(x.stride(-1) == 1 and any(n % 8 for n in (x.storage_offset(), *x.stride()[:-1])) for x in rows):
+    if any(x.stride(-1) == 1 and any(stride % 8 for stride in x.stride()[:-1]) for x in rows):
         return "rows that do not begin at multiples of 16 bytes"
     return None
 

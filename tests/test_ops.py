@@ -586,6 +586,7 @@ def test_the_choice_is_logged_once_by_rank_0(rank, logged, fresh, monkeypatch, c
 def test_auto(device, dtype, width, missing, expected, fresh, monkeypatch, caplog):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(ops, "unavailable", lambda name: f"no {name} here" if name in missing else None)
+    monkeypatch.setattr(ops, "faster", lambda name, device: False)
     with caplog.at_level(logging.INFO, "arm"):
         assert ops.choose_backend("auto", torch.device(device), dtype, width) == expected
     assert ops.choose_backend("torch", torch.device(device), dtype, width) == "torch"
