@@ -17,7 +17,7 @@ from timm.optim import param_groups_weight_decay
 
 import models_arm
 from engine_pretrain import train_one_epoch
-from ops import BackendUnavailable
+from ops import BackendUnavailable, fused
 from util import cli, sheet
 from util.datasets import image_dataset, pretrain_transform, train_loader
 from util.dist import distribute, init_device, is_main, seed_everything
@@ -139,7 +139,7 @@ def main(args: argparse.Namespace) -> None:
     if content is not None:
         run.restore(content, len(dataset))
     if models_arm.compiles(args.compile, device):
-        model.compile()
+        model.compile(**fused.compile_options())
     run.keep_in(folders[0], log)
 
     log.say(cli.describe(args, model, len(dataset), device, run.epoch))

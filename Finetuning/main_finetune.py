@@ -32,7 +32,7 @@ from torch import nn
 
 import models_arm
 from engine_finetune import train_one_epoch
-from ops import BackendUnavailable
+from ops import BackendUnavailable, fused
 from util import checkpoint, cli
 from util.class_names import differing, known_names, match_classes, names_by_output
 from util.datasets import (
@@ -307,13 +307,13 @@ def finetune(
         run.restore(content, len(train))
     compiled = models_arm.compiles(args.compile, device)
     if compiled:
-        model.compile()
+        model.compile(**fused.compile_options())
     if ema is not None and not (args.resume and "model_ema" in checkpoint.kinds(content)):
         ema.set(model)
         if args.resume:
             log.say(f"{args.resume} holds no EMA: it starts from the weights")
     if ema is not None and compiled:
-        ema.module.compile()
+        ema.module.compile(**fused.compile_options())
     run.keep_in(Path(args.output_dir), log)
 
     mixup, criterion = training_loss(args)

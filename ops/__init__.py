@@ -111,7 +111,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, width: i
     if name != "auto":
         if problem := misfit(name, device, dtype, width, states):
             if name == "cuda" and not misfit("triton", device, dtype, width, states):
-                return _left_to_triton(problem)
+                return left_to_triton(problem)
             raise TypeError(f"backend {name!r} does not compute {problem}: use backend 'torch'")
         return name
     broken = []
@@ -130,21 +130,25 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, width: i
 
 
 @torch.compiler.assume_constant_result
-def _left_to_triton(what: str) -> str:
+def left_to_triton(what: str) -> str:
+    """Say once that backend "cuda" does not compute something; return the backend that does."""
     _log_once(logging.INFO, f"scan backend cuda does not compute {what}: triton does")
     return "triton"
+
+
+ODD_ROWS = "rows that do not begin at multiples of 16 bytes"
 
 
 def _rows_misfit(*rows: Tensor) -> str | None:
     """Return what backend "cuda" does not read about these activations, None if it reads them.
 
-    It reads 16 bytes at a time. Strides decide, which `torch.compile` knows as well; the backend itself copies what only
-    begins at an odd address or has no contiguous channels.
+    It reads 16 bytes at a time. Strides decide, which `torch.compile` knows as well; the backend itself copies what
+    only begins at an odd address or has no contiguous channels.
     """
     if odd := [x.dtype for x in rows if x.dtype != torch.bfloat16]:
         return f"activations of {odd[0]} beside bfloat16"
     if any(x.stride(-1) == 1 and any(stride % 8 for stride in x.stride()[:-1]) for x in rows):
-        return "rows that do not begin at multiples of 16 bytes"
+        return ODD_ROWS
     return None
 
 
@@ -222,7 +226,7 @@ def selective_scan(
     if name in ("mamba_ssm", "export"):
         return backend_module(name).selective_scan(*tensors, order)
     if name == "cuda" and (problem := _rows_misfit(u, dt, B, C)):
-        name = _left_to_triton(problem)
+        name = left_to_triton(problem)
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return operators.selective_scan(*tensors, order, name, trains)[0]
 

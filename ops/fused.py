@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import BackendUnavailable, choose_backend, selective_scan, transformed, unavailable
+from . import ODD_ROWS, BackendUnavailable, choose_backend, left_to_triton, selective_scan, transformed, unavailable
 from .measured import faster
 
 # What each one joins: the backward pass of SwiGLU's activation and its bias gradients; a residual sum and the layer
 # norm after it; four tokens of the convolution, loaded before the first is used; the products between the convolution
-# and the scan, whose gradients meet in u; a layer of RandAugment's operations on a batch of images.
-FUSED = ("swiglu", "norm", "conv", "projections", "augment")
+# and the scan, whose gradients meet in u; the casts of a block's weights, when it is compiled; a layer of RandAugment's
+# operations on a batch of images.
+FUSED = ("swiglu", "norm", "conv", "projections", "casts", "augment")
 
 _USED: set[str] = set()
 
@@ -53,6 +54,11 @@ def use(names: Iterable[str], device: torch.device) -> list[str]:
 def uses(name: str) -> bool:
     """Return whether this process uses the fused operator `name`."""
     return name in _USED
+
+
+def compile_options() -> dict[str, dict[str, bool]]:
+    """Return keyword arguments of `torch.compile`: with "casts", small kernels that do not need each other are one."""
+    return {"options": {"combo_kernels": True}} if uses("casts") else {}
 
 
 def _fuses(name: str, x: Tensor, *dtypes: torch.dtype) -> bool:
@@ -174,6 +180,8 @@ def selective_ssm(
         if name not in ("mamba_ssm", "export"):
             from .fused_operators import selective_ssm as operator
 
+            if name == "cuda" and x_proj.shape[1] % 8:  # B and C are parts of such rows
+                name = left_to_triton(ODD_ROWS)
             tensors = (u, x_proj.to(u.dtype), dt_proj.to(u.dtype), A, D, dt_bias)
             trains = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
             return operator(*tensors, order, name, trains)[0]

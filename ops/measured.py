@@ -15,6 +15,7 @@ FASTER: dict[str, dict[tuple[int, int], str]] = {
     "norm": {},
     "conv": {},
     "projections": {},
+    "casts": {},
     "augment": {},
 }
 

@@ -283,7 +283,7 @@ def test_what_triton_does_not_compute_either(device, dtype, width, what):
 @pytest.mark.parametrize(
     ("rank", "dt_dtype", "taken"), [(48, None, "cuda"), (12, None, "triton"), (48, torch.float32, "triton")]
 )
-def test_rows_that_it_does_not_read_are_left_to_triton(rank, dt_dtype, taken, compiled, monkeypatch, caplog):
+def test_rows_that_it_does_not_read_areleft_to_triton(rank, dt_dtype, taken, compiled, monkeypatch, caplog):
     """B and C lie in one row with `rank` other numbers: 12 in arm_tiny, whose rows are not aligned."""
     ops._log_once.cache_clear()
     torch._dynamo.reset()

@@ -48,6 +48,18 @@ def test_choice(monkeypatch):
         fused.use(["norm"], GPU)
 
 
+def test_casts_are_an_option_of_the_compiler():
+    """It joins small kernels on a GPU; there and here a compiled model gives what it gave."""
+    model, parameters, imgs = small_model("classifier")
+    fused.use(["none"], DEVICE)
+    assert fused.compile_options() == {}
+    want = outputs(model, parameters, imgs)
+    fused.use(["casts"], DEVICE)
+    model.compile(fullgraph=True, **fused.compile_options())
+    assert_close(outputs(model, parameters, imgs), want)  # the compiler refuses options that it does not know
+    torch._dynamo.reset()
+
+
 def test_what_is_taken_is_measured():
     """Each entry of the table names a committed file of results, of a GPU."""
     for places in measured.FASTER.values():
