@@ -4,7 +4,8 @@
 
 Every contestant starts from the same u, dt, A, B, C, D, dt_bias and ends with y and all seven gradients; one that is
 wrong is not timed. Rounds interleave, and the median counts. On a GPU the time between two CUDA events is measured, in
-bfloat16, and mamba-ssm's kernels (requirements-cuda.txt) are the yardstick, one call per direction. Elsewhere the
+bfloat16, and mamba-ssm's kernels (requirements-cuda.txt) are the yardstick, one call per direction; our kernels run
+with stored states 8 tokens apart and 4 ("triton chunk 4": the name says what is not the default). Elsewhere the
 yardstick is mambapy (`pip install mambapy`), in float32; expected on 2 cores of an AMD EPYC (Zen 4): the reference loop
 0.1 to 0.4 times its speed, torch 3 to 9 times, cpu 15 to 60 times; the larger size gains most.
 """
@@ -14,6 +15,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -93,23 +95,53 @@ def mambapy_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tens
     return (h @ C[..., None]).squeeze(-1) + D * u
 
 
-def contestants(device: torch.device) -> dict[str, Scan | str]:
-    """Return the scans by name; one that cannot run here is the line that says why."""
+def with_chunk(backend: str, chunk: int) -> Scan:
+    """Return the scan of "triton" or "cuda" with `chunk` tokens between two stored states."""
+    module = ops.operators.backend_module(backend)
+
+    def scan(*inputs: Tensor) -> Tensor:
+        if backend == "triton":  # for its backward pass too, which comes before the next contestant
+            module.CHUNK = chunk
+        else:
+            module.CHUNKS[torch.cuda.get_device_capability(inputs[0].device)] = chunk
+        return ops.selective_scan(*inputs, backend=backend)
+
+    return scan
+
+
+@cache
+def chunks(backend: str, device: torch.device) -> tuple[int, int]:
+    """Return the default of a backend and the other one, of 8 and 4; asked before a contestant changes it."""
+    module = ops.operators.backend_module(backend)
+    default = module.CHUNK if backend == "triton" else module.CHUNKS[torch.cuda.get_device_capability(device)]
+    return default, 12 - default
+
+
+def contestants(inputs: list[Tensor]) -> dict[str, Scan | str]:
+    """Return the scans by name; one that does not compute these inputs here is the line that says why."""
 
     def one_direction(scan: Scan) -> Scan:
         return lambda *inputs: torch.stack([scan(*(x[k] for x in inputs)) for k in range(len(inputs[0]))])
 
     found: dict[str, Scan | str] = {}
-    if device.type == "cpu":
+    u, A = inputs[0], inputs[2]
+    if u.device.type == "cpu":
         found |= {"reference loop": one_direction(reference_scan), "mambapy": one_direction(mambapy_scan)}
         try:
             import mambapy  # noqa: F401
         except ImportError:
             found["mambapy"] = "not installed: pip install mambapy"
-    for backend in reversed(ops.FASTEST_FIRST[device.type]):
-        found[backend] = ops.unavailable(backend) or (
-            lambda *inputs, backend=backend: ops.selective_scan(*inputs, backend=backend)
-        )
+    for backend in reversed(ops.FASTEST_FIRST[u.device.type]):
+        if reason := ops.unavailable(backend):
+            found[backend] = reason
+        elif problem := ops.misfit(backend, u.device, u.dtype, u.shape[-1], A.shape[-1]):
+            found[backend] = f"does not compute {problem.removesuffix(',')}"
+        elif backend in ("triton", "cuda"):
+            default, other = chunks(backend, u.device)
+            found[f"{backend} chunk {other}"] = with_chunk(backend, other)
+            found[backend] = with_chunk(backend, default)  # last, so that every round leaves the default behind
+        else:
+            found[backend] = lambda *inputs, backend=backend: ops.selective_scan(*inputs, backend=backend)
     return found
 
 
@@ -167,7 +199,7 @@ def main(args: argparse.Namespace) -> None:
     yardstick, results = YARDSTICK[args.device.type], []
     for sizes in args.sizes or SIZES[args.device.type]:
         inputs = make_inputs(sizes, args.device)
-        found = contestants(args.device)
+        found = contestants(inputs)
         scans = {name: scan for name, scan in found.items() if callable(scan)}
         check(scans, inputs)
         us = time_scans(scans, inputs, args.repetitions)

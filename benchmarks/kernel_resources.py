@@ -1,13 +1,15 @@
-"""Registers, spills and instructions of the Triton kernels on GPUs that need not be there.
+"""Registers, spills and instructions of the Triton and CUDA kernels on GPUs that need not be there.
 
     python benchmarks/kernel_resources.py
 
 Compiles each kernel exactly as a training run launches it (ARM-base: pretraining, 128 tokens in one direction;
 finetuning, 197 tokens in four; bfloat16 under autocast) for compute capabilities 8.0, 9.0 and 10.0, and disassembles
-the result with the tools that Triton brings along. Instructions are counted per step: one token of one warp's channels
-(32 channels of 16 states in the scan, 128 channels in the convolution), from the longest loop. Divided by what a GPU
-issues (4 a cycle and multiprocessor) they bound the kernel's time from below. Expected on 9.0: about 185 and 515
-instructions for the scan's forward and backward pass, 255 registers in the latter and next to no spills.
+the result with the tools that Triton brings along. The scan in CUDA C++ is counted with chunks of 8 and of 4 tokens, on
+8.6 and 8.9 too, which decides where it is offered: its default where it is, "not used" elsewhere. Instructions are
+counted per step: one token of one warp's channels (32 channels of 16 states in the scan, 128 channels in the
+convolution), from the longest loop. Divided by what a GPU issues (4 a cycle and multiprocessor) they bound the kernel's
+time from below; "warps" is what the registers and the shared memory of a multiprocessor have room for. Expected on 9.0:
+about 185 and 515 instructions for the scan's forward and backward pass in Triton, 131 and 339 in CUDA.
 """
 
 import argparse
@@ -29,10 +31,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from ops import triton_backend
+from ops import cuda_backend, triton_backend
 from util import cli
 
 CAPABILITIES = (80, 90, 100)
+CUDA_CAPABILITIES = {80: (80, 86, 89), 90: (90,), 100: (100,)}  # counted for each of the above
+SHARED_KB = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228}  # shared memory of a multiprocessor; a block takes 1 KB more
+WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64}  # of a multiprocessor at most
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
 
 
@@ -54,6 +59,8 @@ class Resources(NamedTuple):
     registers: int
     spilled: int
     instructions: float
+    warps: int
+    variant: str
 
 
 def launches(K: int, batch: int, L: int, width: int, N: int = 16, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
@@ -105,18 +112,18 @@ def compile_launch(launch: Launch, capability: int) -> CompiledKernel:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 1})
 
 
-def disassemble(kernel: CompiledKernel) -> tuple[int, int, list[list[str]]]:
-    """Registers, spilled bytes, and the instructions of every loop."""
+def disassemble(cubin: bytes, kernel: str) -> tuple[int, int, list[list[str]]]:
+    """Registers, spilled bytes, and the instructions of every loop of a kernel."""
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(kernel.asm["cubin"])
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
 
         def tool(name: str, *flags: str) -> str:
             path = getattr(triton.knobs.nvidia, name).path
-            return subprocess.run([path, *flags, str(cubin)], capture_output=True, text=True, check=True).stdout
+            return subprocess.run([path, *flags, str(file)], capture_output=True, text=True, check=True).stdout
 
-        usage = re.search(r"REG:(\d+) STACK:(\d+)", tool("cuobjdump", "-res-usage"))
-        listing = tool("nvdisasm", "-c")
+        usage = re.search(rf"Function {kernel}:\s+REG:(\d+) STACK:(\d+)", tool("cuobjdump", "-res-usage"))
+        listing = tool("nvdisasm", "-c").partition(f".text.{kernel}")[2].partition("//-")[0]
     return int(usage[1]), int(usage[2]), list(_loops(listing))
 
 
@@ -147,26 +154,64 @@ def per_step(launch: Launch, lengths: list[int]) -> float:
     return (outer - inner + rounds * inner) / (chunk if forward else block)
 
 
-def measure(capability: int, K: int, L: int) -> Iterator[Resources]:
-    """Resources of the four kernels of one setting of ARM-base."""
+def resident_warps(capability: int, registers: int, warps: int, shared: int) -> int:
+    """Return the warps that fit on a multiprocessor, in blocks of `warps` that take `shared` bytes."""
+    of_registers = 65536 // (-(-registers // 8) * 8 * 32)  # handed out by 8 a thread
+    blocks = min(of_registers, WARPS[capability]) // warps
+    return warps * min(blocks, SHARED_KB[capability] * 1024 // (shared + 1024))
+
+
+def measure_triton(capability: int, K: int, L: int) -> Iterator[Resources]:
+    """Resources of the four Triton kernels of one setting of ARM-base."""
     for launch in launches(K, 2, L, 768):
-        registers, spilled, loops = disassemble(compile_launch(launch, capability))
+        kernel, name = compile_launch(launch, capability), launch.kernel.__name__
+        registers, spilled, loops = disassemble(kernel.asm["cubin"], name)
         steps = per_step(launch, [len(loop) for loop in loops])
-        yield Resources(launch.kernel.__name__, capability, K, L, registers, spilled, steps)
+        fit = resident_warps(capability, registers, 1, kernel.metadata.shared)
+        yield Resources(name, capability, K, L, registers, spilled, steps, fit, "triton")
+
+
+def measure_cuda(capability: int, K: int, L: int) -> Iterator[Resources]:
+    """Resources of the scan in CUDA C++ with either chunk, in one setting of ARM-base."""
+    version, warps = divmod(capability, 10), cuda_backend.block_warps(768)
+    for chunk in (8, 4):
+        variant = cuda_backend.Variant(warps, chunk, K > 1)
+        cubin = cuda_backend.compile_kernels(version, variant)
+        used = cuda_backend.CHUNKS.get(version)
+        label = f"cuda chunk {chunk}" + ("" if used else ", not used") + (", default" if chunk == used else "")
+        for name in cuda_backend.KERNELS:
+            registers, spilled, loops = disassemble(cubin, name)
+            fit = resident_warps(capability, registers, warps, variant.shared_bytes(name))
+            yield Resources(name, capability, K, L, registers, spilled, max(map(len, loops)) / chunk, fit, label)
+
+
+def measure(backend: str, capability: int, K: int, L: int) -> Iterator[Resources]:
+    """Resources of the kernels of a backend; capability 8.0 stands for all of 8.x with "cuda"."""
+    if backend == "triton":
+        yield from measure_triton(capability, K, L)
+    else:
+        for one in CUDA_CAPABILITIES[capability]:
+            yield from measure_cuda(one, K, L)
 
 
 def main(args: argparse.Namespace, show: Callable[[str], None] = print) -> list[Resources]:
     """Print a table, or JSON."""
-    rows = [row for c in args.capabilities for K, L in ((1, 128), (4, 197)) for row in measure(c, K, L)]
+    settings = [(b, c, *sizes) for b in args.backends for c in args.capabilities for sizes in ((1, 128), (4, 197))]
+    rows = [row for setting in settings for row in measure(*setting)]
     if args.json:
         show(json.dumps([row._asdict() for row in rows]))
         return rows
-    show(f"triton {triton.__version__}")
-    show(f"{'kernel':<22}{'sm':>5}{'K':>3}{'L':>5}{'registers':>11}{'spilled B':>11}{'instructions':>14}")
+    versions = {
+        "triton": lambda: f"triton {triton.__version__}",
+        "cuda": lambda: f"NVRTC {cuda_backend.nvrtc_version()}",
+    }
+    show(", ".join(versions[backend]() for backend in args.backends))
+    columns = f"{'registers':>11}{'spilled B':>11}{'instructions':>14}{'warps':>7}"
+    show(f"{'kernel':<22}{'sm':>5}{'K':>3}{'L':>5}{columns}  variant")
     for row in rows:
         name = row.kernel.removesuffix("_kernel")
         numbers = f"{row.capability:>5}{row.directions:>3}{row.tokens:>5}{row.registers:>11}{row.spilled:>11}"
-        show(f"{name:<22}{numbers}{row.instructions:>14.0f}")
+        show(f"{name:<22}{numbers}{row.instructions:>14.0f}{row.warps:>7}  {row.variant}")
     return rows
 
 
@@ -180,6 +225,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         choices=CAPABILITIES,
         default=CAPABILITIES,
         help="80 is 8.0 (default: all)",
+    )
+    parser.add_argument(
+        "--backends", nargs="+", choices=("triton", "cuda"), default=("triton", "cuda"), help="(default: both)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
     return parser

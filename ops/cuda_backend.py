@@ -78,6 +78,13 @@ def _call(function, *args):
     return results[0] if len(results) == 1 else results
 
 
+def nvrtc_version() -> str:
+    """Return the version of the compiler."""
+    from cuda.bindings import nvrtc
+
+    return "{}.{}".format(*_call(nvrtc.nvrtcVersion))
+
+
 def compile_kernels(capability: tuple[int, int], variant: Variant) -> bytes:
     """Return both kernels as machine code (a cubin); needs no GPU.
 
@@ -103,8 +110,7 @@ def compile_kernels(capability: tuple[int, int], variant: Variant) -> bytes:
         _call(nvrtc.nvrtcDestroyProgram, program)
         path.write_bytes(cubin)
 
-    version = str(_call(nvrtc.nvrtcVersion)).encode()
-    key = hashlib.sha256(b"\0".join([source, *options, version])).hexdigest()[:16]
+    key = hashlib.sha256(b"\0".join([source, *options, nvrtc_version().encode()])).hexdigest()[:16]
     return cached_or_private(f"cuda_kernels-{key}", ".cubin", build).read_bytes()
 
 
@@ -176,7 +182,7 @@ def _chunk(device: torch.device) -> int:
     return CHUNKS[torch.cuda.get_device_capability(device)]
 
 
-def _warps(width: int) -> int:
+def block_warps(width: int) -> int:
     """Return the warps of a block, up to 4: more of them leave fewer partial sums of dB and dC."""
     return math.gcd(width // GROUP, 4)
 
@@ -207,7 +213,7 @@ def _launch(kernel: str, **tensors: Tensor | None) -> None:
     """Start a kernel for all paths and channels. `tensors` are those of `Args`, all used on the current stream."""
     u = tensors["u"]
     K, batch, L, width = u.shape
-    variant = Variant(_warps(width), _chunk(u.device), tensors["order"] is not None)
+    variant = Variant(block_warps(width), _chunk(u.device), tensors["order"] is not None)
     args = Args(images=batch, length=L, width=width)
     for name, x in tensors.items():
         if x is not None:
@@ -242,7 +248,7 @@ def scan_backward(dy, u, dt, A, B, C, D, dt_bias, order, states):
     inputs = _inputs(u, dt, A, B, C, D, dt_bias, order, dy=dy)
     du, ddt = u.new_empty(u.shape), u.new_empty(u.shape)
     # Partial sums, of one image or of the channels of one block: added up here in a fixed order.
-    blocks = width // GROUP // _warps(width)
+    blocks = width // GROUP // block_warps(width)
     dA, dCB = states.new_empty(K, batch, *states.shape[3:]), states.new_empty(K, batch, L, blocks, 2 * STATES)
     dD, dbias = (states.new_empty(K, batch, width) for _ in range(2))
     _launch("scan_backward", **inputs, states=states, du=du, ddt=ddt, dA=dA, dCB=dCB, dD=dD, ddt_bias=dbias)

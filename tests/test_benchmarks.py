@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import types
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from benchmarks import bench_augment, bench_data, bench_resilience, bench_scan, bench_train, compare_loaders, released
 from conftest import relative_error
 from mamba import FOUR_DIRECTIONS, ONE_DIRECTION, Block, scan_orders
-from ops import fused, randaugment, torch_backend
+from ops import cuda_backend, fused, randaugment, torch_backend, triton_backend
 from util import machine
 
 
@@ -46,6 +47,32 @@ def test_scan_without_mambapy(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "mambapy", None)
     run(bench_scan, "--sizes", "1,1,4,3,4", "--repetitions", 1, "--output", tmp_path / "scan.json")
     assert "pip install mambapy" in capsys.readouterr().out
+
+
+def test_contestants_on_a_gpu(monkeypatch):
+    """Each with its own chunk, in any number of rounds; the defaults are left behind."""
+    device, seen = torch.device("cuda"), []
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(bench_scan.ops, "unavailable", lambda name: "not here" if name == "mamba_ssm" else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton_backend, "CHUNK", 8)
+    monkeypatch.setattr(cuda_backend, "CHUNKS", {(9, 0): 8})
+
+    def scan(*inputs, backend):
+        seen.append((backend, {"triton": triton_backend.CHUNK, "cuda": cuda_backend.CHUNKS[9, 0]}.get(backend)))
+
+    monkeypatch.setattr(bench_scan.ops, "selective_scan", scan)
+    u, A = (types.SimpleNamespace(device=device, dtype=torch.bfloat16, shape=shape) for shape in ((768,), (16,)))
+    for _ in range(2):
+        found = bench_scan.contestants([u, None, A])
+        assert list(found) == ["torch", "mamba_ssm", "triton chunk 4", "triton", "cuda chunk 4", "cuda"]
+        assert found.pop("mamba_ssm") == "not here"
+        for compute in found.values():
+            compute(u)
+    assert seen == 2 * [("torch", None), ("triton", 4), ("triton", 8), ("cuda", 4), ("cuda", 8)]
+    assert (triton_backend.CHUNK, cuda_backend.CHUNKS) == (8, {(9, 0): 8})
+    A.shape = (4,)
+    assert bench_scan.contestants([u, None, A])["cuda"] == "does not compute 4 states, not 16"
 
 
 @pytest.mark.parametrize("name", ["result", "gradient"])

@@ -6,6 +6,7 @@ test_ops_gpu.py runs them where there is one.
 import contextlib
 import ctypes
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -355,6 +356,22 @@ def test_no_spills(capability, warps, ordered, own_cache):
     assert found.keys() == set(cuda_backend.KERNELS)
     assert found["scan_forward"] <= (104, 0)
     assert found["scan_backward"][1] == 0
+
+
+@needs_nvrtc
+def test_instructions_a_step():
+    """Of the defaults on 9.0, beside 183 and 510 of Triton's kernels; room for as many warps as those have."""
+    compile_or_skip((9, 0), Variant(1, 4, False))
+    command = [sys.executable, REPOSITORY / "benchmarks" / "kernel_resources.py", "--backends", "cuda", "--json"]
+    out = subprocess.run([*command, "--capabilities", "90"], capture_output=True, text=True, check=True).stdout
+    rows = [row for row in json.loads(out) if row["variant"] == "cuda chunk 8, default"]
+    assert sorted((row["kernel"], row["directions"]) for row in rows) == sorted(
+        (kernel, K) for kernel in cuda_backend.KERNELS for K in (1, 4)
+    )
+    for row in rows:
+        forward = row["kernel"] == "scan_forward"
+        assert 100 < row["instructions"] <= (140 if forward else 355), row
+        assert row["warps"] >= (16 if forward else 8), row
 
 
 @needs_nvrtc

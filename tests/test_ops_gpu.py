@@ -17,7 +17,7 @@ import models_arm
 import ops
 from conftest import Batches, loop_args, relative_error
 from mamba import FOUR_DIRECTIONS, Block, scan_orders
-from ops import fused, naive
+from ops import cuda_backend, fused, measured, naive
 from test_ops import assert_same, conv_inputs, public, random_order, scan_inputs
 from util.metrics import SilentLog
 from util.run import Run
@@ -40,8 +40,15 @@ def _poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["torch", "mamba_ssm", "triton"])
+@pytest.fixture(params=["torch", "mamba_ssm", "triton", "cuda"])
 def backend(request):
+    if reason := ops.unavailable(request.param):
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def kernels(request):
     if reason := ops.unavailable(request.param):
         pytest.skip(reason)
     return request.param
@@ -54,7 +61,7 @@ def on_gpu(leaves):
 @pytest.mark.usefixtures("_poisoned_memory")
 @pytest.mark.parametrize("varying", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("K", "ordered"), [(1, False), (1, True), (4, False), (4, True)])
-@pytest.mark.parametrize(("L", "D"), [(1, 32), (37, 96), (197, 64)])
+@pytest.mark.parametrize(("L", "D"), [(1, 32), (37, 96), (197, 64), (24, 384)])
 def test_scan(backend, L, D, K, ordered, varying):
     if (backend, L, varying) == ("mamba_ssm", 1, torch.bfloat16):
         pytest.skip("A has no gradient where there is one token, but 1e-7 with mamba-ssm's kernel")
@@ -74,13 +81,14 @@ def test_conv(backend, L, D, W, K, ordered, varying):
 
 
 @pytest.mark.usefixtures("_poisoned_memory")
+@pytest.mark.parametrize("rank", [3, 8])  # rows of 8 + 16 + 16 numbers begin at multiples of 16 bytes
 @pytest.mark.parametrize("varying", [torch.float32, torch.bfloat16])
-def test_views_under_autocast(backend, varying):
+def test_views_under_autocast(backend, varying, rank):
     leaves = on_gpu(scan_inputs(D=64, varying=varying))
-    leaves["B"] = torch.randn(4, 2, 37, 3 + 16 + 16, device="cuda").to(varying).requires_grad_()
+    leaves["B"] = torch.randn(4, 2, 37, rank + 16 + 16, device="cuda").to(varying).requires_grad_()
 
     def views(inputs):
-        _, B, C = inputs["B"].split([3, 16, 16], dim=-1)
+        _, B, C = inputs["B"].split([rank, 16, 16], dim=-1)
         return {**inputs, "B": B, "C": C * inputs["C"]}
 
     def compute(**inputs):
@@ -91,15 +99,66 @@ def test_views_under_autocast(backend, varying):
     assert_same("selective_scan", compute, leaves, order, views, tolerance=TOLERANCE[varying])
 
 
-def test_the_longest_sequence():
+def test_the_longest_sequence(kernels):
     """768 pixels, 2,304 patches and the class token, in the four orders of the classifier."""
     order = scan_orders((48, 48)).cuda()
+    varying, tolerance = (torch.bfloat16, 1e-2) if kernels == "cuda" else (torch.float32, 1e-3)
     for op, inputs in (("selective_scan", scan_inputs), ("causal_conv1d", conv_inputs)):
-        leaves = on_gpu(inputs(batch=1, L=2305, D=32))
-        assert_same(op, public(op, "triton"), leaves, order, tolerance=1e-3)
+        leaves = on_gpu(inputs(batch=1, L=2305, D=32, varying=varying))
+        assert_same(op, public(op, kernels), leaves, order, tolerance=tolerance)
 
 
-def test_more_than_two_billion_elements():
+def test_gradients_that_are_not_dense(kernels):
+    """Strides of 0, channels that are not contiguous, and rows at odd addresses."""
+    shape = (2, 2, 37, 64)
+    for dy in (
+        lambda shape: torch.randn(1, *shape[1:]).expand(shape),
+        lambda shape: torch.randn(*shape[:2], shape[3], shape[2]).mT,
+        lambda shape: torch.randn(*shape[:3], shape[3] + 1)[..., 1:],
+    ):
+        leaves, order = on_gpu(scan_inputs(K=2, D=64, varying=torch.bfloat16)), random_order(2, 37, "cuda")
+        assert leaves["u"].shape == shape
+        assert_same("selective_scan", public("selective_scan", kernels), leaves, order, grad=dy, tolerance=1e-2)
+
+
+def test_in_a_cuda_graph(kernels):
+    """Forward and backward pass, captured on a stream of its own and replayed on other numbers."""
+    leaves = on_gpu(scan_inputs(K=4, D=128, varying=torch.bfloat16))
+    order = random_order(4, 37, "cuda")
+    dy = torch.randn(leaves["u"].shape, device="cuda").bfloat16()
+
+    def step():
+        y = public("selective_scan", kernels)(**leaves, order=order)
+        return [y, *torch.autograd.grad(y, list(leaves.values()), dy)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()  # compiles, loads, and checks the order
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        leaves["u"].mul_(0.5)
+    graph.replay()
+    for name, got, want in zip(["y", *leaves], captured, step(), strict=True):
+        assert torch.equal(got, want), name
+
+
+def test_either_chunk(monkeypatch):
+    """Both are in `bench_scan.py`; a default is one of them."""
+    if reason := ops.unavailable("cuda"):
+        pytest.skip(reason)
+    for chunk in (4, 8):
+        monkeypatch.setattr(cuda_backend, "CHUNKS", {torch.cuda.get_device_capability(): chunk})
+        for ordered in (False, True):
+            leaves = on_gpu(scan_inputs(D=128, varying=torch.bfloat16))
+            order = random_order(4, 37, "cuda") if ordered else None
+            assert_same("selective_scan", public("selective_scan", "cuda"), leaves, order, tolerance=1e-2)
+
+
+def test_more_than_two_billion_elements(kernels):
     """A batch of 1,024 of ARM-huge at 1,600 tokens: the last image, its gradients too, equals the same image alone."""
     batch, L, D = 1024, 1600, 1536
     if torch.cuda.mem_get_info()[0] < 80e9:
@@ -114,7 +173,7 @@ def test_more_than_two_billion_elements():
     results = []
     for inputs in (alone, many):
         leaves = {name: tensor.requires_grad_(name in ("u", "dt", "B", "C")) for name, tensor in inputs.items()}
-        y = public("selective_scan", "triton")(**leaves)
+        y = public("selective_scan", kernels)(**leaves)
         grads = torch.autograd.grad(y, [leaves[name] for name in ("u", "dt", "B", "C")], torch.ones_like(y))
         results.append([tensor[:, -1].clone() for tensor in (y.detach(), *grads)])
         del y, grads
@@ -124,7 +183,7 @@ def test_more_than_two_billion_elements():
     results = []
     for inputs in (alone, many):
         x = inputs["u"].detach()[0].requires_grad_()
-        y = ops.causal_conv1d(x, **conv, backend="triton")
+        y = ops.causal_conv1d(x, **conv, backend=kernels)
         (grad,) = torch.autograd.grad(y, [x], torch.ones_like(y))
         results.append((y.detach()[:, -1].clone(), grad[-1].clone()))
         del x, y, grad
@@ -163,8 +222,8 @@ KINDS = pytest.mark.parametrize("kind", ["pretrain", "finetune"])
 
 
 @KINDS
-def test_whole_models_against_the_torch_backend(kind):
-    model, imgs = build(kind, "triton")
+def test_whole_models_against_the_torch_backend(kind, kernels):
+    model, imgs = build(kind, kernels)
     reference, _ = build(kind, "torch")
     want = loss_and_gradients(reference, imgs, mixed=False)
     assert_close(loss_and_gradients(model, imgs, mixed=False), want, 1e-3)
@@ -173,8 +232,8 @@ def test_whole_models_against_the_torch_backend(kind):
 
 
 @KINDS
-def test_two_runs_are_equal_bit_for_bit(kind):
-    model, imgs = build(kind, "triton")
+def test_two_runs_are_equal_bit_for_bit(kind, kernels):
+    model, imgs = build(kind, kernels)
     first, second = loss_and_gradients(model, imgs), loss_and_gradients(model, imgs)
     for name, gradient in first.items():
         if "layers" in name:  # the encoder; PyTorch's attention and convolution promise less
@@ -182,8 +241,10 @@ def test_two_runs_are_equal_bit_for_bit(kind):
 
 
 @KINDS
-@pytest.mark.parametrize("choice", ["auto", "torch"])
+@pytest.mark.parametrize("choice", ["auto", "torch", "cuda"])
 def test_compiled_equals_eager(kind, choice):
+    if reason := ops.unavailable(choice):
+        pytest.skip(reason)
     model, imgs = build(kind, choice)
     compiled = copy.deepcopy(model)
     compiled.compile(fullgraph=True)
@@ -241,5 +302,8 @@ def test_training_does_not_wait_between_log_lines(monkeypatch):
     assert reads.count(torch.Size([5])) == 2
 
 
-def test_auto_is_triton():
-    assert ops.choose_backend("auto", torch.device("cuda"), torch.bfloat16, 768) == "triton"
+def test_auto_is_what_is_measured():
+    device = torch.device("cuda")
+    best = "cuda" if measured.faster("cuda", device) else "triton"
+    assert ops.choose_backend("auto", device, torch.bfloat16, 768) == best
+    assert ops.choose_backend("auto", device, torch.float32, 768) == "triton"

@@ -345,7 +345,7 @@ def compiled_here(*argv):
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_registers_spills_and_instructions(capability):
     """As a training run launches the kernels: one direction of 128 tokens, four of 197."""
-    rows = json.loads(compiled_here("--capabilities", capability, "--json"))
+    rows = json.loads(compiled_here("--backends", "triton", "--capabilities", capability, "--json"))
     assert sorted((row["kernel"], row["directions"]) for row in rows) == sorted((k, d) for k in BOUNDS for d in (1, 4))
     for row in rows:
         assert row["capability"] == capability
@@ -357,7 +357,7 @@ def test_registers_spills_and_instructions(capability):
 
 
 def test_table_of_resources():
-    lines = compiled_here("--capabilities", 90).splitlines()
+    lines = compiled_here("--backends", "triton", "--capabilities", 90).splitlines()
     assert [line.split()[:3] for line in lines[2:]] == [
         [kernel.removesuffix("_kernel"), "90", directions] for directions in ("1", "4") for kernel in BOUNDS
     ]
