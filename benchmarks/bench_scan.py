@@ -28,6 +28,7 @@ import ops
 from ops import naive
 from util import cli, machine
 from util.dist import init_device
+from util.errors import UserError
 
 NAMES = ("u", "dt", "A", "B", "C", "D", "dt_bias")
 # K, B, D, L, N. On a GPU: a block of ARM-base in pretraining and in finetuning, of ARM-huge in pretraining.
@@ -52,6 +53,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = cli.Parser("bench_scan.py", description=__doc__.splitlines()[0])
     parser.add_argument("--device", type=cli.filled, help="cuda or cpu (default: cuda where there is a GPU)")
+    parser.add_argument("--contestants", type=cli.filled, nargs="+", metavar="NAME", help="default: all that run here")
     parser.add_argument("--sizes", type=size, nargs="+", metavar="K,B,D,L,N", help="default: those of ARM's blocks")
     parser.add_argument(
         "--repetitions", type=cli.positive, default=11, help="timed rounds, after three more (default: %(default)s)"
@@ -157,23 +159,26 @@ def make_inputs(sizes: tuple[int, ...], device: torch.device) -> list[Tensor]:
     return [x.to(device).requires_grad_() for x in inputs]
 
 
-def check(scans: dict[str, Scan], inputs: list[Tensor], images: int = 4) -> None:
+def check(scans: dict[str, Scan], inputs: list[Tensor], images: int = 4) -> dict[str, str]:
     """Compare y and every gradient of each contestant with the oracle's, on the first images.
 
-    Raises:
-        RuntimeError: one differs by more than `ERROR`.
+    Returns:
+        For each contestant that differs by more than `ERROR`, a line that says so.
     """
     few = [x.detach()[:, :images] if x.ndim == 4 else x.detach() for x in inputs]
     few = [x.requires_grad_() for x in few]
     y = naive.selective_scan(*few)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
     expected = [y.detach(), *torch.autograd.grad(y, few, dy)]
+    wrong = {}
     for name, scan in scans.items():
         y = scan(*few)
-        for label, got, want in zip(("y", *NAMES), (y, *torch.autograd.grad(y, few, dy)), expected, strict=True):
+        found = (y, *torch.autograd.grad(y, few, dy))
+        for label, got, want in zip(("y", *NAMES), found, expected, strict=True):
             error = ((got - want).abs().max() / want.abs().max().clamp(min=1e-30)).item()
             if not error < ERROR[inputs[0].dtype]:
-                raise RuntimeError(f"{name} is wrong, so it is not timed: {label} differs by {error:.1e}")
+                wrong.setdefault(name, f"{name} is wrong, so it is not timed: {label} differs by {error:.1e}")
+    return wrong
 
 
 def time_scans(scans: dict[str, Scan], inputs: list[Tensor], repetitions: int) -> dict[str, dict[str, float]]:
@@ -196,17 +201,25 @@ def main(args: argparse.Namespace) -> None:
     about = machine.describe(args.device)
     output = machine.result_file("scan", about, args.output)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    yardstick, results = YARDSTICK[args.device.type], []
+    yardstick, results, wrong = YARDSTICK[args.device.type], [], []
     for sizes in args.sizes or SIZES[args.device.type]:
         inputs = make_inputs(sizes, args.device)
         found = contestants(inputs)
+        if unknown := set(args.contestants or ()) - found.keys():
+            raise UserError(f"--contestants {' '.join(sorted(unknown))}: there are {', '.join(found)}")
+        found = {name: scan for name, scan in found.items() if name in (args.contestants or found)}
         scans = {name: scan for name, scan in found.items() if callable(scan)}
-        check(scans, inputs)
+        for name, line in check(scans, inputs).items():
+            found[name] = line
+            wrong.append(line)
+            del scans[name]
         us = time_scans(scans, inputs, args.repetitions)
         ratio = {name: us[yardstick]["both"] / t["both"] for name, t in us.items()} if yardstick in us else {}
         label = dict(zip("KBDLN", sizes, strict=True))
         dtype = str(inputs[0].dtype).removeprefix("torch.")
         results.append({"size": label, "dtype": dtype, "microseconds": us, f"times_faster_than_{yardstick}": ratio})
+        results[-1]["left_out"] = {name: reason for name, reason in found.items() if name not in us}
+        machine.write(output, {**about, "results": results}, quiet=True)  # what is measured stays, whatever comes
         print(f"\n{args.device.type}, {dtype}, " + " ".join(f"{key} {n}" for key, n in label.items()))
         print(f"{'µs':<16}{'forward':>12}{'backward':>12}{'both':>12}" + (f"{'x ' + yardstick:>14}" if ratio else ""))
         for name, scan in found.items():
@@ -216,6 +229,8 @@ def main(args: argparse.Namespace) -> None:
             row = "".join(f"{us[name][part]:>12.1f}" for part in ("forward", "backward", "both"))
             print(f"{name:<16}{row}" + (f"{ratio[name]:>14.1f}" if ratio else ""))
     machine.write(output, {**about, "results": results})
+    if wrong:
+        raise RuntimeError("; ".join(wrong))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python benchmarks/bench_train.py
     python benchmarks/bench_train.py --cases pretrain_base --profile
+    python benchmarks/bench_train.py --switches none cuda_graph all
 
 For each case both compositions train the same model on the same random images, which lie on the device: ours through
 `util.train_loop.train_epoch` (compiled blocks, fused AdamW, no waiting), the released one through released.py
@@ -9,7 +10,11 @@ For each case both compositions train the same model on the same random images, 
 their place, which says nothing about the released code: no ratio is shown).
 After a warm-up the median of several rounds counts, by CUDA events on a GPU. `--backend`, `--no_compile` and
 `--released_loop` make up one composition by hand: `--backend mamba_ssm --no_compile --released_loop` is the released
-one. `--cuda_graph` and `--no_cuda_graph` decide about CUDA graphs wherever our loop trains.
+one. `--cuda_graph`, `--no_cuda_graph` and `--fused_ops` count wherever our loop trains. `--switches` trains with the
+kernels of `SWITCHES` that it names instead, each alone: what a default would have to be measured with.
+
+Beside the time of a step stands the time in which the GPU is busy with it: the union of the intervals of all kernels
+and copies in a trace of one more round. What lies between the two is the host's.
 
 Model FLOP utilisation is 3 x F x images/s / peak. F are the floating-point operations of the matrix products and
 convolutions of one image's forward pass, as `torch.utils.flop_counter` counts them; the backward pass takes twice as
@@ -18,9 +23,13 @@ many. The scan is left out. Peak is the data sheet's dense bfloat16 rate, withou
 
 import argparse
 import gc
+import json
+import math
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -42,12 +51,14 @@ import engine_pretrain
 import models_arm
 import ops
 from benchmarks import released
+from ops import BackendUnavailable, fused
 from util import cli, machine
 from util.cuda_graph import captures
 from util.dist import init_device
-from util.errors import as_user_error
+from util.errors import RunError, as_user_error
+from util.files import output_file, write_text
 from util.lr_decay import param_groups_layer_decay
-from util.metrics import SilentLog
+from util.metrics import RunLog, SilentLog
 from util.run import Run
 
 PEAK = {"H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "A100": 312e12, "B200": 2250e12}  # bf16, dense
@@ -82,6 +93,13 @@ class Composition(NamedTuple):
     compiled: bool
     released_loop: bool
     cuda_graph: bool
+    fused_ops: list[str]
+
+
+MODEL_OPS = [name for name in fused.FUSED if name != "augment"]  # those of the model
+SWITCHES = ("none", "cuda_graph", "cuda", *MODEL_OPS, "all", "released")
+PRINTED = Path("-")
+PROFILE = "Profiles of bench_train.py"  # the first line of their file
 
 
 class RandomBatches:
@@ -111,10 +129,10 @@ def build(case: Case, backend: str, device: torch.device) -> nn.Module:
         return models_arm.create_classifier(case.model, drop_path_rate=rate, **sizes)
 
 
-def loop_args(case: Case, cuda_graph: bool) -> argparse.Namespace:
+def loop_args(case: Case, cuda_graph: bool = False, lr: float = 1e-5) -> argparse.Namespace:
     """The arguments that `train_epoch` looks at, for one epoch at a constant learning rate."""
     return argparse.Namespace(
-        lr=1e-5, min_lr=1e-5, warmup_epochs=0, epochs=1, accum_iter=1, seed=0, output_dir="", start_epoch=None,
+        lr=lr, min_lr=lr, warmup_epochs=0, epochs=1, accum_iter=1, seed=0, output_dir="", start_epoch=None,
         batch_size=case.batch_size, clip_grad=3.0 if case.task == "pretrain" else None, save_every_steps=None,
         max_nonfinite=3, cuda_graph=cuda_graph,
     )  # fmt: skip
@@ -123,18 +141,32 @@ def loop_args(case: Case, cuda_graph: bool) -> argparse.Namespace:
 def flops_per_image(case: Case) -> int:
     """Floating-point operations of the products in one image's forward pass; nothing is computed for it."""
     meta = torch.device("meta")
+    fused.use(["none"], meta)  # the counter knows the products of torch
     model = build(case, "torch", meta)
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, case.img_size, case.img_size, device=meta))
     return counter.get_total_flops()
 
 
-def epoch_runner(case: Case, how: Composition, steps: int, device: torch.device) -> Callable[[], object]:
-    """What trains `steps` updates when it is called."""
+def epoch_runner(
+    case: Case,
+    how: Composition,
+    steps: int,
+    device: torch.device,
+    lr: float = 1e-5,
+    log: RunLog | SilentLog = SilentLog(),  # noqa: B008 (it holds nothing)
+) -> Callable[[], object]:
+    """Return what trains `steps` updates when it is called; `log` is told of what our loop logs."""
+    torch._dynamo.reset()
+    gc.collect()  # the model before this one is held in cycles
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    fused.use(how.fused_ops or ["none"], device)
     model = build(case, how.backend, device)
     classes = 1 if case.task == "pretrain" else model.head.out_features
     loader = RandomBatches(case, classes, steps, device)
-    args = loop_args(case, how.cuda_graph)
+    args = loop_args(case, how.cuda_graph, lr)
     if case.task == "pretrain":
         groups, betas, ema = param_groups_weight_decay(model, 0.05), (0.9, 0.95), None
     else:
@@ -164,27 +196,25 @@ def epoch_runner(case: Case, how: Composition, steps: int, device: torch.device)
 
     def epoch() -> None:
         run.samples = 0
-        common = (loader, run, device, SilentLog())
+        common = (loader, run, device, log)
         if case.task == "pretrain":
             engine_pretrain.train_one_epoch(model, *common)
         else:
             engine_finetune.train_one_epoch(model, criterion, *common, mixup)
+        if how.cuda_graph and not run.graphs.calls:
+            raise RuntimeError("no block could be captured in CUDA graphs")
 
     return epoch
 
 
 def measure(case: Case, how: Composition, args: argparse.Namespace) -> dict[str, float | None]:
-    """Images/s, MFU and peak memory of one composition."""
+    """Images/s, busy time, MFU and peak memory of one composition."""
     gpu = args.device.type == "cuda"
-    torch._dynamo.reset()
-    gc.collect()  # the model before this one is held in cycles
-    if gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(args.device)
     run = epoch_runner(case, how, args.steps, args.device)
     start_up, _ = machine.time_once(run, args.device)
     times = [machine.time_once(run, args.device)[0] for _ in range(args.rounds)]
-    if args.profile:
+    busy = busy_seconds(run) if gpu else None
+    if args.profile is not None:
         show_profile(run, args)
     speed = case.batch_size * args.steps / statistics.median(times)
     name = torch.cuda.get_device_name(args.device) if gpu else ""
@@ -192,32 +222,98 @@ def measure(case: Case, how: Composition, args: argparse.Namespace) -> dict[str,
     return {
         "images_per_second": speed,
         "ms_per_step": 1000 * case.batch_size / speed,
+        "ms_per_step_of_rounds": [1000 * seconds / args.steps for seconds in times],
+        "busy_ms_per_step": busy and 1000 * busy / args.steps,
         "mfu": peak and 3 * flops_per_image(case) * speed / peak,
         "peak_memory_gb": torch.cuda.max_memory_allocated(args.device) / 1e9 if gpu else None,
         "first_epoch_seconds": start_up,  # with what is compiled at first use
     }
 
 
+def busy_seconds(run: Callable[[], object]) -> float:
+    """Seconds in which the GPU works while `run` runs."""
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        run()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        recorded.export_chrome_trace(str(path))  # the one place where annotations, which span gaps, are told apart
+        events = json.loads(path.read_text())["traceEvents"]
+    works = ("kernel", "gpu_memcpy", "gpu_memset")
+    return union((e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") in works) / 1e6
+
+
+def union(intervals: Iterable[tuple[float, float]]) -> float:
+    """Return the length of what the intervals (start, end) cover together."""
+    covered, reached = 0.0, -math.inf
+    for start, end in sorted(intervals):
+        covered += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return covered
+
+
 def show_profile(run: Callable[[], object], args: argparse.Namespace) -> None:
-    """Print where the time of `args.steps` steps goes, by kernel on a GPU, by operator elsewhere."""
+    """Show where the time of `args.steps` steps goes, by kernel on a GPU, by operator elsewhere.
+
+    The 30 longest rows are printed; a file gets all of them.
+    """
     gpu = args.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu) as recorded:
         run()
     order = "self_device_time_total" if gpu else "self_cpu_time_total"
-    print(recorded.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=70))
+    rows, width = (30, 70) if args.profile == PRINTED else (-1, 150)
+    table = recorded.key_averages().table(sort_by=order, row_limit=rows, max_name_column_width=width)
+    if args.profile == PRINTED:
+        print(table)
+    else:
+        args.profiles.append(f"{args.now}, {args.steps} steps\n{table}")
+        write_text(args.profile, "\n\n".join(args.profiles))
 
 
-def compositions(args: argparse.Namespace) -> dict[str, Composition]:
-    """What is compared, by name: ours and the released one, or the one that the flags make up."""
+def unavailable(switch: str, device: torch.device) -> str | None:
+    """Return why a switch, "cuda_graph", "cuda" or of `MODEL_OPS`, cannot be turned on here; None if it can."""
+    if switch == "cuda":
+        return "there is no such backend" if switch not in ops.BACKENDS else ops.unavailable(switch)
+    try:
+        if switch == "cuda_graph":
+            captures(True, device)
+        else:
+            fused.use([switch], device)
+    except (ValueError, BackendUnavailable) as error:
+        return f"it {error}" if switch == "cuda_graph" else str(error)
+    return None
+
+
+def switched(name: str, device: torch.device, compiled: bool) -> Composition | str:
+    """Return the composition with one of `SWITCHES` on, "all" for those that work here; or why there is none."""
+    if name == "released":
+        backend = "mamba_ssm" if device.type == "cuda" else "torch"
+        return ops.unavailable(backend) or Composition(backend, False, True, False, [])
+    on = {"none": [], "all": [switch for switch in SWITCHES if switch not in ("none", "all", "released")]}.get(name)
+    if on is None:
+        on = [name]
+        if reason := unavailable(name, device):
+            return reason
+    on = [switch for switch in on if unavailable(switch, device) is None]
+    plain = "triton" if device.type == "cuda" else "auto"
+    backend = "cuda" if "cuda" in on else plain
+    return Composition(backend, compiled, False, "cuda_graph" in on, [switch for switch in on if switch in MODEL_OPS])
+
+
+def compositions(args: argparse.Namespace) -> dict[str, Composition | str]:
+    """What is compared, by name: ours and the released one, or what the flags make up; a line where it cannot be."""
     gpu = args.device.type == "cuda"
+    if args.switches:
+        return {name: switched(name, args.device, gpu and not args.no_compile) for name in args.switches}
     if args.backend or args.released_loop:
         compiled = gpu and not args.no_compile and not args.released_loop
         graphs = args.cuda_graph and not args.released_loop
-        return {"by hand": Composition(args.backend or "auto", compiled, args.released_loop, graphs)}
+        fused_ops = [] if args.released_loop else args.fused_ops
+        return {"by hand": Composition(args.backend or "auto", compiled, args.released_loop, graphs, fused_ops)}
     yardstick = "mamba_ssm" if gpu and ops.unavailable("mamba_ssm") is None else "torch"
     return {
-        "ours": Composition("auto", gpu and not args.no_compile, False, args.cuda_graph),
-        f"released ({yardstick})": Composition(yardstick, False, True, False),
+        "ours": Composition("auto", gpu and not args.no_compile, False, args.cuda_graph, args.fused_ops),
+        f"released ({yardstick})": Composition(yardstick, False, True, False, []),
     }
 
 
@@ -226,30 +322,53 @@ def main(args: argparse.Namespace) -> None:
     args.device = init_device(args.device)  # as the training scripts set it up
     with as_user_error(ValueError, prefix="--cuda_graph "):
         args.cuda_graph = captures(args.cuda_graph, args.device)
+    with as_user_error(BackendUnavailable, prefix=f"--fused_ops {' '.join(args.fused_ops)}: "):
+        args.fused_ops = fused.use(args.fused_ops, args.device)
     about = machine.describe(args.device)
     output = machine.result_file("train", about, args.output)
+    if args.profile not in (None, PRINTED):
+        output_file(args.profile, lambda path: path.read_text(errors="replace").startswith(PROFILE), flag="--profile")
+        args.profiles = [PROFILE]
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    print(f"{'case':<16}{'composition':<24}{'images/s':>10}{'ms/step':>10}{'MFU':>8}{'GB':>8}{'start s':>9}{'x':>7}")
-    results = []
-    for name in args.cases:
-        speeds = {}
-        for kind, how in compositions(args).items():
-            case = CASES[name]._replace(batch_size=args.batch_size or CASES[name].batch_size)
-            try:
-                row = measure(case, how, args)
-            except torch.OutOfMemoryError:
-                print(f"{name:<16}{kind:<24}{'out of memory':>20}", flush=True)
-                results.append({"case": name, "composition": kind, **how._asdict(), "out_of_memory": True})
-                continue
-            speeds[kind] = row["images_per_second"]
-            results.append({"case": name, "composition": kind, "batch_size": case.batch_size, **how._asdict(), **row})
-            mfu = f"{row['mfu']:.1%}" if row["mfu"] else "-"
-            memory = f"{row['peak_memory_gb']:.1f}" if row["peak_memory_gb"] else "-"
-            fair = kind == "released (mamba_ssm)" and "ours" in speeds
-            ratio = f"{speeds['ours'] / speeds[kind]:.2f}" if fair else ""
-            numbers = f"{speeds[kind]:>10.1f}{row['ms_per_step']:>10.1f}{mfu:>8}{memory:>8}"
-            print(f"{name:<16}{kind:<24}{numbers}{row['first_epoch_seconds']:>9.1f}{ratio:>7}", flush=True)
-    machine.write(output, {**about, "steps": args.steps, "results": results})
+    print(f"{'case':<16}{'composition':<24}{'images/s':>10}{'ms/step':>10}{'busy':>8}", end="")
+    print(f"{'MFU':>8}{'GB':>8}{'start s':>9}{'x':>7}")
+    report, speeds = {**about, "steps": args.steps, "results": []}, {}
+    todo = [(name, kind) for name in args.cases for kind in compositions(args)]
+    if args.switches:  # the first switches of all cases count more than the last of one
+        todo = [(name, kind) for kind in args.switches for name in args.cases]
+    for name, kind in todo:
+        case = CASES[name]._replace(batch_size=args.batch_size or CASES[name].batch_size)
+        how, row = compositions(args)[kind], {"case": name, "composition": kind}
+        report["results"].append(row)
+        if isinstance(how, str):
+            print(f"{name:<16}{kind:<24}left out: {how}", flush=True)
+            row["left_out"] = how
+            continue
+        row |= {"batch_size": case.batch_size, **how._asdict()}
+        args.now = f"{name}, {kind}"
+        try:
+            row |= measure(case, how, args)
+        except torch.OutOfMemoryError:
+            print(f"{name:<16}{kind:<24}{'out of memory':>20}", flush=True)
+            row["out_of_memory"] = True
+            continue
+        except Exception as error:  # of one kernel: the others can still be measured
+            traceback.print_exc()
+            row["failed"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            print(f"{name:<16}{kind:<24}failed: {row['failed']}", flush=True)
+            continue
+        speeds[name, kind] = speed = row["images_per_second"]
+        busy = f"{row['busy_ms_per_step']:.1f}" if row["busy_ms_per_step"] else "-"
+        mfu = f"{row['mfu']:.1%}" if row["mfu"] else "-"
+        memory = f"{row['peak_memory_gb']:.1f}" if row["peak_memory_gb"] else "-"
+        fair = kind == "released (mamba_ssm)" and (name, "ours") in speeds
+        ratio = f"{speeds[name, 'ours'] / speed:.2f}" if fair else ""
+        numbers = f"{speed:>10.1f}{row['ms_per_step']:>10.1f}{busy:>8}{mfu:>8}{memory:>8}"
+        print(f"{name:<16}{kind:<24}{numbers}{row['first_epoch_seconds']:>9.1f}{ratio:>7}", flush=True)
+        machine.write(output, report, quiet=True)  # what is measured stays, whatever comes
+    machine.write(output, report)
+    if failed := [f"{row['case']}, {row['composition']}" for row in report["results"] if "failed" in row]:
+        raise RunError(f"failed: {'; '.join(failed)}")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -268,8 +387,19 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", choices=ops.BACKENDS, help="train with this scan backend alone")
     parser.add_argument("--no_compile", action="store_true", help="run the blocks eagerly")
     cli.add_cuda_graph(parser)
+    cli.add_fused_ops(parser)
+    parser.add_argument(
+        "--switches", nargs="+", choices=SWITCHES, help="compare these, each alone: none, all, released, or a kernel"
+    )
     parser.add_argument("--released_loop", action="store_true", help="train with the released composition's loop alone")
-    parser.add_argument("--profile", action="store_true", help="also print where the time goes")
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        nargs="?",
+        const=PRINTED,
+        metavar="FILE",
+        help="also show where the time goes; all rows in a file",
+    )
     parser.add_argument("--output", type=Path, help="JSON file (default: in benchmarks/results/)")
     return parser
 

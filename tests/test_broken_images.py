@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from PIL import EpsImagePlugin, Image
 
@@ -154,7 +155,7 @@ def test_decoders_without_memory(photographs, monkeypatch):
 
     data = encoded(photographs[0].resize((90, 60)))
     monkeypatch.setattr(Image, "open", exhausted)
-    monkeypatch.setattr(decode.simplejpeg, "decode_jpeg", exhausted)
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", exhausted)
     for read in BOTH:
         with pytest.raises(decode.BrokenImage, match="not enough memory to decode it"):
             read(data)
@@ -162,7 +163,7 @@ def test_decoders_without_memory(photographs, monkeypatch):
 
 def test_headers_that_contradict_each_other(photographs, monkeypatch):
     """A part drawn for one size is not cut out of an image of another."""
-    monkeypatch.setattr(decode.simplejpeg, "decode_jpeg_header", lambda data: (500, 400, "CMYK", "444"))
+    monkeypatch.setattr(simplejpeg, "decode_jpeg_header", lambda data: (500, 400, "CMYK", "444"))
     data = encoded(photographs[0].resize((90, 60)).convert("CMYK"))
     with pytest.raises(decode.BrokenImage, match="its headers contradict each other"):
         decode.crop_of(data, lambda height, width: (300, 200, 100, 100))

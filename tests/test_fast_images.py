@@ -7,6 +7,7 @@ import struct
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from PIL import Image
 from timm.data import auto_augment
@@ -168,10 +169,8 @@ def test_crops_are_those_of_the_whole_image(photographs, subsampling, options):
 
 def test_rows_below_a_crop_are_not_decoded(photographs, monkeypatch):
     shapes = []
-    jpeg = decode.simplejpeg.decode_jpeg
-    monkeypatch.setattr(
-        decode.simplejpeg, "decode_jpeg", lambda *a, **k: shapes.append(jpeg(*a, **k).shape) or jpeg(*a, **k)
-    )
+    jpeg = simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *a, **k: shapes.append(jpeg(*a, **k).shape) or jpeg(*a, **k))
     decode.crop_of(encoded(photographs[0]), lambda *_: (10, 20, 100, 50))
     decode.crop_of(encoded(photographs[0].resize((2500, 1700))), lambda *_: (0, 0, 1200, 1300), (192, 192))
     assert shapes == [(112, 640, 3), (301, 625, 3)]  # the second one at a quarter of its sides

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import importlib.util
 import io
 import logging
 import multiprocessing
@@ -180,15 +181,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--no_compile", action="store_false", dest="compile", help="run them eagerly")
     add_cuda_graph(group)
-    group.add_argument(
-        "--fused_ops",
-        nargs="+",
-        choices=("auto", "all", "none", *fused.FUSED),
-        default=["auto"],
-        metavar="NAME",
-        help=f"join operators on a GPU: all, none, or some of {', '.join(fused.FUSED)}; auto takes those that are "
-        "measured to be faster on this GPU (default: auto)",
-    )
+    add_fused_ops(group)
     group.add_argument(
         "--fsdp",
         action="store_true",
@@ -219,6 +212,19 @@ def add_cuda_graph(parser: argparse._ActionsContainer) -> None:
         "is measured to be faster on this GPU)",
     )
     parser.add_argument("--no_cuda_graph", action="store_false", dest="cuda_graph", help="launch each kernel by itself")
+
+
+def add_fused_ops(parser: argparse._ActionsContainer) -> None:
+    """Which operators are fused."""
+    parser.add_argument(
+        "--fused_ops",
+        nargs="+",
+        choices=("auto", "all", "none", *fused.FUSED),
+        default=["auto"],
+        metavar="NAME",
+        help=f"join operators on a GPU: all, none, or some of {', '.join(fused.FUSED)}; auto takes those that are "
+        "measured to be faster on this GPU (default: auto)",
+    )
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -324,6 +330,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.scale[0] > args.scale[1] or args.scale[1] == 0:
         raise UserError("--scale: the smaller area comes first, and the larger one is above 0")
     args.world_size = world_size()
+    for flag in ("loader", "eval_loader"):
+        if getattr(args, flag, None) == "fast" and importlib.util.find_spec("simplejpeg") is None:
+            raise UserError(f"--{flag} fast needs simplejpeg: pip install simplejpeg, or take --{flag} pil")
     if args.fsdp and getattr(args, "eval", False):
         raise UserError("--eval does not shard: leave --fsdp out")
     if args.fsdp and args.world_size == 1:

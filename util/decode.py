@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from io import BytesIO
 
 import numpy as np
-import simplejpeg
 from PIL import Image, UnidentifiedImageError, features
 
 from util.files import printable
@@ -154,6 +153,8 @@ def crop_of(data: bytes, crop: Crop, size: tuple[int, int] | None = None) -> np.
     Raises:
         BrokenImage: says why.
     """
+    import simplejpeg  # here, so that what decodes no JPEG works without it
+
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:

@@ -146,20 +146,23 @@ def open_lock(path: Path) -> TextIO:
     return open(descriptor, "r+", encoding="utf-8", errors="surrogateescape")
 
 
-def output_file(path: Path, is_ours: Callable[[Path], bool], *inputs: str | os.PathLike) -> Path:
+def output_file(
+    path: Path, is_ours: Callable[[Path], bool], *inputs: str | os.PathLike, flag: str = "--output"
+) -> Path:
     """Return the path of a result, after proving before the work that it can be written there and loses nothing.
 
     Only a regular file that is an earlier result of the same kind is replaced. The folder is made where it is missing.
 
     Args:
-        path: what `--output` says, or its default.
+        path: what `flag` says, or its default.
         is_ours: whether a regular file is such a result; see `json_with` and `figure_of`.
         inputs: files that the script reads, under whatever name.
+        flag: for messages.
 
     Raises:
         UserError: names the path, and says why it cannot be or must not be written.
     """
-    name = f"--output {printable(path)}"
+    name = f"{flag} {printable(path)}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

@@ -52,8 +52,8 @@ def result_file(kind: str, machine: dict, given: str | Path | None = None) -> Pa
     return output_file(path, json_with(date=str, torch=str, cpu=str, threads=int))
 
 
-def write(path: Path, report: dict) -> None:
-    """Write a report as JSON and say where.
+def write(path: Path, report: dict, quiet: bool = False) -> None:
+    """Write a report as JSON and, unless `quiet`, say where.
 
     Raises:
         RunError: the file cannot be written.
@@ -62,7 +62,8 @@ def write(path: Path, report: dict) -> None:
         write_json(path, report)
     except OSError as error:
         raise RunError(f"--output {printable(path)} cannot be written: {error.strerror}") from error
-    print(f"\nwritten to {printable(path)}")
+    if not quiet:
+        print(f"\nwritten to {printable(path)}")
 
 
 def time_once(function: Callable[[], object], device: torch.device) -> tuple[float, object]:
