@@ -1,0 +1,267 @@
+"""Forward and backward of each fused operator beside `torch.compile`'s form of the same, in one run.
+
+    python benchmarks/bench_ops.py
+
+Each operator of `ops.fused` that belongs to the model is timed in the smallest brick that uses it: the convolution by
+itself, SwiGLU, the mixer, a block; on a GPU compiled, under autocast, at the sizes of ARM-base. A form that is wrong is
+not timed: every gradient is compared with the same brick in float64, and the fused form may differ from it by at most
+twice as much as the compiled one. An operator with which the brick computes by the same kernels as without is left out.
+Rounds interleave, and the median counts; the spread is the range of the middle half of the rounds.
+"""
+
+import argparse
+import statistics
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mamba import FOUR_DIRECTIONS, ONE_DIRECTION, Block, Mixer, SwiGLU, scan_orders
+from ops import BackendUnavailable, causal_conv1d, fused, unavailable
+from ops.operators import backend_module
+from util import cli, machine
+from util.dist import init_device
+from util.errors import RunError
+from util.train_loop import activation_dtype, autocast
+
+# Images, channels, and rows and columns of patches. One direction and no class token where the grid is None.
+SIZES = {
+    "pretraining": (256, 768, 128, None),
+    "finetuning": (128, 768, 197, (14, 14)),
+    "pretraining_toy": (2, 32, 6, None),
+    "finetuning_toy": (2, 32, 7, (2, 3)),
+}
+OPERATORS = [name for name in fused.FUSED if name != "augment"]
+ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of a tensor, by norm, in either form
+
+
+class Convolution(nn.Module):
+    """The mixer's convolutions, on one half of what `in_proj` gives: (B, L, 2 C) -> (K, B, L, C)."""
+
+    def __init__(self, dim: int, directions: int, backend: str) -> None:
+        super().__init__()
+        self.backend = backend
+        self.weight = nn.Parameter(torch.randn(directions, dim, 4) / 2)
+        self.bias = nn.Parameter(torch.randn(directions, dim) / 2)
+
+    def forward(self, x: Tensor, order: Tensor | None) -> Tensor:
+        return causal_conv1d(x.chunk(2, dim=-1)[0], self.weight, self.bias, order, self.backend)
+
+
+def brick(operator: str, size: tuple, backend: str, device: torch.device) -> tuple[nn.Module, list[Tensor | None]]:
+    """Return the smallest module that uses an operator, and its inputs: activations first."""
+    batch, dim, tokens, grid = size
+    directions = ONE_DIRECTION if grid is None else FOUR_DIRECTIONS
+    torch.manual_seed(0)
+    with device:
+        order = None if grid is None else scan_orders(grid).to(device)
+        x, low = torch.randn(batch, tokens, dim), activation_dtype(device)
+        if operator == "conv":
+            wide = torch.randn(batch, tokens, 2 * dim, dtype=low)
+            return Convolution(dim, len(directions), backend), [wide, order]
+        if operator == "swiglu":
+            return SwiGLU(dim), [x.to(low)]
+        if operator == "projections":
+            return Mixer(dim, 1.0, directions, backend), [x.to(low), order]
+        return Block(dim, 12, directions, backend), [x, order]  # the residual stream is float32
+
+
+def differentiated(module: nn.Module, inputs: list[Tensor | None], y: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients of the activations and of every parameter."""
+    return torch.autograd.grad(y, [inputs[0], *module.parameters()], dy)
+
+
+def gradient_of(y: Tensor) -> Tensor:
+    """Return the same random numbers for every y of this shape."""
+    dy = torch.randn(y.shape, generator=torch.Generator(y.device).manual_seed(1), device=y.device)
+    return dy.bfloat16().to(y)  # equal in every dtype
+
+
+def computed(module: nn.Module, inputs: list[Tensor | None]) -> dict[str, Tensor]:
+    """Return the output and all gradients by name."""
+    inputs = [inputs[0].detach().requires_grad_(), *inputs[1:]]
+    y = module(*inputs)
+    dy = gradient_of(y)
+    names = ("input", *(name for name, _ in module.named_parameters()))
+    return {"output": y.detach(), **dict(zip(names, differentiated(module, inputs, y, dy), strict=True))}
+
+
+class Kernels(TorchDispatchMode):
+    """Notes which operators run, and what our Triton kernels are compiled for, in `seen`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        self.seen.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+    def launch(self, start: Callable[..., None]) -> Callable[..., None]:
+        def noted(kernel: object, paths: int, *args: object, **constants: object) -> None:
+            self.seen.add(f"{kernel} {constants}")
+            start(kernel, paths, *args, **constants)
+
+        return noted
+
+
+def kernels_of(module: nn.Module, inputs: list[Tensor | None]) -> set[str]:
+    """Return what a brick runs, uncompiled."""
+    backend, kernels = backend_module("triton"), Kernels()
+    with patch.object(backend, "_launch", kernels.launch(backend._launch)), autocast(inputs[0].device), kernels:
+        computed(module, inputs)
+    return kernels.seen
+
+
+def form_of(module: nn.Module, name: str, device: torch.device) -> Callable[..., Tensor]:
+    """Return what calls a module under autocast, compiled on a GPU.
+
+    The compiler keeps its results by code object, so each form needs its own: which operators are fused is not among
+    the things that make it compile again.
+    """
+
+    def call(*inputs: Tensor | None) -> Tensor:
+        with autocast(device):
+            return module(*inputs)
+
+    if device.type != "cuda":
+        return call
+    code = call.__code__.replace(co_name=f"{name}_form")
+    return torch.compile(types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__))
+
+
+def check(operator: str, size: tuple, forms: dict[str, Callable], module: nn.Module, inputs: list) -> dict[str, dict]:
+    """Return the error of each tensor in each form, relative to its norm in float64.
+
+    Raises:
+        ValueError: a form is wrong; the message says how.
+    """
+    device = inputs[0].device
+    exact, _ = brick(operator, size, "torch", device)
+    exact.load_state_dict(module.state_dict())
+    want = computed(exact.double(), [inputs[0].double(), *inputs[1:]])
+    errors = {}
+    for name, form in forms.items():
+        fused.use([operator] if name == "fused" else ["none"], device)
+        got = computed(_Called(module, form), inputs)
+        errors[name] = {
+            key: ((got[key].double() - w).norm() / w.norm().clamp(min=1e-30)).item() for key, w in want.items()
+        }
+        for key, error in errors[name].items():
+            limit = ERROR[activation_dtype(device)]
+            if name == "fused":
+                limit = min(limit, 2 * errors["compiled"][key] + limit / 10)
+            if not error < limit:
+                raise ValueError(
+                    f"the {name} form is wrong: {key} differs by {error:.1e}, at most {limit:.1e} is right"
+                )
+    return errors
+
+
+class _Called(nn.Module):
+    """Calls a module through a form of it; its parameters have the module's names."""
+
+    def __init__(self, module: nn.Module, form: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.named_parameters, self.forward = module.named_parameters, form
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for _, parameter in self.named_parameters()]
+
+
+def time_forms(
+    operator: str, forms: dict[str, Callable], module: nn.Module, inputs: list, repetitions: int
+) -> dict[str, dict[str, float]]:
+    """Return microseconds of forward, backward and both, and the spread of both, by form; rounds interleave."""
+    device = inputs[0].device
+    inputs[0].requires_grad_()
+    times = {name: {"forward": [], "backward": [], "both": []} for name in forms}
+    for _ in range(repetitions + 3):
+        for name, form in forms.items():
+            fused.use([operator] if name == "fused" else ["none"], device)
+            forward, y = machine.time_once(lambda form=form: form(*inputs), device)
+            dy = gradient_of(y)
+            backward, _ = machine.time_once(lambda y=y, dy=dy: differentiated(module, inputs, y, dy), device)
+            for key, seconds in (("forward", forward), ("backward", backward), ("both", forward + backward)):
+                times[name][key].append(1e6 * seconds)
+    rows = {name: {key: statistics.median(us[3:]) for key, us in parts.items()} for name, parts in times.items()}
+    for name, parts in times.items():
+        quarters = statistics.quantiles(parts["both"][3:], n=4, method="inclusive") if repetitions > 1 else (0, 0, 0)
+        rows[name]["spread"] = quarters[2] - quarters[0]
+    return rows
+
+
+def measure(operator: str, size: tuple, device: torch.device, repetitions: int) -> dict[str, object]:
+    """Return the times and errors of both forms, or why there are none."""
+    reason = unavailable("triton")
+    try:
+        fused.use([operator], device)
+    except BackendUnavailable as error:
+        reason = str(error)
+    if reason:
+        return {"left_out": reason}
+    torch._dynamo.reset()
+    module, inputs = brick(operator, size, "triton", device)
+    seen = []
+    for names in (["none"], [operator]):
+        fused.use(names, device)
+        seen.append(kernels_of(module, [inputs[0][:1], *inputs[1:]]))
+    if seen[0] == seen[1]:
+        return {"left_out": "the same kernels run with it and without: this tree has no such operator"}
+    forms = {name: form_of(module, name, device) for name in ("compiled", "fused")}
+    try:
+        errors = check(operator, size, forms, module, inputs)
+    except ValueError as error:
+        return {"wrong": str(error)}
+    us = time_forms(operator, forms, module, inputs, repetitions)
+    return {"microseconds": us, "largest_error": {name: max(found.values()) for name, found in errors.items()}}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    toys = [name for name in SIZES if "toy" in name]
+    sizes = toys if machine.default_device().type == "cpu" else [name for name in SIZES if name not in toys]
+    parser = cli.Parser("bench_ops.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", type=cli.filled, help="cuda or cpu (default: cuda where there is a GPU)")
+    parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=OPERATORS, help="default: %(default)s")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=sizes, help="default: %(default)s")
+    parser.add_argument(
+        "--repetitions", type=cli.positive, default=11, help="timed rounds, after three more (default: %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, help="JSON file (default: in benchmarks/results/)")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Check, time, print a table, write everything as JSON."""
+    device = init_device(args.device)
+    about = machine.describe(device)
+    output = machine.result_file("ops", about, args.output)
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    print(f"{'µs':<34}{'forward':>12}{'backward':>12}{'both':>12}{'spread':>10}")
+    report = {**about, "dtype": str(activation_dtype(device)).removeprefix("torch."), "results": []}
+    for size in args.sizes:
+        for operator in args.operators:
+            row = {"operator": operator, "size": size, **measure(operator, SIZES[size], device, args.repetitions)}
+            report["results"].append(row)
+            if "microseconds" not in row:
+                print(f"{operator + ', ' + size:<34}{row.get('left_out') or row['wrong']}", flush=True)
+            for name, us in row.get("microseconds", {}).items():
+                columns = "".join(f"{us[key]:>12.1f}" for key in ("forward", "backward", "both"))
+                print(f"{f'{operator}, {size}, {name}':<34}{columns}{us['spread']:>10.1f}", flush=True)
+            machine.write(output, report, quiet=True)  # what is measured stays, whatever comes
+    fused.use(["none"], device)
+    machine.write(output, report)
+    if wrong := [f"{row['operator']}, {row['size']}: {row['wrong']}" for row in report["results"] if "wrong" in row]:
+        raise RunError("; ".join(wrong))
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser())
