@@ -14,6 +14,7 @@ import statistics
 import sys
 import types
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
@@ -84,10 +85,12 @@ def gradient_of(y: Tensor) -> Tensor:
     return dy.bfloat16().to(y)  # equal in every dtype
 
 
-def computed(module: nn.Module, inputs: list[Tensor | None]) -> dict[str, Tensor]:
-    """Return the output and all gradients by name."""
+def computed(
+    module: nn.Module, inputs: list[Tensor | None], form: Callable[..., Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return the output and all gradients by name, of a module or of a form of it."""
     inputs = [inputs[0].detach().requires_grad_(), *inputs[1:]]
-    y = module(*inputs)
+    y = (form or module)(*inputs)
     dy = gradient_of(y)
     names = ("input", *(name for name, _ in module.named_parameters()))
     return {"output": y.detach(), **dict(zip(names, differentiated(module, inputs, y, dy), strict=True))}
@@ -120,6 +123,22 @@ def kernels_of(module: nn.Module, inputs: list[Tensor | None]) -> set[str]:
     return kernels.seen
 
 
+@cache
+def missing(operator: str, device: torch.device) -> str | None:
+    """Return why a fused operator does not work here or is not there, None if it works."""
+    if reason := unavailable("triton"):
+        return reason
+    module, inputs = brick(operator, SIZES["pretraining_toy"], "triton", device)
+    seen = []
+    try:
+        for names in (["none"], [operator]):
+            fused.use(names, device)
+            seen.append(kernels_of(module, inputs))
+    except BackendUnavailable as error:
+        return str(error)
+    return "the same kernels run with it and without: there is no such operator" if seen[0] == seen[1] else None
+
+
 def form_of(module: nn.Module, name: str, device: torch.device) -> Callable[..., Tensor]:
     """Return what calls a module under autocast, compiled on a GPU.
 
@@ -150,7 +169,7 @@ def check(operator: str, size: tuple, forms: dict[str, Callable], module: nn.Mod
     errors = {}
     for name, form in forms.items():
         fused.use([operator] if name == "fused" else ["none"], device)
-        got = computed(_Called(module, form), inputs)
+        got = computed(module, inputs, form)
         errors[name] = {
             key: ((got[key].double() - w).norm() / w.norm().clamp(min=1e-30)).item() for key, w in want.items()
         }
@@ -163,17 +182,6 @@ def check(operator: str, size: tuple, forms: dict[str, Callable], module: nn.Mod
                     f"the {name} form is wrong: {key} differs by {error:.1e}, at most {limit:.1e} is right"
                 )
     return errors
-
-
-class _Called(nn.Module):
-    """Calls a module through a form of it; its parameters have the module's names."""
-
-    def __init__(self, module: nn.Module, form: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.named_parameters, self.forward = module.named_parameters, form
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [parameter for _, parameter in self.named_parameters()]
 
 
 def time_forms(
@@ -200,21 +208,10 @@ def time_forms(
 
 def measure(operator: str, size: tuple, device: torch.device, repetitions: int) -> dict[str, object]:
     """Return the times and errors of both forms, or why there are none."""
-    reason = unavailable("triton")
-    try:
-        fused.use([operator], device)
-    except BackendUnavailable as error:
-        reason = str(error)
-    if reason:
+    if reason := missing(operator, device):
         return {"left_out": reason}
     torch._dynamo.reset()
     module, inputs = brick(operator, size, "triton", device)
-    seen = []
-    for names in (["none"], [operator]):
-        fused.use(names, device)
-        seen.append(kernels_of(module, [inputs[0][:1], *inputs[1:]]))
-    if seen[0] == seen[1]:
-        return {"left_out": "the same kernels run with it and without: this tree has no such operator"}
     forms = {name: form_of(module, name, device) for name in ("compiled", "fused")}
     try:
         errors = check(operator, size, forms, module, inputs)

@@ -50,7 +50,7 @@ import engine_finetune
 import engine_pretrain
 import models_arm
 import ops
-from benchmarks import released
+from benchmarks import bench_ops, released
 from ops import BackendUnavailable, fused
 from util import cli, machine
 from util.cuda_graph import captures
@@ -96,8 +96,7 @@ class Composition(NamedTuple):
     fused_ops: list[str]
 
 
-MODEL_OPS = [name for name in fused.FUSED if name != "augment"]  # those of the model
-SWITCHES = ("none", "cuda_graph", "cuda", *MODEL_OPS, "all", "released")
+SWITCHES = ("none", "cuda_graph", "cuda", *bench_ops.OPERATORS, "all", "released")
 PRINTED = Path("-")
 PROFILE = "Profiles of bench_train.py"  # the first line of their file
 
@@ -271,16 +270,15 @@ def show_profile(run: Callable[[], object], args: argparse.Namespace) -> None:
 
 
 def unavailable(switch: str, device: torch.device) -> str | None:
-    """Return why a switch, "cuda_graph", "cuda" or of `MODEL_OPS`, cannot be turned on here; None if it can."""
+    """Return why a switch, "cuda_graph", "cuda" or a fused operator, cannot be turned on here; None if it can."""
     if switch == "cuda":
         return "there is no such backend" if switch not in ops.BACKENDS else ops.unavailable(switch)
+    if switch != "cuda_graph":
+        return bench_ops.missing(switch, device)
     try:
-        if switch == "cuda_graph":
-            captures(True, device)
-        else:
-            fused.use([switch], device)
-    except (ValueError, BackendUnavailable) as error:
-        return f"it {error}" if switch == "cuda_graph" else str(error)
+        captures(True, device)
+    except ValueError as error:
+        return f"it {error}"
     return None
 
 
@@ -297,7 +295,9 @@ def switched(name: str, device: torch.device, compiled: bool) -> Composition | s
     on = [switch for switch in on if unavailable(switch, device) is None]
     plain = "triton" if device.type == "cuda" else "auto"
     backend = "cuda" if "cuda" in on else plain
-    return Composition(backend, compiled, False, "cuda_graph" in on, [switch for switch in on if switch in MODEL_OPS])
+    return Composition(
+        backend, compiled, False, "cuda_graph" in on, [switch for switch in on if switch in bench_ops.OPERATORS]
+    )
 
 
 def compositions(args: argparse.Namespace) -> dict[str, Composition | str]:

@@ -3,16 +3,28 @@
 import importlib.util
 import json
 import sys
-import types
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import bench_augment, bench_data, bench_resilience, bench_scan, bench_train, compare_loaders, released
+import mamba
+from benchmarks import (
+    bench_augment,
+    bench_data,
+    bench_losses,
+    bench_ops,
+    bench_resilience,
+    bench_scan,
+    bench_train,
+    compare_loaders,
+    released,
+)
 from conftest import relative_error
 from mamba import FOUR_DIRECTIONS, ONE_DIRECTION, Block, scan_orders
 from ops import cuda_backend, fused, randaugment, torch_backend, triton_backend
 from util import machine
+from util.errors import RunError
 
 
 def run(benchmark, *argv):
@@ -62,7 +74,7 @@ def test_contestants_on_a_gpu(monkeypatch):
         seen.append((backend, {"triton": triton_backend.CHUNK, "cuda": cuda_backend.CHUNKS[9, 0]}.get(backend)))
 
     monkeypatch.setattr(bench_scan.ops, "selective_scan", scan)
-    u, A = (types.SimpleNamespace(device=device, dtype=torch.bfloat16, shape=shape) for shape in ((768,), (16,)))
+    u, A = (SimpleNamespace(device=device, dtype=torch.bfloat16, shape=shape) for shape in ((768,), (16,)))
     for _ in range(2):
         found = bench_scan.contestants([u, None, A])
         assert list(found) == ["torch", "mamba_ssm", "triton chunk 4", "triton", "cuda chunk 4", "cuda"]
@@ -120,6 +132,109 @@ def test_a_form_of_augmentation_that_is_wrong_is_not_timed(tmp_path, monkeypatch
         run(bench_augment, "--batch_size", 4, "--input_size", 8, "--output", tmp_path / "augment.json")
 
 
+# ---- fused operators ----
+
+
+@pytest.fixture
+def swiglu_otherwise(monkeypatch):
+    """A fused operator of the tree: SwiGLU's activation times `factor` by other operators than the plain form's."""
+    plain, form = mamba.SwiGLU.forward, SimpleNamespace(factor=1.0)
+
+    def forward(mlp, x):
+        if not fused.uses("swiglu"):
+            return plain(mlp, x)
+        gate = mlp.w1(x)
+        return mlp.w3(gate * gate.sigmoid() * mlp.w2(x) * form.factor)
+
+    monkeypatch.setattr(fused, "_USED", set())
+    monkeypatch.setattr(mamba.SwiGLU, "forward", forward)
+    bench_ops.missing.cache_clear()
+    yield form
+    bench_ops.missing.cache_clear()
+
+
+WORDS = "--device cpu --sizes pretraining_toy finetuning_toy --repetitions 2 --operators".split()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted on a CPU")
+def test_operators(tmp_path, capsys, swiglu_otherwise):
+    run(bench_ops, *WORDS, "swiglu", "--output", tmp_path / "ops.json")
+    report, printed = json.loads((tmp_path / "ops.json").read_text()), capsys.readouterr().out
+    assert [row["size"] for row in report["results"]] == ["pretraining_toy", "finetuning_toy"]
+    for row in report["results"]:
+        assert row["microseconds"].keys() == row["largest_error"].keys() == {"compiled", "fused"}
+        assert max(row["largest_error"].values()) < 1e-5
+        for us in row["microseconds"].values():
+            assert us["both"] >= 0.9 * (us["forward"] + us["backward"]) > 0
+            assert us["spread"] >= 0
+            assert f"{us['both']:.1f}" in printed
+    assert fused.use(["none"], torch.device("cpu")) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted on a CPU")
+def test_an_operator_that_is_wrong_is_not_timed(tmp_path, swiglu_otherwise):
+    swiglu_otherwise.factor = 1.01
+    with pytest.raises(RunError, match=r"swiglu, pretraining_toy: the fused form is wrong: output differs by 1\.0e-02"):
+        run(bench_ops, *WORDS, "swiglu", "--output", tmp_path / "ops.json")
+    rows = json.loads((tmp_path / "ops.json").read_text())["results"]
+    assert all("microseconds" not in row for row in rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted on a CPU")
+@pytest.mark.parametrize("operator", bench_ops.OPERATORS)
+def test_bricks(operator):
+    """With the Triton backend, interpreted, each brick computes what it does in float64 with torch's."""
+    device = torch.device("cpu")
+    for size in ("pretraining_toy", "finetuning_toy"):
+        module, inputs = bench_ops.brick(operator, bench_ops.SIZES[size], "triton", device)
+        errors = bench_ops.check(operator, bench_ops.SIZES[size], {"compiled": module}, module, inputs)
+        assert len(errors["compiled"]) == 2 + len(list(module.parameters()))
+
+
+def test_an_operator_that_is_not_there(swiglu_otherwise, monkeypatch):
+    device = torch.device("cpu")
+    monkeypatch.setattr(fused, "uses", lambda name: False)
+    assert "there is no such operator" in bench_ops.missing("swiglu", device)
+    bench_ops.missing.cache_clear()
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    if not torch.cuda.is_available():
+        assert "the model is on cpu" in bench_ops.missing("swiglu", device)
+
+
+# ---- losses ----
+
+
+def test_losses(tmp_path, capsys, monkeypatch):
+    """Forms of equal kernels have equal losses; a kernel that is off by a thousandth shows."""
+    output = tmp_path / "losses.json"
+    words = ["--cases", "pretrain_toy", "--steps", 3, "--batch_size", 2, "--output", output, "--forms"]
+    right, calls = torch_backend.scan_forward, []
+
+    def switched(name, device, compiled):
+        calls.append(name)
+        if name == "norm":
+            return "it is not there"
+        monkeypatch.setattr(torch_backend, "scan_forward", off if name == "cuda" else right)
+        return bench_train.Composition("torch", False, False, False, [])
+
+    def off(*args):
+        y, *others = right(*args)
+        return y * 1.001, *others
+
+    monkeypatch.setattr(bench_losses, "switched", switched)
+    run(bench_losses, *words, "again", "eager", "cuda", "norm")
+    rows = {row["form"]: row for row in json.loads(output.read_text())["results"]}
+    assert calls == ["none", "none", "none", "cuda", "norm"]
+    assert [len(rows["none"][key]) for key in ("loss", "grad_norm")] == [3, 3]
+    assert rows["none"]["loss"] == rows["again"]["loss"] == rows["eager"]["loss"]
+    assert len(set(rows["none"]["loss"])) == 3  # it trains
+    assert rows["again"]["difference"] == {"loss": 0, "grad_norm": 0}
+    assert rows["cuda"]["difference"]["grad_norm"] > 0
+    assert rows["cuda"]["within_rounding"] is False
+    assert rows["norm"]["left_out"] == "it is not there"
+    assert "left out: it is not there" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("benchmark", "words", "message"),
     [
@@ -133,6 +248,14 @@ def test_a_form_of_augmentation_that_is_wrong_is_not_timed(tmp_path, monkeypatch
         (bench_train, "--device cuda:999", "--device cuda:999: "),
         (bench_train, "--device cpu --cases pretrain_huge9", "invalid choice: 'pretrain_huge9'"),
         (bench_train, "--device cpu --output /proc/x/y.json", "--output /proc/x/y.json cannot be written"),
+        (bench_train, "--device cpu --profile /dev/null", "--profile /dev/null cannot be written"),
+        (bench_train, "--device cpu --switches conv2", "invalid choice: 'conv2'"),
+        (bench_scan, "--device cpu --contestants tron", "--contestants tron: there are reference loop, mambapy"),
+        (bench_ops, "--device cpu --operators augment", "invalid choice: 'augment'"),
+        (bench_ops, "--device cpu --repetitions 0", "argument --repetitions: 0 is not at least 1"),
+        (bench_ops, "--device cpu --output /dev/null/x.json", "cannot be written"),
+        (bench_losses, "--device cpu --forms none", "invalid choice: 'none'"),
+        (bench_losses, "--device cpu --output /dev/null/x.json", "cannot be written"),
         (bench_resilience, "--case pretrain_toy --output /dev/null/x.json", "cannot be written"),
         (bench_augment, "--batch_size 0", "argument --batch_size: 0 is not at least 1"),
         (bench_augment, "--output /dev/null/x.json", "cannot be written"),
@@ -192,6 +315,36 @@ def test_training(tmp_path, capsys):
         assert row["images_per_second"] == pytest.approx(1000 * 2 / row["ms_per_step"])
         assert f"{row['images_per_second']:.1f}" in printed
     assert "arm::selective_scan" in printed  # the profile, by operator
+
+
+def test_switches(tmp_path, capsys, monkeypatch):
+    """The first switches of all cases come first; one that fails does not stop those after it."""
+    output, profile = tmp_path / "train.json", tmp_path / "profile.txt"
+
+    def measure(case, how, args):
+        if case.task == "finetune":
+            raise ValueError("it broke\nand more")
+        return right(case, how, args)
+
+    right = bench_train.measure
+    monkeypatch.setattr(bench_train, "measure", measure)
+    words = ["--steps", 1, "--rounds", 1, "--batch_size", 2, "--profile", profile, "--output", output]
+    with pytest.raises(RunError, match="failed: finetune_toy, none; finetune_toy, released"):
+        run(bench_train, *words, "--switches", "none", "cuda_graph", "released")
+    rows = json.loads(output.read_text())["results"]
+    found = [(row["case"], row["composition"]) for row in rows]
+    assert found == [(c, k) for k in ("none", "cuda_graph", "released") for c in ("pretrain_toy", "finetune_toy")]
+    assert rows[0]["fused_ops"] == []
+    assert rows[0]["busy_ms_per_step"] is None
+    assert rows[0]["ms_per_step_of_rounds"] == [pytest.approx(rows[0]["ms_per_step"])]
+    assert rows[1]["failed"] == "ValueError: it broke"
+    assert rows[4]["released_loop"]
+    if not torch.cuda.is_available():
+        assert rows[2]["left_out"] == "it needs a GPU with CUDA, and the model is on cpu"
+    text = profile.read_text()
+    assert text.startswith(f"{bench_train.PROFILE}\n\npretrain_toy, none, 1 steps\n")
+    assert text.count("Self CPU time total") == 2
+    assert "aten::" not in capsys.readouterr().out
 
 
 def test_a_composition_by_hand(tmp_path):

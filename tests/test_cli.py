@@ -365,8 +365,9 @@ def test_mistakes(run_script, image_folder, tmp_path, capsys, script, tiny, word
     assert not list(tmp_path.rglob("*.pth"))
 
 
-# the seventh, kernel_resources, chooses Triton's compiler when it is imported, and its numbers are choices
-BENCHMARKS = "bench_augment", "bench_data", "bench_resilience", "bench_scan", "bench_train", "compare_loaders"
+# the last, kernel_resources, chooses Triton's compiler when it is imported, and its numbers are choices
+BENCHMARKS = "bench_augment", "bench_data", "bench_losses", "bench_ops", "bench_resilience", "bench_scan", "bench_train"
+BENCHMARKS += "compare_loaders", "gpu_check"
 
 
 def numeric_arguments() -> list:
