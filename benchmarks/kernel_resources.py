@@ -4,12 +4,15 @@
 
 Compiles each kernel exactly as a training run launches it (ARM-base: pretraining, 128 tokens in one direction;
 finetuning, 197 tokens in four; bfloat16 under autocast) for compute capabilities 8.0, 9.0 and 10.0, and disassembles
-the result with the tools that Triton brings along. The scan in CUDA C++ is counted with chunks of 8 and of 4 tokens, on
-8.6 and 8.9 too, which decides where it is offered: its default where it is, "not used" elsewhere. Instructions are
-counted per step: one token of one warp's channels (32 channels of 16 states in the scan, 128 channels in the
-convolution), from the longest loop. Divided by what a GPU issues (4 a cycle and multiprocessor) they bound the kernel's
-time from below; "warps" is what the registers and the shared memory of a multiprocessor have room for. Expected on 9.0:
-about 185 and 515 instructions for the scan's forward and backward pass in Triton, 131 and 339 in CUDA.
+the result with the tools that Triton brings along. "fused" are the kernels of --fused_ops. The scan in CUDA C++ is
+counted with chunks of 8 and of 4 tokens, on 8.6 and 8.9 too, which decides where it is offered: its default where it
+is, "not used" elsewhere.
+
+Instructions are counted per step, from the longest loop: one token of one warp's channels (32 channels of 16 states in
+the scan, 128 channels in the convolution; in the other fused operators a warp's share of a row). Divided by what a GPU
+issues (4 a cycle and multiprocessor) they bound the kernel's time from below; "warps" is what the registers and the
+shared memory of a multiprocessor have room for. Expected on 9.0: about 185 and 515 instructions for the scan's forward
+and backward pass in Triton, 131 and 339 in CUDA.
 """
 
 import argparse
@@ -20,8 +23,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported: an interpreted kernel cannot be compiled
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,9 +36,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from ops import cuda_backend, triton_backend
+from ops import cuda_backend, fused, triton_backend, triton_fused
 from util import cli
 
+BACKENDS = ("triton", "fused", "cuda")
 CAPABILITIES = (80, 90, 100)
 CUDA_CAPABILITIES = {80: (80, 86, 89), 90: (90,), 100: (100,)}  # counted for each of the above
 SHARED_KB = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228}  # shared memory of a multiprocessor; a block takes 1 KB more
@@ -47,6 +53,7 @@ class Launch(NamedTuple):
     kernel: triton.JITFunction
     args: tuple
     constants: dict
+    warps: int
 
 
 class Resources(NamedTuple):
@@ -63,32 +70,52 @@ class Resources(NamedTuple):
     variant: str
 
 
-def launches(K: int, batch: int, L: int, width: int, N: int = 16, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
-    """Every launch of both ops, forward and backward, as the backend's host code makes them.
-
-    The host code runs on tensors without memory, with what starts a kernel replaced by a note of it.
-    """
+@contextmanager
+def noted_launches() -> Iterator[list[Launch]]:
+    """Run host code on tensors without memory, with what starts a kernel replaced by a note of it."""
     seen: list[Launch] = []
-    start, triton_backend._launch = (
-        triton_backend._launch,
-        lambda kernel, paths, *args, **constants: seen.append(Launch(kernel, args, constants)),
-    )
-    try:
-        with torch.device("meta"):
-            rank = width // 16
-            projected = torch.empty(K, batch, L, rank + 2 * N, dtype=dtype)
-            _, B, C = projected.split([rank, N, N], dim=-1)  # views, as the mixer has them
-            x = torch.empty(batch, L, 2 * width, dtype=dtype).chunk(2, dim=-1)[0]
-            u = dt = dy = torch.empty(K, batch, L, width, dtype=dtype)
-            A, D, weight = torch.empty(K, width, N), torch.empty(K, width), torch.empty(K, width, 4)
-            order = None if K == 1 else torch.empty(K, L, dtype=torch.int64)
-            _, states = triton_backend.scan_forward(u, dt, A, B, C, D, D, order, True)
-            triton_backend.scan_backward(dy, u, dt, A, B, C, D, D, order, states)
-            triton_backend.conv_forward(x, weight, D, order)
-            triton_backend.conv_backward(dy, x, weight, D, order)
-    finally:
-        triton_backend._launch = start
+
+    def note(kernel: triton.JITFunction, paths: int, *args: object, **constants: object) -> None:
+        seen.append(Launch(kernel, args, constants, 1))
+
+    def note_fused(kernel: triton.JITFunction, programs: int, warps: int, *args: object, **constants: object) -> None:
+        seen.append(Launch(kernel, args, constants, warps))
+
+    starts = patch.object(triton_backend, "_launch", note), patch.object(triton_fused, "_launch", note_fused)
+    with starts[0], starts[1], torch.device("meta"):
+        yield seen
+
+
+def launches(K: int, batch: int, L: int, width: int, N: int = 16, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
+    """Every launch of both ops, forward and backward, as the backend's host code makes them."""
+    with noted_launches() as seen:
+        rank = width // 16
+        projected = torch.empty(K, batch, L, rank + 2 * N, dtype=dtype)
+        _, B, C = projected.split([rank, N, N], dim=-1)  # views, as the mixer has them
+        x = torch.empty(batch, L, 2 * width, dtype=dtype).chunk(2, dim=-1)[0]
+        u = dt = dy = torch.empty(K, batch, L, width, dtype=dtype)
+        A, D, weight = torch.empty(K, width, N), torch.empty(K, width), torch.empty(K, width, 4)
+        order = None if K == 1 else torch.empty(K, L, dtype=torch.int64)
+        _, states = triton_backend.scan_forward(u, dt, A, B, C, D, D, order, True)
+        triton_backend.scan_backward(dy, u, dt, A, B, C, D, D, order, states)
+        triton_backend.conv_forward(x, weight, D, order)
+        triton_backend.conv_backward(dy, x, weight, D, order)
     return seen
+
+
+def fused_launches(K: int, batch: int, L: int, width: int, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
+    """Every launch of the fused operators that have kernels of their own; with four directions, of drop path too."""
+    fused.use(["none"], torch.device("cpu"))
+    with noted_launches() as seen:
+        h, branch = torch.empty(batch, L, width), torch.empty(batch, L, width, dtype=dtype)
+        pre = torch.empty(batch, L, 16 * width // 3, dtype=dtype)  # 8 / 3 of the width, twice
+        keep, weight = None if K == 1 else torch.empty(batch), torch.empty(width)
+        triton_fused.swiglu_forward(pre)
+        triton_fused.swiglu_backward(pre[..., : pre.shape[-1] // 2].contiguous(), pre)
+        total, statistics = triton_fused.norm_forward(h, branch, keep, weight, weight, 1e-5, torch.empty_like(branch))
+        triton_fused.norm_backward(branch, total, total, keep, weight, statistics, dtype)
+    with patch.object(fused, "uses", lambda name: name == "conv"):
+        return seen + [launch for launch in launches(K, batch, L, width) if "AHEAD" in launch.constants]
 
 
 def compile_launch(launch: Launch, capability: int) -> CompiledKernel:
@@ -105,15 +132,15 @@ def compile_launch(launch: Launch, capability: int) -> CompiledKernel:
             aligned = value.storage_offset() * value.element_size() % 16 == 0
         else:
             signature[name] = "i32" if value < 2**31 else "i64"
-            aligned = value % 16 == 0 and name not in ("batch", "length")
+            aligned = value % 16 == 0 and name not in launch.kernel.do_not_specialize
         if aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 1})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.warps})
 
 
 def disassemble(cubin: bytes, kernel: str) -> tuple[int, int, list[list[str]]]:
-    """Registers, spilled bytes, and the instructions of every loop of a kernel."""
+    """Registers, spilled bytes, and the instructions of every loop of a kernel, or of all of it if it has none."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(cubin)
@@ -124,11 +151,11 @@ def disassemble(cubin: bytes, kernel: str) -> tuple[int, int, list[list[str]]]:
 
         usage = re.search(rf"Function {kernel}:\s+REG:(\d+) STACK:(\d+)", tool("cuobjdump", "-res-usage"))
         listing = tool("nvdisasm", "-c").partition(f".text.{kernel}")[2].partition("//-")[0]
-    return int(usage[1]), int(usage[2]), list(_loops(listing))
+    return int(usage[1]), int(usage[2]), _loops(listing)
 
 
-def _loops(listing: str) -> Iterator[list[str]]:
-    labels, body = {}, []
+def _loops(listing: str) -> list[list[str]]:
+    labels, body, found = {}, [], []
     for line in listing.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(body)
@@ -136,17 +163,19 @@ def _loops(listing: str) -> Iterator[list[str]]:
             body.append(instruction[1])
             target = re.search(r"\bBRA\b.*?(\.L_x_\d+)", instruction[1])
             if target and labels.get(target[1], len(body)) < len(body) - 1:
-                yield body[labels[target[1]] :]
+                found.append(body[labels[target[1]] :])
+    return found or [body]
 
 
 def per_step(launch: Launch, lengths: list[int]) -> float:
     """Instructions per step, from the lengths of a kernel's loops.
 
-    The convolution has one loop, over tokens. The scan's outer loop is over chunks (forward) or over blocks of T tokens
-    (backward), its inner one over the blocks of a chunk, or over those between a stored state and the present block.
+    The convolution has one loop, over tokens, AHEAD at a time; the other fused operators have one, or none, over rows.
+    The scan's outer loop is over chunks (forward) or over blocks of T tokens (backward), its inner one over the blocks
+    of a chunk, or over those between a stored state and the present block.
     """
     if "CHUNK" not in launch.constants:
-        return max(lengths)
+        return max(lengths) / launch.constants.get("ROWS", launch.constants.get("AHEAD", 1))
     outer, inner = max(lengths), min(lengths)
     chunk, block = launch.constants["CHUNK"], launch.constants["T"]
     forward = "TRAINS" in launch.constants
@@ -161,14 +190,14 @@ def resident_warps(capability: int, registers: int, warps: int, shared: int) -> 
     return warps * min(blocks, SHARED_KB[capability] * 1024 // (shared + 1024))
 
 
-def measure_triton(capability: int, K: int, L: int) -> Iterator[Resources]:
-    """Resources of the four Triton kernels of one setting of ARM-base."""
-    for launch in launches(K, 2, L, 768):
+def measure_triton(capability: int, K: int, L: int, variant: str) -> Iterator[Resources]:
+    """Resources of the four Triton kernels, or of the fused operators, of one setting of ARM-base."""
+    for launch in launches(K, 2, L, 768) if variant == "triton" else fused_launches(K, 2, L, 768):
         kernel, name = compile_launch(launch, capability), launch.kernel.__name__
         registers, spilled, loops = disassemble(kernel.asm["cubin"], name)
         steps = per_step(launch, [len(loop) for loop in loops])
-        fit = resident_warps(capability, registers, 1, kernel.metadata.shared)
-        yield Resources(name, capability, K, L, registers, spilled, steps, fit, "triton")
+        fit = resident_warps(capability, registers, launch.warps, kernel.metadata.shared)
+        yield Resources(name, capability, K, L, registers, spilled, steps, fit, variant)
 
 
 def measure_cuda(capability: int, K: int, L: int) -> Iterator[Resources]:
@@ -187,8 +216,8 @@ def measure_cuda(capability: int, K: int, L: int) -> Iterator[Resources]:
 
 def measure(backend: str, capability: int, K: int, L: int) -> Iterator[Resources]:
     """Resources of the kernels of a backend; capability 8.0 stands for all of 8.x with "cuda"."""
-    if backend == "triton":
-        yield from measure_triton(capability, K, L)
+    if backend in ("triton", "fused"):
+        yield from measure_triton(capability, K, L, backend)
     else:
         for one in CUDA_CAPABILITIES[capability]:
             yield from measure_cuda(one, K, L)
@@ -203,9 +232,10 @@ def main(args: argparse.Namespace, show: Callable[[str], None] = print) -> list[
         return rows
     versions = {
         "triton": lambda: f"triton {triton.__version__}",
+        "fused": lambda: f"triton {triton.__version__}",
         "cuda": lambda: f"NVRTC {cuda_backend.nvrtc_version()}",
     }
-    show(", ".join(versions[backend]() for backend in args.backends))
+    show(", ".join(dict.fromkeys(versions[backend]() for backend in args.backends)))
     columns = f"{'registers':>11}{'spilled B':>11}{'instructions':>14}{'warps':>7}"
     show(f"{'kernel':<22}{'sm':>5}{'K':>3}{'L':>5}{columns}  variant")
     for row in rows:
@@ -227,7 +257,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="80 is 8.0 (default: all)",
     )
     parser.add_argument(
-        "--backends", nargs="+", choices=("triton", "cuda"), default=("triton", "cuda"), help="(default: both)"
+        "--backends", nargs="+", choices=BACKENDS, default=BACKENDS, help="fused: of --fused_ops (default: all)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
     return parser

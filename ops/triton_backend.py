@@ -469,4 +469,5 @@ def conv_backward(dy, x, weight, bias, order):
     args = (*tensors, dy, dx, sums, *x.shape[:2], *strides)
     _launch(conv_backward_kernel, K * len(x) * segments, *args, **constants)
     sums = sums.sum((1, 2))  # (K, W + 1, D)
-    return dx.sum(0) if K > 1 else dx[0], sums[:, :W].mT, sums[:, W]
+    # Operators must not return two views of one tensor.
+    return dx.sum(0) if K > 1 else dx[0], sums[:, :W].mT, sums[:, W].clone()

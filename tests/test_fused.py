@@ -1,6 +1,9 @@
 """The fused operators: who chooses them, and that each gives what its formula in float64 does."""
 
 import copy
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import main_pretrain
 import models_arm
 import ops
-from conftest import TINY_PRETRAIN
+from conftest import REPOSITORY, TINY_PRETRAIN
 from mamba import FOUR_DIRECTIONS, ONE_DIRECTION, Block, drop_path_factors, scan_orders
 from ops import fused, fused_operators, measured, triton_fused
 from test_ops import random_order
@@ -387,3 +390,21 @@ def test_widths_of_the_published_models(batch, L, C, hidden, amp):
         got = outputs(lambda run=run: run(h, w1, w2, bias, norms), parameters, amp=amp)
         assert_close(got, want, 5e-3 if amp is None else 3e-2)  # float32 products may be TF32
     torch._dynamo.reset()
+
+
+def test_registers_spills_and_instructions():
+    """As a training run of ARM-base launches the kernels; nothing spills."""
+    bounds = {
+        "swiglu_forward": (40, 80), "swiglu_backward": (72, 90), "norm_forward": (40, 290), "norm_backward": (88, 270),
+        "conv_forward": (72, 95), "conv_backward": (144, 185),
+    }  # fmt: skip
+    command = [sys.executable, REPOSITORY / "benchmarks" / "kernel_resources.py", "--backends", "fused", "--json"]
+    command += ["--capabilities", "90"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = json.loads(done.stdout)
+    assert len(rows) == 2 * len(bounds)
+    for row in rows:
+        registers, instructions = bounds[row["kernel"].removesuffix("_kernel")]
+        assert 16 < row["registers"] <= registers, row
+        assert 40 < row["instructions"] <= instructions, row
+        assert not row["spilled"], row

@@ -1,7 +1,6 @@
 """The check of a GPU without one: its bookkeeping with stand-in parts, its decisions, and a rehearsal of real parts."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_losses, bench_scan, bench_train, gpu_check
+from benchmarks import bench_losses, bench_train, gpu_check
 from benchmarks.gpu_check import ADOPT, KEEP, LOOK, NOT, Part, Row
 from conftest import REPOSITORY
 
@@ -362,20 +361,6 @@ def test_every_part_has_a_table_and_a_script():
             assert any(part.result in word for word in (*part.command, *part.program))
     files = [word for word in gpu_check.parts(False)[0].command if word.startswith("tests/")]
     assert {"tests/test_ops_gpu.py", "tests/test_triton.py"} <= set(files)
-
-
-def test_contestants_with_another_chunk():
-    """The states between forward and backward pass have to fit each other."""
-    inputs = bench_scan.make_inputs((1, 1, 32, 9, 16), torch.device("cpu"))
-    with bench_scan.as_named("triton chunk 4", torch.device("cpu")):
-        import ops.triton_backend
-
-        assert ops.triton_backend.CHUNK == 4
-    assert ops.triton_backend.CHUNK == 8
-    assert bench_scan.as_named("triton", torch.device("cpu")).__class__.__name__ == "nullcontext"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        scans = {"triton chunk 4": lambda *x: ops.selective_scan(*x, backend="triton")}
-        assert bench_scan.check(scans, inputs) == {}
 
 
 def test_union_of_intervals():

@@ -78,9 +78,10 @@ def test_other_numbers_of_states(N):
     check("selective_scan", random_order(2, 6), K=2, L=6, N=N)
 
 
+@pytest.mark.parametrize("K", [1, 2])
 @pytest.mark.parametrize("W", [1, 2, 6])
-def test_other_numbers_of_taps(W):
-    check("causal_conv1d", random_order(2, 9), K=2, L=9, W=W)
+def test_other_numbers_of_taps(W, K):
+    check("causal_conv1d", random_order(K, 9), K=K, L=9, W=W)
 
 
 def test_wide_rows_are_cut_into_blocks():
