@@ -15,7 +15,6 @@ import math
 import statistics
 import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -111,9 +110,8 @@ def with_chunk(backend: str, chunk: int) -> Scan:
     return scan
 
 
-@cache
 def chunks(backend: str, device: torch.device) -> tuple[int, int]:
-    """Return the default of a backend and the other one, of 8 and 4; asked before a contestant changes it."""
+    """Return the default of a backend and the other one, of 8 and 4."""
     module = ops.operators.backend_module(backend)
     default = module.CHUNK if backend == "triton" else module.CHUNKS[torch.cuda.get_device_capability(device)]
     return default, 12 - default
