@@ -147,13 +147,17 @@ def form_of(module: nn.Module, name: str, device: torch.device) -> Callable[...,
     """
 
     def call(*inputs: Tensor | None) -> Tensor:
-        with autocast(device):
-            return module(*inputs)
+        return module(*inputs)
 
-    if device.type != "cuda":
-        return call
-    code = call.__code__.replace(co_name=f"{name}_form")
-    return torch.compile(types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__))
+    if device.type == "cuda":
+        code = call.__code__.replace(co_name=f"{name}_form")
+        call = torch.compile(types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__))
+
+    def mixed(*inputs: Tensor | None) -> Tensor:
+        with autocast(device):
+            return call(*inputs)
+
+    return mixed
 
 
 def check(operator: str, size: tuple, forms: dict[str, Callable], module: nn.Module, inputs: list) -> dict[str, dict]:
