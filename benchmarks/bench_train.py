@@ -96,7 +96,7 @@ class Composition(NamedTuple):
     fused_ops: list[str]
 
 
-SWITCHES = ("none", "cuda_graph", "cuda", *bench_ops.OPERATORS, "all", "released")
+SWITCHES = ("none", "cuda_graph", "cuda", *bench_ops.OPERATORS, "casts", "all", "released")
 PRINTED = Path("-")
 PROFILE = "Profiles of bench_train.py"  # the first line of their file
 
@@ -190,7 +190,7 @@ def epoch_runner(
         model.train()
         return lambda: released.train_steps(model, loader, compute_loss, optimizer, args.clip_grad, after_update)
     if how.compiled:
-        model.compile()
+        model.compile(**fused.compile_options())
     run = Run(args, model, optimizer, ema)
 
     def epoch() -> None:
@@ -273,6 +273,8 @@ def unavailable(switch: str, device: torch.device) -> str | None:
     """Return why a switch, "cuda_graph", "cuda" or a fused operator, cannot be turned on here; None if it can."""
     if switch == "cuda":
         return "there is no such backend" if switch not in ops.BACKENDS else ops.unavailable(switch)
+    if switch == "casts":
+        return None if device.type == "cuda" else "the compiler joins small kernels on a GPU alone"
     if switch != "cuda_graph":
         return bench_ops.missing(switch, device)
     try:
@@ -295,9 +297,7 @@ def switched(name: str, device: torch.device, compiled: bool) -> Composition | s
     on = [switch for switch in on if unavailable(switch, device) is None]
     plain = "triton" if device.type == "cuda" else "auto"
     backend = "cuda" if "cuda" in on else plain
-    return Composition(
-        backend, compiled, False, "cuda_graph" in on, [switch for switch in on if switch in bench_ops.OPERATORS]
-    )
+    return Composition(backend, compiled, False, "cuda_graph" in on, [switch for switch in on if switch in fused.FUSED])
 
 
 def compositions(args: argparse.Namespace) -> dict[str, Composition | str]:

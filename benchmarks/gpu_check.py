@@ -84,7 +84,7 @@ def parts(toy: bool) -> list[Part]:
     few = ("--steps", "1", "--rounds", "1", "--batch_size", "2") if toy else ("--steps", "10")
     cases = ("pretrain_toy", "finetune_toy") if toy else ("pretrain_base", "finetune_base")
     large = cases if toy else ("pretrain_large", "pretrain_huge")
-    switches = ("none", "all", "cuda_graph", "cuda", *OPERATORS)
+    switches = ("none", "all", "cuda_graph", "cuda", *OPERATORS, "casts")
     pytest = ("-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", "--junitxml", "FOLDER/tests.xml")
     scan = ("--sizes", "1,2,32,6,16", "4,2,32,7,16", "1,2,64,6,16", "--repetitions", "2") if toy else ()
     repetitions = ("--repetitions", "2") if toy else ()
@@ -273,7 +273,7 @@ MARGIN = 1.0  # milliseconds by which a step with CUDA graphs may be longer than
 # What a switch alone should save in a step, milliseconds in pretraining and in finetuning.
 GAINS = {
     "cuda_graph": ("4 to 17", "4 to 6"), "cuda": ("6.9", "20.6"), "swiglu": ("1.9", "1.5"), "norm": ("1.3", "1.0"),
-    "conv": ("0.65", "2.4"), "projections": ("1.1", "1.1"),
+    "conv": ("0.65", "2.4"), "projections": ("1.1", "1.1"), "casts": ("0.3", "0.3"),
 }  # fmt: skip
 RELEASED = {"pretrain": 2.18, "finetune": 4.14}  # times faster than the released composition, before these kernels
 AUGMENT = 0.02  # milliseconds an image
