@@ -290,7 +290,8 @@ def selective_ssm_backward(
     torch.bmm(ddt, dt_proj, out=dlow)
     ddt_proj = ddt.mT @ low  # (K, C, R)
     dx_proj = dprojected.mT @ u.flatten(1, 2)  # (K, R + 2N, C)
-    du = torch.baddbmm(du.to(u.dtype).flatten(1, 2), dprojected, x_proj).view(u.shape)
+    # In place: torch.baddbmm would begin with a copy of du.
+    du = du.to(u.dtype).flatten(1, 2).baddbmm_(dprojected, x_proj).view(u.shape)
     inputs = (u, x_proj, dt_proj, A, D, dt_bias)
     return as_inputs((du, dx_proj, ddt_proj, dA, dD, dbias), inputs)
 

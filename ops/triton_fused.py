@@ -18,7 +18,7 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 COLUMNS = 512  # of SwiGLU, of a program
 ROWS = 4  # that it reads at a time
 GROUP = 64  # that it sums up
-PROGRAMS = 768  # of the layer norm's backward pass: as many partial sums
+WARPS = 2048  # of the layer norm's backward pass: all run at once, from 8.0 on; a partial sum of each program
 
 
 # ---- device code ----
@@ -56,8 +56,9 @@ def swiglu_backward_kernel(
 ):
     """dx (rows, 2 H) as x, and its sums over GROUP rows: (groups, 2 H) float32."""
     first, column, group = _swiglu_block(GROUP, H, COLUMNS)
-    dgate_sum = tl.zeros([COLUMNS], tl.float32)
-    dvalue_sum = tl.zeros([COLUMNS], tl.float32)
+    # Of every ROWS-th row: they are added up at the end, once, because warps wait for each other in such a sum.
+    dgate_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
+    dvalue_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, GROUP, ROWS):
         row = (first + start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         here = (row < rows) & (column < H)[None, :]
@@ -68,11 +69,11 @@ def swiglu_backward_kernel(
         dgate = d * value * (sigmoid + silu * (1.0 - sigmoid))
         tl.store(dx + row * (2 * H) + column[None, :], dgate.to(dx.dtype.element_ty), mask=here)
         tl.store(dx + row * (2 * H) + H + column[None, :], dvalue.to(dx.dtype.element_ty), mask=here)
-        dgate_sum += tl.sum(dgate, 0)
-        dvalue_sum += tl.sum(dvalue, 0)
+        dgate_sum += dgate
+        dvalue_sum += dvalue
     sums += group.to(tl.int64) * (2 * H)
-    tl.store(sums + column, dgate_sum, mask=column < H)
-    tl.store(sums + H + column, dvalue_sum, mask=column < H)
+    tl.store(sums + column, tl.sum(dgate_sum, 0), mask=column < H)
+    tl.store(sums + H + column, tl.sum(dvalue_sum, 0), mask=column < H)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -120,12 +121,14 @@ def norm_backward_kernel(
     for i in range(program, rows, PROGRAMS):
         row = tl.cast(i, tl.int64)
         d = tl.load(dnormed + row * dnormed_stride + c, mask=here, other=0.0).to(tl.float32)
+        if TOTAL:  # asked for with the others: no load moves up across the sums, in which warps wait for each other
+            elsewhere = tl.load(dtotal + row * C + c, mask=here, other=0.0)
         mean, r = tl.load(statistics + row), tl.load(statistics + rows + row)
         unit = tl.where(here, (tl.load(x + row * C + c, mask=here, other=0.0) - mean) * r, 0.0)
         scaled = d * w
         grad = (scaled - tl.sum(scaled, 0) / C - unit * (tl.sum(scaled * unit, 0) / C)) * r
         if TOTAL:
-            grad += tl.load(dtotal + row * C + c, mask=here, other=0.0)
+            grad += elsewhere
         tl.store(dh + row * C + c, grad, mask=here)
         if BRANCH:
             passed = grad
@@ -239,10 +242,11 @@ def norm_backward(
     dh, rows, C = torch.empty_like(x), statistics[0].numel(), x.shape[-1]
     dbranch = branch and torch.empty_like(x, dtype=branch)
     warps, constants = _row_constants(C)
-    sums = x.new_empty(min(rows, PROGRAMS), 2, C)
+    programs = WARPS // warps
+    sums = x.new_empty(min(rows, programs), 2, C)
     if x.numel():
         weight = weight.float().contiguous()
         args = (dnormed, dtotal, x, keep, weight, statistics, dh, dbranch, sums, rows, x.shape[1], dnormed.stride(1))
         constants |= {"TOTAL": dtotal is not None, "BRANCH": branch is not None, "KEEP": keep is not None}
-        _launch(norm_backward_kernel, len(sums), warps, *args, **constants, PROGRAMS=PROGRAMS)
+        _launch(norm_backward_kernel, len(sums), warps, *args, **constants, PROGRAMS=programs)
     return dh, dbranch, sums.sum(0)

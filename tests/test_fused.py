@@ -163,7 +163,7 @@ def test_swiglu_of_slices_and_of_rows_with_strides():
 @pytest.mark.parametrize(("batch", "L"), [(1, 1), (3, 5), (2, 10)])
 def test_branches(batch, L, C, keep, monkeypatch):
     """Three of them: the input's norm, and two sums; with more rows than programs of the backward pass."""
-    monkeypatch.setattr(triton_fused, "PROGRAMS", 8)
+    monkeypatch.setattr(triton_fused, "WARPS", 8)
     leaves = {"h": drawn(batch, L, C), **{f"{kind}{i}": drawn(C) for i in range(3) for kind in ("weight", "bias")}}
     leaves |= {f"linear{i}": drawn(C, C) for i in range(3)}
     if keep:
