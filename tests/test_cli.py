@@ -402,6 +402,15 @@ def test_there_are_numeric_arguments():
     assert len(names) > 100
 
 
+@pytest.mark.parametrize("flag", ["loader", "eval_loader"])
+def test_the_fast_loader_without_its_decoder(flag, run_script, image_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    words = ["--data_path", image_folder, "--output_dir", tmp_path, "--loader", "pil", f"--{flag}", "fast"]
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(main_finetune, *TINY_FINETUNE, *words)
+    assert_one_line(capsys, exit_info, f"--{flag} fast needs simplejpeg: pip install simplejpeg, or take --{flag} pil")
+
+
 @pytest.mark.parametrize(
     "device", ["cuda:999", "cuda:-1", "cuda:99999999999999999999", "cuda:007", "cuda:٣", "mps", "meta", "cuda:", ""]
 )

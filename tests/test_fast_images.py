@@ -7,7 +7,6 @@ import struct
 
 import numpy as np
 import pytest
-import simplejpeg
 import torch
 from PIL import Image
 from timm.data import auto_augment
@@ -168,7 +167,7 @@ def test_crops_are_those_of_the_whole_image(photographs, subsampling, options):
 
 
 def test_rows_below_a_crop_are_not_decoded(photographs, monkeypatch):
-    shapes = []
+    simplejpeg, shapes = pytest.importorskip("simplejpeg"), []
     jpeg = simplejpeg.decode_jpeg
     monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *a, **k: shapes.append(jpeg(*a, **k).shape) or jpeg(*a, **k))
     decode.crop_of(encoded(photographs[0]), lambda *_: (10, 20, 100, 50))

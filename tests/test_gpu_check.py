@@ -1,6 +1,7 @@
 """The check of a GPU without one: its bookkeeping with stand-in parts, its decisions, and a rehearsal of real parts."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -93,6 +94,31 @@ def test_children_that_a_part_leaves_behind(tmp_path):
     done = run([stand_in("scan", HANG.rpartition(";")[0])], tmp_path)
     assert done["scan"]["status"] == "done"
     assert_gone(int((tmp_path / "child").read_text()))
+
+
+NCU = """#!/bin/sh
+while [ "$1" != --log-file ]; do shift; done
+printf 'scan_backward (1, 1, 1)\n    Section: Warp State Statistics\n' > "$2"
+while [ "$1" != "$PYTHON" ]; do shift; done
+exec "$@"
+"""
+
+
+def test_a_part_that_runs_under_a_program(tmp_path, monkeypatch):
+    """As ncu does, it gets the command of Python at its end."""
+    program = tmp_path / "ncu"
+    program.write_text(NCU)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHON", sys.executable)
+    ncu = next(part for part in gpu_check.parts(toy=False) if part.name == "ncu")
+    done = run(
+        [ncu._replace(command=("-c", "print('under it')"), seconds=1.0)], tmp_path, done={"scan": {"status": "done"}}
+    )
+    assert done["ncu"]["status"] == "done"
+    assert (tmp_path / "ncu.log").read_text() == "under it\n"
+    (row,) = gpu_check.ncu_table((tmp_path / "ncu.txt").read_text())
+    assert (row.measured, row.decision) == ("1 launches in ncu.txt", LOOK)
 
 
 def test_shares_of_the_time(tmp_path, monkeypatch):
@@ -362,6 +388,63 @@ def test_every_part_has_a_table_and_a_script():
     files = [REPOSITORY / word for word in gpu_check.parts(False)[0].command if word.startswith("tests/")]
     assert {*REPOSITORY.glob("tests/test_*_gpu.py")} <= {*files}
     assert all(file.is_file() for file in files)
+
+
+WITHOUT = """
+import sys
+sys.modules |= dict.fromkeys(("simplejpeg", "mlxtend"))
+sys.path[:0] = ["Finetuning", "tests"]
+from benchmarks import bench_augment, bench_losses, bench_ops, bench_scan, bench_train, gpu_check
+"""
+
+
+def test_benchmarks_where_only_some_packages_are_installed():
+    subprocess.run([sys.executable, "-c", WITHOUT], cwd=REPOSITORY, check=True)
+
+
+def test_busy_time(monkeypatch):
+    """Kernels and copies count once where they overlap; annotations, which span gaps, and host events do not."""
+    events = [
+        {"cat": "kernel", "ts": 10.0, "dur": 20.0}, {"cat": "gpu_memcpy", "ts": 20.0, "dur": 20.0},
+        {"cat": "gpu_memset", "ts": 100.0, "dur": 1.0}, {"cat": "gpu_user_annotation", "ts": 0.0, "dur": 500.0},
+        {"cat": "cuda_runtime", "ts": 200.0, "dur": 9.0}, {"ph": "M", "name": "process_name"},
+    ]  # fmt: skip
+
+    class Profile:
+        def __init__(self, activities):
+            assert activities == [torch.profiler.ProfilerActivity.CUDA]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def export_chrome_trace(self, path):
+            Path(path).write_text(json.dumps({"traceEvents": events}))
+
+    ran = []
+    monkeypatch.setattr(bench_train, "profile", Profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: ran.append("waited"))
+    assert bench_train.busy_seconds(lambda: ran.append("ran")) == pytest.approx(31e-6)
+    assert ran == ["ran", "waited"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_busy_time_on_a_gpu():
+    """Some 50 products of 0.1 to 10 ms: the GPU is busy for nearly all of the time, and never for longer."""
+    from util import machine
+
+    x = torch.randn(4096, 4096, device="cuda")
+
+    def products():
+        for _ in range(50):
+            x @ x
+
+    products()
+    wall = machine.time_once(products, x.device)[0]
+    assert 0.7 * wall < bench_train.busy_seconds(products) < 1.2 * wall
 
 
 def test_union_of_intervals():
