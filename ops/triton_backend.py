@@ -269,14 +269,16 @@ def conv_forward_kernel(
     for first in range(start, min(length, start + SEGMENT), AHEAD):
         tokens, loaded = (), ()
         for i in tl.static_range(AHEAD):
-            tokens += (_token(order, tl.minimum(first + i, length - 1), ORDERED),)
+            t = first + i  # only those after the first can lie beyond the end
+            tokens += (_token(order, t if i == 0 else tl.minimum(t, length - 1), ORDERED),)
             loaded += (tl.load(x + tokens[i] * x_st),)
         for i in tl.static_range(AHEAD):
             past = (loaded[i].to(tl.float32),) + past
             s = offset
             for j in tl.static_range(TAPS):
                 s += w[j] * past[j]
-            tl.store(y + tokens[i] * WIDTH, (s * _sigmoid(s)).to(y.dtype.element_ty), mask=first + i < length)
+            here = None if i == 0 else first + i < length
+            tl.store(y + tokens[i] * WIDTH, (s * _sigmoid(s)).to(y.dtype.element_ty), mask=here)
             past = past[: TAPS - 1]
 
 
@@ -317,7 +319,7 @@ def conv_backward_kernel(
         tokens, dys, pasts = (), (), ()
         for i in tl.static_range(AHEAD):
             t = last - passed - i
-            tokens += (_token(order, tl.maximum(t, 0), ORDERED),)
+            tokens += (_token(order, t if i == 0 else tl.maximum(t, 0), ORDERED),)
             dys += (tl.load(dy + tokens[i] * dy_st),)
             pasts += (_past(x, order, t - TAPS, x_st, ORDERED),)
         for i in tl.static_range(AHEAD):
@@ -331,7 +333,7 @@ def conv_backward_kernel(
             dx_t = tl.zeros([BLOCK], tl.float32)
             for j in tl.static_range(TAPS):
                 dx_t += w[j] * ahead[j]
-            own = (t >= start) & (t < end)
+            own = t < end if i == 0 else (t >= start) & (t < end)
             tl.store(dx + tokens[i] * WIDTH, dx_t.to(dx.dtype.element_ty), mask=own)
             ds = tl.where(own, ds, 0.0)
             added = ()
