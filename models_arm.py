@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mamba import FOUR_DIRECTIONS, ONE_DIRECTION, Block, PatchEmbed, drop_path_factors, scan_orders
 from ops import unavailable
-from ops.fused import norm_cat
+from ops.fused import add_branches, norm_cat
 from timm_models import INSTEAD, TimmModel, init_head, new_head, pooling, register
 from util.pos_embed import insert_middle, resize_around_token, sincos_pos_embed
 
@@ -179,8 +179,10 @@ class DecoderBlock(nn.Module):
         self.mlp = Mlp(dim, 4 * dim)
 
     def forward(self, queries: Tensor, latents: Tensor, mask: Tensor | None = None) -> Tensor:
-        queries = queries + self.attn2(self.norm2_1(queries), self.norm2_2(latents), mask)
-        return queries + self.mlp(self.norm2(queries))
+        def attention(x: Tensor) -> Tensor:
+            return self.attn2(x, self.norm2_2(latents), mask)
+
+        return add_branches(queries, [(self.norm2_1, attention), (self.norm2, self.mlp)])
 
 
 class Prediction(NamedTuple):

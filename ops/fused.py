@@ -95,19 +95,19 @@ def swiglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def add_branches(
-    h: Tensor, branches: Sequence[tuple[nn.LayerNorm, Callable[[Tensor], Tensor]]], keep: Tensor | None
+    h: Tensor, branches: Sequence[tuple[nn.LayerNorm, Callable[[Tensor], Tensor]]], keep: Tensor | None = None
 ) -> Tensor:
     """Add branches to a residual stream, one after the other, each of the normed stream.
 
     Args:
-        h: (B, L, C).
-        branches: what norms the stream and what is computed of that, (B, L, C) -> (B, L, C).
+        h: (B, L, C), or (1, L, C) where all images begin with the same, which is always left to the formula.
+        branches: what norms the stream and what is computed of that, (B or 1, L, C) -> (B, L, C).
         keep: (len(branches), B, 1, 1), factor of each branch for each image (stochastic depth); None is 1.
 
     Returns:
         (B, L, C).
     """
-    if _fuses("norm", h, torch.float32):
+    if _fuses("norm", h, torch.float32) and len(h) != 1:
         return _add_branches_fused(h.contiguous(), branches, keep)
     for i, (norm, branch) in enumerate(branches):
         out = branch(norm(h))

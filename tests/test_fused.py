@@ -160,7 +160,7 @@ def test_swiglu_of_slices_and_of_rows_with_strides():
 
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("C", [2, 7, 40])
-@pytest.mark.parametrize(("batch", "L"), [(1, 1), (3, 5), (2, 10)])
+@pytest.mark.parametrize(("batch", "L"), [(2, 1), (3, 5), (2, 10)])
 def test_branches(batch, L, C, keep, monkeypatch):
     """Three of them: the input's norm, and two sums; with more rows than programs of the backward pass."""
     monkeypatch.setattr(triton_fused, "WARPS", 8)
@@ -182,6 +182,15 @@ def test_branches(batch, L, C, keep, monkeypatch):
         return fused.add_branches(h, [(Norm(i), branch(i)) for i in range(3)], keep)
 
     check("norm", compute, leaves, tolerance=1e-5 if C > 2 else 1e-3)  # two channels: norms of -1 and 1, slopes near 0
+
+
+def test_branches_of_a_stream_that_images_share():
+    """As in the first block of the decoder, which starts from the same for all images: the formula, not the kernels."""
+    fused.use(["norm"], DEVICE)
+    h, images, norm = drawn(1, 5, 8), drawn(3, 1, 8), nn.LayerNorm(8).to(DEVICE)
+    leaves = {"h": h, "branches": [(norm, lambda x: x * images), (norm, torch.sin)]}
+    assert fused.add_branches(**leaves).shape == (3, 5, 8)
+    assert not counted(fused.add_branches, leaves)
 
 
 @pytest.mark.parametrize(("batch", "L", "C", "n"), [(1, 1, 3, 1), (2, 5, 24, 4)])
