@@ -202,10 +202,13 @@ def loss_and_gradients(model, imgs, mixed=True):
     return {"loss": loss.detach(), **dict(zip(named, grads, strict=True))}
 
 
+def errors(got, want):
+    """Of every gradient by itself, relative to its norm; by name."""
+    return {name: ((got[name] - w).norm() / w.norm().clamp(min=1e-12)).item() for name, w in want.items()}
+
+
 def assert_close(got, want, tolerance):
-    """Every gradient by itself, relative to its norm."""
-    for name, w in want.items():
-        error = ((got[name] - w).norm() / w.norm().clamp(min=1e-12)).item()
+    for name, error in errors(got, want).items():
         assert error < tolerance, f"{name} differs by {error:.1e}"
 
 
@@ -252,6 +255,31 @@ def test_compiled_equals_eager(kind, choice):
     assert_close(loss_and_gradients(compiled, imgs, mixed=False), want, 1e-3)
     got, want = (loss_and_gradients(m.eval(), imgs)["loss"].item() for m in (compiled, model))
     assert got == pytest.approx(want, rel=1e-2)
+
+
+@KINDS
+def test_fused_operators_in_training(kind, kernels):
+    """All of them as a run uses them: compiled, in bf16. Against float32 each gradient errs about as without them."""
+    model, imgs = build(kind, kernels)
+    want = loss_and_gradients(build(kind, "torch")[0], imgs, mixed=False)
+    results = []
+    try:
+        for names in (["none"], ["all"]):
+            fused.use(names, imgs.device)
+            torch._dynamo.reset()  # a choice is part of a graph
+            compiled = copy.deepcopy(model)
+            compiled.compile(fullgraph=True, **fused.compile_options())
+            got, again = loss_and_gradients(compiled, imgs), loss_and_gradients(compiled, imgs)
+            results.append(errors(got, want))
+            for name, gradient in got.items():
+                assert "layers" not in name or torch.equal(gradient, again[name]), f"{name} in a second run"
+    finally:
+        fused.use(["none"], imgs.device)
+        torch._dynamo.reset()
+    plain, fast = results
+    for name, error in fast.items():
+        assert error < 3 * plain[name] + 1e-3, f"{name} differs by {error:.1e}, {plain[name]:.1e} without"
+    assert sum(fast.values()) < 1.2 * sum(plain.values())
 
 
 def test_four_direction_block_against_the_oracle(monkeypatch):
