@@ -322,7 +322,7 @@ def main(args: argparse.Namespace) -> None:
     args.device = init_device(args.device)  # as the training scripts set it up
     with as_user_error(ValueError, prefix="--cuda_graph "):
         args.cuda_graph = captures(args.cuda_graph, args.device)
-    with as_user_error(BackendUnavailable, prefix=f"--fused_ops {' '.join(args.fused_ops)}: "):
+    with as_user_error(ValueError, BackendUnavailable, prefix=f"--fused_ops {' '.join(args.fused_ops)}: "):
         args.fused_ops = fused.use(args.fused_ops, args.device)
     about = machine.describe(args.device)
     output = machine.result_file("train", about, args.output)

@@ -34,9 +34,12 @@ def use(names: Iterable[str], device: torch.device) -> list[str]:
         The chosen ones.
 
     Raises:
+        ValueError: "all", "none" or "auto" stands beside other names.
         BackendUnavailable: one was asked for by name and Triton does not work on this device.
     """
     names = list(names)
+    if len(names) > 1 and (whole := {"all", "none", "auto"}.intersection(names)):
+        raise ValueError(f"{min(whole)} says it for all operators, and stands alone")
     _USED.clear()
     if names == ["auto"]:
         works = device.type == "cuda" and unavailable("triton") is None

@@ -51,6 +51,12 @@ def test_choice(monkeypatch):
         fused.use(["norm"], GPU)
 
 
+@pytest.mark.parametrize("names", [["all", "norm"], ["norm", "none"], ["auto", "conv"]])
+def test_a_word_for_all_operators_stands_alone(names):
+    with pytest.raises(ValueError, match=r"(all|none|auto) says it for all operators, and stands alone"):
+        fused.use(names, DEVICE)
+
+
 def test_casts_are_an_option_of_the_compiler():
     """It joins small kernels on a GPU; there and here a compiled model gives what it gave."""
     model, parameters, imgs = small_model("classifier")
