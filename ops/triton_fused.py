@@ -180,6 +180,11 @@ def _row_constants(C: int) -> tuple[int, dict[str, int]]:
     return min(16, max(1, wide // 256)), {"C": C, "WIDE": wide}
 
 
+def _row_stride(x: Tensor) -> int:
+    """Numbers between two rows of (B, L, C); torch leaves the stride of the only row of an image to chance."""
+    return x.stride(1) if x.shape[1] > 1 else x.stride(0)
+
+
 def norm_forward(
     h: Tensor,
     branch: Tensor | None,
@@ -209,7 +214,7 @@ def norm_forward(
     statistics = h.new_empty(2, *h.shape[:-1])
     warps, constants = _row_constants(h.shape[-1])
     if h.numel():
-        args = (h, branch, keep, weight, bias, total, normed, statistics, h.shape[1], normed.stride(1))
+        args = (h, branch, keep, weight, bias, total, normed, statistics, h.shape[1], _row_stride(normed))
         constants |= {"EPS": eps, "BRANCH": branch is not None, "KEEP": keep is not None}
         _launch(norm_forward_kernel, statistics[0].numel(), warps, *args, **constants)
     return total, statistics
@@ -246,7 +251,7 @@ def norm_backward(
     sums = x.new_empty(min(rows, programs), 2, C)
     if x.numel():
         weight = weight.float().contiguous()
-        args = (dnormed, dtotal, x, keep, weight, statistics, dh, dbranch, sums, rows, x.shape[1], dnormed.stride(1))
+        args = (dnormed, dtotal, x, keep, weight, statistics, dh, dbranch, sums, rows, x.shape[1], _row_stride(dnormed))
         constants |= {"TOTAL": dtotal is not None, "BRANCH": branch is not None, "KEEP": keep is not None}
         _launch(norm_backward_kernel, len(sums), warps, *args, **constants, PROGRAMS=programs)
     return dh, dbranch, sums.sum(0)

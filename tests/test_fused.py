@@ -217,6 +217,21 @@ def test_norms_side_by_side(batch, L, C, n):
     check("norm", compute, leaves)
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_images_of_one_token_whose_stride_is_another(n):
+    """As a transposed gradient has it, which torch takes for contiguous."""
+    fused.use(["norm"], DEVICE)
+    norms = [nn.LayerNorm(8).to(DEVICE) for _ in range(n)]
+    xs = [drawn(3, 1, 8) for _ in norms]
+    dense = torch.randn(3, 1, 8 * n, device=DEVICE)
+    dy = torch.randn(1, 3, 8 * n, device=DEVICE).copy_(dense.transpose(0, 1)).transpose(0, 1)
+    assert dy.stride(1) == 3 * dense.stride(1)
+    assert dy.is_contiguous()
+    y = fused.norm_cat(xs, norms)
+    want = torch.autograd.grad(y, xs, dense, retain_graph=True)
+    assert all(map(torch.equal, torch.autograd.grad(y, xs, dy), want))
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("ordered", [False, True])
 def test_selective_ssm(ordered, backend):
