@@ -4,8 +4,8 @@
 
 What a kernel may change is rounding. How much that is at most is measured too: "again" repeats the form without a
 switch, and differs only where PyTorch's own kernels do; "eager" does not compile it, so that both are right and round
-otherwise. CUDA graphs may differ from no switch as much as "again" does, every other form `TIMES` as much as "eager",
-or `FLOOR`.
+otherwise. CUDA graphs may differ from no switch `TIMES` as much as "again" does, not at all where that is equal; every
+other form `TIMES` as much as "eager", or `FLOOR`.
 """
 
 import argparse
@@ -17,13 +17,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.bench_train import CASES, SWITCHES, Case, Composition, epoch_runner, switched
+from benchmarks.bench_train import CASES, KERNELS, Case, Composition, add_without, epoch_runner, switched
 from util import cli, machine, train_loop
 from util.dist import init_device
 from util.errors import RunError
 from util.metrics import SilentLog
 
-FORMS = ("none", "again", "eager", *SWITCHES[1:-1])
+FORMS = ("none", "again", "eager", *KERNELS, "all")
 TIMES = 2.0
 FLOOR = 1e-6  # where "eager" is no other form: on a CPU
 LR = 1e-4
@@ -58,10 +58,10 @@ def difference(one: dict[str, list[float]], other: dict[str, list[float]]) -> di
 
 def verdict(form: str, found: dict[str, dict]) -> bool | None:
     """Return whether a form is equal to none but for rounding; None where nothing says how much that is."""
-    bound, times, floor = ("again", 1.0, 0.0) if form == "cuda_graph" else ("eager", TIMES, FLOOR)
+    bound, floor = ("again", 0.0) if form == "cuda_graph" else ("eager", FLOOR)
     if bound not in found or form not in found:
         return None
-    return all(found[form][key] <= max(floor, times * found[bound][key]) for key in ("loss", "grad_norm"))
+    return all(found[form][key] <= max(floor, TIMES * found[bound][key]) for key in ("loss", "grad_norm"))
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -72,6 +72,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", type=cli.filled, help="cuda or cpu (default: cuda where there is a GPU)")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=cases, help="default: %(default)s")
     parser.add_argument("--forms", nargs="+", choices=FORMS[1:], default=FORMS[1:], help="default: %(default)s")
+    add_without(parser)
     parser.add_argument("--batch_size", type=cli.batch, help="instead of the recipe's")
     parser.add_argument("--steps", type=cli.positive, default=50, help="updates (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="JSON file (default: in benchmarks/results/)")
@@ -86,13 +87,13 @@ def main(args: argparse.Namespace) -> None:
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(f"{'case':<16}{'form':<14}{'loss':>12}{'gradient':>12}")
     report = {**about, "steps": args.steps, "lr": LR, "results": []}
-    failed = []
+    failed, lost = [], None
     for name in args.cases:
         case, curves, found = CASES[name], {}, {}
         case = case._replace(batch_size=args.batch_size or case.batch_size)
         for form in ("none", *args.forms):
             compiled = device.type == "cuda" and form != "eager"
-            how = switched("none" if form in ("again", "eager") else form, device, compiled)
+            how = lost or switched("none" if form in ("again", "eager") else form, device, compiled, args.without)
             row = {"case": name, "form": form}
             report["results"].append(row)
             if isinstance(how, str):
@@ -102,9 +103,11 @@ def main(args: argparse.Namespace) -> None:
             try:
                 curves[form] = losses_of(case, how, args.steps, device)
             except Exception as error:  # of one kernel: the others can still be compared
-                row["failed"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                row["failed"] = machine.failure(error)
                 failed.append(f"{name}, {form}: {row['failed']}")
                 print(f"{name:<16}{form:<14}failed: {row['failed']}", flush=True)
+                if not machine.answers(device):
+                    lost = f"{name}, {form} has lost the GPU"
                 continue
             row |= {**how._asdict(), **curves[form]}
             if "none" in curves:

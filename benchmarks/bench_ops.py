@@ -12,6 +12,7 @@ Rounds interleave, and the median counts; the spread is the range of the middle 
 import argparse
 import statistics
 import sys
+import traceback
 import types
 from collections.abc import Callable
 from functools import cache
@@ -41,6 +42,10 @@ SIZES = {
 }
 OPERATORS = [name for name in fused.FUSED if name not in ("augment", "casts")]  # casts: what the compiler joins
 ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of a tensor, by norm, in either form
+
+
+class WrongForm(Exception):
+    """A form of an operator computes something else."""
 
 
 class Convolution(nn.Module):
@@ -164,7 +169,7 @@ def check(operator: str, size: tuple, forms: dict[str, Callable], module: nn.Mod
     """Return the error of each tensor in each form, relative to its norm in float64.
 
     Raises:
-        ValueError: a form is wrong; the message says how.
+        WrongForm: the message says how.
     """
     device = inputs[0].device
     exact, _ = brick(operator, size, "torch", device)
@@ -183,9 +188,7 @@ def check(operator: str, size: tuple, forms: dict[str, Callable], module: nn.Mod
             if name == "fused":
                 limit = min(limit, 2 * errors["compiled"][key] + limit / 10)
             if not error < limit:
-                raise ValueError(
-                    f"the {name} form is wrong: {key} differs by {error:.1e}, at most {limit:.1e} is right"
-                )
+                raise WrongForm(f"the {name} form is wrong: {key} differs by {error:.1e}, at most {limit:.1e} is right")
     return errors
 
 
@@ -213,16 +216,21 @@ def time_forms(
 
 def measure(operator: str, size: tuple, device: torch.device, repetitions: int) -> dict[str, object]:
     """Return the times and errors of both forms, or why there are none."""
-    if reason := missing(operator, device):
-        return {"left_out": reason}
-    torch._dynamo.reset()
-    module, inputs = brick(operator, size, "triton", device)
-    forms = {name: form_of(module, name, device) for name in ("compiled", "fused")}
+    if not machine.answers(device):
+        return {"left_out": "an operator before it has lost the GPU"}
     try:
+        if reason := missing(operator, device):
+            return {"left_out": reason}
+        torch._dynamo.reset()
+        module, inputs = brick(operator, size, "triton", device)
+        forms = {name: form_of(module, name, device) for name in ("compiled", "fused")}
         errors = check(operator, size, forms, module, inputs)
-    except ValueError as error:
+        us = time_forms(operator, forms, module, inputs, repetitions)
+    except WrongForm as error:
         return {"wrong": str(error)}
-    us = time_forms(operator, forms, module, inputs, repetitions)
+    except Exception as error:  # of one operator: the others can still be measured
+        traceback.print_exc()
+        return {"wrong": f"it fails: {machine.failure(error)}"}
     return {"microseconds": us, "largest_error": {name: max(found.values()) for name, found in errors.items()}}
 
 

@@ -29,7 +29,7 @@ import statistics
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -96,7 +96,8 @@ class Composition(NamedTuple):
     fused_ops: list[str]
 
 
-SWITCHES = ("none", "cuda_graph", "cuda", *bench_ops.OPERATORS, "casts", "all", "released")
+KERNELS = ("cuda_graph", "cuda", *bench_ops.OPERATORS, "casts")
+SWITCHES = ("none", *KERNELS, "all", "released")
 PRINTED = Path("-")
 PROFILE = "Profiles of bench_train.py"  # the first line of their file
 
@@ -276,7 +277,10 @@ def unavailable(switch: str, device: torch.device) -> str | None:
     if switch == "casts":
         return None if device.type == "cuda" else "the compiler joins small kernels on a GPU alone"
     if switch != "cuda_graph":
-        return bench_ops.missing(switch, device)
+        try:
+            return bench_ops.missing(switch, device)
+        except Exception as error:  # of this operator alone
+            return f"it fails: {machine.failure(error)}"
     try:
         captures(True, device)
     except ValueError as error:
@@ -284,17 +288,19 @@ def unavailable(switch: str, device: torch.device) -> str | None:
     return None
 
 
-def switched(name: str, device: torch.device, compiled: bool) -> Composition | str:
-    """Return the composition with one of `SWITCHES` on, "all" for those that work here; or why there is none."""
+def switched(name: str, device: torch.device, compiled: bool, without: Sequence[str] = ()) -> Composition | str:
+    """Return the composition with one of `SWITCHES` on, "all" for those that work here; or why there is none.
+
+    Those of `without` stay off.
+    """
     if name == "released":
         backend = "mamba_ssm" if device.type == "cuda" else "torch"
         return ops.unavailable(backend) or Composition(backend, False, True, False, [])
-    on = {"none": [], "all": [switch for switch in SWITCHES if switch not in ("none", "all", "released")]}.get(name)
-    if on is None:
-        on = [name]
-        if reason := unavailable(name, device):
-            return reason
-    on = [switch for switch in on if unavailable(switch, device) is None]
+    on = {"none": [], "all": KERNELS}.get(name, [name])
+    reasons = {switch: "--without it" if switch in without else unavailable(switch, device) for switch in on}
+    if reasons.get(name):
+        return reasons[name]
+    on = [switch for switch, reason in reasons.items() if reason is None]
     plain = "triton" if device.type == "cuda" else "auto"
     backend = "cuda" if "cuda" in on else plain
     return Composition(backend, compiled, False, "cuda_graph" in on, [switch for switch in on if switch in fused.FUSED])
@@ -304,7 +310,8 @@ def compositions(args: argparse.Namespace) -> dict[str, Composition | str]:
     """What is compared, by name: ours and the released one, or what the flags make up; a line where it cannot be."""
     gpu = args.device.type == "cuda"
     if args.switches:
-        return {name: switched(name, args.device, gpu and not args.no_compile) for name in args.switches}
+        compiled = gpu and not args.no_compile
+        return {name: switched(name, args.device, compiled, args.without) for name in args.switches}
     if args.backend or args.released_loop:
         compiled = gpu and not args.no_compile and not args.released_loop
         graphs = args.cuda_graph and not args.released_loop
@@ -333,12 +340,13 @@ def main(args: argparse.Namespace) -> None:
     print(f"{'case':<16}{'composition':<24}{'images/s':>10}{'ms/step':>10}{'busy':>8}", end="")
     print(f"{'MFU':>8}{'GB':>8}{'start s':>9}{'x':>7}")
     report, speeds = {**about, "steps": args.steps, "results": []}, {}
-    todo = [(name, kind) for name in args.cases for kind in compositions(args)]
+    chosen, lost = compositions(args), None
+    todo = [(name, kind) for name in args.cases for kind in chosen]
     if args.switches:  # the first switches of all cases count more than the last of one
         todo = [(name, kind) for kind in args.switches for name in args.cases]
     for name, kind in todo:
         case = CASES[name]._replace(batch_size=args.batch_size or CASES[name].batch_size)
-        how, row = compositions(args)[kind], {"case": name, "composition": kind}
+        how, row = lost or chosen[kind], {"case": name, "composition": kind}
         report["results"].append(row)
         if isinstance(how, str):
             print(f"{name:<16}{kind:<24}left out: {how}", flush=True)
@@ -354,8 +362,10 @@ def main(args: argparse.Namespace) -> None:
             continue
         except Exception as error:  # of one kernel: the others can still be measured
             traceback.print_exc()
-            row["failed"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            row["failed"] = machine.failure(error)
             print(f"{name:<16}{kind:<24}failed: {row['failed']}", flush=True)
+            if not machine.answers(args.device):
+                lost = f"{name}, {kind} has lost the GPU"
             continue
         speeds[name, kind] = speed = row["images_per_second"]
         busy = f"{row['busy_ms_per_step']:.1f}" if row["busy_ms_per_step"] else "-"
@@ -369,6 +379,11 @@ def main(args: argparse.Namespace) -> None:
     machine.write(output, report)
     if failed := [f"{row['case']}, {row['composition']}" for row in report["results"] if "failed" in row]:
         raise RunError(f"failed: {'; '.join(failed)}")
+
+
+def add_without(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that turns kernels off which are known to be wrong, with "all" too."""
+    parser.add_argument("--without", nargs="+", choices=KERNELS, default=[], help="leave these kernels off")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -391,6 +406,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--switches", nargs="+", choices=SWITCHES, help="compare these, each alone: none, all, released, or a kernel"
     )
+    add_without(parser)
     parser.add_argument("--released_loop", action="store_true", help="train with the released composition's loop alone")
     parser.add_argument(
         "--profile",

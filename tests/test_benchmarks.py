@@ -101,6 +101,25 @@ def test_a_wrong_backend_is_not_timed(name, tmp_path, monkeypatch):
         run(bench_scan, "--sizes", "1,2,8,5,4", "--output", tmp_path / "scan.json")
 
 
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_backend_that_fails_is_not_timed(answers, tmp_path, monkeypatch):
+    """The others are, unless it has taken the GPU along."""
+
+    def fail(*args):
+        raise ValueError("it broke\nand more")
+
+    monkeypatch.setattr(torch_backend, "scan_forward", fail)
+    monkeypatch.setattr(machine, "answers", lambda device: answers)
+    output = tmp_path / "scan.json"
+    with pytest.raises(RuntimeError, match=r"torch is not timed, it fails: ValueError: it broke$"):
+        run(bench_scan, "--sizes", "1,2,8,5,4", "1,2,8,6,4", "--repetitions", 1, "--output", output)
+    results = json.loads(output.read_text())["results"]
+    assert len(results) == (2 if answers else 1)
+    assert results[0]["wrong"] == {"torch": "torch is not timed, it fails: ValueError: it broke"}
+    assert ("cpu" in results[0]["microseconds"]) == answers
+    assert results[0]["left_out"].get("cpu") == (None if answers else "it is right, but the GPU is lost")
+
+
 # ---- augmentation ----
 
 
@@ -191,6 +210,23 @@ def test_bricks(operator):
         assert len(errors["compiled"]) == 2 + len(list(module.parameters()))
 
 
+def test_an_operator_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
+    def missing(operator, device):
+        if operator == "swiglu":
+            raise ValueError("it broke\nand more")
+        return "it is not there"
+
+    monkeypatch.setattr(bench_ops, "missing", missing)
+    with pytest.raises(RunError, match="swiglu, pretraining_toy: it fails: ValueError: it broke;"):
+        run(bench_ops, *WORDS, "swiglu", "conv", "--output", tmp_path / "ops.json")
+    rows = json.loads((tmp_path / "ops.json").read_text())["results"]
+    assert [row.get("wrong") or row["left_out"] for row in rows] == 2 * [
+        "it fails: ValueError: it broke", "it is not there"
+    ]  # fmt: skip
+    assert "and more" in capsys.readouterr().err
+    assert bench_train.unavailable("swiglu", torch.device("cpu")) == "it fails: ValueError: it broke"
+
+
 def test_an_operator_that_is_not_there(swiglu_otherwise, monkeypatch):
     device = torch.device("cpu")
     monkeypatch.setattr(fused, "uses", lambda name: False)
@@ -210,7 +246,7 @@ def test_losses(tmp_path, capsys, monkeypatch):
     words = ["--cases", "pretrain_toy", "--steps", 3, "--batch_size", 2, "--output", output, "--forms"]
     right, calls = torch_backend.scan_forward, []
 
-    def switched(name, device, compiled):
+    def switched(name, device, compiled, without):
         calls.append(name)
         if name == "norm":
             return "it is not there"
@@ -250,6 +286,8 @@ def test_losses(tmp_path, capsys, monkeypatch):
         (bench_train, "--device cpu --output /proc/x/y.json", "--output /proc/x/y.json cannot be written"),
         (bench_train, "--device cpu --profile /dev/null", "--profile /dev/null cannot be written"),
         (bench_train, "--device cpu --switches conv2", "invalid choice: 'conv2'"),
+        (bench_train, "--device cpu --without all", "invalid choice: 'all'"),
+        (bench_losses, "--device cpu --without none", "invalid choice: 'none'"),
         (bench_scan, "--device cpu --contestants tron", "--contestants tron: there are reference loop, mambapy"),
         (bench_ops, "--device cpu --operators augment", "invalid choice: 'augment'"),
         (bench_ops, "--device cpu --repetitions 0", "argument --repetitions: 0 is not at least 1"),
@@ -345,6 +383,36 @@ def test_switches(tmp_path, capsys, monkeypatch):
     assert text.startswith(f"{bench_train.PROFILE}\n\npretrain_toy, none, 1 steps\n")
     assert text.count("Self CPU time total") == 2
     assert "aten::" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("benchmark", [bench_train, bench_losses])
+def test_a_kernel_that_takes_the_gpu_along(benchmark, tmp_path, monkeypatch):
+    """What comes after it is called not measured, and not failed."""
+
+    def fail(*args):
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(benchmark, "epoch_runner", fail)
+    monkeypatch.setattr(machine, "answers", lambda device: False)
+    switches = ["--switches", "none", "all"] if benchmark is bench_train else ["--forms", "all"]
+    output = tmp_path / "report.json"
+    with pytest.raises(RunError, match="pretrain_toy, none"):
+        run(benchmark, "--cases", "pretrain_toy", "--output", output, *switches)
+    rows = json.loads(output.read_text())["results"]
+    assert rows[0]["failed"] == "RuntimeError: an illegal memory access"
+    assert [row.get("left_out") for row in rows] == [None, "pretrain_toy, none has lost the GPU"]
+
+
+def test_kernels_that_are_left_off(monkeypatch):
+    """By themselves, and among all."""
+    monkeypatch.setattr(bench_train, "unavailable", lambda switch, device: "not here" if switch == "casts" else None)
+    device, off = torch.device("cpu"), ["cuda", "norm"]
+    how = bench_train.switched("all", device, True, off)
+    assert how == bench_train.Composition("auto", True, False, True, ["swiglu", "conv", "projections"])
+    assert [bench_train.switched(name, device, True, off) for name in off] == 2 * ["--without it"]
+    assert bench_train.switched("casts", device, True, off) == "not here"
+    assert bench_train.switched("cuda", device, True).backend == "cuda"
+    assert bench_train.switched("none", device, True, off).fused_ops == []
 
 
 def test_a_composition_by_hand(tmp_path):

@@ -66,6 +66,21 @@ def write(path: Path, report: dict, quiet: bool = False) -> None:
         print(f"\nwritten to {printable(path)}")
 
 
+def failure(error: Exception) -> str:
+    """Return what went wrong in one line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def answers(device: torch.device) -> bool:
+    """Return whether this process can still use the device: after a kernel's invalid access no other kernel runs."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
 def time_once(function: Callable[[], object], device: torch.device) -> tuple[float, object]:
     """Seconds that one call takes on the device, by CUDA events there, and its result."""
     if device.type != "cuda":
