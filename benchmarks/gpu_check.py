@@ -6,11 +6,12 @@
 
 Runs the parts of `PARTS` one after the other, each as a process with a time limit: its share of what is left of
 --minutes, so that a part that ends early leaves its time to those after it. What a part finds lies in the output folder
-as soon as it is found, beside its log. A part that fails, hangs or is killed stops those only that build on it; what is
-not installed, or has too little time left, leaves its part out. After every part `summary.md` and `summary.json` hold
-a table: figure, measured, prediction, decision. A later call with the same --output repeats the parts that it names and
-keeps the others. "adopt" names the entry to write into `FASTER` of ops/measured.py; nothing is adopted before all GPU
-tests have passed, and no kernel of the model before its losses are shown to differ by rounding alone.
+as soon as it is found, beside its log. A part that fails, hangs or is killed stops those only that build on it, and a
+kernel that is wrong by itself is left out of training steps; what is not installed, or has too little time left, leaves
+its part out. After every part `summary.md` and `summary.json` hold a table: figure, measured, prediction, decision. A
+later call with the same --output repeats the parts that it names and keeps the others. "adopt" names the entry to write
+into `FASTER` of ops/measured.py; nothing is adopted before all GPU tests have passed, and no kernel of the model before
+its losses are shown to differ by rounding alone.
 """
 
 import argparse
@@ -44,6 +45,7 @@ TESTS = (
     "test_randaugment.py",
 )  # fmt: skip
 TRAINING = ("timm", "einops", "tensorboard", "torchvision", "safetensors")  # what training imports beside torch
+GRACE = 5  # last seconds of a part, in which it is asked to end before it is killed
 OPERATORS = ("swiglu", "norm", "conv", "projections")  # fused ones of the model
 
 
@@ -51,8 +53,9 @@ class Part(NamedTuple):
     """A process of this run.
 
     `seconds` are its share beside those of other parts, and a third of them what it needs to begin. `command` are the
-    words after Python; FOLDER in them is the output folder. `result` is a file in there. A `late` part gets what the
-    others leave. `program` runs in front of Python.
+    words after Python; FOLDER in them is the output folder. `result` is a file in there. A part runs only `after`
+    others have left a result. A `late` part gets what the others leave. `program` runs in front of Python. A part that
+    `trains` goes without the kernels that are `faulty`.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Part(NamedTuple):
     after: tuple[str, ...] = ()
     late: bool = False
     program: tuple[str, ...] = ()
+    trains: bool = False
 
 
 def benchmark(name: str, *words: str, part: str | None = None) -> tuple[str, ...]:
@@ -77,7 +81,8 @@ NCU += ["-k", "regex:^scan_(forward|backward)", "--log-file", "FOLDER/ncu.txt"]
 
 def parts(toy: bool) -> list[Part]:
     """Return the parts in the order in which they run; as toys, they are those of a rehearsal on a CPU."""
-    workers = ("-n", "8") if importlib.util.find_spec("xdist") and not toy else ()
+    cores = min(14, len(os.sched_getaffinity(0)))  # each worker compiles the kernels that it tests
+    workers = ("-n", str(cores)) if importlib.util.find_spec("xdist") and not toy else ()
     tests = [f"tests/{name}" for name in TESTS]
     if toy:  # on a CPU all of them are skipped, the others would take minutes
         tests = [name for name in tests if name.endswith("_gpu.py")]
@@ -93,33 +98,33 @@ def parts(toy: bool) -> list[Part]:
     augment = ("--batch_size", "4", "--input_size", "8", "--rounds", "1") if toy else ()
     losses = ("--steps", "2", "--batch_size", "2") if toy else ("--steps", "50")
     found = [
-        Part("tests", 150, (*pytest, *workers, *tests), "tests.xml", ("pytest", "sklearn", *TRAINING)),
+        Part("tests", 240, (*pytest, *workers, *tests), "tests.xml", ("pytest", "sklearn", *TRAINING)),
         Part("scan", 60, benchmark("bench_scan", *scan), "scan.json"),
-        Part("ops", 80, benchmark("bench_ops", *repetitions), "ops.json", ("timm", "einops", "torchvision")),
+        Part("ops", 80, benchmark("bench_ops", *repetitions), "ops.json", TRAINING),
         Part(
             "ncu", 40, (*ncu, "--repetitions", "1", "--output", "FOLDER/ncu-scan.json"), "ncu.txt", (), ("scan",),
             program=tuple(NCU),
         ),
         Part(
             "train", 180, benchmark("bench_train", "--cases", *cases, "--switches", *switches, *few), "train.json",
-            TRAINING,
+            TRAINING, trains=True,
         ),
         Part(
             "profile", 60,
             benchmark("bench_train", "--cases", *cases, "--switches", "all", *few, "--rounds", "1",
                       "--profile", "FOLDER/profile.txt", part="profile"),
-            "profile.txt", TRAINING, ("train",),
+            "profile.txt", TRAINING, ("train",), trains=True,
         ),
-        Part("losses", 90, benchmark("bench_losses", "--cases", *cases, *losses), "losses.json", TRAINING),
+        Part("losses", 90, benchmark("bench_losses", "--cases", *cases, *losses), "losses.json", TRAINING, trains=True),
         Part("augment", 30, benchmark("bench_augment", *augment), "augment.json", TRAINING),
         Part(
             "large", 90, benchmark("bench_train", "--cases", *large, "--switches", "all", *few, part="large"),
-            "large.json", TRAINING, ("train",), late=True,
+            "large.json", TRAINING, ("train",), late=True, trains=True,
         ),
         Part(
             "released", 90,
             benchmark("bench_train", "--cases", *cases, "--switches", "all", "released", *few, part="released"),
-            "released.json", (*TRAINING, *(() if toy else ("mamba_ssm", "causal_conv1d"))), late=True,
+            "released.json", (*TRAINING, *(() if toy else ("mamba_ssm", "causal_conv1d"))), late=True, trains=True,
         ),
     ]  # fmt: skip
     if not toy:
@@ -157,28 +162,51 @@ def run_parts(
         left = end - time.monotonic()
         sharing = [other for other in chosen[i:] if part.late or not other.late]
         limit = left * part.seconds / sum(other.seconds for other in sharing)
-        if reason := why_not(part, left, limit, done):
+        if reason := why_not(part, left, limit, done, folder):
             print(f"{part.name:<10}left out: {reason}", flush=True)
             if part.name not in done or not Path(folder, part.result).exists():
                 done[part.name] = {"status": "left out", "seconds": 0.0, "reason": reason}
         else:
+            wrong = faulty(folder, done) if part.trains else {}
+            for name, problem in wrong.items():
+                print(f"{part.name:<10}without {name}: {problem}", flush=True)
+            command = (*part.command, *(("--without", *wrong) if wrong else ()))
             print(f"{part.name:<10}at most {limit:.0f} s ...", end=" ", flush=True)
             done[part.name] = {"status": "running", "seconds": 0.0, "reason": "this check was killed meanwhile"}
             after_each()
-            done[part.name] = run_part(part, folder, limit)
+            done[part.name] = run_part(part._replace(command=command), folder, limit)
             print("{status} after {seconds:.0f} s".format(**done[part.name]), done[part.name]["reason"], flush=True)
         after_each()
 
 
-def why_not(part: Part, left: float, limit: float, done: dict[str, dict]) -> str | None:
+def faulty(folder: Path, done: dict[str, dict]) -> dict[str, str]:
+    """Return the kernels that parts "scan" and "ops" found to be wrong or to fail, and how."""
+    found, timed = {}, False
+    with suppress(OSError, UserError):
+        for row in read_json(folder / "ops.json")["results"]:
+            if "wrong" in row:
+                found[row["operator"]] = row["wrong"]
+    with suppress(OSError, UserError):
+        for row in read_json(folder / "scan.json")["results"]:
+            timed = timed or "cuda" in row["microseconds"]
+            if "cuda" in row.get("wrong", ()):
+                found["cuda"] = row["wrong"]["cuda"]
+    status = done.get("scan", {}).get("status")
+    if status in ("failed", "stopped") and not timed:  # what crashes or hangs leaves no result
+        found.setdefault("cuda", f"part scan {status} before it was timed")
+    return found
+
+
+def why_not(part: Part, left: float, limit: float, done: dict[str, dict], folder: Path) -> str | None:
     """Return why a part is left out, None if it runs."""
     if missing := [name for name in part.needs if importlib.util.find_spec(name) is None]:
         return f"not installed: {', '.join(missing)}"
     if part.program and shutil.which(part.program[0]) is None:
         return f"there is no program {part.program[0]}"
     for name in part.after:
-        if done.get(name, {}).get("status") != "done":
-            return f"it needs part {name}, which is {done.get(name, {}).get('status', 'not done')}"
+        status = done.get(name, {}).get("status", "not done")
+        if status != "done" and not (status == "stopped" and Path(folder, f"{name}.json").exists()):
+            return f"it needs part {name}, which is {status}"
     if limit < part.seconds / 3 and limit < left:  # alone it gets all there is
         return f"{max(0, left):.0f} s are left, its share is {max(0, limit):.0f} s and it needs {part.seconds / 3:.0f}"
     return "no time is left" if left <= 0 else None
@@ -190,17 +218,20 @@ def run_part(part: Part, folder: Path, limit: float) -> dict[str, object]:
     log = folder / f"{part.name}.log"
     command = [*part.program, sys.executable, *part.command]
     command = [word.replace("FOLDER", str(folder)) for word in command]
-    start = time.monotonic()
+    start, grace = time.monotonic(), min(GRACE, limit / 4)
     with log.open("wb") as file:
         process = subprocess.Popen(
             command, cwd=REPOSITORY, start_new_session=True, stdin=subprocess.DEVNULL, stdout=file,
             stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:
-            process.wait(limit)
+            process.wait(limit - grace)
             stopped = False
         except subprocess.TimeoutExpired:
             stopped = True
+            with suppress(ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, signal.SIGINT)  # pytest then writes its report, Python says where it was
+                process.wait(grace)
         finally:  # also what a process leaves behind, and where this one is interrupted
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -273,7 +304,7 @@ MARGIN = 1.0  # milliseconds by which a step with CUDA graphs may be longer than
 # What a switch alone should save in a step, milliseconds in pretraining and in finetuning.
 GAINS = {
     "cuda_graph": ("4 to 17", "4 to 6"), "cuda": ("6.9", "20.6"), "swiglu": ("1.9", "1.5"), "norm": ("1.3", "1.0"),
-    "conv": ("0.65", "2.4"), "projections": ("1.1", "1.1"), "casts": ("0.3", "0.3"),
+    "conv": ("0.65", "2.4"), "projections": ("1.1", "1.1"),
 }  # fmt: skip
 RELEASED = {"pretrain": 2.18, "finetune": 4.14}  # times faster than the released composition, before these kernels
 AUGMENT = 0.02  # milliseconds an image
@@ -400,7 +431,9 @@ def losses_table(report: dict) -> Iterator[Row]:
     """Rows of the losses of every form, as the largest relative differences from none."""
     for row in report["results"]:
         form, figure = row["form"], f"losses, {row['case']}, {row['form']}"
-        prediction = {"again": "0", "eager": "rounding", "cuda_graph": "as again"}.get(form, "at most twice eager")
+        prediction = {"again": "0", "eager": "rounding", "cuda_graph": "at most twice again"}.get(
+            form, "at most twice eager"
+        )
         if "difference" not in row:
             problem = row.get("left_out") or row.get("failed") or "there is nothing to compare with"
             yield Row(figure, problem, prediction, LOOK if "failed" in row else NOT)

@@ -86,8 +86,59 @@ def test_a_part_that_hangs_is_killed_with_its_children(tmp_path):
     assert time.monotonic() - start < 8
     assert done["scan"]["status"] == "stopped"
     assert done["scan"]["reason"] == "its time of 2 s was over"
+    assert "KeyboardInterrupt" in (tmp_path / "scan.log").read_text()  # it says where it was
     assert done["ops"]["status"] == "done"
     assert_gone(int((tmp_path / "child").read_text()))
+
+
+def test_a_part_that_does_not_end_when_asked(tmp_path):
+    deaf = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); {HANG}"
+    done = run([stand_in("scan", deaf)], tmp_path, 2.0)
+    assert done["scan"]["status"] == "stopped"
+    assert_gone(int((tmp_path / "child").read_text()))
+
+
+def test_tests_that_are_stopped_report_those_that_ran(tmp_path):
+    (tmp_path / "test_some.py").write_text("import time\ndef test_a(): assert 0\ndef test_b(): time.sleep(60)\n")
+    words = ("-m", "pytest", "-p", "no:cacheprovider", "-c", "/dev/null", "--junitxml", "FOLDER/tests.xml")
+    done = run([Part("tests", 1.0, (*words, str(tmp_path / "test_some.py")), "tests.xml")], tmp_path, 6.0)
+    assert done["tests"]["status"] == "stopped"
+    assert gpu_check.tests_found((tmp_path / "tests.xml").read_text())["failures"] == 1
+
+
+@pytest.mark.parametrize(
+    ("writes", "status"), [("open('FOLDER/train.json', 'w').write('{}'); ", "done"), ("", "left out")]
+)
+def test_what_builds_on_a_part_that_was_stopped(writes, status, tmp_path):
+    """A result of some of the steps is enough."""
+    train = Part("train", 1.0, ("-c", f"{writes}import time; time.sleep(60)"), "train.json")
+    done = run([train, stand_in("profile", after=("train",))._replace(seconds=3.0)], tmp_path, 4.0)
+    assert statuses(done) == {"train": "stopped", "profile": status}
+
+
+def test_kernels_that_are_wrong_by_themselves(tmp_path, capsys):
+    """Training goes without them."""
+    scan = {"results": [{"microseconds": {"triton": {}}, "wrong": {"cuda": "cuda is wrong"}}]}
+    ops = {"results": [{"operator": "norm", "wrong": "it fails"}, {"operator": "conv", "microseconds": {}}]}
+    chosen = [
+        writes("scan", scan),
+        writes("ops", ops),
+        stand_in("train", "import sys; print(sys.argv[1:])", trains=True),
+    ]
+    run([*chosen, stand_in("augment", "import sys; print(sys.argv[1:])")], tmp_path)
+    assert (tmp_path / "train.log").read_text() == "['--without', 'norm', 'cuda']\n"
+    assert (tmp_path / "augment.log").read_text() == "[]\n"
+    assert "train     without cuda: cuda is wrong\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("status", ["failed", "stopped", "done", None])
+def test_a_scan_that_leaves_no_result(status, tmp_path):
+    done = {"scan": {"status": status}} if status else {}
+    crashed = status in ("failed", "stopped")
+    assert gpu_check.faulty(tmp_path, done) == ({"cuda": f"part scan {status} before it was timed"} if crashed else {})
+    timed = {"results": [{"microseconds": {"cuda": {}}}]}
+    (tmp_path / "scan.json").write_text(json.dumps(timed))
+    assert gpu_check.faulty(tmp_path, done) == {}
 
 
 def test_children_that_a_part_leaves_behind(tmp_path):
@@ -260,10 +311,11 @@ def test_augment_decisions(triton, decision):
 def test_losses_within_rounding():
     found = {"again": {"loss": 0.0, "grad_norm": 1e-6}, "eager": {"loss": 1e-3, "grad_norm": 1e-2}}
     found |= {"cuda": {"loss": 2e-3, "grad_norm": 2e-2}, "norm": {"loss": 1e-3, "grad_norm": 2.1e-2}}
-    found |= {"cuda_graph": {"loss": 0.0, "grad_norm": 2e-6}}
+    found |= {"cuda_graph": {"loss": 0.0, "grad_norm": 2.1e-6}}
     verdicts = {form: bench_losses.verdict(form, found) for form in ("cuda", "norm", "cuda_graph", "swiglu")}
     assert verdicts == {"cuda": True, "norm": False, "cuda_graph": False, "swiglu": None}
     assert bench_losses.verdict("cuda", {"cuda": found["cuda"]}) is None
+    assert bench_losses.verdict("cuda_graph", found | {"cuda_graph": {"loss": 0.0, "grad_norm": 2e-6}})
 
 
 JUNIT = '<testsuites><testsuite tests="{}" failures="{}" errors="0" skipped="2" /></testsuites>'
