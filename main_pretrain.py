@@ -127,7 +127,11 @@ def main(args: argparse.Namespace) -> None:
     args.data = fingerprint(dataset.source)
     seed_everything(args.seed)
     model = build_model(args).to(device)
-    choose_kernels(args, device, model.embed_dim)
+    compiles = models_arm.compiles(args.compile, device)
+    idle = {"augment": "pretraining only crops and flips"} | (
+        {} if compiles else {"casts": "the model is not compiled"}
+    )
+    choose_kernels(args, device, model.embed_dim, idle)
     loader = train_loader(dataset, args, device)
     shown = None
     if args.vis_freq and is_main():
@@ -138,7 +142,7 @@ def main(args: argparse.Namespace) -> None:
     run = Run(args, model, optimizer)
     if content is not None:
         run.restore(content, len(dataset))
-    if models_arm.compiles(args.compile, device):
+    if compiles:
         model.compile(**fused.compile_options())
     run.keep_in(folders[0], log)
 

@@ -211,11 +211,21 @@ def main(args: argparse.Namespace) -> None:
     model = build_classifier(args, content)
     transform = eval_transform(cli.image_size(args), args.eval_resize)
     val = image_dataset(args.data_path, "val", transform, args.eval_loader)
-    choose_kernels(args, device, model.embed_dim)
+    choose_kernels(args, device, model.embed_dim, idle_operators(args, device))
     if args.eval:
         evaluate_checkpoint(args, content, model, val, device, log)
     else:
         finetune(args, content, model, val, device, log)
+
+
+def idle_operators(args: argparse.Namespace, device: torch.device) -> dict[str, str]:
+    """Return the fused operators that have nothing to do in this run, and why."""
+    idle = {}
+    if args.eval or args.loader == "pil" or not (args.aa or "").startswith("rand"):
+        idle["augment"] = "it carries out RandAugment on the training device: --aa rand..., --loader fast"
+    if not models_arm.compiles(args.compile, device):
+        idle["casts"] = "the model is not compiled"
+    return idle
 
 
 def check_labels(dataset: ImageDataset, nb_classes: int) -> None:

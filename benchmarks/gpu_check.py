@@ -174,7 +174,12 @@ def run_parts(
             print(f"{part.name:<10}at most {limit:.0f} s ...", end=" ", flush=True)
             done[part.name] = {"status": "running", "seconds": 0.0, "reason": "this check was killed meanwhile"}
             after_each()
-            done[part.name] = run_part(part._replace(command=command), folder, limit)
+            try:
+                done[part.name] = run_part(part._replace(command=command), folder, limit)
+            except Interrupted:
+                done[part.name] |= {"status": "stopped", "reason": "this check was asked to stop"}
+                after_each()
+                raise
             print("{status} after {seconds:.0f} s".format(**done[part.name]), done[part.name]["reason"], flush=True)
         after_each()
 

@@ -1,5 +1,6 @@
 """The fused operators: who chooses them, and that each gives what its formula in float64 does."""
 
+import argparse
 import copy
 import json
 import subprocess
@@ -11,13 +12,15 @@ from torch import func, nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import main_finetune
 import main_pretrain
 import models_arm
 import ops
-from conftest import REPOSITORY, TINY_PRETRAIN
+from conftest import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN
 from mamba import FOUR_DIRECTIONS, ONE_DIRECTION, Block, drop_path_factors, scan_orders
 from ops import fused, fused_operators, measured, triton_fused
 from test_ops import random_order
+from util.train_loop import choose_kernels
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 DEVICE = GPU if torch.cuda.is_available() else CPU  # without a GPU Triton interprets the kernels
@@ -55,6 +58,38 @@ def test_choice(monkeypatch):
 def test_a_word_for_all_operators_stands_alone(names):
     with pytest.raises(ValueError, match=r"(all|none|auto) says it for all operators, and stands alone"):
         fused.use(names, DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "message"),
+    [
+        (main_pretrain, "augment", "--fused_ops augment: pretraining only crops and flips"),
+        (main_pretrain, "norm casts --no_compile", "--fused_ops casts: the model is not compiled"),
+        (
+            main_finetune,
+            "augment --loader pil",
+            "--fused_ops augment: it carries out RandAugment on the training device",
+        ),
+        (main_finetune, "augment --aa none", "--fused_ops augment: it carries out RandAugment on the training device"),
+    ],
+)
+def test_operators_that_have_nothing_to_do(script, words, message, image_folder, tmp_path, run_script, capsys):
+    tiny = TINY_PRETRAIN if script is main_pretrain else TINY_FINETUNE
+    words = ["--fused_ops", *words.split(), "--data_path", image_folder, "--output_dir", tmp_path]
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(script, *tiny, *words)
+    assert exit_info.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_a_run_says_which_it_uses(caplog):
+    args = argparse.Namespace(scan_backend="torch", fused_ops=["all"], cuda_graph=False)
+    with caplog.at_level("INFO", "arm"):
+        choose_kernels(args, DEVICE, 32, {"augment": "no images", "casts": "not compiled"})
+    assert args.fused_ops == ["swiglu", "norm", "conv", "projections"]
+    assert not fused.uses("casts")
+    assert "fused operators: swiglu, norm, conv, projections" in caplog.messages
 
 
 def test_casts_are_an_option_of_the_compiler():

@@ -1,6 +1,7 @@
 """One epoch of training, the same for pretraining and finetuning."""
 
 import argparse
+import logging
 import math
 import statistics
 import time
@@ -16,12 +17,14 @@ from ops import BackendUnavailable, choose_backend, fused
 from util.cuda_graph import BlockGraphs, captures
 from util.device_loader import DeviceLoader
 from util.dist import gradients_wait, reduce_sum, seed_everything, world_size
-from util.errors import as_user_error
+from util.errors import UserError, as_user_error
 from util.fsdp import full
 from util.lr_sched import lr_at, set_lr
 from util.metrics import LOG_EVERY, RunLog, SilentLog
 from util.nonfinite import keep_evidence
 from util.run import Run
+
+LOGGER = logging.getLogger("arm")
 
 
 def activation_dtype(device: torch.device) -> torch.dtype:
@@ -35,21 +38,27 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def choose_kernels(args: argparse.Namespace, device: torch.device, width: int) -> None:
+def choose_kernels(args: argparse.Namespace, device: torch.device, width: int, idle: dict[str, str]) -> None:
     """Make sure that the scan backend computes a model of this width; choose fused operators, and CUDA graphs or none.
 
     Args:
         args: `scan_backend`, `fused_ops` and `cuda_graph` count; the latter two become what was chosen.
         device: of the model.
         width: channels of its encoder.
+        idle: fused operators that have nothing to do in this run, and why; asked for by name, they are refused.
 
     Raises:
         UserError: the backend, or an operator that was asked for, cannot work here.
     """
     with as_user_error(TypeError, ValueError, BackendUnavailable):
         choose_backend(args.scan_backend, device, activation_dtype(device), width)
+    for name in idle.keys() & {*args.fused_ops}:
+        raise UserError(f"--fused_ops {name}: {idle[name]}")
     with as_user_error(ValueError, BackendUnavailable, prefix=f"--fused_ops {' '.join(args.fused_ops)}: "):
-        args.fused_ops = fused.use(args.fused_ops, device)
+        chosen = [name for name in fused.use(args.fused_ops, device) if name not in idle]
+        args.fused_ops = fused.use(chosen or ["none"], device)
+    if chosen:
+        LOGGER.info("fused operators: %s", ", ".join(chosen))
     with as_user_error(ValueError, prefix="--cuda_graph "):
         args.cuda_graph = captures(args.cuda_graph, device)
 
