@@ -5,6 +5,8 @@ import logging
 import math
 import os
 import sys
+import warnings
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -69,6 +71,7 @@ class Emulation:
 
 
 replays = []
+RECORDER = cuda_graph.Recorder
 
 
 @pytest.fixture(autouse=True)
@@ -285,6 +288,27 @@ def test_weights_that_are_loaded_later():
             m.order.copy_(m.order.flip(0))
         assert torch.equal(*results)
         assert len(replays) == 3
+
+
+def test_the_rehearsal_adds_no_warning(monkeypatch):
+    """torch warns at the first look for waits that it does not notice all of them."""
+    modes, calls = [], []
+
+    def set_mode(mode):
+        warnings.warn("Synchronization debug mode is a prototype feature", UserWarning, stacklevel=1)
+        modes.append(mode)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "Stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", MagicMock())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RECORDER(torch.device("cuda", 0)).warm_up(lambda: calls.append(list(modes)))
+    assert calls == [[], [], ["error"]]
+    assert modes == ["error", 0]
 
 
 @torch.library.custom_op("test::waits", mutates_args=())

@@ -8,6 +8,7 @@ overwrites.
 """
 
 import logging
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
@@ -57,11 +58,13 @@ class Recorder:
         with torch.cuda.stream(self.stream):
             function()
             function()
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                function()
-            finally:
-                torch.cuda.set_sync_debug_mode(mode)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # that it does not notice every wait
+                torch.cuda.set_sync_debug_mode("error")
+                try:
+                    function()
+                finally:
+                    torch.cuda.set_sync_debug_mode(mode)
         training.wait_stream(self.stream)
 
     def record(self, function: Callable[[], tuple]) -> tuple[Callable[[], None], tuple]:
