@@ -6,7 +6,7 @@ Takes the recipe's policy, with and without its random erasing, which starts thr
 image. The torch form of RandAugment stands beside the Triton kernels (`--fused_ops augment`) where these work; a
 difference between their images ends the run. Rounds interleave, and the median counts: wall clock from the call until
 the device has finished; on a GPU also host time until the call returns, and time between two CUDA events. Measured on
-an H200: 0.06 ms an image for the torch form, wall clock. Counted for the Triton kernels, not yet measured: below 0.02.
+an H200: 0.06 ms an image for the torch form, wall clock. Expected of the Triton kernels, not yet measured: below 0.02.
 """
 
 import argparse

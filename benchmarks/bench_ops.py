@@ -147,8 +147,8 @@ def missing(operator: str, device: torch.device) -> str | None:
 def form_of(module: nn.Module, name: str, device: torch.device) -> Callable[..., Tensor]:
     """Return what calls a module under autocast, compiled on a GPU.
 
-    The compiler keeps its results by code object, so each form needs its own: which operators are fused is not among
-    the things that make it compile again.
+    The compiler keeps its results by code object, and gives up on one that it has compiled too often: each form has its
+    own.
     """
 
     def call(*inputs: Tensor | None) -> Tensor:

@@ -98,7 +98,7 @@ def parts(toy: bool) -> list[Part]:
     augment = ("--batch_size", "4", "--input_size", "8", "--rounds", "1") if toy else ()
     losses = ("--steps", "2", "--batch_size", "2") if toy else ("--steps", "50")
     found = [
-        Part("tests", 240, (*pytest, *workers, *tests), "tests.xml", ("pytest", "sklearn", *TRAINING)),
+        Part("tests", 240, (*pytest, *workers, *tests), "tests.xml", ("pytest", "sklearn", "matplotlib", *TRAINING)),
         Part("scan", 60, benchmark("bench_scan", *scan), "scan.json"),
         Part("ops", 80, benchmark("bench_ops", *repetitions), "ops.json", TRAINING),
         Part(

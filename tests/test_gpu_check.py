@@ -209,11 +209,12 @@ import sys
 from pathlib import Path
 from benchmarks import gpu_check
 from util import cli
+from util.files import write_json
 
 def main(args):
-    part = gpu_check.Part("scan", 9.0, ("-c", {code!r}), "scan.json")
-    with gpu_check.no_part_outlives(Path({folder!r})):
-        gpu_check.run_parts([part], Path({folder!r}), 60, {{}}, lambda: None)
+    part, folder, done = gpu_check.Part("scan", 9.0, ("-c", {code!r}), "scan.json"), Path({folder!r}), {{}}
+    with gpu_check.no_part_outlives(folder):
+        gpu_check.run_parts([part], folder, 60, done, lambda: write_json(folder / "done.json", done))
 
 cli.run(main, cli.Parser("check"))
 """
@@ -231,6 +232,8 @@ def test_a_check_that_is_told_to_stop_takes_its_part_along(tmp_path):
     out, _ = process.communicate(timeout=20)
     assert process.returncode == 75
     assert "SIGTERM: what was measured is in" in out
+    (part,) = json.loads((tmp_path / "done.json").read_text()).values()
+    assert (part["status"], part["reason"]) == ("stopped", "this check was asked to stop")
     assert_gone(int(child.read_text()))
 
 

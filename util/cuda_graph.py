@@ -165,7 +165,7 @@ class BlockGraphs:
             for call in reversed(self.calls):
                 block = call.block
                 call.record_backward(recorder)
-        except RuntimeError as error:
+        except Exception as error:  # of any library in between: the model trained a batch without graphs
             self.calls.clear()
             kind = type(block).__name__
             LOGGER.error("no CUDA graphs: %s cannot be captured: %s", kind, _reason(error))  # of every rank
@@ -401,6 +401,6 @@ def _as_autocast(dtype: torch.dtype | None, device: torch.device) -> torch.autoc
     return torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False)
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: Exception) -> str:
     """Return the first line of its message."""
     return (str(error).splitlines() or [type(error).__name__])[0]
