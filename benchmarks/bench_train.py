@@ -307,7 +307,7 @@ def switched(name: str, device: torch.device, compiled: bool, without: Sequence[
 
 
 def compositions(args: argparse.Namespace) -> dict[str, Composition | str]:
-    """What is compared, by name: ours and the released one, or what the flags make up; a line where it cannot be."""
+    """Return what is compared by name: ours and the released one, or by the flags; a line where one cannot be."""
     gpu = args.device.type == "cuda"
     if args.switches:
         compiled = gpu and not args.no_compile

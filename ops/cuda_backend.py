@@ -28,7 +28,7 @@ CHUNKS = {(8, 0): 4, (9, 0): 8}
 
 
 class Variant(NamedTuple):
-    """What the kernels are compiled for."""
+    """The constants that the kernels are compiled with."""
 
     warps: int  # of a block
     chunk: int

@@ -387,7 +387,7 @@ def test_switches(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("benchmark", [bench_train, bench_losses])
 def test_a_kernel_that_takes_the_gpu_along(benchmark, tmp_path, monkeypatch):
-    """What comes after it is called not measured, and not failed."""
+    """Later ones are called not measured, and not failed."""
 
     def fail(*args):
         raise RuntimeError("an illegal memory access")

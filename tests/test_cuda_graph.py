@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Emulation:
-    """What `cuda_graph.Recorder` does, with the semantics of graphs: fixed inputs, fixed outputs.
+    """Do as `cuda_graph.Recorder`, with the semantics of graphs: fixed inputs, fixed outputs.
 
     All graphs share memory. So whatever any of them wrote may be gone as soon as the first one runs again: here it is.
     """
@@ -324,7 +324,7 @@ WAITS = []
 
 @pytest.mark.parametrize("stage", ["rehearsal", "capture", "repeated"])
 def test_a_block_that_cannot_be_captured(stage, monkeypatch, caplog):
-    """One line says which, and why; training goes on without."""
+    """One line says which, and why; training continues without."""
     kind = "finetune" if stage == "repeated" else "pretrain"
     batches = batches_of(kind, [4, 4, 4])
     eager = Trained(kind, False, batches)

@@ -153,7 +153,7 @@ def test_replays_do_not_wait(monkeypatch):
 
 @pytest.mark.parametrize("stage", ["rehearsal", "capture"])
 def test_a_block_that_waits(stage, monkeypatch, caplog):
-    """The operator is named before the capture, or the driver refuses; training goes on, and memory is freed."""
+    """The operator is named before the capture, or the driver refuses; training continues, and memory is freed."""
     forward = models_arm.DecoderBlock.forward
     stream, side = torch.cuda.current_stream(), torch.cuda.Stream()
 

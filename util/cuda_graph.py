@@ -363,7 +363,7 @@ class _LastOperator(TorchDispatchMode):
 
 
 class _Layout(NamedTuple):
-    """What kernels are compiled for, of a tensor."""
+    """The properties of a tensor that kernels are compiled for."""
 
     shape: torch.Size
     stride: tuple[int, ...]
