@@ -10,6 +10,7 @@ logits = classifier(imgs)
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from functools import partial
+from importlib import import_module
 from types import MethodType
 from typing import NamedTuple
 
@@ -50,6 +51,9 @@ ORDERS: dict[str, Callable[[Tensor], Tensor | None]] = {
     "random_per_image": lambda grid: None,
 }
 TAPS = ("even", "last")
+# What a model can be pretrained on: the file and the class of each, a `PretrainModel`. A file is imported when its
+# objective is asked for, and imports this one.
+OBJECTIVES = {"arm": "models_arm.ARMPretrain", "mae": "models_mae.MaskedPretrain"}
 MAX_SIZE = 2**31  # some 28 billion parameters; ARM-huge has 24 x 1536^2 = 0.03 x 2^31
 MAX_PATCHES = 2**14  # of autoregressive pretraining, whose attention mask has their square: 1 GB
 
@@ -68,7 +72,8 @@ def create_pretrain_model(name: str, objective: str = "arm", **overrides: object
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r}; choose from {', '.join(OBJECTIVES)}")
-    return _build(OBJECTIVES[objective], **{**_size(name), **overrides})
+    file, _, model = OBJECTIVES[objective].rpartition(".")
+    return _build(getattr(import_module(file), model), **{**_size(name), **overrides})
 
 
 def create_classifier(name: str, **overrides: object) -> "ARMClassifier":
@@ -513,62 +518,6 @@ class ARMPretrain(PretrainModel):
         firsts = index[:, :, 0, 0]  # the raster index of each cluster's first patch sorts as the cluster's own
         places = firsts.argsort(dim=1).unflatten(1, (rows, -1)).expand(len(imgs), -1, -1)
         return pred, index[:, 1:].flatten(1), places
-
-
-class MaskedPretrain(PretrainModel):
-    """The baseline: predicts the pixels of hidden patches from the others, as MAE does (He et al. 2022).
-
-    The encoder reads the whole sequence, with a learned token in the place of every hidden patch, because a recurrent
-    encoder that skipped them would not know where it is. The decoder is that of ARM without its mask.
-
-    Args:
-        mask_ratio: share of the patches that are hidden, drawn for every image.
-        **sizes: see `PretrainModel`.
-
-    Raises:
-        ValueError: see `PretrainModel`; or there is a single patch.
-    """
-
-    def __init__(self, mask_ratio: float = 0.75, **sizes: object) -> None:
-        super().__init__(**sizes)
-        self.num_hidden = min(max(1, round(mask_ratio * self.num_patches)), self.num_patches - 1)
-        if not self.num_hidden:
-            raise ValueError(f"an image of {self.patch_size} pixels is a single patch: nothing is left to predict it")
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
-        trunc_normal_(self.mask_token, std=0.02)
-
-    def draw_hidden(self, batch: int) -> Tensor:
-        """The patches to hide, by index in raster order: (batch, num_hidden)."""
-        return torch.rand(batch, self.num_patches, device=self.pos_embed.device).argsort(dim=1)[:, : self.num_hidden]
-
-    def forward_encoder(self, imgs: Tensor, hidden: Tensor, order: Tensor | None = None) -> Tensor:
-        """Encode all patches, those of `hidden` (B, m) replaced: (B, 3, H, W) -> latents (B, M, Cd, dec_depth)."""
-        x = self.embed_patches(imgs)  # (B, M, C)
-        is_hidden = torch.zeros_like(x[:, :, :1], dtype=torch.bool).scatter(1, hidden[:, :, None], True)  # (B, M, 1)
-        x = torch.where(is_hidden, self.mask_token, x) + self.pos_embed
-        return self.latents(self.to_clusters(x, order))
-
-    def forward_decoder(self, latents: Tensor, hidden: Tensor) -> Tensor:
-        """Predict the pixels of the patches `hidden` (B, m): (B, M, Cd, dec_depth) -> (B, m, 3 * p * p)."""
-        queries = (self.ar_token + self.dec_pos_embed).take_along_dim(hidden[:, :, None], dim=1)  # (B, m, Cd)
-        return self.decode(queries, latents)
-
-    def forward_loss(self, imgs: Tensor, pred: Tensor, hidden: Tensor) -> Tensor:
-        """Squared error per image, averaged over its hidden patches and pixels: (B,)."""
-        target = self.patchify(imgs).take_along_dim(hidden[:, :, None], dim=1)  # (B, m, 3pp)
-        return (pred - self.as_target(target)).square().mean(dim=(1, 2))
-
-    def forward(self, imgs: Tensor) -> Tensor:
-        """Loss per image (B,); the training loss is its mean."""
-        pred, hidden, _ = self._predict(imgs)
-        return self.forward_loss(imgs, pred, hidden)
-
-    def _predict(self, imgs: Tensor) -> tuple[Tensor, Tensor, None]:
-        order, hidden = self.draw_order(len(imgs)), self.draw_hidden(len(imgs))
-        return self.forward_decoder(self.forward_encoder(imgs, hidden, order), hidden), hidden, None
-
-
-OBJECTIVES = {"arm": ARMPretrain, "mae": MaskedPretrain}
 
 
 def cluster_order(order: str, clusters: tuple[int, int]) -> Tensor | None:
