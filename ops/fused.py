@@ -5,7 +5,7 @@ chosen the fused operator, that takes its place and does it in one.
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +23,13 @@ FUSED = ("swiglu", "norm", "conv", "projections", "casts", "augment")
 _USED: set[str] = set()
 
 
-def use(names: Iterable[str], device: torch.device) -> list[str]:
+def use(names: Iterable[str], device: torch.device, idle: Collection[str] = ()) -> list[str]:
     """Choose the fused operators of this process, before a model is compiled.
 
     Args:
         names: of `FUSED`; or "all", "none", or "auto" for those that are measured to be faster on this device.
         device: of the model.
+        idle: those with nothing to do, which are left out.
 
     Returns:
         The chosen ones.
@@ -51,6 +52,7 @@ def use(names: Iterable[str], device: torch.device) -> list[str]:
         if reason := unavailable("triton"):
             raise BackendUnavailable(f"fused operators need Triton: {reason}")
         _USED.update(FUSED if names == ["all"] else names)
+    _USED.difference_update(idle)
     return [name for name in FUSED if name in _USED]
 
 

@@ -173,7 +173,7 @@ def test_a_part_that_runs_under_a_program(tmp_path, monkeypatch):
 
 
 def test_shares_of_the_time(tmp_path, monkeypatch):
-    """What ends early leaves its time to the others; late parts take nothing from them."""
+    """A part that ends early leaves its time to the others; late parts take nothing from them."""
     limits, now = {}, [0.0]
     took = {"scan": 10, "ops": 100, "train": 200, "released": 5}
 

@@ -80,7 +80,7 @@ class Recorder:
         # torch.cuda.graph leaves its own stream current where a capture fails: the outer context takes it back.
         with torch.cuda.stream(torch.cuda.current_stream(self.device)):
             try:
-                # "thread_local" lets the threads that pin memory and watch NCCL go on with theirs.
+                # "thread_local" lets the threads that pin memory and watch NCCL continue with theirs.
                 with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                     outputs = function()
             except RuntimeError as error:
@@ -199,7 +199,7 @@ class BlockGraphs:
     def _move_gradients(self) -> None:
         """Give memory of its own to each `.grad` that lies in a graph's, as autograd takes over what is handed out.
 
-        It is a sum that goes on (gradient accumulation), and any graph from here on may overwrite it.
+        More is added to it (gradient accumulation), and any graph from here on may overwrite it.
         """
         parameters = [p for p, address in self.gradients if p.grad is not None and p.grad.data_ptr() == address]
         if parameters:

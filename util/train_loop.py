@@ -55,10 +55,9 @@ def choose_kernels(args: argparse.Namespace, device: torch.device, width: int, i
     for name in idle.keys() & {*args.fused_ops}:
         raise UserError(f"--fused_ops {name}: {idle[name]}")
     with as_user_error(ValueError, BackendUnavailable, prefix=f"--fused_ops {' '.join(args.fused_ops)}: "):
-        chosen = [name for name in fused.use(args.fused_ops, device) if name not in idle]
-        args.fused_ops = fused.use(chosen or ["none"], device)
-    if chosen:
-        LOGGER.info("fused operators: %s", ", ".join(chosen))
+        args.fused_ops = fused.use(args.fused_ops, device, idle)
+    if args.fused_ops:
+        LOGGER.info("fused operators: %s", ", ".join(args.fused_ops))
     with as_user_error(ValueError, prefix="--cuda_graph "):
         args.cuda_graph = captures(args.cuda_graph, device)
 
