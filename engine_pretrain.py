@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from util.device_loader import DeviceLoader
-from util.metrics import RunLog, SilentLog
-from util.run import Run
-from util.train_loop import train_epoch
+from util.data.device_loader import DeviceLoader
+from util.tracking.run_log import RunLog, SilentLog
+from util.training.loop import train_epoch
+from util.training.run import Run
 
 
 def train_one_epoch(
@@ -16,7 +16,7 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Train on the model's own objective: autoregressive, or masked prediction; labels are not used.
 
-    Arguments, result and errors: see `util.train_loop.train_epoch`.
+    Arguments, result and errors: see `util.training.loop.train_epoch`.
     """
     return train_epoch(model, loader, loss_of(model), run, device, log)
 

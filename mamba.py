@@ -1,6 +1,7 @@
 """The bricks of the encoder: patch embedding, Mamba mixer with one or four scan directions, SwiGLU, block."""
 
 import math
+from collections.abc import Callable
 from operator import attrgetter
 
 import torch
@@ -38,6 +39,70 @@ def scan_orders(grid: tuple[int, int]) -> Tensor:
     token = torch.tensor([middle], device="cpu")
     forward = [torch.cat([p[:middle], token, p[middle:]]) for p in (row_major, column_major)]
     return torch.stack([forward[0], forward[0].flip(0), forward[1], forward[1].flip(0)])
+
+
+MAX_SIZE = 2**31  # some 28 billion parameters; ARM-huge has 24 x 1536^2 = 0.03 x 2^31
+
+
+def check_size(embed_dim: int, depth: int) -> None:
+    """Refuse a width and depth that no memory holds; raises ValueError."""
+    if depth * embed_dim**2 > MAX_SIZE:
+        raise ValueError(
+            f"{depth} blocks of {embed_dim} channels are too many: depth x channels^2 is at most {MAX_SIZE}"
+        )
+
+
+def grid_of(img_size: int | tuple[int, int], unit: int, what: str) -> tuple[int, int]:
+    """Rows and columns of `unit`-pixel squares in an image; ValueError with the nearest sizes if it does not divide."""
+    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if unit < 1:
+        raise ValueError(f"{what} of {unit} pixels: they need at least one")
+    for pixels in size:
+        if pixels <= 0 or pixels % unit:
+            below = pixels // unit * unit
+            nearest = " or ".join(str(s) for s in (below, below + unit) if s > 0)
+            raise ValueError(f"image size {pixels} does not divide into {what} of {unit} pixels; nearest: {nearest}")
+    return size[0] // unit, size[1] // unit
+
+
+def patch_grid(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """Rows and columns of a classifier's patches; ValueError if they do not divide the image, or there is only one."""
+    grid = grid_of(img_size, patch_size, "patches")
+    if grid == (1, 1):
+        raise ValueError(f"image size {img_size} holds a single patch: both halves around the class token need one")
+    return grid
+
+
+# how clusters are read: from their grid of raster indices to a list of them; None is rows, or an own one of each image
+ORDERS: dict[str, Callable[[Tensor], Tensor | None]] = {
+    "row": lambda grid: None,
+    "row_reverse": lambda grid: grid.flatten().flip(0),
+    "column": lambda grid: grid.t().flatten(),
+    "column_reverse": lambda grid: grid.t().flatten().flip(0),
+    # by a generator of its own, so that models of all orders begin with the same weights
+    "random": lambda grid: torch.randperm(
+        grid.numel(), generator=torch.Generator().manual_seed(torch.initial_seed()), device="cpu"
+    ),
+    "random_per_image": lambda grid: None,
+}
+
+
+def cluster_order(order: str, clusters: tuple[int, int]) -> Tensor | None:
+    """The order in which clusters are read.
+
+    Args:
+        order: one of `ORDERS`.
+        clusters: rows and columns of them.
+
+    Returns:
+        (rows * columns,) int64 on the CPU, raster indices; None for rows, or where every image has its own.
+
+    Raises:
+        ValueError: unknown order.
+    """
+    if order not in ORDERS:
+        raise ValueError(f"unknown order {order!r}; choose from {', '.join(ORDERS)}")
+    return ORDERS[order](torch.arange(clusters[0] * clusters[1], device="cpu").view(clusters))  # (rows, columns)
 
 
 class PatchEmbed(nn.Module):
@@ -208,3 +273,8 @@ def drop_path_factors(rates: Tensor, batch: int) -> Tensor:
     """
     keep = (1 - rates).view(-1, 1, 1, 1, 1).expand(-1, 2, batch, 1, 1)
     return torch.bernoulli(keep) / keep
+
+
+def fill_buffers(model: nn.Module, _: object) -> None:
+    """Compute the buffers that a state dict does not hold: a model that was built on "meta" has none yet."""
+    model.init_non_persistent_buffers()

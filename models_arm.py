@@ -7,25 +7,28 @@ classifier = create_classifier("arm_base_pz16", num_classes=1000)
 logits = classifier(imgs)
 """
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from importlib import import_module
 from types import MethodType
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import Mlp, resample_patch_embed, trunc_normal_
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from mamba import FOUR_DIRECTIONS, ONE_DIRECTION, Block, PatchEmbed, drop_path_factors, scan_orders
-from ops import unavailable
-from ops.fused import add_branches, norm_cat
-from timm_models import INSTEAD, TimmModel, init_head, new_head, pooling, register
-from util.pos_embed import insert_middle, resize_around_token, sincos_pos_embed
+from decoder import DecoderBlock, decoder_taps, init_xavier, zero_bias
+from mamba import ONE_DIRECTION, Block, PatchEmbed, check_size, cluster_order, fill_buffers, grid_of
+from models_classifier import ARMClassifier
+from ops.fused import norm_cat
+from timm_models import register
+from util.errors import UserError
+from util.files import some
+from util.pos_embed import sincos_pos_embed
 
 SIZES = {
     # published (paper, section 4.1)
@@ -38,23 +41,12 @@ SIZES = {
 }
 
 
-# how clusters are read: from their grid of raster indices to a list of them; None is rows, or an own one of each image
-ORDERS: dict[str, Callable[[Tensor], Tensor | None]] = {
-    "row": lambda grid: None,
-    "row_reverse": lambda grid: grid.flatten().flip(0),
-    "column": lambda grid: grid.t().flatten(),
-    "column_reverse": lambda grid: grid.t().flatten().flip(0),
-    # by a generator of its own, so that models of all orders begin with the same weights
-    "random": lambda grid: torch.randperm(
-        grid.numel(), generator=torch.Generator().manual_seed(torch.initial_seed()), device="cpu"
-    ),
-    "random_per_image": lambda grid: None,
-}
-TAPS = ("even", "last")
 # What a model can be pretrained on: the file and the class of each, a `PretrainModel`. A file is imported when its
 # objective is asked for, and imports this one.
 OBJECTIVES = {"arm": "models_arm.ARMPretrain", "mae": "models_mae.MaskedPretrain"}
-MAX_SIZE = 2**31  # some 28 billion parameters; ARM-huge has 24 x 1536^2 = 0.03 x 2^31
+# Names of parameters and buffers, of the encoder and of the decoder that all objectives share.
+ENCODER = ("patch_embed.", "layers.", "pos_embed", "cluster_order")
+DECODER = re.compile(r"ar_token|dec_pos_embed|(enc2dec|dec_block|norm_\d+|ar_norm|ar_pred)\..+")
 MAX_PATCHES = 2**14  # of autoregressive pretraining, whose attention mask has their square: 1 GB
 
 
@@ -70,10 +62,39 @@ def create_pretrain_model(name: str, objective: str = "arm", **overrides: object
     Raises:
         ValueError: unknown name or objective, or sizes that do not fit together; the message names values that do.
     """
+    return _build(_objective_class(objective), **{**_size(name), **overrides})
+
+
+def _objective_class(objective: str) -> type["PretrainModel"]:
     if objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r}; choose from {', '.join(OBJECTIVES)}")
     file, _, model = OBJECTIVES[objective].rpartition(".")
-    return _build(getattr(import_module(file), model), **{**_size(name), **overrides})
+    return getattr(import_module(file), model)
+
+
+def objective_of(state_dict: Mapping[str, Tensor], told: str = "arm") -> str:
+    """Return the objective whose own parameters a state dict has; where it has none, the one that was told."""
+    own = {name: _objective_class(name).own_parameters for name in OBJECTIVES}
+    found = (name for name, names in own.items() if names and all(n in state_dict for n in names))
+    return told if told in OBJECTIVES and all(n in state_dict for n in own[told]) else next(found, told)
+
+
+def encoder_part(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the encoder's part of a pretraining model's state dict."""
+    return {name: value for name, value in state_dict.items() if name.startswith(ENCODER)}
+
+
+def check_names(state_dict: Mapping[str, Tensor]) -> None:
+    """Refuse what neither the encoder, the decoder nor an objective of pretraining has.
+
+    Raises:
+        UserError: names what is in the state dict.
+    """
+    own = {n for objective in OBJECTIVES for n in _objective_class(objective).own_parameters}
+    if unknown := [n for n in state_dict if not (n.startswith(ENCODER) or DECODER.fullmatch(n) or n in own)]:
+        raise UserError(
+            f"the checkpoint does not fit the model: unexpected {some(unknown)} (--ignore_keys leaves keys out)"
+        )
 
 
 def create_classifier(name: str, **overrides: object) -> "ARMClassifier":
@@ -102,92 +123,10 @@ def _build(
         return model(**sizes).to(dtype=dtype)
 
 
-def compiles(asked: bool | None, device: torch.device) -> bool:
-    """Whether a run on `device` compiles its model: as asked, else on GPUs where Triton works, as compiling needs."""
-    return asked if asked is not None else device.type == "cuda" and unavailable("triton") is None
-
-
 def _size(name: str) -> dict[str, int]:
     if name not in SIZES:
         raise ValueError(f"unknown model {name!r}; choose from {', '.join(SIZES)}")
     return dict(SIZES[name])
-
-
-def _check_size(embed_dim: int, depth: int) -> None:
-    """Refuse a width and depth that no memory holds; raises ValueError."""
-    if depth * embed_dim**2 > MAX_SIZE:
-        raise ValueError(
-            f"{depth} blocks of {embed_dim} channels are too many: depth x channels^2 is at most {MAX_SIZE}"
-        )
-
-
-def _grid(img_size: int | tuple[int, int], unit: int, what: str) -> tuple[int, int]:
-    """Rows and columns of `unit`-pixel squares in an image; ValueError with the nearest sizes if it does not divide."""
-    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    if unit < 1:
-        raise ValueError(f"{what} of {unit} pixels: they need at least one")
-    for pixels in size:
-        if pixels <= 0 or pixels % unit:
-            below = pixels // unit * unit
-            nearest = " or ".join(str(s) for s in (below, below + unit) if s > 0)
-            raise ValueError(f"image size {pixels} does not divide into {what} of {unit} pixels; nearest: {nearest}")
-    return size[0] // unit, size[1] // unit
-
-
-def _patches(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Rows and columns of a classifier's patches; ValueError if they do not divide the image, or there is only one."""
-    grid = _grid(img_size, patch_size, "patches")
-    if grid == (1, 1):
-        raise ValueError(f"image size {img_size} holds a single patch: both halves around the class token need one")
-    return grid
-
-
-def _zero_bias(module: nn.Module) -> None:
-    for m in module.modules():
-        if isinstance(m, nn.Linear):
-            nn.init.zeros_(m.bias)
-
-
-def _xavier(module: nn.Module) -> None:
-    for m in module.modules():
-        if isinstance(m, nn.Linear):
-            nn.init.xavier_uniform_(m.weight)
-    _zero_bias(module)
-
-
-class CrossAttention(nn.Module):
-    """Multi-head attention of queries (B or 1, m, C) over context (B, n, C), heads of 64 channels."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.num_heads = dim // 64
-        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
-
-    def forward(self, queries: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, n, C) -> (B, heads, n, 64)
-
-        k, v = self.kv(context).chunk(2, dim=-1)
-        q = heads(self.q(queries)).expand(len(context), -1, -1, -1)
-        mask = mask if mask is None else mask.to(q.dtype)
-        out = F.scaled_dot_product_attention(q, heads(k), heads(v), attn_mask=mask)
-        return self.proj(out.transpose(1, 2).flatten(2))  # (B, heads, m, 64) -> (B, m, C)
-
-
-class DecoderBlock(nn.Module):
-    """Cross-attention to the latents, then MLP; the queries never attend to each other."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.attn2 = CrossAttention(dim)
-        self.norm2_1, self.norm2_2, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, 4 * dim)
-
-    def forward(self, queries: Tensor, latents: Tensor, mask: Tensor | None = None) -> Tensor:
-        def attention(x: Tensor) -> Tensor:
-            return self.attn2(x, self.norm2_2(latents), mask)
-
-        return add_branches(queries, [(self.norm2_1, attention), (self.norm2, self.mlp)])
 
 
 class Prediction(NamedTuple):
@@ -224,6 +163,8 @@ class PretrainModel(nn.Module, ABC):
         ValueError: sizes that do not fit together, or an unknown order; the message names values that do.
     """
 
+    own_parameters: ClassVar[tuple[str, ...]] = ()  # and buffers, beyond what all objectives have
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 192,
@@ -239,8 +180,8 @@ class PretrainModel(nn.Module, ABC):
         taps: str = "even",
     ) -> None:
         super().__init__()
-        clusters = _grid(img_size, patch_size * cluster_size, f"{cluster_size} x {cluster_size}-patch clusters")
-        _check_size(embed_dim, depth)
+        clusters = grid_of(img_size, patch_size * cluster_size, f"{cluster_size} x {cluster_size}-patch clusters")
+        check_size(embed_dim, depth)
         if embed_dim % 4 or embed_dim <= 0:
             raise ValueError(f"encoder width {embed_dim} is not a multiple of 4, as its position embedding needs")
         if dec_embed_dim % 64 or dec_embed_dim <= 0:
@@ -258,7 +199,7 @@ class PretrainModel(nn.Module, ABC):
         self.dec_pos_embed = nn.Parameter(sincos_pos_embed(dec_embed_dim, self.grid_size), requires_grad=False)
         self.register_buffer("cluster_order", None, persistent=order == "random")
         self._fill_cluster_order()
-        self.register_load_state_dict_post_hook(_fill_buffers)
+        self.register_load_state_dict_post_hook(fill_buffers)
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.layers = nn.ModuleList(Block(embed_dim, depth, ONE_DIRECTION, scan_backend) for _ in range(depth))
         self.enc2dec = nn.Linear(embed_dim * dec_depth, dec_embed_dim * dec_depth)
@@ -269,9 +210,14 @@ class PretrainModel(nn.Module, ABC):
         self.ar_pred = nn.Linear(dec_embed_dim, 3 * patch_size**2)
 
         trunc_normal_(self.ar_token, std=0.02)
-        _zero_bias(self.enc2dec)
-        _zero_bias(self.ar_pred)
-        _xavier(self.dec_block)
+        zero_bias(self.enc2dec)
+        zero_bias(self.ar_pred)
+        init_xavier(self.dec_block)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images, in pixels."""
+        return self.grid_size[0] * self.patch_size, self.grid_size[1] * self.patch_size
 
     def _fill_cluster_order(self) -> None:
         rows, columns = (side // self.cluster_size for side in self.grid_size)
@@ -328,9 +274,8 @@ class PretrainModel(nn.Module, ABC):
         Raises:
             ValueError: images of another size than the model's.
         """
-        size = tuple(self.patch_size * side for side in self.grid_size)
-        if tuple(imgs.shape[-2:]) != size:
-            raise ValueError(f"images of {tuple(imgs.shape[-2:])} pixels, the model takes {size}")
+        if tuple(imgs.shape[-2:]) != self.image_size:
+            raise ValueError(f"images of {tuple(imgs.shape[-2:])} pixels, the model takes {self.image_size}")
         return self.patch_embed(imgs).flatten(1, 2)  # (B, rows, columns, C) -> (B, M, C)
 
     def embed(self, imgs: Tensor, order: Tensor | None = None) -> Tensor:
@@ -467,11 +412,14 @@ class ARMPretrain(PretrainModel):
         ValueError: see `PretrainModel`; or there is a single cluster.
     """
 
+    own_parameters = ("mask",)
+
     def __init__(self, **sizes: object) -> None:
         super().__init__(**sizes)
         if self.num_patches == self.cluster_size**2:
-            size = tuple(self.patch_size * side for side in self.grid_size)
-            raise ValueError(f"an image of {size} pixels holds a single cluster: there is no next one to predict")
+            raise ValueError(
+                f"an image of {self.image_size} pixels holds a single cluster: there is no next one to predict"
+            )
         if self.num_patches > MAX_PATCHES:
             raise ValueError(
                 f"{self.num_patches} patches are more than {MAX_PATCHES}: the mask grows with their square"
@@ -520,246 +468,11 @@ class ARMPretrain(PretrainModel):
         return pred, index[:, 1:].flatten(1), places
 
 
-def cluster_order(order: str, clusters: tuple[int, int]) -> Tensor | None:
-    """The order in which clusters are read.
-
-    Args:
-        order: one of `ORDERS`.
-        clusters: rows and columns of them.
-
-    Returns:
-        (rows * columns,) int64 on the CPU, raster indices; None for rows, or where every image has its own.
-
-    Raises:
-        ValueError: unknown order.
-    """
-    if order not in ORDERS:
-        raise ValueError(f"unknown order {order!r}; choose from {', '.join(ORDERS)}")
-    return ORDERS[order](torch.arange(clusters[0] * clusters[1], device="cpu").view(clusters))  # (rows, columns)
-
-
-def decoder_taps(depth: int, dec_depth: int, kind: str = "even") -> list[int]:
-    """After how many encoder blocks each decoder block reads.
-
-    Args:
-        depth: encoder blocks.
-        dec_depth: decoder blocks.
-        kind: "even" is linspace(depth / 2, depth, dec_depth), rounded, and `depth` for a single decoder block; "last"
-            lets every decoder block read the last encoder block.
-
-    Raises:
-        ValueError: no block, a depth too small for distinct taps, or an unknown kind.
-    """
-    if depth < 1 or dec_depth < 1:
-        raise ValueError(f"encoder and decoder need at least one block each, not {depth} and {dec_depth}")
-    if kind not in TAPS:
-        raise ValueError(f"unknown taps {kind!r}; choose from {', '.join(TAPS)}")
-    if kind == "last":
-        return [depth] * dec_depth
-    taps = torch.linspace(depth, depth / 2, dec_depth, dtype=torch.float64, device="cpu").flip(0).tolist()
-    taps = [round(tap) for tap in taps]
-    if len(set(taps)) < dec_depth or taps[0] < 1:
-        raise ValueError(
-            f"depth {depth} is too small for {dec_depth} decoder blocks: they would share encoder blocks, which taps "
-            "'last' lets them"
-        )
-    return taps
-
-
 def _supply_mask(model: ARMPretrain, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
     """Supply the attention mask, which the sizes determine, to a checkpoint that lacks it."""
     beside = state_dict.get(f"{prefix}ar_token", model.mask)  # with assign=True the mask is taken as it is
     state_dict.setdefault(f"{prefix}mask", model.new_mask().to(device=beside.device, dtype=beside.dtype))
 
 
-def _fill_buffers(model: nn.Module, _: object) -> None:
-    """Compute the buffers that a state dict does not hold: a model that was built on "meta" has none yet."""
-    model.init_non_persistent_buffers()
-
-
-class ARMClassifier(TimmModel):
-    """Mamba encoder with a class token in the middle of the sequence, and a linear head.
-
-    Args:
-        img_size: pixels, one side or (height, width).
-        patch_size: pixels a side.
-        num_classes: outputs of the head; 0 leaves it out.
-        drop_path_rate: stochastic depth; block i drops with element i of [0] + linspace(0, rate, depth).
-        global_pool: True or "avg" pools the mean over both halves of the patches around the class token; False or
-            "token" takes the class token; "" leaves the tokens.
-        embed_dim: channels C.
-        depth: blocks.
-        scan_backend: see `ops.choose_backend`.
-        drop_rate: dropout before the head.
-        dynamic_img_size: take images of any size that divides into patches, with the position embedding
-            interpolated; else only `img_size`.
-        in_chans: channels of the images.
-        directions: 4 scans rows and columns, forward and backward; 1 rows forward alone.
-
-    Raises:
-        ValueError: sizes that do not fit together, or a pooling that is unknown or does not suit (see `pooling`); the
-            message names values that do.
-    """
-
-    def __init__(
-        self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
-        num_classes: int = 1000,
-        drop_path_rate: float = 0.0,
-        global_pool: bool | str = True,
-        embed_dim: int = 768,
-        depth: int = 12,
-        scan_backend: str = "auto",
-        drop_rate: float = 0.0,
-        dynamic_img_size: bool = False,
-        in_chans: int = 3,
-        directions: int = 4,
-    ) -> None:
-        super().__init__()
-        if directions not in (1, 4):
-            raise ValueError(f"{directions} scan directions: choose 1 or 4")
-        _check_size(embed_dim, depth)
-        names = FOUR_DIRECTIONS[:directions]
-        self.grid_size = _patches(img_size, patch_size)
-        self.patch_size, self.drop_path_rate = patch_size, drop_path_rate
-        self.global_pool = pooling(global_pool, directions)
-        self.embed_dim = self.num_features = self.head_hidden_size = embed_dim  # timm's names
-        self.num_classes, self.drop_rate, self.in_chans = num_classes, drop_rate, in_chans
-        self.dynamic_img_size, self.grad_checkpointing = dynamic_img_size, False
-        num_patches = self.grid_size[0] * self.grid_size[1]
-
-        # Registration order is that of the published code: optimizer states are stored by it.
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, num_patches + 1, embed_dim))
-        self.patch_embed = PatchEmbed(patch_size, embed_dim, in_chans)
-        self.head = new_head(embed_dim, num_classes)
-        self.layers = nn.ModuleList(Block(embed_dim, depth, names, scan_backend) for _ in range(depth))
-        self.norm_f = nn.LayerNorm(embed_dim)
-        order = torch.empty(directions, num_patches + 1, dtype=torch.int64)
-        self.register_buffer("order", order, persistent=False)
-        self.register_buffer("drop_path_rates", torch.empty(depth), persistent=False)
-        self.init_non_persistent_buffers()
-        self.register_load_state_dict_post_hook(_fill_buffers)
-
-        for parameter in (self.cls_token, self.pos_embed):
-            trunc_normal_(parameter, std=0.02)
-        init_head(self.head)
-
-    def init_non_persistent_buffers(self) -> None:
-        """Compute the buffers that no state dict holds, on the device of the parameters; needed after `to_empty`.
-
-        Loading a state dict does it too, and so does Hugging Face's TimmWrapper.
-        """
-        device, dtype = self.cls_token.device, self.cls_token.dtype
-        rates = torch.linspace(0, self.drop_path_rate, len(self.drop_path_rates), device="cpu")
-        self.drop_path_rates = F.pad(rates[:-1], (1, 0)).to(device, dtype)
-        self.order = scan_orders(self.grid_size)[: len(self.order)].to(device)
-
-    @torch.no_grad()
-    def set_input_size(
-        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
-    ) -> None:
-        """Take images of another size from now on.
-
-        The position embedding is interpolated to the new grid, the patch embedding to the new patches. Parameters that
-        change are new objects: make optimizers afterwards.
-
-        Args:
-            img_size: pixels, one side or (height, width); None keeps it.
-            patch_size: pixels a side; None keeps it.
-
-        Raises:
-            ValueError: patches that are not square, or do not divide the images; the message names sizes that fit.
-        """
-        sides = {patch_size} if isinstance(patch_size, int) else set(patch_size or (self.patch_size,))
-        if len(sides) > 1:
-            raise ValueError(f"patches of {tuple(patch_size)} pixels: they have to be square")
-        (side,) = sides
-        if img_size is None:
-            img_size = tuple(self.patch_size * n for n in self.grid_size)
-        grid = _patches(img_size, side)
-        if side != self.patch_size:
-            old = self.patch_embed.proj
-            self.patch_embed = PatchEmbed(side, self.embed_dim, self.in_chans).to(old.weight)
-            self.patch_embed.proj.weight.copy_(resample_patch_embed(old.weight, [side, side]))
-            self.patch_embed.proj.bias.copy_(old.bias)
-        self.pos_embed = nn.Parameter(resize_around_token(self.pos_embed, self.grid_size, grid))
-        self.grid_size, self.patch_size = grid, side
-        self.init_non_persistent_buffers()
-        self.record_input_size((grid[0] * side, grid[1] * side))
-
-    def for_grid(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Position embedding (1, M + 1, C) and scan order (directions, M + 1) of a grid of M patches.
-
-        Raises:
-            ValueError: not the model's grid, and it is not dynamic.
-        """
-        if grid == self.grid_size:
-            return self.pos_embed, self.order
-        if not self.dynamic_img_size:
-            size, want = (tuple(self.patch_size * side for side in g) for g in (grid, self.grid_size))
-            raise ValueError(f"images of {size} pixels, the model takes {want}: build it with dynamic_img_size=True")
-        order = scan_orders(grid)[: len(self.order)].to(self.order.device)
-        return resize_around_token(self.pos_embed, self.grid_size, grid), order
-
-    def encode(self, imgs: Tensor, taps: Collection[int] = (), depth: int | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Run the blocks.
-
-        Args:
-            imgs: (B, in_chans, H, W).
-            taps: indices of blocks whose output is returned too.
-            depth: how many blocks run; None is all.
-
-        Returns:
-            Tokens (B, M + 1, C) after the last block, and a list of those after each of `taps`.
-
-        Raises:
-            ValueError: an image size that does not fit; see `for_grid`.
-            TypeError: torch.fx traces it.
-        """
-        if isinstance(imgs, torch.fx.Proxy):
-            raise TypeError(f"torch.fx cannot trace this model, {INSTEAD}")
-        pos_embed, order = self.for_grid(_patches(imgs.shape[-2:], self.patch_size))
-        x = self.patch_embed(imgs).flatten(1, 2)  # (B, rows, columns, C) -> (B, M, C)
-        h = insert_middle(x, self.cls_token.expand(x.shape[0], -1, -1)) + pos_embed  # (B, M + 1, C)
-        layers = self.layers[:depth]
-        keep = [None] * len(layers)
-        if self.training and self.drop_path_rate:
-            keep = drop_path_factors(self.drop_path_rates, len(h))[: len(layers)]
-        tapped = []
-        for i, (layer, factors) in enumerate(zip(layers, keep, strict=True)):
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(layer, h, order, factors, use_reentrant=False)
-            else:
-                h = layer(h, order, factors)
-            if i in taps:
-                tapped.append(h)
-        return h, tapped
-
-    def forward_features(self, imgs: Tensor) -> Tensor:
-        """Normalised tokens, the class token in the middle: (B, in_chans, H, W) -> (B, M + 1, C)."""
-        return self.norm_f(self.encode(imgs)[0])
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool tokens and classify: (B, M + 1, C) -> (B, num_classes), or (B, C) with `pre_logits`."""
-        middle, pool = (x.shape[1] - 1) // 2, pooling(self.global_pool)
-        if pool == "avg":
-            x = (x[:, :middle].mean(dim=1) + x[:, middle + 1 :].mean(dim=1)) / 2
-        elif pool == "token":
-            x = x[:, middle]
-        x = F.dropout(x, self.drop_rate, self.training)
-        return x if pre_logits else self.head(x)
-
-    def compile(self, **options: object) -> None:
-        """Compile in place, block by block, as `ARMPretrain.compile`."""
-        for layer in self.layers:
-            layer.compile(**options)
-
-    def forward(self, imgs: Tensor) -> Tensor:
-        """Logits: (B, in_chans, H, W) -> (B, num_classes)."""
-        return self.forward_head(self.forward_features(imgs))
-
-
 for _name in SIZES:
-    register(_name, partial(create_classifier, _name))
+    register(_name, partial(create_classifier, _name), check_names)

@@ -25,6 +25,8 @@ class MaskedPretrain(PretrainModel):
         ValueError: see `PretrainModel`; or there is a single patch.
     """
 
+    own_parameters = ("mask_token",)
+
     def __init__(self, mask_ratio: float = 0.75, **sizes: object) -> None:
         super().__init__(**sizes)
         self.num_hidden = min(max(1, round(mask_ratio * self.num_patches)), self.num_patches - 1)

@@ -17,8 +17,10 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from util.checkpoint import NEW_IN_CLASSIFIER, StateDict, pretrain_to_classifier
-from util.datasets import crop_ratio
+from util.checkpoints.checkpoint_file import StateDict
+from util.checkpoints.convert import NEW_IN_CLASSIFIER, pretrain_to_classifier
+from util.checkpoints.inspection import is_pretrained
+from util.data.transforms import crop_ratio
 from util.lr_decay import NO_WEIGHT_DECAY
 from util.pos_embed import split_middle
 
@@ -34,7 +36,7 @@ def input_config(size: tuple[int, int]) -> dict:
 
 
 POOLING = {"avg": "avg", True: "avg", "token": "token", False: "token", "": ""}  # timm's names and the scripts' flag
-CONFIG = {  # of timm.data.resolve_data_config; "squash" and the crop evaluate as util.datasets.eval_transform does
+CONFIG = {  # of timm.data.resolve_data_config; "squash" and the crop evaluate as `eval_transform` does
     "num_classes": 1000,
     **input_config((224, 224)),
     "fixed_input_size": True,
@@ -49,7 +51,7 @@ INSTEAD = "which chooses its path and its scan in Python: use torch.export or to
 default_cfgs = {}  # timm looks here for the configurations of what this module registers
 
 
-def register(name: str, classifier: Callable[..., nn.Module]) -> None:
+def register(name: str, classifier: Callable[..., nn.Module], check_names: Callable[[StateDict], None]) -> None:
     """Let `timm.create_model(name, ...)` build a classifier.
 
     `pretrained=True` with a `file` in `pretrained_cfg_overlay` loads what `pretrain_to_classifier` takes: from
@@ -60,6 +62,7 @@ def register(name: str, classifier: Callable[..., nn.Module]) -> None:
     Args:
         name: of the model in timm.
         classifier: builds it from keyword arguments.
+        check_names: raises for a state dict of pretraining with parameters that no objective has.
     """
 
     def create(
@@ -81,10 +84,15 @@ def register(name: str, classifier: Callable[..., nn.Module]) -> None:
             pretrained,
             pretrained_cfg=pretrained_cfg,
             pretrained_cfg_overlay=overlay,
-            pretrained_filter_fn=_adapted,
+            pretrained_filter_fn=adapt,
             feature_cfg={"out_indices": 3, "feature_cls": "getter"},
             **kwargs,
         )
+
+    def adapt(state_dict: StateDict, model: nn.Module) -> StateDict:
+        if is_pretrained(state_dict):
+            check_names(state_dict)
+        return _adapted(state_dict, model)
 
     create.__name__ = name
     default_cfgs.update(generate_default_cfgs({name: CONFIG}))

@@ -7,7 +7,6 @@ import json
 import os
 import socket
 import stat
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,25 +14,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models_arm import ARMClassifier, PretrainModel, create_pretrain_model
+import models_arm
+import pretrained
+from models_arm import ARMClassifier, PretrainModel
 from ops import BackendUnavailable, choose_backend
-from util import checkpoint, cli
-from util.datasets import ImageDataset, eval_loader
-from util.device_loader import DeviceLoader
-from util.dist import barrier, gather_late, on_main, rank, world_size
+from util import arguments
+from util.data.datasets import ImageDataset
+from util.data.device_loader import DeviceLoader
+from util.data.loaders import eval_loader
+from util.distributed.processes import barrier, gather_late, on_main, rank, world_size
 from util.errors import RunError, UserError, as_user_error
 from util.files import printable
-from util.metrics import LOG_EVERY, ScreenLog, SilentLog
-from util.pos_embed import resize_pos_embed
-from util.run import fingerprint
-from util.sources import HubDataset, Source, TarShards
-from util.train_loop import activation_dtype, autocast
+from util.tracking.run_log import LOG_EVERY, ScreenLog, SilentLog
+from util.training.precision import activation_dtype, autocast
+from util.training.run import fingerprint
 
 Model = PretrainModel | ARMClassifier
-ENCODER = ("patch_embed.", "layers.", "pos_embed", "cluster_order")  # what of a pretraining model makes features
 DIGEST = hashlib.sha256().digest_size  # bytes: the end of a cache file
 BLOCK = 2**24  # bytes that are hashed at a time
-THREADS = 16  # that ask for the states of files
 
 
 def load_model(args: argparse.Namespace, device: torch.device) -> Model:
@@ -47,34 +45,15 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Model:
     Raises:
         UserError: no checkpoint of ARM, or an input size that does not fit.
     """
-    content = checkpoint.read(args.checkpoint, args.ignore_keys)
-    args.model_key = checkpoint.chosen_key(content, args.model_key)
-    args.class_names = checkpoint.class_names(content)
-    state = checkpoint.weights(content, args.model_key)
-    checkpoint.say_guesses(args.checkpoint, content, state)
-    trained_size = checkpoint.image_size(state, checkpoint.saved_size(content))
-    sizes = checkpoint.classifier_sizes(state)
-    if args.input_size is None:
-        args.input_size = list(trained_size)
-    sizes |= {"img_size": cli.image_size(args), "scan_backend": args.scan_backend}
+    found = pretrained.read(args.checkpoint, args.model_key, args.ignore_keys)
+    args.model_key, args.class_names = found.key, found.class_names
     with as_user_error(TypeError, ValueError, BackendUnavailable):
-        choose_backend(args.scan_backend, device, activation_dtype(device), sizes["embed_dim"])
-        if not checkpoint.is_pretrained(state):
-            model = ARMClassifier(**sizes, global_pool=checkpoint.saved_pooling(content))
-        else:
-            sizes |= checkpoint.switches(content, state) | {"dec_embed_dim": 64, "dec_depth": 1}
-            if sizes["order"] == "random" and sizes["img_size"] != trained_size:
-                raise ValueError(f"--input_size: a random order of clusters holds for {trained_size} pixels alone")
-            model = create_pretrain_model("arm_base_pz16", **sizes)
-    if isinstance(model, ARMClassifier):
-        checkpoint.load_into_classifier(content, model, args.model_key)
-    else:
-        encoder = {k: v for k, v in state.items() if k.startswith(ENCODER)}
-        grid = tuple(side // model.patch_size for side in trained_size)
-        encoder["pos_embed"] = resize_pos_embed(state["pos_embed"], grid, model.grid_size)
-        decoder = {k for k in model.state_dict() if not k.startswith(ENCODER)}
-        checkpoint.load(model, encoder, decoder)
-    return model.to(device).eval().requires_grad_(False)
+        choose_backend(args.scan_backend, device, activation_dtype(device), found.sizes["embed_dim"])
+    if args.input_size is None:
+        args.input_size = list(found.input_size)
+    size = arguments.image_size(args)
+    model = found.load_model(encoder=True, img_size=size, scan_backend=args.scan_backend)
+    return model.to(device).requires_grad_(False)
 
 
 def chosen_blocks(args: argparse.Namespace, depth: int) -> range:
@@ -122,7 +101,7 @@ def hash_of(model: Model) -> str:
     """SHA-256 of a model's weights."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        if not isinstance(model, PretrainModel) or name.startswith(ENCODER):
+        if not isinstance(model, PretrainModel) or name.startswith(models_arm.ENCODER):
             digest.update(name.encode())
             digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -164,7 +143,7 @@ def features(
     """
     settings = {
         "weights": hash_of(model), "data": fingerprint(dataset.source), "split": split,
-        "root": os.path.abspath(dataset.source.root), "files": on_main(lambda: state_of_files(dataset.source)),
+        "root": os.path.abspath(dataset.source.root), "files": on_main(dataset.source.state),
         "blocks": list(blocks), "tokens": tokens, "pool": str(getattr(model, "global_pool", "mean")),
         "dtype": str(activation_dtype(device)), "cluster_size": getattr(model, "cluster_size", None),
         "order": model.order if isinstance(model, PretrainModel) else None,
@@ -223,33 +202,6 @@ def features(
         if (rows.dtype, rows.shape) != (record, (len(dataset),)):
             raise ValueError(f"it holds {rows.dtype} {rows.shape}, not {record} {(len(dataset),)}")
     return torch.from_numpy(rows["feature"]), torch.from_numpy(rows["label"])
-
-
-def state_of_files(source: Source) -> str:
-    """Hash the name, size and modification time of every file that images are read from, or a dataset's fingerprint.
-
-    A million files take some seconds on a local disk, by threads, since a network's file system answers slowly.
-    """
-    if isinstance(source, HubDataset):
-        return source.rows._fingerprint  # of its content and of all that was done to it
-    if isinstance(source, TarShards):
-        path, count = source.shards.__getitem__, len(source.shards)
-    else:  # its names are for messages, where it has paths, too
-        path, count = getattr(source, "path", source.name), len(source.labels)
-
-    def share(indices: np.ndarray) -> bytes:
-        digest = hashlib.sha256()
-        for index in indices:
-            name = os.fsencode(path(index))
-            try:
-                found = os.stat(name)
-                digest.update(b"%b\0%d\0%d\0" % (name, found.st_size, found.st_mtime_ns))
-            except OSError:  # a broken image, which is told when it is read
-                digest.update(b"%b\0\0\0" % name)
-        return digest.digest()
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        return hashlib.sha256(b"".join(pool.map(share, np.array_split(np.arange(count), THREADS)))).hexdigest()
 
 
 def digest_of(path: Path) -> bytes:

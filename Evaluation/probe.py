@@ -20,49 +20,58 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
 
-from features import chosen_blocks, features, hash_of, load_model
-from probes import FEWEST, AttentiveHead, LinearHead, has_direction, held_out, knn, train_probe
-from report import accuracy, result_file, table, with_interval, write_result
-from util import cli, machine
-from util.class_names import match_classes
-from util.datasets import eval_transform, image_dataset
-from util.dist import gather_late, init_device, rank, reduce_sum, seed_everything, world_size
+from Evaluation.features import chosen_blocks, features, hash_of, load_model
+from Evaluation.probes import FEWEST, AttentiveHead, LinearHead, has_direction, held_out, knn, train_probe
+from Evaluation.tables import accuracy, result_file, table, with_interval, write_result
+from util import arguments, cli, hardware
+from util.checkpoints.hub import beside
+from util.data.class_names import match_classes
+from util.data.datasets import image_dataset
+from util.data.transforms import eval_transform
+from util.distributed.processes import gather_late, init_device, rank, reduce_sum, world_size
 from util.errors import UserError
 from util.files import printable
-from util.hub import beside
-from util.metrics import ScreenLog, SilentLog, open_log
-from util.run import fingerprint
+from util.seeding import seed_everything
+from util.tracking.run_log import ScreenLog, SilentLog, open_log
+from util.training.run import fingerprint
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = cli.Parser("probe.py", description=__doc__.splitlines()[0])
-    cli.add_machine_arguments(parser)
-    cli.add_eval_arguments(parser)
-    cli.add_checkpoint_arguments(parser)
+    arguments.add_machine_arguments(parser)
+    arguments.add_eval_arguments(parser)
+    arguments.add_checkpoint_arguments(parser)
     group = parser.add_argument_group("features")
-    group.add_argument("--data_path", type=cli.filled, required=True, help="images with train and val, as for training")
-    which = group.add_mutually_exclusive_group()
-    which.add_argument("--block", type=cli.few, metavar="N", help="the output of block N, from 1 (default: last)")
-    which.add_argument("--average_last", type=cli.few, metavar="N", help="the mean of the last N blocks")
     group.add_argument(
-        "--cache", type=cli.filled, metavar="DIR", help="where features are kept (default: features/ beside CKPT)"
+        "--data_path", type=arguments.nonempty, required=True, help="images with train and val, as for training"
+    )
+    which = group.add_mutually_exclusive_group()
+    which.add_argument("--block", type=arguments.few, metavar="N", help="the output of block N, from 1 (default: last)")
+    which.add_argument("--average_last", type=arguments.few, metavar="N", help="the mean of the last N blocks")
+    group.add_argument(
+        "--cache",
+        type=arguments.nonempty,
+        metavar="DIR",
+        help="where features are kept (default: features/ beside CKPT)",
     )
     group.add_argument(
         "--max_gb",
-        type=cli.amount,
+        type=arguments.amount,
         default=32,
         help="largest file of features; the attentive probe keeps all tokens, in float16 (default: %(default)s)",
     )
     group = parser.add_argument_group("probes")
     group.add_argument("--probe", nargs="+", choices=("knn", "linear", "attentive"), default=["knn", "linear"])
-    group.add_argument("--k", type=cli.positive, nargs="+", default=[10, 20, 100, 200], help="neighbours")
-    group.add_argument("--temperature", type=cli.number(float, 1e-6, 1e9), default=0.07, help="of kNN's votes")
-    group.add_argument("--seeds", type=cli.few, default=3, help="trained probes of a kind (default: %(default)s)")
-    group.add_argument("--probe_epochs", type=cli.positive, default=50, help="(default: %(default)s)")
-    group.add_argument("--probe_batch_size", type=cli.number(int, 2, 10**6), default=256, help="(default: %(default)s)")
-    group.add_argument("--attn_heads", type=cli.side, help="of the attentive probe (default: 64 channels each)")
-    group.add_argument("--seed", type=cli.seed_number, default=0, help="(default: %(default)s)")
+    group.add_argument("--k", type=arguments.positive, nargs="+", default=[10, 20, 100, 200], help="neighbours")
+    group.add_argument("--temperature", type=arguments.number(float, 1e-6, 1e9), default=0.07, help="of kNN's votes")
+    group.add_argument("--seeds", type=arguments.few, default=3, help="trained probes of a kind (default: %(default)s)")
+    group.add_argument("--probe_epochs", type=arguments.positive, default=50, help="(default: %(default)s)")
+    group.add_argument(
+        "--probe_batch_size", type=arguments.number(int, 2, 10**6), default=256, help="(default: %(default)s)"
+    )
+    group.add_argument("--attn_heads", type=arguments.side, help="of the attentive probe (default: 64 channels each)")
+    group.add_argument("--seed", type=arguments.seed_number, default=0, help="(default: %(default)s)")
     parser.set_defaults(dist_eval=True)
     return parser
 
@@ -73,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         UserError: something that was asked for cannot be.
     """
-    cli.check_input_size(args)
+    arguments.check_input_size(args)
     if world_size() != int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
         raise UserError("the processes share a file of features: run all of them on one machine")
     device, log = init_device(args.device, args.dist_timeout), open_log()
@@ -86,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
     heads = args.attn_heads or max(1, model.embed_dim // 64)
     if "attentive" in args.probe and model.embed_dim % heads:
         raise UserError(f"--attn_heads {heads} does not divide the {model.embed_dim} channels")
-    transform = eval_transform(cli.image_size(args), args.eval_resize)
+    transform = eval_transform(arguments.image_size(args), args.eval_resize)
     splits = {name: image_dataset(args.data_path, name, transform, args.eval_loader) for name in ("train", "val")}
     sources = {name: data.source for name, data in splits.items()}
     for line in match_classes(sources["val"], sources["train"].classes, sources["train"].root):
@@ -127,7 +136,7 @@ def main(args: argparse.Namespace) -> None:
         for name, source in sources.items()
     }
     content = {"weights": hash_of(model), "blocks": list(blocks), "data": data, "class_names": names, "broken": broken}
-    write_result(output, vars(args), {**content, "machine": machine.describe(device), "results": rows})
+    write_result(output, vars(args), {**content, "machine": hardware.describe(device), "results": rows})
 
 
 def check_images(args: argparse.Namespace, train: Tensor, val: Tensor, names: list[str]) -> None:
@@ -226,4 +235,4 @@ def cells(row: dict) -> list:
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    cli.run_main(main, get_args_parser())

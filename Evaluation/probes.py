@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from util.dist import seed_everything
 from util.errors import RunError
 from util.lr_sched import lr_at, set_lr
+from util.seeding import seed_everything
 
 # Learning rates that are tried, for 256 images a step.
 LINEAR_LRS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)

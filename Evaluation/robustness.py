@@ -25,17 +25,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from features import hash_of, load_model
+from Evaluation.features import hash_of, load_model
+from Evaluation.tables import accuracy, result_file, table, with_interval, write_result
 from models_arm import ARMClassifier
-from report import accuracy, result_file, table, with_interval, write_result
-from util import cli, machine
-from util.datasets import ImageDataset, eval_loader, eval_transform, pixels_by
-from util.dist import init_device
+from util import arguments, cli, hardware
+from util.data.datasets import ImageDataset, pixels_by
+from util.data.loaders import eval_loader
+from util.data.readers import Folder
+from util.data.transforms import eval_transform
+from util.distributed.processes import init_device
 from util.errors import UserError, as_user_error
-from util.evaluation import evaluate, score_labels
 from util.files import printable
-from util.metrics import open_log
-from util.sources import Folder
+from util.tracking.run_log import open_log
+from util.training.evaluation import evaluate, score_labels
 
 # Errors of AlexNet in percent, mean over the five severities, which mCE divides by: Hendrycks & Dietterich 2019 (arXiv
 # 1903.12261), with the digits of the authors' code (github.com/hendrycks/robustness).
@@ -46,7 +48,7 @@ ALEXNET = {
     "jpeg_compression": 60.6500,
 }  # fmt: skip
 SEVERITIES = range(1, 6)
-Score = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # see util.evaluation.evaluate
+Score = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # see util.training.evaluation.evaluate
 UNANSWERED = {"broken": "broken", "nonfinite": "with logits that are not finite"}  # images that count as wrong
 SETS = ("imagenet", "imagenet-a", "imagenet-r", "sketch", "v2", "c", "real")
 
@@ -68,9 +70,9 @@ def named_path(text: str) -> tuple[str, Path]:
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = cli.Parser("robustness.py", description=__doc__.splitlines()[0])
-    cli.add_machine_arguments(parser)
-    cli.add_eval_arguments(parser)
-    cli.add_checkpoint_arguments(parser)
+    arguments.add_machine_arguments(parser)
+    arguments.add_eval_arguments(parser)
+    arguments.add_checkpoint_arguments(parser)
     parser.add_argument(
         "--data", type=named_path, nargs="+", required=True, metavar="SET=FOLDER", help=f"any of {', '.join(SETS)}"
     )
@@ -190,7 +192,7 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         UserError: something that was asked for cannot be; nothing has been evaluated then.
     """
-    cli.check_input_size(args)
+    arguments.check_input_size(args)
     if len(dict(args.data)) < len(args.data):
         raise UserError("--data names a set twice")
     device, log = init_device(args.device, args.dist_timeout), open_log()
@@ -212,7 +214,7 @@ def main(args: argparse.Namespace) -> None:
     rows = {}
     for name, parts in sets.items():
         # images of C are stored as the crop that is to be evaluated
-        transform = eval_transform(cli.image_size(args), args.eval_resize, 1.0 if name == "c" else None)
+        transform = eval_transform(arguments.image_size(args), args.eval_resize, 1.0 if name == "c" else None)
         results = {}
         for title, (source, score) in parts.items():
             loader = eval_loader(ImageDataset(source, pixels_by(args.eval_loader, transform)), args, device)
@@ -222,7 +224,7 @@ def main(args: argparse.Namespace) -> None:
     head = ["data", "top-1 (95 % over images)", "top-5", "images", "mCE"]
     log.say(table(head, *([name, *cells(row)] for name, row in rows.items())))
     settings = vars(args) | {"data": {name: printable(path) for name, path in args.data}}
-    content = {"weights": weights, "class_names": synsets, "machine": machine.describe(device), "results": rows}
+    content = {"weights": weights, "class_names": synsets, "machine": hardware.describe(device), "results": rows}
     write_result(output, settings, content)
 
 
@@ -274,4 +276,4 @@ def cells(row: dict) -> list:
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    cli.run_main(main, get_args_parser())

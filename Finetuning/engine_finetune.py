@@ -7,10 +7,10 @@ from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from util.device_loader import DeviceLoader
-from util.metrics import RunLog, SilentLog
-from util.run import Run
-from util.train_loop import train_epoch
+from util.data.device_loader import DeviceLoader
+from util.tracking.run_log import RunLog, SilentLog
+from util.training.loop import train_epoch
+from util.training.run import Run
 
 
 def train_one_epoch(
@@ -24,7 +24,7 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Train the classifier on labelled images; the EMA of `run` follows every update.
 
-    `criterion` and `mixup`: see `loss_of`. For the rest see `util.train_loop.train_epoch`.
+    `criterion` and `mixup`: see `loss_of`. For the rest see `util.training.loop.train_epoch`.
     """
 
     def after_update(skipped: Tensor) -> None:

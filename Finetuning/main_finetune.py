@@ -30,48 +30,47 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import nn
 
+import kernels
 import models_arm
-from engine_finetune import train_one_epoch
-from ops import BackendUnavailable, fused
-from util import checkpoint, cli
-from util.class_names import differing, known_names, match_classes, names_by_output
-from util.datasets import (
-    ImageDataset,
-    eval_loader,
-    eval_transform,
-    finetune_transform,
-    image_dataset,
-    train_loader,
-)
-from util.dist import distribute, init_device, seed_everything
+from Finetuning.engine_finetune import train_one_epoch
+from ops import BackendUnavailable
+from pretrained import Checkpoint
+from util import arguments, cli
+from util.checkpoints import checkpoint_file
+from util.data.class_names import differing, known_names, match_classes, names_by_output
+from util.data.datasets import ImageDataset, image_dataset
+from util.data.loaders import eval_loader, train_loader
+from util.data.transforms import eval_transform, finetune_transform
+from util.distributed.parallel import distribute
+from util.distributed.processes import init_device
 from util.errors import UserError, as_user_error
-from util.evaluation import evaluate, in_words
 from util.files import some
 from util.lr_decay import param_groups_layer_decay
-from util.metrics import RunLog, ScreenLog, SilentLog, clock, open_log
-from util.run import Run, fingerprint, starting_point
-from util.train_loop import choose_kernels
+from util.seeding import seed_everything
+from util.tracking.run_log import RunLog, ScreenLog, SilentLog, clock, open_log
+from util.training.evaluation import describe_result, evaluate
+from util.training.run import Run, fingerprint, starting_point
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line; defaults are those of the published base recipe."""
     parser = cli.Parser("main_finetune.py", description=__doc__.splitlines()[0])
-    cli.add_shared_arguments(parser)
+    arguments.add_shared_arguments(parser)
     group = parser.add_argument_group("finetuning")
     group.add_argument(
         "--finetune",
-        type=cli.filled,
+        type=arguments.nonempty,
         metavar="FILE",
         help="start from these weights, of pretraining or finetuning: path, URL or hf://OWNER/REPO/FILE",
     )
     group.add_argument(
         "--model_key", choices=("model", "model_ema"), help="which weights of --finetune, or to evaluate"
     )
-    cli.add_ignore_keys(group)
-    group.add_argument("--nb_classes", type=cli.number(int, 1, 10**6), help="number of classes (default: 1000)")
+    arguments.add_ignore_keys(group)
+    group.add_argument("--nb_classes", type=arguments.number(int, 1, 10**6), help="number of classes (default: 1000)")
     group.add_argument(
         "--global_pool",
-        type=cli.boolean,
+        type=arguments.boolean,
         nargs="?",
         const=True,
         help="classify the mean of the patches, or with False the class token (default: True, or what --resume used)",
@@ -84,49 +83,59 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="scans: rows and columns, forward and backward, or the pretrained one alone (default: 4, or what the "
         "checkpoint has)",
     )
-    group.add_argument("--drop_path", type=cli.rate, default=0.1, help="stochastic depth rate (default: %(default)s)")
+    group.add_argument(
+        "--drop_path", type=arguments.rate, default=0.1, help="stochastic depth rate (default: %(default)s)"
+    )
     group.add_argument(
         "--layer_decay",
-        type=cli.number(float, 0, 1, above=True),
+        type=arguments.number(float, 0, 1, above=True),
         default=0.65,
         help="lr factor per layer (default: %(default)s)",
     )
-    group.add_argument("--ema_decay", type=cli.rate, help="also keep a moving average of the weights, with this decay")
+    group.add_argument(
+        "--ema_decay", type=arguments.rate, help="also keep a moving average of the weights, with this decay"
+    )
 
     group = parser.add_argument_group("augmentation")
-    group.add_argument("--color_jitter", type=cli.amount, help="strength; only where --aa is none")
+    group.add_argument("--color_jitter", type=arguments.amount, help="strength; only where --aa is none")
     group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm policy, or none (default: %(default)s)")
     group.add_argument(
-        "--smoothing", type=cli.number(float, 0, 0.999), default=0.1, help="label smoothing (default: %(default)s)"
+        "--smoothing",
+        type=arguments.number(float, 0, 0.999),
+        default=0.1,
+        help="label smoothing (default: %(default)s)",
     )
-    group.add_argument("--reprob", type=cli.rate, default=0.25, help="random erasing rate (default: %(default)s)")
+    group.add_argument("--reprob", type=arguments.rate, default=0.25, help="random erasing rate (default: %(default)s)")
     group.add_argument(
         "--remode",
         choices=("const", "rand", "pixel"),
         default="pixel",
         help="random erasing mode (default: %(default)s)",
     )
-    group.add_argument("--recount", type=cli.few, default=1, help="random erasing count (default: %(default)s)")
-    group.add_argument("--mixup", type=cli.amount, default=0.0, help="alpha; 0 is off (default: %(default)s)")
-    group.add_argument("--cutmix", type=cli.amount, default=0.0, help="alpha; 0 is off (default: %(default)s)")
-    group.add_argument("--cutmix_minmax", type=cli.rate, nargs=2, help="size range of the cut, instead of alpha")
-    group.add_argument("--mixup_prob", type=cli.rate, default=1.0, help="rate of mixed batches (default: %(default)s)")
-    group.add_argument("--mixup_switch_prob", type=cli.rate, default=0.5, help="rate of cutmix among them")
+    group.add_argument("--recount", type=arguments.few, default=1, help="random erasing count (default: %(default)s)")
+    group.add_argument("--mixup", type=arguments.amount, default=0.0, help="alpha; 0 is off (default: %(default)s)")
+    group.add_argument("--cutmix", type=arguments.amount, default=0.0, help="alpha; 0 is off (default: %(default)s)")
+    group.add_argument("--cutmix_minmax", type=arguments.rate, nargs=2, help="size range of the cut, instead of alpha")
+    group.add_argument(
+        "--mixup_prob", type=arguments.rate, default=1.0, help="rate of mixed batches (default: %(default)s)"
+    )
+    group.add_argument("--mixup_switch_prob", type=arguments.rate, default=0.5, help="rate of cutmix among them")
     group.add_argument(
         "--mixup_mode", choices=("batch", "pair", "elem"), default="batch", help="what shares one lambda"
     )
 
+    kernels.add_arguments(parser.add_argument_group("kernels"))
     group = parser.add_argument_group("evaluation")
     group.add_argument("--eval", action="store_true", help="only evaluate --resume (or --finetune)")
     group.add_argument(
         "--dist_eval", action="store_true", help="each process evaluates a share; the result is the same"
     )
-    cli.add_eval_arguments(parser)
+    arguments.add_eval_arguments(parser)
     parser.set_defaults(epochs=100, recipe_epochs=100, warmup_epochs=5, blr=5e-4, min_lr=1e-6, scale=[0.08, 1.0])
     return parser
 
 
-def build_classifier(args: argparse.Namespace, content: dict | None) -> models_arm.ARMClassifier:
+def build_classifier(args: argparse.Namespace, found: Checkpoint | None) -> models_arm.ARMClassifier:
     """The classifier that the command line and the checkpoint ask for.
 
     What the command line leaves open comes from the checkpoint: width, depth and patch size; for evaluation also
@@ -138,11 +147,10 @@ def build_classifier(args: argparse.Namespace, content: dict | None) -> models_a
             a pooling other than the checkpoint's, unless `args.allow_changed_args`.
     """
     sizes, file = {}, args.resume or args.finetune
-    if content is not None:
-        state_dict = checkpoint.weights(content, args.model_key)
-        if checkpoint.is_pretrained(state_dict) and (args.eval or args.resume):
+    if found is not None:
+        if found.is_pretraining and (args.eval or args.resume):
             raise UserError(f"{file} comes from pretraining: --finetune it first")
-        sizes = checkpoint.classifier_sizes(state_dict)
+        sizes = dict(found.sizes)
         if args.directions is not None and sizes.get("directions", args.directions) != args.directions:
             raise UserError(
                 f"{file} has weights for {sizes['directions']} directions, which --directions {args.directions} "
@@ -153,13 +161,13 @@ def build_classifier(args: argparse.Namespace, content: dict | None) -> models_a
         if not args.eval:
             sizes.pop("num_classes", None)
         elif args.input_size is None:
-            sizes["img_size"] = checkpoint.image_size(state_dict, checkpoint.saved_size(content))
-    sizes |= cli.given(args, "patch_size", "embed_dim", "depth", "directions")
+            sizes["img_size"] = found.input_size
+    sizes |= arguments.given(args, "patch_size", "embed_dim", "depth", "directions")
     if args.input_size is not None:
-        sizes["img_size"] = cli.image_size(args)
+        sizes["img_size"] = arguments.image_size(args)
     if args.nb_classes is not None:
         sizes["num_classes"] = args.nb_classes
-    trained = checkpoint.saved_arguments(content).get("global_pool") if args.resume or args.eval else None
+    trained = found.saved_pooling if found is not None and (args.resume or args.eval) else None
     if args.global_pool is None:
         args.global_pool = True if trained is None else trained
     elif trained not in (None, args.global_pool) and not args.allow_changed_args:
@@ -175,7 +183,7 @@ def build_classifier(args: argparse.Namespace, content: dict | None) -> models_a
             scan_backend=args.scan_backend,
             **sizes,
         )
-    args.input_size = [side * model.patch_size for side in model.grid_size]
+    args.input_size = list(model.image_size)
     args.nb_classes, args.directions = model.head.out_features, len(model.order)
     return model
 
@@ -186,7 +194,7 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         UserError: something that was asked for cannot be; no training has started then.
     """
-    cli.check_arguments(args)
+    arguments.check_arguments(args)
     if args.model_key and args.resume and not args.eval:
         raise UserError("--model_key chooses among the weights of --finetune; --resume takes both")
     if args.ignore_keys and not (args.finetune or args.eval):
@@ -196,36 +204,34 @@ def main(args: argparse.Namespace) -> None:
     device = init_device(args.device, args.dist_timeout, args.deterministic)
     seed_everything(args.seed)
     if args.eval:
-        log, resumed = open_log(), checkpoint.read(args.resume, args.ignore_keys) if args.resume else None
+        log, resumed = open_log(), checkpoint_file.read(args.resume, args.ignore_keys) if args.resume else None
     else:
-        folders = cli.output_folders(args)
+        folders = arguments.output_folders(args)
         log = open_log(*folders, tracker=args.tracker)
         resumed = starting_point(args, folders[0], log.say)
-    content = checkpoint.read(args.finetune, args.ignore_keys) if resumed is None and args.finetune else resumed
+    content = checkpoint_file.read(args.finetune, args.ignore_keys) if resumed is None and args.finetune else resumed
+    found = None
     if content is not None:
-        given = set(cli.given(args, "global_pool", "input_size"))
+        given = set(arguments.given(args, "global_pool", "input_size"))
         if not (args.resume or args.eval):
             given.add("global_pool")  # new in this run
-        state_dict = checkpoint.weights(content, args.model_key)
-        checkpoint.say_guesses(args.resume or args.finetune, content, state_dict, given)
-    model = build_classifier(args, content)
-    transform = eval_transform(cli.image_size(args), args.eval_resize)
+        found = Checkpoint(args.resume or args.finetune, content, args.model_key)
+        found.say_guesses(given)
+    model = build_classifier(args, found)
+    transform = eval_transform(arguments.image_size(args), args.eval_resize)
     val = image_dataset(args.data_path, "val", transform, args.eval_loader)
-    choose_kernels(args, device, model.embed_dim, idle_operators(args, device))
+    kernels.choose(args, device, model.embed_dim, idle_operators(args))
     if args.eval:
-        evaluate_checkpoint(args, content, model, val, device, log)
+        evaluate_checkpoint(args, found, model, val, device, log)
     else:
-        finetune(args, content, model, val, device, log)
+        finetune(args, found, model, val, device, log)
 
 
-def idle_operators(args: argparse.Namespace, device: torch.device) -> dict[str, str]:
+def idle_operators(args: argparse.Namespace) -> dict[str, str]:
     """Return the fused operators that have nothing to do in this run, and why."""
-    idle = {}
     if args.eval or args.loader == "pil" or not (args.aa or "").startswith("rand"):
-        idle["augment"] = "it carries out RandAugment on the training device: --aa rand..., --loader fast"
-    if not models_arm.compiles(args.compile, device):
-        idle["casts"] = "the model is not compiled"
-    return idle
+        return {"augment": "it carries out RandAugment on the training device: --aa rand..., --loader fast"}
+    return {}
 
 
 def check_labels(dataset: ImageDataset, nb_classes: int) -> None:
@@ -241,7 +247,7 @@ def check_labels(dataset: ImageDataset, nb_classes: int) -> None:
 
 def evaluate_checkpoint(
     args: argparse.Namespace,
-    content: dict,
+    found: Checkpoint,
     model: models_arm.ARMClassifier,
     val: ImageDataset,
     device: torch.device,
@@ -252,30 +258,30 @@ def evaluate_checkpoint(
     Raises:
         UserError: the checkpoint does not fit, or val has classes that it does not know.
     """
-    keys = [args.model_key] if args.model_key else checkpoint.kinds(content) or [None]
+    keys = [args.model_key] if args.model_key else checkpoint_file.weight_keys(found.content) or [None]
     loader = eval_loader(val, args, device)
     model.to(device)
     if args.compile:
         model.compile()
     file, source = args.resume or args.finetune, val.source
-    names, assumed = known_names(checkpoint.class_names(content), args.nb_classes, source, file)
+    names, assumed = known_names(found.class_names, args.nb_classes, source, file)
     for line in [assumed] * bool(assumed) + match_classes(source, names, file):
         log.say(line)
     pooling = "mean of the patches" if args.global_pool else "class token"
-    classes, size = len(set(source.labels.tolist())), " x ".join(map(str, cli.image_size(args)))
+    classes, size = len(set(source.labels.tolist())), " x ".join(map(str, arguments.image_size(args)))
     log.say(
         f"{len(val)} images of {classes} classes, resized to {size} ({args.eval_resize}); {args.nb_classes} outputs, "
         f"{args.directions} directions, {pooling}"
     )
     for key in keys:
-        checkpoint.load_into_classifier(content, model, key)
+        Checkpoint(file, found.content, key).load_into(model)
         result = evaluate(model, loader, device, log)
-        log.say(f"{key or 'weights'}: {in_words(result)}")
+        log.say(f"{key or 'weights'}: {describe_result(result)}")
 
 
 def finetune(
     args: argparse.Namespace,
-    content: dict | None,
+    found: Checkpoint | None,
     model: models_arm.ARMClassifier,
     val: ImageDataset,
     device: torch.device,
@@ -287,8 +293,9 @@ def finetune(
         UserError: something that was asked for cannot be; no training has started then.
     """
     with as_user_error(AssertionError, ValueError, KeyError, prefix=f"--aa {args.aa}: "):
-        transform = finetune_transform(cli.image_size(args), args)
+        transform = finetune_transform(arguments.image_size(args), args)
     train = image_dataset(args.data_path, "train", transform, args.loader)
+    kernels.fuse_augmentation(train.transform)
     check_labels(train, args.nb_classes)
     for line in match_classes(val.source, train.source.classes, train.source.root):
         log.say(line)
@@ -304,7 +311,7 @@ def finetune(
     if len(train.source.classes) < args.nb_classes:
         log.say(f"{len(train.source.classes)} classes, and {args.nb_classes} outputs: --nb_classes")
     if args.finetune and not args.resume:
-        start_from(args, content, model, names, log)
+        start_from(args, found, model, names, log)
     model.to(device)
     ema = ModelEmaV3(model, decay=args.ema_decay) if args.ema_decay is not None else None
     wrapped = distribute(model, device, args.fsdp)  # from here on all processes have the weights of rank 0
@@ -312,47 +319,38 @@ def finetune(
         distribute(ema.module, device, sharded=True)
     groups = param_groups_layer_decay(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
-    run = Run(args, model, optimizer, ema, names)
-    if args.resume:
-        run.restore(content, len(train))
-    compiled = models_arm.compiles(args.compile, device)
-    if compiled:
-        model.compile(**fused.compile_options())
-    if ema is not None and not (args.resume and "model_ema" in checkpoint.kinds(content)):
-        ema.set(model)
-        if args.resume:
-            log.say(f"{args.resume} holds no EMA: it starts from the weights")
-    if ema is not None and compiled:
-        ema.module.compile(**fused.compile_options())
-    run.keep_in(Path(args.output_dir), log)
+    kernels.compile_models(args, device, model, *([] if ema is None else [ema.module]))
+    run = Run(
+        args, model, optimizer, ema, names, content=found.content if args.resume else None, images=len(train),
+        folder=Path(args.output_dir), say=log.say, graphs=kernels.block_graphs(args, model),
+    )  # fmt: skip
 
     mixup, criterion = training_loss(args)
-    log.say(cli.describe(args, model, len(train), device, run.epoch))
+    log.say(arguments.describe(args, model, len(train), device, run.epoch))
     start, first = time.monotonic(), run.epoch
     with run:
         while run.epoch < args.epochs:
             epoch = run.epoch
             stats = train_one_epoch(wrapped, criterion, loader, run, device, log, mixup)
             run.save()  # whatever ends the evaluation, the epoch is trained
-            loader.report(log)
+            loader.report(log.say)
             result = evaluate(model, val_loader, device, log, stop=run.stop)
             stats |= {f"test_{name}": value for name, value in result.items()}
             passed = clock(start, epoch + 1 - first, args.epochs - first)
-            log.say(f"epoch {epoch}: loss {stats['train_loss']:.4f}, {in_words(result)}; {passed}")
+            log.say(f"epoch {epoch}: loss {stats['train_loss']:.4f}, {describe_result(result)}; {passed}")
             names = ["checkpoint-best.pth"] if run.improved("max_accuracy", result["acc1"]) else []
             if ema is not None:
                 result = evaluate(ema.module, val_loader, device, log, "eval of the EMA", run.stop)
                 stats |= {f"ema_test_{name}": value for name, value in result.items()}
-                log.say(f"epoch {epoch}: EMA {in_words(result)}")
+                log.say(f"epoch {epoch}: EMA {describe_result(result)}")
                 names += ["checkpoint-best-ema.pth"] if run.improved("ema_max_accuracy", result["acc1"]) else []
             log.epoch(**stats, epoch=epoch, n_parameters=sum(p.numel() for p in model.parameters()))
             run.end_epoch(*names)
-        run.close()
 
 
 def start_from(
     args: argparse.Namespace,
-    content: dict,
+    found: Checkpoint,
     model: models_arm.ARMClassifier,
     names: list[str],
     log: RunLog | SilentLog,
@@ -361,7 +359,7 @@ def start_from(
 
     Args:
         args: of the script.
-        content: of the file `args.finetune`.
+        found: the file `args.finetune`.
         model: gets the weights.
         names: of the run's classes, by output.
         log: of this rank.
@@ -369,13 +367,13 @@ def start_from(
     Raises:
         UserError: the checkpoint does not fit.
     """
-    file, saved = args.finetune, checkpoint.class_names(content)
-    fits = checkpoint.load_into_classifier(content, model, args.model_key, keep_head=False)
+    file, saved = args.finetune, found.class_names
+    fits = found.load_into(model, keep_head=False)
     others = differing(saved, names)
     if not fits or others:
         trunc_normal_(model.head.weight, std=2e-5)
         nn.init.zeros_(model.head.bias)
-    if checkpoint.is_pretrained(checkpoint.weights(content, args.model_key)):
+    if found.is_pretraining:
         return
     if not fits:
         log.say(f"the head is new: that of {file} has another number of outputs")
@@ -411,4 +409,4 @@ def training_loss(args: argparse.Namespace) -> tuple[Mixup | None, nn.Module]:
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    cli.run_main(main, get_args_parser())

@@ -21,11 +21,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import kernels
 from ops import BackendUnavailable, fused
-from util import cli, machine
-from util.augment import Uint8Transform
-from util.datasets import finetune_transform
-from util.dist import init_device, seed_everything
+from util import arguments, cli, hardware
+from util.data.transforms import finetune_transform
+from util.data.uint8_transform import Uint8Transform
+from util.distributed.processes import init_device
+from util.seeding import seed_everything
 
 POLICY = "rand-m9-mstd0.5-inc1"
 RECIPE = {"scale": [0.08, 1.0], "hflip": 0.5, "color_jitter": None, "aa": POLICY, "remode": "pixel", "recount": 1}
@@ -36,11 +38,11 @@ FORMS = {"torch": "none", "triton": "augment"}  # as --fused_ops names them
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = cli.Parser("bench_augment.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", type=cli.filled, help="cuda or cpu (default: cuda where there is a GPU)")
-    parser.add_argument("--batch_size", type=cli.batch, default=128, help="(default: %(default)s)")
-    parser.add_argument("--input_size", type=cli.pixels, default=224, help="(default: %(default)s)")
+    parser.add_argument("--device", type=arguments.nonempty, help="cuda or cpu (default: cuda where there is a GPU)")
+    parser.add_argument("--batch_size", type=arguments.batch, default=128, help="(default: %(default)s)")
+    parser.add_argument("--input_size", type=arguments.pixels, default=224, help="(default: %(default)s)")
     parser.add_argument(
-        "--rounds", type=cli.positive, default=20, help="timed calls, after three more (default: %(default)s)"
+        "--rounds", type=arguments.positive, default=20, help="timed calls, after three more (default: %(default)s)"
     )
     parser.add_argument("--output", help="JSON file (default: in benchmarks/results/)")
     return parser
@@ -80,14 +82,14 @@ def time_forms(calls: dict[str, Callable[[], Tensor]], device: torch.device, rou
 def clocks(call: Callable[[], Tensor], device: torch.device) -> dict[str, float]:
     """Seconds of a call on each clock."""
     if device.type != "cuda":
-        return {"wall": machine.time_once(call, device)[0]}
+        return {"wall": hardware.time_once(call, device)[0]}
     torch.cuda.synchronize(device)
     start = time.perf_counter()
     call()
     returned = time.perf_counter()
     torch.cuda.synchronize(device)
     wall = time.perf_counter()
-    return {"wall": wall - start, "host": returned - start, "event": machine.time_once(call, device)[0]}
+    return {"wall": wall - start, "host": returned - start, "event": hardware.time_once(call, device)[0]}
 
 
 def launches(call: Callable[[], Tensor]) -> int:
@@ -102,8 +104,8 @@ def launches(call: Callable[[], Tensor]) -> int:
 def main(args: argparse.Namespace) -> None:
     """Compare, time, print a table, write everything as JSON."""
     device = init_device(args.device)
-    about = machine.describe(device)
-    output = machine.result_file("augment", about, args.output)
+    about = hardware.describe(device)
+    output = hardware.result_file("augment", about, args.output)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     forms = forms_of(device)
     results = {name: {} for name in forms}
@@ -114,6 +116,7 @@ def main(args: argparse.Namespace) -> None:
 
         def call(form: str, transform=transform, pixels=pixels, todo=todo) -> Tensor:  # noqa: ANN001
             fused.use([FORMS[form]], device)
+            kernels.fuse_augmentation(transform)
             return transform.finish(pixels, todo, device)
 
         images = {form: call(form) for form in forms}
@@ -129,8 +132,8 @@ def main(args: argparse.Namespace) -> None:
             results[form][erasing] = row
             print(f"{form:<8}" + ", ".join(f"{key.removesuffix('_ms_per_image')} {n:.4g}" for key, n in row.items()))
     setting = {"batch_size": args.batch_size, "input_size": args.input_size, "policy": POLICY}
-    machine.write(output, {**about, **setting, "forms": results, "same_bytes": True})
+    hardware.write(output, {**about, **setting, "forms": results, "same_bytes": True})
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    cli.run_main(main, get_args_parser())

@@ -3,7 +3,7 @@
     python benchmarks/bench_data.py
 
 makes 1,024 JPEGs (500 x 375, quality 93) of the two photographs that scikit-learn carries, or takes a folder
-(`--data_path`), packs them with util.pack_images, and loads epochs with the project's own loaders: first the training
+(`--data_path`), packs them with tools.pack_images, and loads epochs with the project's own loaders: first the training
 process and one worker on one core, then as many workers as there are cores. Rounds interleave, so that noise hits all
 alike. Where DALI is installed (`pip install nvidia-dali-cuda130`), its CPU pipeline stands beside pretraining. Then:
 the memory of a worker over 10 epochs, what is left to the training device, and with a GPU (or `--train MODEL`) the
@@ -32,16 +32,17 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "Finetuning"))
 
-import main_finetune
 import main_pretrain
 from engine_pretrain import train_one_epoch
-from models_arm import compiles
-from util import cli, datasets, decode, machine, pack_images
-from util.device_loader import DeviceLoader
-from util.metrics import SilentLog
-from util.run import Run
+from Finetuning import main_finetune
+from kernels import should_compile
+from tools import pack_images
+from util import arguments, cli, hardware
+from util.data import datasets, decode, loaders, transforms
+from util.data.device_loader import DeviceLoader
+from util.tracking.run_log import SilentLog
+from util.training.run import Run
 
 CORES = sorted(os.sched_getaffinity(0))
 CPU = torch.device("cpu")
@@ -55,11 +56,15 @@ Epoch = Callable[[], int]  # loads an epoch, returns its images
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = cli.Parser("bench_data.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--data_path", type=cli.filled, help="folder with train/, instead of images that are made")
-    parser.add_argument("--images", type=cli.number(int, 4, 10**6), default=1024, help="to make (default: %(default)s)")
-    parser.add_argument("--batch_size", type=cli.batch, default=64, help="(default: %(default)s)")
     parser.add_argument(
-        "--rounds", type=cli.positive, default=7, help="timed epochs, after one more (default: %(default)s)"
+        "--data_path", type=arguments.nonempty, help="folder with train/, instead of images that are made"
+    )
+    parser.add_argument(
+        "--images", type=arguments.number(int, 4, 10**6), default=1024, help="to make (default: %(default)s)"
+    )
+    parser.add_argument("--batch_size", type=arguments.batch, default=64, help="(default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=arguments.positive, default=7, help="timed epochs, after one more (default: %(default)s)"
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="what to measure (default: all)")
     parser.add_argument(
@@ -87,19 +92,19 @@ def make_images(folder: Path, count: int) -> None:
         image.save(path, quality=93)
 
 
-def arguments(recipe: str, data_path: str, *more: object) -> argparse.Namespace:
+def recipe_arguments(recipe: str, data_path: str, *more: object) -> argparse.Namespace:
     """The arguments of a recipe's script, with its defaults."""
     words = ["--data_path", data_path, "--input_size", SIZES[recipe], *more]
     args = RECIPES[recipe].get_args_parser().parse_args([str(word) for word in words])
-    cli.check_arguments(args)
+    arguments.check_arguments(args)
     return args
 
 
 def loader_of(args: argparse.Namespace, recipe: str, device: torch.device) -> DeviceLoader:
     """The training loader that a recipe's script would make."""
-    make = datasets.pretrain_transform if recipe == "pretrain" else datasets.finetune_transform
-    dataset = datasets.image_dataset(args.data_path, "train", make(cli.image_size(args), args), args.loader)
-    return datasets.train_loader(dataset, args, device)
+    make = transforms.pretrain_transform if recipe == "pretrain" else transforms.finetune_transform
+    dataset = datasets.image_dataset(args.data_path, "train", make(arguments.image_size(args), args), args.loader)
+    return loaders.train_loader(dataset, args, device)
 
 
 def open_as_released(path: str) -> Image.Image:
@@ -110,9 +115,9 @@ def open_as_released(path: str) -> Image.Image:
 
 def released_epochs(args: argparse.Namespace, recipe: str) -> Epoch:
     """Epochs of the released pipeline: ImageFolder, torchvision's or timm's transform in Pillow, plain DataLoader."""
-    make = datasets.pretrain_transform if recipe == "pretrain" else datasets.finetune_transform
+    make = transforms.pretrain_transform if recipe == "pretrain" else transforms.finetune_transform
     loader = DataLoader(
-        ImageFolder(f"{args.data_path}/train", make(cli.image_size(args), args), loader=open_as_released),
+        ImageFolder(f"{args.data_path}/train", make(arguments.image_size(args), args), loader=open_as_released),
         batch_size=args.batch_size,
         shuffle=True,
         num_workers=args.num_workers,
@@ -186,9 +191,9 @@ def compare(recipe: str, folder: Path, shards: Path, cores: list[int], args: arg
         "--loader fast": (folder, "--loader", "fast"),
         "fast, packed shards": (f"wds:{shards}", "--loader", "fast"),
     }
-    epochs = {RELEASED: released_epochs(arguments(recipe, folder, *words), recipe)}
+    epochs = {RELEASED: released_epochs(recipe_arguments(recipe, folder, *words), recipe)}
     epochs |= {
-        name: host_epochs(loader_of(arguments(recipe, *words_of_path, *words), recipe, CPU))
+        name: host_epochs(loader_of(recipe_arguments(recipe, *words_of_path, *words), recipe, CPU))
         for name, words_of_path in paths.items()
     }
     if recipe == "pretrain":
@@ -217,7 +222,7 @@ def worker_memory(recipe: str, folder: Path, batch_size: int, epochs: int = 10) 
     """MB of its own that a worker holds after each epoch on the fast path."""
     before = set(multiprocessing.active_children())
     epoch = host_epochs(
-        loader_of(arguments(recipe, folder, "--batch_size", batch_size, "--num_workers", 1), recipe, CPU)
+        loader_of(recipe_arguments(recipe, folder, "--batch_size", batch_size, "--num_workers", 1), recipe, CPU)
     )
     held = []
     for _ in range(epochs):
@@ -231,7 +236,7 @@ def worker_memory(recipe: str, folder: Path, batch_size: int, epochs: int = 10) 
 def device_share(recipe: str, folder: Path, batch_size: int, device: torch.device) -> float:
     """Milliseconds an image that `finish` takes on the training device."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    loader = loader_of(arguments(recipe, folder, "--batch_size", batch_size, "--num_workers", 0), recipe, device)
+    loader = loader_of(recipe_arguments(recipe, folder, "--batch_size", batch_size, "--num_workers", 0), recipe, device)
     pixels, numbers, _ = next(iter(loader.loader))
     numbers = torch.from_numpy(numbers)[:, :-1]
     times = []
@@ -263,9 +268,9 @@ def training(model: str, shards: Path, batch_size: int, rounds: int) -> dict[str
     """Images a second of pretraining from packed shards and with random data."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     words = ["--batch_size", batch_size, "--num_workers", len(CORES), "--model", model, "--norm_pix_loss"]
-    args = arguments("pretrain", f"wds:{shards}", *words)
+    args = recipe_arguments("pretrain", f"wds:{shards}", *words)
     network = main_pretrain.build_model(args).to(device)
-    if compiles(None, device):
+    if should_compile(None, device):
         network.compile()
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, fused=True)
     loader = loader_of(args, "pretrain", device)
@@ -288,8 +293,8 @@ def main(args: argparse.Namespace) -> None:
     if "training" in parts and not args.train:
         get_args_parser().error("--parts training needs --train MODEL where there is no GPU")
     torch.set_num_threads(1)  # the training process only passes batches on
-    about = machine.describe(machine.default_device()) | {"cores": len(CORES)}
-    output = machine.result_file("-".join(["data", *(args.parts or ())]), about, args.output)
+    about = hardware.describe(hardware.default_device()) | {"cores": len(CORES)}
+    output = hardware.result_file("-".join(["data", *(args.parts or ())]), about, args.output)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     with tempfile.TemporaryDirectory() as temporary:
         folder, shards = Path(args.data_path or f"{temporary}/images"), Path(temporary, "shards")
@@ -322,8 +327,8 @@ def main(args: argparse.Namespace) -> None:
             results["training"] = {"model": args.train, "images_per_second": found, "fraction": fraction}
             print(f"\n{args.train} with random data: {found['random data']:.0f} images/s")
             print(f"from packed shards on {len(CORES)} cores: {found['shards']:.0f}, which is {100 * fraction:.0f} %")
-    machine.write(output, {**about, **results})
+    hardware.write(output, {**about, **results})
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    cli.run_main(main, get_args_parser())

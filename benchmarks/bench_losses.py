@@ -18,10 +18,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bench_train import CASES, KERNELS, Case, Composition, add_without, epoch_runner, switched
-from util import cli, machine, train_loop
-from util.dist import init_device
+from util import arguments, cli, hardware
+from util.distributed.processes import init_device
 from util.errors import RunError
-from util.metrics import SilentLog
+from util.tracking.run_log import SilentLog
+from util.training import loop
 
 FORMS = ("none", "again", "eager", *KERNELS, "all")
 TIMES = 2.0
@@ -44,7 +45,7 @@ class Losses(SilentLog):
 def losses_of(case: Case, how: Composition, steps: int, device: torch.device) -> dict[str, list[float]]:
     """Train `steps` updates; return the loss and the gradient norm before each."""
     log = Losses()
-    with patch.object(train_loop, "LOG_EVERY", 1):
+    with patch.object(loop, "LOG_EVERY", 1):
         epoch_runner(case, how, steps, device, LR, log)()
     return {"loss": log.loss, "grad_norm": log.grad_norm}
 
@@ -66,15 +67,15 @@ def verdict(form: str, found: dict[str, dict]) -> bool | None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
-    cpu = machine.default_device().type == "cpu"
+    cpu = hardware.default_device().type == "cpu"
     cases = ["pretrain_toy", "finetune_toy"] if cpu else ["pretrain_base", "finetune_base"]
     parser = cli.Parser("bench_losses.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", type=cli.filled, help="cuda or cpu (default: cuda where there is a GPU)")
+    parser.add_argument("--device", type=arguments.nonempty, help="cuda or cpu (default: cuda where there is a GPU)")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=cases, help="default: %(default)s")
     parser.add_argument("--forms", nargs="+", choices=FORMS[1:], default=FORMS[1:], help="default: %(default)s")
     add_without(parser)
-    parser.add_argument("--batch_size", type=cli.batch, help="instead of the recipe's")
-    parser.add_argument("--steps", type=cli.positive, default=50, help="updates (default: %(default)s)")
+    parser.add_argument("--batch_size", type=arguments.batch, help="instead of the recipe's")
+    parser.add_argument("--steps", type=arguments.positive, default=50, help="updates (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="JSON file (default: in benchmarks/results/)")
     return parser
 
@@ -82,8 +83,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Train every case in every form, print the differences, write everything as JSON."""
     device = init_device(args.device)
-    about = machine.describe(device)
-    output = machine.result_file("losses", about, args.output)
+    about = hardware.describe(device)
+    output = hardware.result_file("losses", about, args.output)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(f"{'case':<16}{'form':<14}{'loss':>12}{'gradient':>12}")
     report = {**about, "steps": args.steps, "lr": LR, "results": []}
@@ -103,10 +104,10 @@ def main(args: argparse.Namespace) -> None:
             try:
                 curves[form] = losses_of(case, how, args.steps, device)
             except Exception as error:  # of one kernel: the others can still be compared
-                row["failed"] = machine.failure(error)
+                row["failed"] = hardware.failure(error)
                 failed.append(f"{name}, {form}: {row['failed']}")
                 print(f"{name:<16}{form:<14}failed: {row['failed']}", flush=True)
-                if not machine.answers(device):
+                if not hardware.answers(device):
                     lost = f"{name}, {form} has lost the GPU"
                 continue
             row |= {**how._asdict(), **curves[form]}
@@ -115,11 +116,11 @@ def main(args: argparse.Namespace) -> None:
                 row["difference"], row["within_rounding"] = found[form], verdict(form, found)
                 numbers = "".join(f"{found[form][key]:>12.1e}" for key in ("loss", "grad_norm"))
                 print(f"{name:<16}{form:<14}{numbers}", flush=True)
-            machine.write(output, report, quiet=True)  # what is measured stays, whatever comes
-    machine.write(output, report)
+            hardware.write(output, report, quiet=True)  # what is measured stays, whatever comes
+    hardware.write(output, report)
     if failed:
         raise RunError("; ".join(failed))
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    cli.run_main(main, get_args_parser())

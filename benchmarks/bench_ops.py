@@ -28,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mamba import FOUR_DIRECTIONS, ONE_DIRECTION, Block, Mixer, SwiGLU, scan_orders
 from ops import BackendUnavailable, causal_conv1d, fused, unavailable
 from ops.operators import backend_module
-from util import cli, machine
-from util.dist import init_device
+from util import arguments, cli, hardware
+from util.distributed.processes import init_device
 from util.errors import RunError
-from util.train_loop import activation_dtype, autocast
+from util.training.precision import activation_dtype, autocast
 
 # Images, channels, and rows and columns of patches. One direction and no class token where the grid is None.
 SIZES = {
@@ -202,9 +202,9 @@ def time_forms(
     for _ in range(repetitions + 3):
         for name, form in forms.items():
             fused.use([operator] if name == "fused" else ["none"], device)
-            forward, y = machine.time_once(lambda form=form: form(*inputs), device)
+            forward, y = hardware.time_once(lambda form=form: form(*inputs), device)
             dy = gradient_of(y)
-            backward, _ = machine.time_once(lambda y=y, dy=dy: differentiated(module, inputs, y, dy), device)
+            backward, _ = hardware.time_once(lambda y=y, dy=dy: differentiated(module, inputs, y, dy), device)
             for key, seconds in (("forward", forward), ("backward", backward), ("both", forward + backward)):
                 times[name][key].append(1e6 * seconds)
     rows = {name: {key: statistics.median(us[3:]) for key, us in parts.items()} for name, parts in times.items()}
@@ -216,7 +216,7 @@ def time_forms(
 
 def measure(operator: str, size: tuple, device: torch.device, repetitions: int) -> dict[str, object]:
     """Return the times and errors of both forms, or why there are none."""
-    if not machine.answers(device):
+    if not hardware.answers(device):
         return {"left_out": "an operator before it has lost the GPU"}
     try:
         if reason := missing(operator, device):
@@ -230,20 +230,23 @@ def measure(operator: str, size: tuple, device: torch.device, repetitions: int) 
         return {"wrong": str(error)}
     except Exception as error:  # of one operator: the others can still be measured
         traceback.print_exc()
-        return {"wrong": f"it fails: {machine.failure(error)}"}
+        return {"wrong": f"it fails: {hardware.failure(error)}"}
     return {"microseconds": us, "largest_error": {name: max(found.values()) for name, found in errors.items()}}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
     toys = [name for name in SIZES if "toy" in name]
-    sizes = toys if machine.default_device().type == "cpu" else [name for name in SIZES if name not in toys]
+    sizes = toys if hardware.default_device().type == "cpu" else [name for name in SIZES if name not in toys]
     parser = cli.Parser("bench_ops.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", type=cli.filled, help="cuda or cpu (default: cuda where there is a GPU)")
+    parser.add_argument("--device", type=arguments.nonempty, help="cuda or cpu (default: cuda where there is a GPU)")
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=OPERATORS, help="default: %(default)s")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=sizes, help="default: %(default)s")
     parser.add_argument(
-        "--repetitions", type=cli.positive, default=11, help="timed rounds, after three more (default: %(default)s)"
+        "--repetitions",
+        type=arguments.positive,
+        default=11,
+        help="timed rounds, after three more (default: %(default)s)",
     )
     parser.add_argument("--output", type=Path, help="JSON file (default: in benchmarks/results/)")
     return parser
@@ -252,8 +255,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Check, time, print a table, write everything as JSON."""
     device = init_device(args.device)
-    about = machine.describe(device)
-    output = machine.result_file("ops", about, args.output)
+    about = hardware.describe(device)
+    output = hardware.result_file("ops", about, args.output)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(f"{'µs':<34}{'forward':>12}{'backward':>12}{'both':>12}{'spread':>10}")
     report = {**about, "dtype": str(activation_dtype(device)).removeprefix("torch."), "results": []}
@@ -266,12 +269,12 @@ def main(args: argparse.Namespace) -> None:
             for name, us in row.get("microseconds", {}).items():
                 columns = "".join(f"{us[key]:>12.1f}" for key in ("forward", "backward", "both"))
                 print(f"{f'{operator}, {size}, {name}':<34}{columns}{us['spread']:>10.1f}", flush=True)
-            machine.write(output, report, quiet=True)  # what is measured stays, whatever comes
+            hardware.write(output, report, quiet=True)  # what is measured stays, whatever comes
     fused.use(["none"], device)
-    machine.write(output, report)
+    hardware.write(output, report)
     if wrong := [f"{row['operator']}, {row['size']}: {row['wrong']}" for row in report["results"] if "wrong" in row]:
         raise RunError("; ".join(wrong))
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    cli.run_main(main, get_args_parser())

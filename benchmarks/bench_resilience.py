@@ -3,9 +3,9 @@
     python benchmarks/bench_resilience.py
     torchrun --standalone --nproc_per_node 2 benchmarks/bench_resilience.py
 
-The bare loop is forward, backward, clipping and optimizer step. `util.train_loop.train_epoch` adds a seed for every
+The bare loop is forward, backward, clipping and optimizer step. `util.training.loop.train_epoch` adds a seed for every
 step, skipping of updates that are not finite, losses and gradient norms for the log, and asking all processes whether
-one was told to stop. A checkpoint of ARM-base with AdamW's moments is saved as `util.checkpoint_folder` does it, in the
+one was told to stop. A checkpoint of ARM-base with AdamW's moments is saved as `CheckpointFolder` does it, in the
 background, and beside it by torch.save and fsync alone.
 """
 
@@ -24,24 +24,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bench_train import CASES, RandomBatches, build, loop_args
 from engine_pretrain import loss_of, train_one_epoch
-from util import cli, machine
-from util.checkpoint_folder import LAST, CheckpointFolder
-from util.dist import distribute, init_device, is_main, on_main, world_size
-from util.metrics import SilentLog
-from util.run import Run
-from util.train_loop import autocast
+from util import arguments, cli, hardware
+from util.checkpoints.checkpoint_folder import LAST, CheckpointFolder
+from util.distributed.parallel import distribute
+from util.distributed.processes import init_device, is_main, on_main, world_size
+from util.tracking.run_log import SilentLog
+from util.training.precision import autocast
+from util.training.run import Run
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
-    device = machine.default_device()
+    device = hardware.default_device()
     parser = cli.Parser("bench_resilience.py", description=__doc__.splitlines()[0])
     case = "pretrain_toy" if device.type == "cpu" else "pretrain_base"
     parser.add_argument("--case", choices=[name for name in CASES if name.startswith("pretrain")], default=case)
-    parser.add_argument("--batch_size", type=cli.batch, help="instead of the recipe's")
-    parser.add_argument("--steps", type=cli.positive, default=40, help="updates in a round (default: %(default)s)")
+    parser.add_argument("--batch_size", type=arguments.batch, help="instead of the recipe's")
     parser.add_argument(
-        "--rounds", type=cli.positive, default=15, help="timed rounds, after one more (default: %(default)s)"
+        "--steps", type=arguments.positive, default=40, help="updates in a round (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=arguments.positive, default=15, help="timed rounds, after one more (default: %(default)s)"
     )
     parser.add_argument("--output", type=Path, help="JSON file (default: in benchmarks/results/)")
     return parser
@@ -76,7 +79,7 @@ def step_times(args: argparse.Namespace, device: torch.device) -> dict[str, floa
     for number in range(args.rounds + 1):
         pair = (("train_epoch", watched), ("bare", unwatched))
         for name, function in pair if number % 2 else reversed(pair):
-            times[name].append(machine.time_once(function, device)[0] / args.steps)
+            times[name].append(hardware.time_once(function, device)[0] / args.steps)
     ratios = [a / b for a, b in list(zip(*times.values(), strict=True))[1:]]
     return {name: statistics.median(values[1:]) for name, values in times.items()} | {
         "ratio": statistics.median(ratios)
@@ -113,9 +116,9 @@ def main(args: argparse.Namespace) -> None:
     """Measure, print, write everything as JSON."""
     device = init_device(None)
     args.batch_size = args.batch_size or CASES[args.case].batch_size
-    about = machine.describe(device) | {"processes": world_size(), "case": args.case, "batch_size": args.batch_size}
+    about = hardware.describe(device) | {"processes": world_size(), "case": args.case, "batch_size": args.batch_size}
     kind = "resilience" if world_size() == 1 else f"resilience-{world_size()}"
-    output = on_main(lambda: machine.result_file(kind, about, args.output))
+    output = on_main(lambda: hardware.result_file(kind, about, args.output))
     steps = step_times(args, device)
     if not is_main():
         return
@@ -127,8 +130,8 @@ def main(args: argparse.Namespace) -> None:
     saves = save_times(device) if world_size() == 1 else {}
     for name, seconds in saves.items():
         print(f"{name}: {seconds:.2f}{'' if name == 'megabytes' else ' s'}")
-    machine.write(output, {**about, "steps": steps, "saves": saves})
+    hardware.write(output, {**about, "steps": steps, "saves": saves})
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    cli.run_main(main, get_args_parser())

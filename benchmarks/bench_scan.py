@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ops
 from ops import naive
-from util import cli, machine
-from util.dist import init_device
+from util import arguments, cli, hardware
+from util.distributed.processes import init_device
 from util.errors import UserError
 
 NAMES = ("u", "dt", "A", "B", "C", "D", "dt_bias")
@@ -51,11 +51,16 @@ def size(text: str) -> tuple[int, ...]:
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = cli.Parser("bench_scan.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", type=cli.filled, help="cuda or cpu (default: cuda where there is a GPU)")
-    parser.add_argument("--contestants", type=cli.filled, nargs="+", metavar="NAME", help="default: all that run here")
+    parser.add_argument("--device", type=arguments.nonempty, help="cuda or cpu (default: cuda where there is a GPU)")
+    parser.add_argument(
+        "--contestants", type=arguments.nonempty, nargs="+", metavar="NAME", help="default: all that run here"
+    )
     parser.add_argument("--sizes", type=size, nargs="+", metavar="K,B,D,L,N", help="default: those of ARM's blocks")
     parser.add_argument(
-        "--repetitions", type=cli.positive, default=11, help="timed rounds, after three more (default: %(default)s)"
+        "--repetitions",
+        type=arguments.positive,
+        default=11,
+        help="timed rounds, after three more (default: %(default)s)",
     )
     parser.add_argument("--output", type=Path, help="JSON file (default: in benchmarks/results/)")
     return parser
@@ -174,7 +179,7 @@ def check(scans: dict[str, Scan], inputs: list[Tensor], images: int = 4) -> dict
             y = scan(*few)
             found = (y, *torch.autograd.grad(y, few, dy))
         except Exception as error:  # of one kernel: the others can still be timed
-            wrong[name] = f"{name} is not timed, it fails: {machine.failure(error)}"
+            wrong[name] = f"{name} is not timed, it fails: {hardware.failure(error)}"
             continue
         for label, got, want in zip(("y", *NAMES), found, expected, strict=True):
             error = ((got - want).abs().max() / want.abs().max().clamp(min=1e-30)).item()
@@ -190,8 +195,8 @@ def time_scans(scans: dict[str, Scan], inputs: list[Tensor], repetitions: int) -
     times = {name: {"forward": [], "backward": [], "both": []} for name in scans}
     for _ in range(repetitions + 3):
         for name, scan in scans.items():
-            forward, y = machine.time_once(lambda scan=scan: scan(*inputs), device)
-            backward, _ = machine.time_once(lambda y=y: torch.autograd.grad(y, inputs, dy), device)
+            forward, y = hardware.time_once(lambda scan=scan: scan(*inputs), device)
+            backward, _ = hardware.time_once(lambda y=y: torch.autograd.grad(y, inputs, dy), device)
             for key, seconds in (("forward", forward), ("backward", backward), ("both", forward + backward)):
                 times[name][key].append(1e6 * seconds)
     return {name: {key: statistics.median(us[3:]) for key, us in parts.items()} for name, parts in times.items()}
@@ -200,8 +205,8 @@ def time_scans(scans: dict[str, Scan], inputs: list[Tensor], repetitions: int) -
 def main(args: argparse.Namespace) -> None:
     """Check, time, print a table per size, write everything as JSON."""
     args.device = init_device(args.device)
-    about = machine.describe(args.device)
-    output = machine.result_file("scan", about, args.output)
+    about = hardware.describe(args.device)
+    output = hardware.result_file("scan", about, args.output)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     yardstick, results, wrong = YARDSTICK[args.device.type], [], []
     for sizes in args.sizes or SIZES[args.device.type]:
@@ -215,7 +220,7 @@ def main(args: argparse.Namespace) -> None:
         found |= lines
         wrong += lines.values()
         scans = {name: scan for name, scan in scans.items() if name not in lines}
-        usable = machine.answers(args.device)
+        usable = hardware.answers(args.device)
         us = time_scans(scans, inputs, args.repetitions) if usable else {}
         ratio = {name: us[yardstick]["both"] / t["both"] for name, t in us.items()} if yardstick in us else {}
         label = dict(zip("KBDLN", sizes, strict=True))
@@ -227,7 +232,7 @@ def main(args: argparse.Namespace) -> None:
             for name, reason in found.items()
             if name not in us
         }
-        machine.write(output, {**about, "results": results}, quiet=True)  # what is measured stays, whatever comes
+        hardware.write(output, {**about, "results": results}, quiet=True)  # what is measured stays, whatever comes
         print(f"\n{args.device.type}, {dtype}, " + " ".join(f"{key} {n}" for key, n in label.items()))
         print(f"{'µs':<16}{'forward':>12}{'backward':>12}{'both':>12}" + (f"{'x ' + yardstick:>14}" if ratio else ""))
         for name in found:
@@ -238,10 +243,10 @@ def main(args: argparse.Namespace) -> None:
             print(f"{name:<16}{row}" + (f"{ratio[name]:>14.1f}" if ratio else ""))
         if not usable:
             break
-    machine.write(output, {**about, "results": results})
+    hardware.write(output, {**about, "results": results})
     if wrong:
         raise RuntimeError("; ".join(wrong))
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    cli.run_main(main, get_args_parser())

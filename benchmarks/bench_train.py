@@ -5,7 +5,7 @@
     python benchmarks/bench_train.py --switches none cuda_graph all
 
 For each case both compositions train the same model on the same random images, which lie on the device: ours through
-`util.train_loop.train_epoch` (compiled blocks, fused AdamW, no waiting), the released one through released.py
+`util.training.loop.train_epoch` (compiled blocks, fused AdamW, no waiting), the released one through released.py
 (mamba-ssm's kernels on flipped copies, eager, a wait after every step; where mamba-ssm is missing, the torch backend in
 their place, which says nothing about the released code: no ratio is shown).
 After a warm-up the median of several rounds counts, by CUDA events on a GPU. `--backend`, `--no_compile` and
@@ -44,22 +44,22 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "Finetuning"))
 
-import engine_finetune
 import engine_pretrain
+import kernels
 import models_arm
 import ops
 from benchmarks import bench_ops, released
+from Finetuning import engine_finetune
 from ops import BackendUnavailable, fused
-from util import cli, machine
-from util.cuda_graph import captures
-from util.dist import init_device
+from ops.cuda_graph import captures
+from util import arguments, cli, hardware
+from util.distributed.processes import init_device
 from util.errors import RunError, as_user_error
 from util.files import output_file, write_text
 from util.lr_decay import param_groups_layer_decay
-from util.metrics import RunLog, SilentLog
-from util.run import Run
+from util.tracking.run_log import RunLog, SilentLog
+from util.training.run import Run
 
 PEAK = {"H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "A100": 312e12, "B200": 2250e12}  # bf16, dense
 
@@ -192,7 +192,7 @@ def epoch_runner(
         return lambda: released.train_steps(model, loader, compute_loss, optimizer, args.clip_grad, after_update)
     if how.compiled:
         model.compile(**fused.compile_options())
-    run = Run(args, model, optimizer, ema)
+    run = Run(args, model, optimizer, ema, graphs=kernels.block_graphs(args, model))
 
     def epoch() -> None:
         run.samples = 0
@@ -211,8 +211,8 @@ def measure(case: Case, how: Composition, args: argparse.Namespace) -> dict[str,
     """Images/s, busy time, MFU and peak memory of one composition."""
     gpu = args.device.type == "cuda"
     run = epoch_runner(case, how, args.steps, args.device)
-    start_up, _ = machine.time_once(run, args.device)
-    times = [machine.time_once(run, args.device)[0] for _ in range(args.rounds)]
+    start_up, _ = hardware.time_once(run, args.device)
+    times = [hardware.time_once(run, args.device)[0] for _ in range(args.rounds)]
     busy = busy_seconds(run) if gpu else None
     if args.profile is not None:
         show_profile(run, args)
@@ -280,7 +280,7 @@ def unavailable(switch: str, device: torch.device) -> str | None:
         try:
             return bench_ops.missing(switch, device)
         except Exception as error:  # of this operator alone
-            return f"it fails: {machine.failure(error)}"
+            return f"it fails: {hardware.failure(error)}"
     try:
         captures(True, device)
     except ValueError as error:
@@ -331,8 +331,8 @@ def main(args: argparse.Namespace) -> None:
         args.cuda_graph = captures(args.cuda_graph, args.device)
     with as_user_error(ValueError, BackendUnavailable, prefix=f"--fused_ops {' '.join(args.fused_ops)}: "):
         args.fused_ops = fused.use(args.fused_ops, args.device)
-    about = machine.describe(args.device)
-    output = machine.result_file("train", about, args.output)
+    about = hardware.describe(args.device)
+    output = hardware.result_file("train", about, args.output)
     if args.profile not in (None, PRINTED):
         output_file(args.profile, lambda path: path.read_text(errors="replace").startswith(PROFILE), flag="--profile")
         args.profiles = [PROFILE]
@@ -362,9 +362,9 @@ def main(args: argparse.Namespace) -> None:
             continue
         except Exception as error:  # of one kernel: the others can still be measured
             traceback.print_exc()
-            row["failed"] = machine.failure(error)
+            row["failed"] = hardware.failure(error)
             print(f"{name:<16}{kind:<24}failed: {row['failed']}", flush=True)
-            if not machine.answers(args.device):
+            if not hardware.answers(args.device):
                 lost = f"{name}, {kind} has lost the GPU"
             continue
         speeds[name, kind] = speed = row["images_per_second"]
@@ -375,8 +375,8 @@ def main(args: argparse.Namespace) -> None:
         ratio = f"{speeds[name, 'ours'] / speed:.2f}" if fair else ""
         numbers = f"{speed:>10.1f}{row['ms_per_step']:>10.1f}{busy:>8}{mfu:>8}{memory:>8}"
         print(f"{name:<16}{kind:<24}{numbers}{row['first_epoch_seconds']:>9.1f}{ratio:>7}", flush=True)
-        machine.write(output, report, quiet=True)  # what is measured stays, whatever comes
-    machine.write(output, report)
+        hardware.write(output, report, quiet=True)  # what is measured stays, whatever comes
+    hardware.write(output, report)
     if failed := [f"{row['case']}, {row['composition']}" for row in report["results"] if "failed" in row]:
         raise RunError(f"failed: {'; '.join(failed)}")
 
@@ -388,21 +388,22 @@ def add_without(parser: argparse.ArgumentParser) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
-    device = machine.default_device()
+    device = hardware.default_device()
     toys = [name for name in CASES if "toy" in name]
     cases = toys if device.type == "cpu" else [name for name in CASES if name not in toys]
     parser = cli.Parser("bench_train.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", type=cli.filled, help="cuda or cpu (default: cuda where there is a GPU)")
+    parser.add_argument("--device", type=arguments.nonempty, help="cuda or cpu (default: cuda where there is a GPU)")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=cases, help="default: %(default)s")
-    parser.add_argument("--batch_size", type=cli.batch, help="instead of the recipe's")
-    parser.add_argument("--steps", type=cli.positive, default=20, help="updates in a round (default: %(default)s)")
+    parser.add_argument("--batch_size", type=arguments.batch, help="instead of the recipe's")
     parser.add_argument(
-        "--rounds", type=cli.positive, default=3, help="timed rounds, after one more (default: %(default)s)"
+        "--steps", type=arguments.positive, default=20, help="updates in a round (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=arguments.positive, default=3, help="timed rounds, after one more (default: %(default)s)"
     )
     parser.add_argument("--backend", choices=ops.BACKENDS, help="train with this scan backend alone")
     parser.add_argument("--no_compile", action="store_true", help="run the blocks eagerly")
-    cli.add_cuda_graph(parser)
-    cli.add_fused_ops(parser)
+    kernels.add_arguments(parser)
     parser.add_argument(
         "--switches", nargs="+", choices=SWITCHES, help="compare these, each alone: none, all, released, or a kernel"
     )
@@ -421,4 +422,4 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    cli.run_main(main, get_args_parser())

@@ -22,20 +22,21 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 
-from demo import FINETUNE, MODEL, PRETRAIN, RECIPE, ROOT
-from digits import unpack_digits
-from util import cli, machine
+from demo.demo import FINETUNE, MODEL, PRETRAIN, RECIPE, ROOT
+from demo.digits import unpack_digits
+from util import arguments, cli, hardware
 from util.errors import RunError
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = cli.Parser("compare_loaders.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=cli.number(int, 2, 1000), default=3, help="at least 2 (default: %(default)s)")
-    parser.add_argument("--epochs", type=cli.positive, default=12, help="of pretraining (default: %(default)s)")
-    parser.add_argument("--finetune_epochs", type=cli.positive, default=6, help="(default: %(default)s)")
+    parser.add_argument(
+        "--seeds", type=arguments.number(int, 2, 1000), default=3, help="at least 2 (default: %(default)s)"
+    )
+    parser.add_argument("--epochs", type=arguments.positive, default=12, help="of pretraining (default: %(default)s)")
+    parser.add_argument("--finetune_epochs", type=arguments.positive, default=6, help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, help="JSON file (default: in benchmarks/results/)")
     return parser
 
@@ -73,8 +74,8 @@ def train(folder: Path, data: Path, loader: str, seed: int, args: argparse.Names
 
 def main(args: argparse.Namespace) -> None:
     """Train everything, as many runs at a time as there are cores, print the table, write JSON."""
-    about = machine.describe(torch.device("cpu"))
-    output = machine.result_file("loaders", about, args.output)
+    about = hardware.describe(torch.device("cpu"))
+    output = hardware.result_file("loaders", about, args.output)
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -92,8 +93,8 @@ def main(args: argparse.Namespace) -> None:
         print(f"--loader {loader}: top-1 {statistics.mean(top1):.2f} % (deviation {statistics.stdev(top1):.2f})")
     print(f"fast - pil: {statistics.mean(differences):+.2f} (deviation {statistics.stdev(differences):.2f})")
     report = {**about, "epochs": args.epochs, "finetune_epochs": args.finetune_epochs, "runs": runs}
-    machine.write(output, report)
+    hardware.write(output, report)
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    cli.run_main(main, get_args_parser())

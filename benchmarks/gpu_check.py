@@ -34,15 +34,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ops
-from util import cli, machine
-from util.dist import init_device
+from util import arguments, cli, hardware
+from util.distributed.processes import init_device
 from util.errors import Interrupted, RunError, UserError
 from util.files import json_with, output_file, printable, read_json, write_json, write_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TESTS = (
-    "test_ops_gpu.py", "test_triton.py", "test_fused.py", "test_cuda_graph_gpu.py", "test_device_loader_gpu.py",
-    "test_randaugment.py",
+    "tests/ops/test_ops_gpu.py", "tests/ops/test_triton.py", "tests/ops/test_fused.py",
+    "tests/ops/test_cuda_graph_gpu.py", "tests/data/test_device_loader_gpu.py", "tests/ops/test_randaugment.py",
 )  # fmt: skip
 TRAINING = ("timm", "einops", "tensorboard", "torchvision", "safetensors")  # what training imports beside torch
 GRACE = 5  # last seconds of a part, in which it is asked to end before it is killed
@@ -83,7 +83,7 @@ def parts(toy: bool) -> list[Part]:
     """Return the parts in the order in which they run; as toys, they are those of a rehearsal on a CPU."""
     cores = min(14, len(os.sched_getaffinity(0)))  # each worker compiles the kernels that it tests
     workers = ("-n", str(cores)) if importlib.util.find_spec("xdist") and not toy else ()
-    tests = [f"tests/{name}" for name in TESTS]
+    tests = [*TESTS]
     if toy:  # on a CPU all of them are skipped, the others would take minutes
         tests = [name for name in tests if name.endswith("_gpu.py")]
     few = ("--steps", "1", "--rounds", "1", "--batch_size", "2") if toy else ("--steps", "10")
@@ -588,12 +588,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.Parser("gpu_check.py", description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="NAME", help="default: %(default)s")
     parser.add_argument(
-        "--minutes", type=cli.number(float, 0.1, 1440), default=10, help="for all parts together (default: %(default)s)"
+        "--minutes",
+        type=arguments.number(float, 0.1, 1440),
+        default=10,
+        help="for all parts together (default: %(default)s)",
     )
     parser.add_argument(
-        "--output", type=cli.filled, metavar="FOLDER", help="default: benchmarks/results/GPU-DATE-check"
+        "--output", type=arguments.nonempty, metavar="FOLDER", help="default: benchmarks/results/GPU-DATE-check"
     )
-    parser.add_argument("--device", type=cli.filled, help="default: cuda")
+    parser.add_argument("--device", type=arguments.nonempty, help="default: cuda")
     parser.add_argument("--toy", action="store_true", help="rehearse with toy sizes, also on a CPU")
     return parser
 
@@ -603,10 +606,10 @@ def main(args: argparse.Namespace) -> None:
     if not args.toy and (not torch.cuda.is_available() or (args.device or "cuda").startswith("cpu")):
         raise UserError("it measures a GPU, and there is none: --toy rehearses it on a CPU")
     device = init_device(args.device)
-    about = {**machine.describe(device), "toy": args.toy}
+    about = {**hardware.describe(device), "toy": args.toy}
     if device.type == "cuda":
         about["capability"] = list(torch.cuda.get_device_capability(device))
-    folder = Path(args.output or machine.result_file("check", about).with_suffix("")).resolve()
+    folder = Path(args.output or hardware.result_file("check", about).with_suffix("")).resolve()
     done = earlier(folder, about)
     everything = parts(args.toy)
     chosen = [part for part in everything if part.name in args.parts]
@@ -627,4 +630,4 @@ def visible(index: int) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    cli.run_main(main, get_args_parser())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mamba import Mixer, SwiGLU
 from ops import causal_conv1d, selective_scan
-from util.train_loop import autocast
+from util.training.precision import autocast
 
 
 def kernels(backend: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:

@@ -20,13 +20,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from digits import unpack_digits
+from demo.digits import unpack_digits
+from demo.pictures import draw_curves, draw_predictions
 from main_pretrain import build_model
-from pictures import draw_curves, draw_predictions
-from util import checkpoint, cli, launch, plot_log
-from util.dist import seed_everything
+from tools import plot_log
+from util import cli, launch
+from util.checkpoints import checkpoint_file
 from util.errors import as_user_error
 from util.launch import ROOT
+from util.seeding import seed_everything
 
 OUT = ROOT / "demo_out"
 DATA = OUT / "digits"
@@ -63,7 +65,7 @@ def evaluate(run: str) -> float:
 
 def write_random_encoder(pretrained: Path, path: Path) -> None:
     """Write the weights that the run of a pretraining checkpoint began with."""
-    args = checkpoint.read(pretrained)["args"]
+    args = checkpoint_file.read(pretrained)["args"]
     seed_everything(args.seed)
     torch.save({"model": build_model(args).state_dict(), "args": args}, path)
 
@@ -119,4 +121,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, cli.Parser("demo.py", description=__doc__.splitlines()[0]))
+    cli.run_main(main, cli.Parser("demo.py", description=__doc__.splitlines()[0]))

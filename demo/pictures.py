@@ -1,6 +1,5 @@
 """The demo's pictures: curves of the three runs, and images beside what the model predicts."""
 
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -13,11 +12,9 @@ from matplotlib.ticker import MaxNLocator
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.datasets import ImageFolder
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from util.datasets import eval_transform
-from util.decode import with_pillow
-from visualize import load_model
+import pretrained
+from util.data.decode import with_pillow
+from util.data.transforms import eval_transform
 
 
 def draw_curves(logs: dict[str, list[dict]], path: Path) -> None:
@@ -55,8 +52,8 @@ def draw_predictions(path: Path, image_folder: Path, picture: Path) -> None:
         image_folder: folder with one folder of images a class.
         picture: PNG file to write.
     """
-    model = load_model(path)
-    height, width = model.grid_size[0] * model.patch_size, model.grid_size[1] * model.patch_size
+    model, _ = pretrained.load(path)
+    height, width = model.image_size
     transform = eval_transform((height, width), "square")
     dataset = ImageFolder(str(image_folder), transform, loader=lambda path: with_pillow(Path(path).read_bytes()))
     firsts = [dataset.targets.index(label) for label in range(len(dataset.classes))]

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Where each operation stands in `util.augment.OPERATIONS`: first those that are a table, then those that are not.
+# Where each operation stands in OPERATIONS of util/data/randaugment.py: first those that are a table, then the others.
 AUTO_CONTRAST, EQUALIZE, INVERT, POSTERIZE, SOLARIZE, SOLARIZE_ADD, BRIGHTNESS, CONTRAST = map(tl.constexpr, range(8))
 COLOR, SHARPNESS, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, ROTATE = map(tl.constexpr, range(8, 15))
 NOTE: tl.constexpr = tl.constexpr(3)  # numbers of an operation, float64: which it is, and two parameters

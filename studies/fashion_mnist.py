@@ -17,7 +17,7 @@ FILES = {"train": "train", "val": "t10k"}
 
 
 class IdxImages:
-    """The images of one split as a `util.sources.Source` of PNG files."""
+    """The images of one split as a `util.data.readers.Source` of PNG files."""
 
     def __init__(self, folder: Path, split: str) -> None:
         self.root, self.classes = str(folder), CLASSES

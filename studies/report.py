@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.special import stdtrit
 
-from Evaluation.report import table, wilson
+from Evaluation.tables import table, wilson
 
 
 def mean_std(values: list[float]) -> tuple[float, float | None]:

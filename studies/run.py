@@ -20,21 +20,18 @@ from pathlib import Path
 
 import torch
 
+import main_pretrain
+from Finetuning import main_finetune
 from studies import fashion_mnist, report
 from studies.budgets import BUDGETS
 from studies.shards import alone, write_subset
 from studies.steps import SCRIPTS, Machine, Step, run_steps
 from studies.study import SEEDS, Arm, Budget, Study, flags, load, names, only
-from util import cli
+from util import arguments, cli
+from util.data.readers import open_source
 from util.errors import UserError, as_user_error
 from util.files import json_with, output_file, save_figure, write_json, write_text
 from util.launch import ROOT
-from util.sources import open_source
-
-sys.path.insert(0, str(ROOT / "Finetuning"))
-
-import main_finetune
-import main_pretrain
 
 PARSERS = {"pretrain": main_pretrain.get_args_parser, "finetune": main_finetune.get_args_parser}
 
@@ -44,17 +41,21 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.Parser("studies.run", description=__doc__.splitlines()[0])
     parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(names())}")
     parser.add_argument(
-        "--data_path", type=cli.filled, help="images, as the scripts take them (default: Fashion-MNIST)"
+        "--data_path", type=arguments.nonempty, help="images, as the scripts take them (default: Fashion-MNIST)"
     )
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these of the study, by name (default: all)")
-    parser.add_argument("--seeds", type=cli.seed_number, nargs="+", help="(default: 0 1 2)")
+    parser.add_argument("--seeds", type=arguments.seed_number, nargs="+", help="(default: 0 1 2)")
     parser.add_argument(
         "--budget", choices=sorted(BUDGETS), help="(default: cpu without a GPU; else imagenet for 1000 classes, or gpu)"
     )
     parser.add_argument("--smoke", action="store_const", const="smoke", dest="budget", help="--budget smoke: tiny")
-    parser.add_argument("--processes", type=cli.few, help="of each run (default: 1; for ImageNet the number of GPUs)")
     parser.add_argument(
-        "--jobs", type=cli.few, help="runs side by side (default: one a core, or what the budget puts on each GPU)"
+        "--processes", type=arguments.few, help="of each run (default: 1; for ImageNet the number of GPUs)"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=arguments.few,
+        help="runs side by side (default: one a core, or what the budget puts on each GPU)",
     )
     for kind in ("", "pretrain_", "finetune_"):
         scripts = SCRIPTS.get(kind.removesuffix("_"), "both scripts")
@@ -141,7 +142,7 @@ def parse(step: Step, machine: Machine) -> argparse.Namespace:
     if args.batch_size * machine.processes != step.batch_size:
         raise UserError(f"--processes {machine.processes} cannot share out a batch of {step.batch_size}")
     with _world_size(machine.processes):
-        cli.check_arguments(args)
+        arguments.check_arguments(args)
     return args
 
 
@@ -246,7 +247,7 @@ def main(args: argparse.Namespace) -> None:
     """
     study = load(args.name)
     more = {"": args.flags, "pretrain": args.pretrain_flags, "finetune": args.finetune_flags}
-    cli.check_utf8("--output", args.output)
+    arguments.check_utf8("--output", args.output)
     output = Path(os.path.realpath(args.output))  # also of links in a circle, which Path.resolve refuses
     if ROOT in output.parents:
         output = Path(os.path.relpath(args.output, ROOT))
@@ -295,4 +296,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    cli.run_main(main, get_args_parser())

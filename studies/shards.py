@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from util.decode import SUFFIXES
+from tools.pack_images import add_image
+from util.data.decode import SUFFIXES
+from util.data.readers import Source, open_source
+from util.data.tar_shards import TarShards
 from util.errors import UserError, as_user_error
 from util.files import open_lock, replacing
-from util.pack_images import add_image
-from util.sources import Source, TarShards, open_source
 
 
 @contextmanager

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TextIO
 
 from studies.study import Flags, in_words
-from util import cli, launch, plot_log
-from util import machine as hardware
+from tools import plot_log
+from util import arguments, hardware, launch
+from util.distributed.signals import StopRequest
 from util.errors import INTERRUPTED, Interrupted, RunError, UserError, as_user_error
 from util.files import open_lock, read_json, replacing, write_json
-from util.interrupt import StopRequest
 
 SCRIPTS = {"pretrain": "main_pretrain.py", "finetune": "Finetuning/main_finetune.py"}
 _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
@@ -86,7 +86,7 @@ class Step:
         """
         text = (self.flags["--batch_size"] or [""])[-1]
         try:
-            return cli.batch(text)
+            return arguments.batch(text)
         except (ValueError, argparse.ArgumentTypeError) as error:
             raise UserError(f"--batch_size {text} is no number of images") from error
 

@@ -5,7 +5,7 @@ STUDY = Study(
     arms={
         "random weights": Arm(None, "--layer_decay 1"),
         "next cluster, normalised pixels": Arm(),
-        "next cluster, pixels": Arm("--target pix"),
+        "next cluster, pixels": Arm("--no_norm_pix_loss"),
         "masked patches, normalised pixels": Arm("--objective mae"),
     },
 )

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from fault_helpers import FINETUNE, PRETRAIN, assert_same_end, written
+from helpers import read_log
 
-from conftest import read_log
-from faults.conftest import FINETUNE, PRETRAIN, assert_same_end, written
-from util import checkpoint
+from util.checkpoints import checkpoint_file
 from util.errors import INTERRUPTED
+from util.training import resume
 
 COMMANDS = {"pretrain": PRETRAIN, "finetune": FINETUNE}
 
@@ -45,7 +46,7 @@ def test_a_run_that_is_told_to_stop(kind, whole, start, tmp_path):
         running.until(lambda begun=begun: written(out / "checkpoint-last.pth") > begun)
         assert running.signal(number).status() == INTERRUPTED, running.text
         assert f"{number.name}: the run stops after this update and writes a checkpoint" in running.text
-        places.append(checkpoint.position(checkpoint.read(out / "checkpoint-last.pth")))
+        places.append(resume.position(checkpoint_file.read(out / "checkpoint-last.pth")))
         assert f"stopped in epoch {places[-1][0]} after {places[-1][1]} images" in running.text
     assert any(samples % 48 for _, samples in places), places  # in the middle of an epoch
     assert places[0] < places[1] < (3, 0)
@@ -108,7 +109,7 @@ def test_another_number_of_processes(start, tmp_path):
         running.until(lambda begun=begun: written(out / "checkpoint-last.pth") > begun)
         assert running.signal(signal.SIGTERM).status() in (INTERRUPTED, 1)
         assert "stopped in epoch" in running.text
-    got, want = (checkpoint.read(path / "checkpoint-last.pth")["model"] for path in (out, tmp_path / "whole"))
+    got, want = (checkpoint_file.read(path / "checkpoint-last.pth")["model"] for path in (out, tmp_path / "whole"))
     for name, value in want.items():
         assert (got[name] - value).nan_to_num().abs().max() < 2e-4, name  # of weights that moved by up to 2e-2
     for epoch, row in log_of(tmp_path / "whole").items():

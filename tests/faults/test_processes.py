@@ -8,20 +8,22 @@ import sys
 
 import pytest
 import torch
+from fault_helpers import FINETUNE, PRETRAIN, assert_same_end, written
+from helpers import REPOSITORY
 
-import main_finetune
 import models_arm
-import replay_nonfinite
-from conftest import REPOSITORY
-from faults.conftest import FINETUNE, PRETRAIN, assert_same_end, written
-from util import checkpoint
+from Finetuning import main_finetune
+from tools import replay_nonfinite
+from util.checkpoints import checkpoint_file
+from util.training import resume
 
 # The script, but that from some update on one of its processes gets what is not finite: images, loss or gradient.
 BREAKS = """
 import os, sys
-sys.path[:0] = [{repository!r}, {repository!r} + "/Finetuning"]
+sys.path.insert(0, {repository!r})
 import torch, engine_pretrain, main_pretrain
-from util import cli, device_loader
+from util import cli
+from util.data import device_loader
 
 kind, rank, first = {kind!r}, int(os.environ["RANK"]), {first}
 loss_of, to_device, calls = engine_pretrain.loss_of, device_loader.DeviceLoader._to_device, [0]
@@ -46,7 +48,7 @@ def broken_to_device(self, batch):
 
 engine_pretrain.loss_of = broken_loss_of
 device_loader.DeviceLoader._to_device = broken_to_device
-cli.run(main_pretrain.main, main_pretrain.get_args_parser())
+cli.run_main(main_pretrain.main, main_pretrain.get_args_parser())
 """
 
 
@@ -61,22 +63,24 @@ def test_one_of_two_processes_breaks(start, tmp_path, kind):
     folder = tmp_path / "out" / "nonfinite-epoch1-batch3"  # of 12 batches an epoch
     message = f"the gradient was not finite in 3 updates in a row, from batch 3 of epoch 1; .*{re.escape(str(folder))}"
     assert re.search(message, running.text), running.text
-    assert checkpoint.read(tmp_path / "out" / "checkpoint-last.pth")["epoch"] == 0
+    assert checkpoint_file.read(tmp_path / "out" / "checkpoint-last.pth")["epoch"] == 0
 
     # the state is that of a run that did not break and was stopped there
     whole = start(PRETRAIN, *two, tmp_path / "whole", "--save_every_steps", 15, "--keep", 9, processes=2)
     assert whole.status() == 0
-    state = checkpoint.read(folder / "state.pth")
+    state = checkpoint_file.read(folder / "state.pth")
     assert (state["epoch"], state["samples"]) == (0, 12)
     for path in (tmp_path / "whole").glob("checkpoint-last*.pth"):
-        content = checkpoint.read(path)
-        if checkpoint.position(content) == (1, 12):
+        content = checkpoint_file.read(path)
+        if resume.position(content) == (1, 12):
             want = content
     for name, value in want["model"].items():
         assert torch.equal(state["model"][name], value), name
 
     replay = subprocess.run(
-        [sys.executable, REPOSITORY / "replay_nonfinite.py", folder, "--device", "cpu"], capture_output=True, text=True
+        [sys.executable, REPOSITORY / "tools" / "replay_nonfinite.py", folder, "--device", "cpu"],
+        capture_output=True,
+        text=True,
     )
     assert len(re.findall(r"^rank [01], batch 3: loss ", replay.stdout, re.MULTILINE)) == 2
     if kind == "images":  # the others were broken outside of model and data
@@ -113,7 +117,7 @@ def test_a_stuck_process_is_named(start, tmp_path):
     running.until(lambda: "rank 0: no answer from rank 1, which is stuck or gone" in running.text, 60)
     os.kill(stuck, signal.SIGKILL)
     assert running.status() == 1
-    assert checkpoint.position(checkpoint.read(out / "checkpoint-last.pth")) > (0, 0)
+    assert resume.position(checkpoint_file.read(out / "checkpoint-last.pth")) > (0, 0)
 
 
 def test_a_second_run_on_one_folder(start, tmp_path):
@@ -172,7 +176,7 @@ def test_changed_arguments(start, tmp_path, images):
 
 WORKER = """
 import argparse, multiprocessing, os, signal, sys, torch
-from test_data import loader_args
+from helpers import loader_args
 from util import datasets
 
 transform = datasets.pretrain_transform((32, 32), argparse.Namespace(scale=[0.2, 1.0], hflip=0.5))

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from fault_helpers import PRETRAIN, Process, written
+from helpers import REPOSITORY, read_log
 
-from conftest import REPOSITORY, read_log
-from faults.conftest import PRETRAIN, Process, written
-from util import checkpoint
+from util.checkpoints import checkpoint_file
+from util.training import resume
 
 ENDLESS = ["--save_every_steps", 1, "--epochs", 10_000]
 STUBS = {
@@ -74,7 +75,7 @@ def test_a_job_on_two_nodes_that_runs_out_of_time(job, tmp_path):
     assert running.signal(signal.SIGUSR1).status(60) == 1, running.text
     assert "stopped in epoch" in running.text
     assert requeued.read_text() == f"requeue {os.getpid()}\n"
-    epoch, _ = checkpoint.position(checkpoint.read(out / "checkpoint-last.pth"))
+    epoch, _ = resume.position(checkpoint_file.read(out / "checkpoint-last.pth"))
     running = job(*argv, "--epochs", epoch + 2, "--allow_changed_args")
     assert running.status() == 0, running.text
     assert "2 x cpu" in running.text

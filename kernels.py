@@ -1,0 +1,93 @@
+"""Choose the kernels of a run: scan backend, fused operators, compiled blocks and CUDA graphs."""
+
+import argparse
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from ops import BackendUnavailable, choose_backend, fused, unavailable
+from ops.cuda_graph import BlockGraphs, captures
+from util.data.randaugment import carry_out_layers
+from util.data.uint8_transform import Uint8Transform
+from util.errors import UserError, as_user_error
+from util.training.precision import activation_dtype
+
+LOGGER = logging.getLogger("arm")
+
+
+def add_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add `--cuda_graph`, `--no_cuda_graph` and `--fused_ops`."""
+    parser.add_argument(
+        "--cuda_graph",
+        action="store_true",
+        default=None,
+        help="train with the blocks captured in CUDA graphs, which takes the processor less time (default: where that "
+        "is measured to be faster on this GPU)",
+    )
+    parser.add_argument("--no_cuda_graph", action="store_false", dest="cuda_graph", help="launch each kernel by itself")
+    parser.add_argument(
+        "--fused_ops",
+        nargs="+",
+        choices=("auto", "all", "none", *fused.FUSED),
+        default=["auto"],
+        metavar="NAME",
+        help=f"join operators on a GPU: all, none, or some of {', '.join(fused.FUSED)}; auto takes those that are "
+        "measured to be faster on this GPU (default: auto)",
+    )
+
+
+def choose(args: argparse.Namespace, device: torch.device, width: int, idle: dict[str, str]) -> None:
+    """Check that the scan backend computes a model of this width; choose fused operators, and CUDA graphs or none.
+
+    Args:
+        args: reads `scan_backend`, `compile`, `fused_ops` and `cuda_graph`; the latter two become what was chosen.
+        device: of the model.
+        width: channels of its encoder.
+        idle: fused operators that have nothing to do in this run, and why; asked for by name, they are refused.
+
+    Raises:
+        UserError: the backend, or an operator that was asked for, cannot work here.
+    """
+    if not should_compile(args.compile, device):
+        idle = idle | {"casts": "the model is not compiled"}
+    with as_user_error(TypeError, ValueError, BackendUnavailable):
+        choose_backend(args.scan_backend, device, activation_dtype(device), width)
+    for name in idle.keys() & {*args.fused_ops}:
+        raise UserError(f"--fused_ops {name}: {idle[name]}")
+    with as_user_error(ValueError, BackendUnavailable, prefix=f"--fused_ops {' '.join(args.fused_ops)}: "):
+        args.fused_ops = fused.use(args.fused_ops, device, idle)
+    if args.fused_ops:
+        LOGGER.info("fused operators: %s", ", ".join(args.fused_ops))
+    with as_user_error(ValueError, prefix="--cuda_graph "):
+        args.cuda_graph = captures(args.cuda_graph, device)
+
+
+def should_compile(asked: bool | None, device: torch.device) -> bool:
+    """Return whether a run compiles its model: as asked, else on GPUs where Triton works, which compiling needs."""
+    return asked if asked is not None else device.type == "cuda" and unavailable("triton") is None
+
+
+def compile_models(args: argparse.Namespace, device: torch.device, *models: nn.Module) -> None:
+    """Compile models in place, block by block, if the run should."""
+    if should_compile(args.compile, device):
+        for model in models:
+            model.compile(**fused.compile_options())
+
+
+def block_graphs(args: argparse.Namespace, model: nn.Module) -> BlockGraphs | None:
+    """Return CUDA graphs of the blocks of a bare, compiled model, if the run uses them."""
+    return BlockGraphs(model) if args.cuda_graph else None
+
+
+def fuse_augmentation(transform: object) -> None:
+    """Carry out a transform's RandAugment by Triton kernels if `augment` is among the chosen operators."""
+    if isinstance(transform, Uint8Transform):
+        transform.carry_out = carry_out_fused if fused.uses("augment") else carry_out_layers
+
+
+def carry_out_fused(images: Tensor, notes: Tensor, parameters: Tensor, order: Tensor, fill: Tensor) -> Tensor:
+    """Carry out RandAugment by Triton kernels; see `util.data.randaugment.carry_out_layers`."""
+    from ops import randaugment  # imports Triton
+
+    return randaugment.carry_out(images, parameters, fill)

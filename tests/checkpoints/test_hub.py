@@ -1,0 +1,495 @@
+"""Weights by name: paths, URLs and hf:// names, against a server on this machine that speaks as the hub does."""
+
+import hashlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import REPOSITORY, TINY_FINETUNE
+from safetensors.torch import save_file
+
+from Finetuning import main_finetune
+from models_arm import create_classifier
+from util.checkpoints import checkpoint_file, inspection
+from util.checkpoints.hub import beside, local_file
+from util.errors import UserError
+
+OLD, NEW = "1" * 40, "2" * 40  # commits
+BIG = bytes(range(256)) * 8192  # 2 MiB
+HUGE = BIG * 12  # huggingface_hub keeps every whole 10 MB of a transfer that breaks off
+HUB_PATH = re.compile(r"(?:/api/models)?/(\w+/\w+)(?:/(?:resolve|revision)/([^/]+)(?:/(.+))?)?")
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+class Server(ThreadingHTTPServer):
+    """Files of hub repositories and at plain paths; keeps the requests and misbehaves on demand."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.repositories = {}  # name: {revision: (commit, {file: content})}
+        self.files = {}  # path: content
+        self.etags = {}  # path: etag, where it is not that of the content
+        self.faults = {}  # path: what goes wrong: "half", "no ranges", "changes", "slow" or a status
+        self.requests = []  # (method, path, Range)
+
+    def bodies(self, end):
+        """The ranges of a path with this end whose content was asked for, beyond a first byte."""
+        return [r for m, path, r in self.requests if m == "GET" and path.endswith(end) and r != "bytes=0-0"]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        self.server.requests.append((self.command, self.path, self.headers["Range"]))
+        self.path = self.path.partition("?")[0]
+        fault = self.server.faults.get(self.path)
+        if isinstance(fault, int):
+            self.answer(fault)
+        elif self.path in self.server.files:
+            self.send(self.server.files[self.path], {})
+        elif match := HUB_PATH.fullmatch(self.path):
+            self.hub(*match.groups())
+        else:
+            self.answer(404)
+
+    def hub(self, name, revision, file):
+        if name == "arm/gated":
+            return self.answer(403, {"X-Error-Code": "GatedRepo"})
+        if name not in self.server.repositories:
+            return self.answer(401, {"X-Error-Code": "RepoNotFound"})
+        revisions = self.server.repositories[name]
+        if revision not in revisions:
+            return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
+        commit, files = revisions[revision]
+        if file is None:
+            siblings = [{"rfilename": file} for file in files]
+            body = json.dumps({"id": name, "sha": commit, "siblings": siblings}).encode()
+            return self.answer(200, {"Content-Type": "application/json"}, body)
+        if file not in files:
+            return self.answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+        etag = self.server.etags.get(self.path, sha256(files[file]))
+        linked = {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": len(files[file]), "X-Repo-Commit": commit}
+        return self.send(files[file], linked)
+
+    def send(self, content, headers):
+        fault = self.server.faults.get(self.path)
+        if fault == "changes" and self.headers["Range"] != "bytes=0-0":
+            content = content[::-1]
+        etag = self.server.etags.get(self.path, f'"{sha256(content)}"')
+        headers = {"ETag": etag, "Accept-Ranges": "bytes", **headers}
+        size, start, status = len(content), 0, 200
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
+        if wanted and fault != "no ranges" and self.headers["If-Range"] in (None, etag):
+            start, stop, status = int(wanted[1]), int(wanted[2] or size - 1) + 1, 206
+            if start >= size:
+                return self.answer(416)
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+            content = content[start:stop]
+        half = fault == "half" and len(content) > 1 and start == 0 and self.command == "GET"
+        if fault == "slow" and len(content) > 1:
+            time.sleep(0.5)
+        return self.answer(status, headers, content, len(content) // 2 if half else None)
+
+    def answer(self, status, headers=None, body=b"", sent=None):
+        self.send_response(status)
+        for key, value in {"Content-Length": len(body), **(headers or {})}.items():
+            self.send_header(key, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[:sent])
+        self.close_connection = self.close_connection or sent is not None
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def cached(tmp_path):
+    """Files of weights in torch.hub's cache."""
+    return [file for file in (tmp_path / "torch/hub/checkpoints").glob("*") if file.suffix != ".lock"]
+
+
+# huggingface_hub reads its environment when it is imported: hence processes, which spare themselves torch
+DRIVER = """
+import json, sys
+from util.errors import UserError
+from util.checkpoints.hub import local_file
+for name in sys.argv[1:]:
+    try:
+        path = local_file(name)
+        print(json.dumps([str(path), path.read_bytes()[:20].decode("latin1")]))
+    except UserError as error:
+        print(json.dumps(str(error)))
+assert "torch" not in sys.modules
+"""
+
+
+def on_the_hub(endpoint, home, *names, **environment):
+    """What each name gives in one process: [path, beginning of its content], or a message."""
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), **environment}
+    command = [sys.executable, "-c", DRIVER, *names]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY, env=environment)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
+@pytest.fixture
+def hub(server):
+    files = {"w.pth": b"new weights", "sub/v.safetensors": b"more", "README.md": b"text", "half.pth": HUGE}
+    server.repositories["arm/base"] = {
+        "main": (NEW, {**files, "lie.pth": b"changed on the way"}),
+        "v1": (OLD, {"w.pth": b"old weights"}),
+    }
+    server.repositories["arm/text"] = {"main": (NEW, {"README.md": b"text"})}
+    server.etags["/arm/base/resolve/main/lie.pth"] = sha256(b"as uploaded")
+    server.faults |= {
+        "/arm/base/resolve/main/half.pth": "half",
+        "/arm/base/resolve/main/broken.pth": 500,
+        "/arm/base/resolve/main/forbidden.pth": 403,
+    }
+    return server
+
+
+def test_files_of_the_hub(hub, tmp_path):
+    """Downloads, the cache, revisions, hashes, and a transfer that breaks off."""
+    right, wrong = sha256(b"new weights"), sha256(b"other weights")
+    results, _ = on_the_hub(
+        hub.url,
+        tmp_path,
+        "hf://arm/base/w.pth",
+        "hf://arm/base/w.pth",
+        "hf://arm/base@v1/w.pth",
+        f"hf://arm/base/w.pth#sha256={right.upper()}",
+        f"hf://arm/base/w.pth#sha256={wrong}",
+        "hf://arm/base/sub/v.safetensors",
+        "hf://arm/base/half.pth",
+        "hf://arm/base/lie.pth",
+    )
+    first, second, old, hashed, other, sub, half, lie = results
+    assert first[1] == "new weights"
+    assert second == hashed == first
+    assert old[1] == "old weights"
+    assert len(hub.bodies("main/w.pth")) == 1
+    assert other == f"hf://arm/base/w.pth: its sha256 is {right}, not {wrong}"
+    assert sub[0].endswith("sub/v.safetensors")
+    with open(half[0], "rb") as file:
+        assert file.read() == HUGE
+    assert re.fullmatch(r"bytes=\d+-", hub.bodies("half.pth")[1])
+    told = f"its sha256 is {sha256(b'changed on the way')}, not {sha256(b'as uploaded')}: removed"
+    assert lie == f"hf://arm/base/lie.pth: {told}"
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and file.read_bytes() == b"changed on the way"]
+    assert os.path.exists(first[0])
+
+
+def test_mistakes_about_the_hub(hub, tmp_path):
+    """Each gives one line that says what is wrong, at once."""
+    start = time.monotonic()
+    results, _ = on_the_hub(
+        hub.url,
+        tmp_path,
+        "hf://arm/base@v9/w.pth",
+        "hf://arm/base@v9",
+        "hf://arm/base/x.pth",
+        "hf://arm/base",
+        "hf://arm/base@v1/",
+        "hf://arm/text",
+        "hf://arm/none/w.pth",
+        "hf://arm/none",
+        "hf://arm/gated/w.pth",
+        "hf://arm/base/forbidden.pth",
+        "hf://arm/base/broken.pth",
+        "hf://arm",
+        "hf://arm/base/w.pth#sha256=12",
+        "hf://arm/base--b/w.pth",
+        "hf://arm/base/../../../w.pth",
+        "hf://arm/base//w.pth",
+        "hf://arm/base@a%2F..%2Fb/w.pth",
+    )
+    assert time.monotonic() - start < 20
+    offers = "arm/base has w.pth, sub/v.safetensors, half.pth, lie.pth"
+    absent = "there is no such repository, or it is private: then `hf auth login` or set HF_TOKEN"
+    *results, invalid, above, absolute, revision = results
+    assert invalid.startswith("hf://arm/base--b/w.pth: Cannot have -- or ..")
+    assert above.startswith("hf://arm/base/../../../w.pth")
+    assert absolute.startswith("hf://arm/base//w.pth")
+    assert revision == "hf://arm/base@a%2F..%2Fb/w.pth: arm/base has no revision a/../b"
+    assert "\n" not in invalid + above + absolute
+    assert results == [
+        "hf://arm/base@v9/w.pth: arm/base has no revision v9",
+        "hf://arm/base@v9: arm/base has no revision v9",
+        f"hf://arm/base/x.pth: no such file; {offers}",
+        f"hf://arm/base names no file; {offers}",
+        "hf://arm/base@v1/ names no file; arm/base has w.pth",
+        "hf://arm/text names no file; arm/text has no weights among its 1 files",
+        f"hf://arm/none/w.pth is not in the cache, and {absent}",
+        f"hf://arm/none is not in the cache, and {absent}",
+        "hf://arm/gated/w.pth is not in the cache, and the repository is gated: ask for access on its page, then "
+        "`hf auth login` or set HF_TOKEN",
+        f"hf://arm/base/forbidden.pth is not in the cache, and {hub.url} answers 403 Forbidden",
+        f"hf://arm/base/broken.pth is not in the cache, and {hub.url} answers 500 Internal Server Error",
+        "hf://arm: the form is hf://OWNER/REPO/FILE or hf://OWNER/REPO@REVISION/FILE",
+        "hf://arm/base/w.pth#sha256=12: a sha256 has 64 hexadecimal digits",
+    ]
+
+
+@pytest.mark.parametrize("absence", ["offline", "refused", "silent"])
+def test_cache_without_a_hub(hub, tmp_path, absence):
+    """A file in the cache stands in for a hub that is switched off, unreachable or silent; another name ends soon."""
+    names = ["hf://arm/base/w.pth", "hf://arm/base@v1/w.pth"]
+    online, _ = on_the_hub(hub.url, tmp_path, *names)
+    before = len(hub.requests)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # listens, never accepts
+        endpoint = {"offline": hub.url, "refused": "http://127.0.0.1:1"}.get(
+            absence, f"http://127.0.0.1:{silent.getsockname()[1]}"
+        )
+        offline = {"HF_HUB_OFFLINE": "1"} if absence == "offline" else {"HF_HUB_ETAG_TIMEOUT": "1"}
+        start = time.monotonic()
+        (*found, none), stderr = on_the_hub(endpoint, tmp_path, *names, "hf://arm/base/sub/v.safetensors", **offline)
+    assert time.monotonic() - start < 20
+    assert len(hub.requests) == before
+    assert found == online
+    assert "hf://arm/base/w.pth is taken from the cache" in stderr
+    why = "HF_HUB_OFFLINE is set" if absence == "offline" else f"{endpoint} does not give it: "
+    assert none.startswith(f"hf://arm/base/sub/v.safetensors is not in the cache, and {why}")
+    assert "\n" not in none
+
+
+@pytest.mark.parametrize("status", [403, 500])
+def test_a_hub_that_refuses_is_not_answered_from_the_cache(hub, tmp_path, status):
+    """Permission was taken away, or the hub is out of order: the file in the cache stands in for the second alone."""
+    name = "hf://arm/base/w.pth"
+    (online,), _ = on_the_hub(hub.url, tmp_path, name)
+    hub.faults["/arm/base/resolve/main/w.pth"] = status
+    (again,), stderr = on_the_hub(hub.url, tmp_path, name)
+    if status == 500:
+        assert again == online
+        assert "is taken from the cache" in stderr
+    else:
+        assert again == f"{name}: {hub.url} answers 403 Forbidden"
+
+
+def test_results_go_beside_the_weights():
+    assert beside("out/checkpoint-best.pth") == Path("out/checkpoint-best.pth")
+    for name in ("https://host/a/w.pth?download=1", "hf://o/r/sub/w.pth", "hf://o/r@v1/w.pth#sha256=" + 64 * "0"):
+        assert beside(name) == Path("w.pth")
+
+
+def test_url_is_fetched_once(server, tmp_path):
+    server.files |= {"/a/w.pth": BIG, "/b/w.pth": b"another w.pth"}
+    path = local_file(f"{server.url}/a/w.pth")
+    assert path.read_bytes() == BIG
+    assert path.name.endswith("w.pth")
+    requests = len(server.requests)
+    assert local_file(f"{server.url}/a/w.pth#sha256={sha256(BIG)}") == path
+    assert len(server.requests) == requests
+    assert local_file(f"{server.url}/b/w.pth?download=1").read_bytes() == b"another w.pth"
+    assert len(cached(tmp_path)) == 2
+
+
+def test_a_damaged_download(server, tmp_path):
+    """No hash was given: the archive's own CRCs tell, and the line says what to delete."""
+    content = BytesIO()
+    torch.save({"x": torch.arange(1000.0)}, content)
+    data = bytearray(content.getvalue())
+    data[data.index(torch.arange(1000.0).numpy().tobytes()) + 5] ^= 1
+    server.files["/w.pth"] = bytes(data)
+    with pytest.raises(checkpoint_file.DamagedCheckpoint, match=r"data/0 is damaged: it has another CRC-32$") as caught:
+        checkpoint_file.read(f"{server.url}/w.pth")
+    (path,) = cached(tmp_path)
+    assert f"checkpoint {server.url}/w.pth (delete {path} to fetch it again): " in str(caught.value)
+    path.unlink()
+    server.files["/w.pth"] = content.getvalue()
+    assert torch.equal(checkpoint_file.read(f"{server.url}/w.pth")["x"], torch.arange(1000.0))
+
+
+def test_cached_url_needs_no_server(server):
+    server.files["/w.pth"] = b"weights"
+    path = local_file(f"{server.url}/w.pth")
+    server.shutdown()
+    server.server_close()
+    assert local_file(f"{server.url}/w.pth") == path
+    with pytest.raises(UserError, match=r"other\.pth is not in the cache, and cannot be fetched: .*Connection refused"):
+        local_file(f"{server.url}/other.pth")
+
+
+@pytest.mark.parametrize("changed", ["never", "between attempts", "within one"])
+def test_interrupted_transfer_goes_on(server, tmp_path, changed):
+    """The second attempt asks for the rest, unless the content has changed: then all of it comes anew."""
+    url, rest = f"{server.url}/w.pth", f"bytes={len(BIG) // 2}-"
+    server.files["/w.pth"] = BIG
+    server.faults["/w.pth"] = "half"
+    with pytest.raises(UserError, match=f"the transfer ended after {len(BIG) // 2} of {len(BIG)} bytes"):
+        local_file(url)
+    assert [file.suffix for file in cached(tmp_path)] == [".partial"]
+    server.faults["/w.pth"] = "changes" if changed == "within one" else None
+    if changed == "between attempts":
+        server.files["/w.pth"] = BIG[::-1]
+    assert local_file(url).read_bytes() == (BIG if changed == "never" else BIG[::-1])
+    assert server.bodies("w.pth") == ["bytes=0-", "bytes=0-" if changed == "between attempts" else rest]
+    assert len(cached(tmp_path)) == 1
+
+
+def test_transfer_that_ended_before_its_rename(server, tmp_path):
+    server.files["/w.pth"] = BIG
+    server.faults["/w.pth"] = "half"
+    with pytest.raises(UserError):
+        local_file(f"{server.url}/w.pth")
+    (partial,) = cached(tmp_path)
+    partial.write_bytes(BIG)
+    assert local_file(f"{server.url}/w.pth").read_bytes() == BIG
+    assert len(server.bodies("w.pth")) == 1
+
+
+def test_server_without_ranges(server, tmp_path):
+    server.files["/w.pth"] = BIG
+    server.faults["/w.pth"] = "half"
+    with pytest.raises(UserError):
+        local_file(f"{server.url}/w.pth")
+    server.faults["/w.pth"] = "no ranges"
+    assert local_file(f"{server.url}/w.pth").read_bytes() == BIG
+
+
+def test_wrong_hash_of_a_url(server, tmp_path):
+    """What was downloaded is not kept; what was in the cache is fetched again, and kept until the new one is right."""
+    url, wrong = f"{server.url}/w.pth", sha256(b"wanted")
+    server.files["/w.pth"] = b"found"
+    message = f"its sha256 is {sha256(b'found')}, not {wrong}: removed"
+    with pytest.raises(UserError, match=message):
+        local_file(f"{url}#sha256={wrong}")
+    assert not cached(tmp_path)
+    path = local_file(url)
+    with pytest.raises(UserError, match=message):
+        local_file(f"{url}#sha256={wrong}")
+    assert path.read_bytes() == b"found"
+    server.files["/w.pth"] = b"wanted"
+    assert local_file(f"{url}#sha256={wrong}").read_bytes() == b"wanted"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [(404, "answers 404 Not Found"), (500, "answers 500 Internal"), (401, "answers 401"), (403, "answers 403")],
+)
+def test_refusals_of_a_url(server, fault, message, run_script, capsys):
+    server.faults["/w.pth"] = fault
+    with pytest.raises(SystemExit) as ended:
+        run_script(main_finetune, "--eval", "--resume", f"{server.url}/w.pth", "--data_path", "nowhere")
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{server.url}/w.pth is not in the cache, and the server {message}" in error
+
+
+@pytest.mark.parametrize(
+    "url", ["http://", "http://[x/w.pth", "http://127.0.0.1:x/w.pth", "https://a b/w.pth", "http://é/é"]
+)
+def test_urls_that_are_none(server, url):
+    with pytest.raises(UserError, match="cannot be fetched") as caught:
+        local_file(url)
+    assert "\n" not in str(caught.value)
+
+
+def test_silent_server(server, monkeypatch):
+    monkeypatch.setattr("util.checkpoints.hub.TIMEOUT", 0.2)
+    start = time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(UserError, match="timed out"):
+        local_file(f"http://127.0.0.1:{silent.getsockname()[1]}/w.pth")
+    assert time.monotonic() - start < 5
+
+
+def test_one_process_downloads(server):
+    """Others wait for it: here threads, which a lock on a file keeps apart as it does processes."""
+    server.files["/w.pth"] = BIG
+    server.faults["/w.pth"] = "slow"
+    paths = []
+    threads = [threading.Thread(target=lambda: paths.append(local_file(f"{server.url}/w.pth"))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(paths) == 4
+    assert len(server.bodies("w.pth")) == 1
+
+
+def test_hash_of_a_path(tmp_path):
+    path = tmp_path / "w.pth"
+    path.write_bytes(b"found")
+    assert local_file(f"{path}#sha256={sha256(b'found')}") == local_file(path) == path
+    with pytest.raises(UserError, match=f"its sha256 is {sha256(b'found')}, not {sha256(b'wanted')}$"):
+        local_file(f"{path}#sha256={sha256(b'wanted')}")
+    assert path.exists()
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    torch.manual_seed(0)
+    sizes = {"img_size": (48, 32), "patch_size": 8, "embed_dim": 32, "depth": 4, "num_classes": 3}
+    model = create_classifier("arm_tiny_pz16", **sizes)
+    torch.nn.init.normal_(model.head.weight)
+    return model
+
+
+def test_safetensors(classifier, tmp_path):
+    """A bare state dict, whose metadata is no part of it."""
+    path = tmp_path / "w.safetensors"
+    state = classifier.state_dict()
+    save_file(state, path, metadata={"format": "pt", "model": "of the metadata"})
+    content = checkpoint_file.read(path)
+    assert content.keys() == state.keys()
+    assert all(torch.equal(content[name], value) for name, value in state.items())
+    assert checkpoint_file.weight_keys(content) == []
+    assert inspection.weights(content).keys() == state.keys()
+    for broken in (path.read_bytes()[:-9], b"", b"not safetensors"):
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match=r"unreadable checkpoint .*w\.safetensors"):
+            checkpoint_file.read(path)
+
+
+def test_evaluation_by_name(hub, classifier, image_folder, tmp_path, run_script, capsys):
+    """Two processes evaluate a file of the hub, which one of them downloads, as they would a path."""
+    path = tmp_path / "w.safetensors"
+    save_file(classifier.state_dict(), path)
+    hub.repositories["arm/base"]["main"][1]["w.safetensors"] = path.read_bytes()
+    script = ["Finetuning/main_finetune.py", *TINY_FINETUNE, "--eval", "--data_path", image_folder, "--resume"]
+    run_script(main_finetune, *script[1:], path)
+    want = re.search(r"weights: top-1 .*", capsys.readouterr().out)[0]
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", *script, "hf://arm/base/w.safetensors"]
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=REPOSITORY,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert want in done.stdout
+    assert len(hub.bodies("w.safetensors")) == 1

@@ -1,0 +1,209 @@
+"""Transforms, samplers and the determinism of samples."""
+
+import argparse
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from helpers import MEAN, STD, finetune_args, loader_args
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from util import seeding
+from util.data import datasets, loaders, samplers, transforms
+
+
+def photograph(width, height):
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def by_hand(image, resized, size):
+    """Bicubic resize and centre crop in Pillow, then normalisation."""
+    image = image.resize(resized, Image.Resampling.BICUBIC)
+    left, top = (round((r - s) / 2) for r, s in zip(resized, size, strict=True))
+    image = image.crop((left, top, left + size[0], top + size[1]))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    return (pixels - MEAN) / STD
+
+
+@pytest.mark.parametrize(
+    ("size", "resize", "resized"),
+    [
+        ((224, 224), "square", (256, 256)),  # the aspect ratio is not kept
+        ((224, 224), "shorter", (341, 256)),
+        ((96, 96), "square", (109, 109)),
+        ((384, 384), "square", (384, 384)),  # larger than 224: no crop margin
+        ((384, 384), "shorter", (512, 384)),
+    ],
+)
+def test_evaluation_transform(size, resize, resized):
+    image = photograph(400, 300)
+    got = transforms.eval_transform(size, resize)(image)
+    assert torch.allclose(got, by_hand(image, resized, size[::-1]), atol=1e-6)
+
+
+def test_evaluation_transform_of_a_rectangle():
+    image = photograph(400, 300)
+    got = transforms.eval_transform((192, 224), "square")(image)
+    assert torch.allclose(got, by_hand(image, (256, 219), (224, 192)), atol=1e-6)
+    assert transforms.eval_transform((192, 224), "shorter")(image).shape == (3, 192, 224)
+
+
+def test_finetuning_transform_erases_at_its_rate():
+    """Erased pixels are normal noise; on a constant image nothing else varies inside a crop."""
+    image = Image.new("RGB", (64, 64), (124, 116, 104))
+    torch.manual_seed(0)
+    for rate in (0.25, 0.0):
+        transform = transforms.finetune_transform((32, 32), finetune_args(aa="none", reprob=rate))
+        erased = sum(transform(image).std() > 0.1 for _ in range(400))
+        assert erased / 400 == pytest.approx(rate, abs=0.07)
+
+
+def test_finetuning_transform_applies_randaugment():
+    """Every operation at every magnitude works with the installed Pillow (posterize keeps 0 bits at times)."""
+    transform = transforms.finetune_transform((32, 32), finetune_args(reprob=0.0))
+    plain = transforms.finetune_transform((32, 32), finetune_args(aa="none", reprob=0.0))
+    image = photograph(80, 60)
+    changed = 0
+    for seed in range(300):
+        seeding.seed_sample(seed)
+        augmented = transform(image)
+        seeding.seed_sample(seed)
+        changed += not torch.equal(augmented, plain(image))
+        assert torch.isfinite(augmented).all()
+    assert changed / 300 == pytest.approx(0.75, abs=0.08)  # two operations, each with probability 0.5
+
+
+@pytest.fixture(params=["fast", "pil"])
+def seeded(image_folder, request):
+    transform = transforms.finetune_transform((32, 32), finetune_args())
+    dataset = datasets.image_dataset(str(image_folder), "train", transform, request.param)
+    return datasets.SeededSamples(dataset, seed=3)
+
+
+def pixels(sample):
+    (image, _numbers), _broken = sample
+    return image
+
+
+def test_samples_depend_on_seed_epoch_and_index_only(seeded):
+    first = pixels(seeded[0, 5])
+    torch.manual_seed(99)
+    np.random.seed(99)
+    state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    assert torch.equal(pixels(seeded[0, 5]), first)
+    assert torch.equal(torch.get_rng_state(), state[0])  # the generators of the caller are left alone
+    assert (np.random.get_state()[1] == state[1]).all()
+    assert not torch.equal(pixels(seeded[1, 5]), first)
+    assert not torch.equal(pixels(datasets.SeededSamples(seeded.dataset, seed=4)[0, 5]), first)
+
+
+def batches(seeded, epoch, start=0, **changes):
+    loader = loaders.train_loader(seeded.dataset, loader_args(**changes), torch.device("cpu"))
+    loader.sampler.set_epoch(epoch, start)
+    return list(loader)
+
+
+def test_workers_do_not_change_the_samples(seeded):
+    for (imgs, labels), (imgs2, labels2) in zip(batches(seeded, 2), batches(seeded, 2, num_workers=2), strict=True):
+        assert torch.equal(imgs, imgs2)
+        assert torch.equal(labels, labels2)
+
+
+def test_epochs_differ_and_hold_every_image_once(seeded):
+    seeded.dataset.transform = transforms.PillowTransform(lambda image: torch.tensor(image.getpixel((0, 0))))
+    orders = []
+    for epoch in (0, 1):
+        colours = torch.cat([imgs for imgs, _ in batches(seeded, epoch)])
+        assert len(colours) == 24
+        assert len(torch.unique(colours, dim=0)) == 24
+        orders.append(colours)
+    assert not torch.equal(*orders)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_can_start_in_its_middle(seeded, workers):
+    whole = batches(seeded, 2)
+    rest = batches(seeded, 2, start=3 * 4, num_workers=workers)
+    assert len(rest) == len(whole) - 3
+    for (imgs, labels), (imgs2, labels2) in zip(rest, whole[3:], strict=True):
+        assert torch.equal(imgs, imgs2)
+        assert torch.equal(labels, labels2)
+
+
+@pytest.mark.parametrize("processes", [2, 5])
+def test_no_image_is_in_two_shares_of_an_epoch(seeded, monkeypatch, processes):
+    """24 images on 5 processes: DistributedSampler's default would give one of them twice."""
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    seen = []
+    for rank in range(processes):
+        monkeypatch.setenv("RANK", str(rank))
+        sampler = samplers.EpochSampler(seeded, seed=3)
+        assert len(list(sampler)) == len(sampler) == 24 // processes
+        seen += [index for _, index in sampler]
+    assert len(set(seen)) == len(seen)
+
+
+def test_pil_loads_what_the_released_code_loads(image_folder):
+    """`--loader pil` against torchvision's ImageFolder with the transform in Pillow, bitwise."""
+    transform = transforms.finetune_transform((32, 32), finetune_args())
+    seeded = datasets.SeededSamples(datasets.image_dataset(str(image_folder), "train", transform, "pil"), seed=3)
+    released = ImageFolder(str(image_folder / "train"), transform)
+    for index in range(len(released)):
+        seeding.seed_sample(3, 7, index)
+        want, label = released[index]
+        (image, numbers), broken = seeded[7, index]
+        assert torch.equal(image, want)
+        assert (numbers, broken) == ([label], {})
+
+
+def test_two_processes_share_each_batch_of_one(seeded, monkeypatch):
+    """The batches of rank 0 and 1 together are the batch of twice their size that one process would draw."""
+    whole = [set(labels_and_pixels(b)) for b in batches(seeded, 0, batch_size=8)]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    halves = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        halves.append([set(labels_and_pixels(b)) for b in batches(seeded, 0, batch_size=4)])
+    assert [a | b for a, b in zip(*halves, strict=True)] == whole
+
+
+def labels_and_pixels(batch):
+    imgs, labels = batch
+    return [(label.item(), image.sum().item()) for image, label in zip(imgs, labels, strict=True)]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_evaluation_shares_hold_each_image_once(processes, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    seen = []
+    for rank in range(processes):
+        monkeypatch.setenv("RANK", str(rank))
+        sampler = samplers.ShareSampler(range(7), distributed=True)
+        assert len(list(sampler)) == len(sampler)
+        seen += sampler
+        assert list(samplers.ShareSampler(range(7), distributed=False)) == list(range(7))
+    assert sorted(seen) == list(range(7))
+
+
+def test_prefetching_loses_and_repeats_nothing(seeded, monkeypatch):
+    """What runs on a GPU, without its streams: waited for before it is given out, the next one fetched after it."""
+    events = []
+    stream = argparse.Namespace(wait_stream=lambda other: events.append("wait"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "side")
+    monkeypatch.setattr(torch.cuda, "stream", lambda side: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, of: events.append("record"))
+    loader = loaders.train_loader(seeded.dataset, loader_args(), torch.device("cpu"))
+    finish = loader.finish
+    loader.finish = lambda *batch: events.append("copy") or finish(*batch)
+    want = list(loader)
+    events.clear()
+    got = [events.append("train") or batch for batch in loader._ahead()]
+    assert events[:8] == ["copy", "wait", "record", "record", "train", "copy", "wait", "record"]
+    for (imgs, labels), (want_imgs, want_labels) in zip(got, want, strict=True):
+        assert torch.equal(imgs, want_imgs)
+        assert torch.equal(labels, want_labels)

@@ -1,0 +1,74 @@
+"""Prefetching to a GPU on a side stream, and RandAugment there: the batches are those of the CPU."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import finetune_args, loader_args
+from randaugment_helpers import POLICIES
+
+from ops import fused
+from ops import randaugment as triton_randaugment
+from util import seeding
+from util.data import datasets, loaders, randaugment, transforms, uint8_transform
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize(("how", "form"), [("fast", "none"), ("fast", "augment"), ("pil", "none")])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_on_a_gpu_are_those_on_the_cpu(jpeg_folder, how, form, workers, monkeypatch):
+    if how == "fast":
+        pytest.importorskip("simplejpeg")
+    # noise is drawn on the device, and differs there; a busy stream shows a batch that is read before it is there
+    transform = transforms.finetune_transform((64, 64), finetune_args(remode="const"))
+    dataset = datasets.image_dataset(str(jpeg_folder), "train", transform, how)
+    want = list(loaders.train_loader(dataset, loader_args(), torch.device("cpu")))
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(fused, "_USED", set())
+    fused.use([form], device)
+    busy = torch.randn(4096, 4096, device=device)
+    loader = loaders.train_loader(dataset, loader_args(num_workers=workers), device)
+    got = []
+    for imgs, labels in loader:
+        busy = busy @ busy / 64
+        got.append((imgs.clone(), labels.clone()))
+        imgs.fill_(-1)
+    assert len(got) == len(want)
+    for (imgs, labels), (want_imgs, want_labels) in zip(got, want, strict=True):
+        assert imgs.device == labels.device == device
+        assert torch.allclose(imgs.cpu(), want_imgs, atol=1e-6)
+        assert torch.equal(labels.cpu(), want_labels)
+
+
+@pytest.mark.parametrize("aa", POLICIES)
+def test_randaugment_on_a_gpu_is_that_on_the_cpu(photographs, aa):
+    """To the last bit, though a GPU takes several images at once; and the host never waits for the device."""
+    transform = uint8_transform.Uint8Transform(transforms.finetune_transform((224, 192), finetune_args(aa=aa)))
+    draw, device = transform.draw, torch.device("cuda", 0)
+    pixels, notes = [], []
+    for seed in range(300):
+        seeding.seed_sample(seed)
+        numbers = draw([])
+        notes.append(numbers + randaugment.NO_OPERATION * (draw.num_layers - len(numbers) // randaugment.NOTE))
+        pixels.append(torch.from_numpy(np.array(photographs[seed % 2].resize((192, 224)))))
+    # (B, H, W, 3) -> (B, 3, H, W), and (B, 3 layers) -> (layers, B, 3)
+    images = torch.stack(pixels).permute(0, 3, 1, 2).contiguous()
+    notes = torch.tensor(notes, dtype=torch.float64).unflatten(1, (-1, randaugment.NOTE)).transpose(0, 1)
+    fill = torch.tensor(transform.fill, dtype=torch.uint8)[:, None, None]
+    order = notes[..., 0].argsort(dim=1)
+    got, on_gpu, fill_on_gpu, rows = (tensor.to(device) for tensor in (images, notes, fill, order))
+    by_image = on_gpu.transpose(0, 1).flatten(1)  # (layers, B, 3) -> (B, 3 layers)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        by_kernels = triton_randaugment.carry_out(got, by_image, fill_on_gpu)
+        for layer in range(draw.num_layers):
+            randaugment.carry_out(got, notes[layer, :, 0], rows[layer], on_gpu[layer, :, 1:], fill_on_gpu)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for layer in range(draw.num_layers):
+        randaugment.carry_out(images, notes[layer, :, 0], order[layer], notes[layer, :, 1:], fill)
+    assert torch.equal(got.cpu(), images)
+    assert torch.equal(by_kernels.cpu(), images)

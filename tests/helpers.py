@@ -1,0 +1,138 @@
+"""Helpers of the tests: golden values, small images and models, scripts run on several processes."""
+
+import argparse
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import sitecustomize  # noqa: F401
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+GOLDEN = REPOSITORY / "tests" / "golden"
+
+
+# A model of seconds: 3 x 2 clusters of 2 x 2 patches of 8 pixels.
+TINY = "--model arm_tiny_pz16 --embed_dim 32 --depth 4 --patch_size 8 --device cpu --num_workers 0".split()
+
+
+TINY_PRETRAIN = [*TINY, *"--input_size 48 32 --cluster_size 2 --dec_embed_dim 64 --dec_depth 2".split()]
+
+
+TINY_FINETUNE = [*TINY, *"--input_size 48 32 --nb_classes 3 --drop_path 0".split()]
+
+
+class Golden:
+    """An .npz file of golden values as tensors."""
+
+    def __init__(self, name: str) -> None:
+        self.file = np.load(GOLDEN / f"{name}.npz")
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        array = self.file[key]
+        return torch.from_numpy(array.astype(np.float64) if array.dtype.kind == "f" else array)
+
+    def under(self, prefix: str) -> dict[str, torch.Tensor]:
+        return {key.removeprefix(prefix): self[key] for key in self.file.files if key.startswith(prefix)}
+
+
+def golden_json(name: str) -> dict:
+    return json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Largest difference as a fraction of the largest wanted value."""
+    return ((got - want).abs().max() / want.abs().max()).item()
+
+
+def noise_images(root: Path, train: int, height: int) -> Path:
+    """Write three classes of coloured noise: `train` images each to train, 7 in all to validate, ever higher ones."""
+    rng = np.random.default_rng(0)
+    for split, counts in (("train", (train, train, train)), ("val", (3, 2, 2))):
+        for label, count in enumerate(counts):
+            folder = root / split / f"class_{label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.normal(100 + 40 * label, 40, (height + i, 53, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+    """The content of an image file."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+class Batches:
+    """Stands in for a loader: batches of tensors, the same in every epoch."""
+
+    def __init__(self, *batches: list[torch.Tensor]) -> None:
+        self.batches, self.start = batches, 0
+        self.sampler = SimpleNamespace(set_epoch=self._set_epoch)
+
+    def _set_epoch(self, epoch: int, start: int = 0) -> None:
+        self.start = start // len(self.batches[0][0])
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+        return iter(self.batches[self.start :])
+
+    def again(self, epoch: int, first: int, count: int) -> list[list[torch.Tensor]]:
+        return list(self.batches[first : first + count])
+
+
+def loop_args(**changes: object) -> argparse.Namespace:
+    """The arguments that `train_epoch` looks at."""
+    args = {"lr": 1.0, "min_lr": 1.0, "warmup_epochs": 0, "epochs": 1, "accum_iter": 1, "clip_grad": None, "seed": 0}
+    args |= {"batch_size": 1, "start_epoch": None, "save_every_steps": None, "max_nonfinite": 3, "output_dir": "out"}
+    args |= {"cuda_graph": False}
+    return argparse.Namespace(**{**args, **changes})
+
+
+def torchrun(script: str, *argv: object, processes: int = 2) -> str:
+    """Run a script on several processes; returns what it prints."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    done = subprocess.run(
+        [str(word) for word in (*command, REPOSITORY / script, *argv)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The lines of log.txt without the speed, the one value that differs from run to run."""
+    rows = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    for row in rows:
+        del row["images_per_second"]
+    return rows
+
+
+MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+
+
+def finetune_args(**changes):
+    args = {"scale": [0.08, 1.0], "hflip": 0.5, "color_jitter": None, "aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25}
+    return argparse.Namespace(**{**args, "remode": "pixel", "recount": 1, **changes})
+
+
+def loader_args(**changes):
+    args = {"batch_size": 4, "num_workers": 0, "pin_mem": True, "accum_iter": 1, "seed": 3, "worker_timeout": 60}
+    return argparse.Namespace(**{**args, "max_bad_samples": None, "dist_eval": False, "eval_bad": "stop", **changes})

@@ -1,0 +1,69 @@
+"""The parts of the demo; `make demo` runs the whole."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import TINY_PRETRAIN
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+import main_pretrain
+from demo import demo
+from demo.digits import unpack_digits
+from demo.pictures import draw_curves, draw_predictions
+from util import cli
+from util.checkpoints import checkpoint_file
+
+
+def test_unpacked_digits(tmp_path):
+    """5,000 real digits as an ordinary image folder."""
+    unpack_digits(tmp_path / "digits")
+    train, val = (ImageFolder(str(tmp_path / "digits" / split)) for split in ("train", "val"))
+    assert train.classes == val.classes == [str(d) for d in range(10)]
+    for dataset, count in ((train, 400), (val, 100)):
+        assert np.bincount(dataset.targets).tolist() == [count] * 10
+    pixels = {np.asarray(image).tobytes() for dataset in (train, val) for image, _ in dataset}
+    assert len(pixels) == 5000  # no image is in both splits
+    image = np.asarray(train[0][0])
+    assert image.shape == (28, 28, 3)
+    assert image.max() > 200
+    assert image[0].max() == 0
+
+
+def test_pictures_are_drawn(image_folder, tmp_path, run_script):
+    words = ["--data_path", image_folder, "--output_dir", tmp_path, "--batch_size", 8, "--epochs", 1, "--norm_pix_loss"]
+    run_script(main_pretrain, *TINY_PRETRAIN, *words)
+    draw_predictions(tmp_path / "checkpoint-0.pth", image_folder / "val", tmp_path / "predictions.png")
+    rows = [{"epoch": epoch, "train_loss": 1.0 / (epoch + 1), "test_acc1": 90.0 + epoch} for epoch in range(3)]
+    draw_curves({"pretrain": rows, "finetune": rows, "scratch": rows}, tmp_path / "curves.png")
+    for name in ("predictions.png", "curves.png"):
+        pixels = np.asarray(Image.open(tmp_path / name).convert("L"))
+        assert pixels.shape[1] > 300
+        assert pixels.std() > 10
+
+
+def test_random_encoder(image_folder, tmp_path, run_script):
+    """What a run trains from: at learning rate 0 it stays."""
+    words = ["--data_path", image_folder, "--output_dir", tmp_path, "--batch_size", 8, "--epochs", 1, "--lr", 0]
+    run_script(main_pretrain, *TINY_PRETRAIN, *words, "--weight_decay", 0, "--seed", 3)
+    demo.write_random_encoder(tmp_path / "checkpoint-0.pth", tmp_path / "random.pth")
+    want, got = (checkpoint_file.read(tmp_path / name)["model"] for name in ("checkpoint-0.pth", "random.pth"))
+    assert want.keys() == got.keys()
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_it_takes_no_arguments(monkeypatch, capsys, tmp_path):
+    """A mistake starts nothing, and a folder that cannot be made is named."""
+    monkeypatch.setattr(demo, "OUT", tmp_path / "file")
+    (tmp_path / "target").mkdir()
+    (tmp_path / "file").symlink_to(tmp_path / "target")  # is not removed
+    for words, message in ((["--epochs", "5"], "unrecognized arguments: --epochs 5"), ([], "File exists")):
+        monkeypatch.setattr(sys, "argv", ["demo.py", *words])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.run_main(demo.main, cli.Parser("demo.py"))
+        assert exit_info.value.code == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert message in error

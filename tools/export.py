@@ -1,0 +1,237 @@
+"""Export a checkpoint for programs without this repository, and prove that the file computes the same.
+
+    python tools/export.py ./out_finetune_b/checkpoint-best.pth --to onnx
+
+writes ./out_finetune_b/checkpoint-best.onnx, and beside it checkpoint-best.json: the architecture and the arguments
+that `timm.create_model` builds it from, and its input as timm describes it (size, mean, std, crop).
+
+`--to pt2` writes a program of `torch.export`, `--to safetensors` the weights. `--encoder` leaves out the head: a
+classifier then returns its normalised tokens, with the class token in the middle. A checkpoint of pretraining has an
+encoder only: it reads in one direction, and returns all patches after the last block, in cluster order.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+
+import models_arm
+import pretrained
+from mamba import Mixer
+from timm_models import CONFIG, input_config, pooling
+from util import arguments, cli
+from util.checkpoints import checkpoint_file, convert
+from util.checkpoints.hub import beside, sha256_of
+from util.errors import RunError, UserError, as_user_error
+from util.files import json_with, output_file, printable, read_json, write_json
+
+TOLERANCE = 1e-4  # of the largest output: sums in another order differ by some 1e-6
+ANY_BATCH = ({0: torch.export.Dim("batch")},)
+DESCRIPTION = json_with(architecture=str, model_args=dict, pretrained_cfg=dict)  # the JSON beside a file
+ONNX_NEEDS = ("onnx", "onnxscript", "onnxruntime")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.Parser("export.py", description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=arguments.nonempty, metavar="CKPT", help="of pretraining or finetuning")
+    parser.add_argument("--to", choices=tuple(WRITERS), required=True, help="format of the file")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="(default: CKPT's name and the format's)")
+    parser.add_argument("--model_key", choices=("model", "model_ema"), help="which weights (default: model)")
+    arguments.add_ignore_keys(parser)
+    parser.add_argument("--encoder", action="store_true", help="leave out the head and return tokens")
+    return parser
+
+
+class Encoder(nn.Module):
+    """The part of a model that computes its tokens."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, imgs: Tensor) -> Tensor:
+        """Tokens: (B, 3, H, W) -> see `forward_features` of the model."""
+        return self.model.forward_features(imgs)
+
+
+def load(args: argparse.Namespace) -> tuple[nn.Module, dict]:
+    """Build the model of a checkpoint in evaluation mode, and its description in the form of timm's config.json.
+
+    Raises:
+        UserError: the file is not a checkpoint of ARM, or has no head and `--encoder` is not given.
+    """
+    found = pretrained.read(args.checkpoint, args.model_key, args.ignore_keys)
+    found.say_guesses()
+    if found.is_pretraining and not args.encoder:
+        raise UserError(f"{args.checkpoint} comes from pretraining and has no head: export its --encoder")
+    sizes = found.sizes | {"img_size": found.input_size}
+    same = (n for n, s in models_arm.SIZES.items() if all(s[k] == sizes[k] for k in ("embed_dim", "depth")))
+    name = next(same, "arm_base_pz16")
+    if not found.is_pretraining:
+        sizes["global_pool"] = pooling(found.options["global_pool"])
+        if args.encoder:
+            sizes["num_classes"] = 0
+            found.state_dict = {key: value for key, value in found.state_dict.items() if not key.startswith("head.")}
+    about = describe(name, sizes) | {"weights": found.key}
+    names = [] if found.is_pretraining or args.encoder else found.class_names
+    if any(names):
+        about["label_names"] = names  # as timm calls them
+    if found.is_pretraining:
+        about["switches"] = found.options
+    with as_user_error(ValueError):
+        model = build(about)
+    found.load_into(model, encoder=found.is_pretraining)
+    return model, about
+
+
+def describe(name: str, sizes: dict) -> dict:
+    """What timm's config.json says of a model."""
+    classes, size = sizes.get("num_classes", 0), sizes["img_size"]
+    data = {"num_classes": classes} | input_config(size)
+    return {
+        "architecture": name,
+        "num_classes": classes,
+        "num_features": sizes["embed_dim"],
+        "model_args": sizes,
+        "pretrained_cfg": CONFIG | data,
+    }
+
+
+def build(about: dict) -> nn.Module:
+    """A model of this description with random weights, in evaluation mode: the classifier as timm builds it."""
+    sizes = about["model_args"] | {"scan_backend": "torch"}
+    if "switches" not in about:
+        return timm.create_model(about["architecture"], **sizes).eval()
+    sizes |= about["switches"] | pretrained.SMALLEST_DECODER
+    return models_arm.create_pretrain_model(about["architecture"], **sizes).eval()
+
+
+def files_of(description: Path) -> dict[str, str]:
+    """Return the files that earlier exports have written beside their JSON file: SHA-256 by name."""
+    files = read_json(description).get("files", {}) if description.is_file() else {}
+    return files if isinstance(files, dict) else {}
+
+
+# Each writes a file, and returns what computes from it: images (B, 3, H, W) -> outputs.
+
+
+def to_safetensors(module: nn.Module, about: dict, imgs: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
+    """The weights, and in the file's metadata what `checkpoint_file.read` needs to know of them."""
+    sizes, switches = about["model_args"], about.get("switches", {})
+    known = {"input_size": sizes["img_size"], "global_pool": sizes.get("global_pool") == "avg", **switches}
+    if "label_names" in about:
+        known["class_names"] = about["label_names"]
+    model = module.model if isinstance(module, Encoder) else module
+    state_dict = model.state_dict()
+    if "switches" in about:
+        state_dict = models_arm.encoder_part(state_dict)
+    path.write_bytes(safetensors.torch.save(state_dict, {"format": "pt", checkpoint_file.METADATA: json.dumps(known)}))
+    again = build(about)
+    convert.load(again, safetensors.torch.load_file(path), set(again.state_dict()) - state_dict.keys())
+    return Encoder(again) if isinstance(module, Encoder) else again
+
+
+@torch.no_grad()  # recorded with gradients, the graph of a step would also hold numbers that ONNX cannot hold
+def program(module: nn.Module, imgs: Tensor) -> torch.export.ExportedProgram:
+    """The computation, for any number of images; `module` itself then scans in the exported form."""
+    torch._dynamo.reset()  # a size that differs from those of an earlier program would count as dynamic
+    for mixer in (m for m in module.modules() if isinstance(m, Mixer)):
+        mixer.scan_backend = "export"
+    return torch.export.export(module, (imgs,), dynamic_shapes=ANY_BATCH)
+
+
+def to_pt2(module: nn.Module, about: dict, imgs: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
+    """A program of torch.export."""
+    torch.export.save(program(module, imgs), path)
+    return torch.export.load(path).module()
+
+
+def to_onnx(module: nn.Module, about: dict, imgs: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
+    """A program of ONNX; beyond 1.5 GB the weights are a file of their own, FILE.data."""
+    import onnx
+    import onnxruntime
+
+    logging.getLogger("onnx_ir").setLevel(logging.WARNING)
+    names = {"input_names": ["imgs"], "output_names": ["tokens" if isinstance(module, Encoder) else "logits"]}
+    exported = torch.onnx.export(program(module, imgs), dynamo=True, verbose=False, dynamic_shapes=ANY_BATCH, **names)
+    exported.save(path)
+    onnx.checker.check_model(path, full_check=True)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda imgs: torch.from_numpy(session.run(None, {"imgs": imgs.numpy()})[0])
+
+
+WRITERS = {"safetensors": to_safetensors, "onnx": to_onnx, "pt2": to_pt2}
+
+
+@torch.no_grad()
+def main(args: argparse.Namespace) -> None:
+    """Write, read again, compare.
+
+    Raises:
+        UserError: the checkpoint or the output does not serve, or a package is missing.
+        RunError: what was written computes something else, or cannot be written; no file is left then.
+    """
+    missing = [name for name in ONNX_NEEDS if find_spec(name) is None] if args.to == "onnx" else []
+    if missing:
+        raise UserError(f"--to onnx needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    source = beside(args.checkpoint)
+    with as_user_error(ValueError, prefix=f"{printable(args.checkpoint)} names no file: "):
+        output = args.output or source.with_name(f"{source.stem}{'-encoder' if args.encoder else ''}.{args.to}")
+    if output.suffix != f".{args.to}":
+        raise UserError(f"--output {printable(output)}: a file of --to {args.to} ends in .{args.to}")
+    with as_user_error(OSError, prefix=f"--output {printable(output)}: "):
+        if not output.parent.is_dir():
+            raise UserError(f"--output {printable(output)}: {printable(output.parent)} is no folder")
+    with as_user_error(UnicodeEncodeError, prefix=f"--output {printable(output)}: the name is not UTF-8: "):
+        str(output.resolve()).encode()  # the libraries that write and read the file take no other
+    description = output_file(output.with_suffix(".json"), DESCRIPTION, source)
+    known = files_of(description)
+    for file in (output, *[output.with_name(f"{output.name}.data")] * (args.to == "onnx")):
+        output_file(file, lambda path: path.name in known and known[path.name] == sha256_of(path), source)
+    start = time.monotonic()
+    model, about = load(args)
+    module = Encoder(model) if args.encoder else model
+    imgs = torch.randn(3, *about["pretrained_cfg"]["input_size"], generator=torch.Generator().manual_seed(0))
+    want = module(imgs)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as folder:
+            path = Path(folder) / output.name
+            compute = WRITERS[args.to](module, about, imgs[:2], path)
+            differences = [(compute(imgs[:n]) - want[:n]).abs().max() for n in (len(imgs), 1)]
+            difference, largest = max(differences).item(), want.abs().max().item()
+            if not difference <= TOLERANCE * largest:
+                raise RunError(f"the exported model differs by {difference:.3g}, where outputs reach {largest:.3g}")
+            written = list(Path(folder).iterdir())
+            about["files"] = known | {file.name: sha256_of(file) for file in written}
+            write_json(path.with_suffix(".json"), about)
+            for file in (*written, path.with_suffix(".json")):
+                with file.open("rb") as content:
+                    os.fsync(content.fileno())
+                file.replace(output.parent / file.name)
+    except OSError as error:
+        raise RunError(f"{printable(output)} cannot be written: {error.strerror}") from error
+    megabytes, seconds = output.stat().st_size / 1e6, time.monotonic() - start
+    print(
+        f"{printable(output)}: {megabytes:.1f} MB after {seconds:.0f} s; read again it differs by at most "
+        f"{difference:.2g} where outputs reach {largest:.2g}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run_main(main, get_args_parser())

@@ -1,0 +1,152 @@
+"""Repeat the update whose gradient was not finite, and say where it broke.
+
+    python tools/replay_nonfinite.py ./out_b/nonfinite-epoch900-batch17
+
+reads what a run left there when it stopped (see --max_nonfinite): the state before the update and the batches of every
+process. It runs forward and backward on each, names the first modules whose output, and the parameters whose gradient,
+is not finite, and exits with 1 if there are any; a state and batches that compute well here exit with 0.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor, nn
+
+import engine_pretrain
+import main_pretrain
+from Finetuning import engine_finetune, main_finetune
+from pretrained import Checkpoint
+from util import cli
+from util.checkpoints import checkpoint_file, inspection
+from util.distributed.processes import init_device
+from util.errors import UserError, as_user_error
+from util.files import printable
+from util.seeding import seed_everything
+from util.training.nonfinite import STATE, batch_file, ranks_in
+from util.training.precision import autocast
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.Parser("replay_nonfinite.py", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="what the run left: OUTPUT_DIR/nonfinite-epoch...-batch...")
+    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is a GPU)")
+    return parser
+
+
+def build(content: dict) -> tuple[nn.Module, Callable[..., Tensor]]:
+    """The model of a checkpoint with its weights, and what computes the loss of a batch."""
+    args, found = content["args"], Checkpoint(STATE, content)
+    if found.is_pretraining:
+        model = main_pretrain.build_model(args)
+        compute_loss = engine_pretrain.loss_of(model)
+    else:
+        # what the run left open came from --finetune, whose sizes these weights have; the key was of that file
+        model = main_finetune.build_classifier(argparse.Namespace(**vars(args) | {"model_key": None}), found)
+        mixup, criterion = main_finetune.training_loss(args)
+        compute_loss = engine_finetune.loss_of(model, criterion, mixup)
+    found.load_into(model)
+    return model, compute_loss
+
+
+def broken_modules(model: nn.Module) -> list[str]:
+    """A list that gets the name of every module whose output is not finite, in the order of the forward pass."""
+    found: list[str] = []
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple, output: object) -> None:
+            tensors = output if isinstance(output, (tuple, list)) else [output]
+            if any(isinstance(t, Tensor) and t.is_floating_point() and not t.isfinite().all() for t in tensors):
+                found.append(name or type(model).__name__)
+
+        return hook
+
+    for name, module in model.named_modules():
+        module.register_forward_hook(look(name))
+    return found
+
+
+def read_update(path: Path, size: tuple[int, int], classes: int | None) -> dict:
+    """Read the batches of one process: `epoch`, `first` (the number of the first batch in it) and `batches`.
+
+    Args:
+        path: of the file.
+        size: height and width of the model's input.
+        classes: outputs of a classifier, which its labels lie below; None takes any label.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    update = checkpoint_file.read(path)
+    for name in ("epoch", "first"):
+        if type(update.get(name)) is not int or not 0 <= update[name] < 2**63:
+            raise UserError(f"{printable(path)} is damaged: it has no number {name}")
+    batches = update.get("batches")
+    if not isinstance(batches, list) or not batches:
+        raise UserError(f"{printable(path)} is damaged: it has no batches")
+    for batch in batches:
+        fits = (
+            isinstance(batch, list)
+            and len(batch) == 2
+            and all(isinstance(tensor, Tensor) for tensor in batch)
+            and batch[0].shape == (len(batch[1]) if batch[1].ndim else -1, 3, *size)
+            and batch[0].is_floating_point()
+            and batch[1].dtype == torch.int64
+            and batch[1].ndim == 1
+            and (classes is None or (len(batch[1]) > 0 and batch[1].min() >= 0 and batch[1].max() < classes))
+        )
+        if not fits:
+            raise UserError(
+                f"{printable(path)} is damaged: a batch is no pair of images of {size[0]} x {size[1]} pixels and labels"
+            )
+    return update
+
+
+def main(args: argparse.Namespace) -> None:
+    """Replay every batch of every process.
+
+    Raises:
+        UserError: the folder is not one that a run left.
+    """
+    content = checkpoint_file.read(args.folder / STATE)
+    saved = inspection.saved_arguments(content, "world_size", "seed")
+    if not isinstance(content.get("args"), argparse.Namespace) or not saved["seed"] >= 0:
+        raise UserError(f"{printable(args.folder / STATE)} does not hold the arguments of a run")
+    device = init_device(args.device)
+    with as_user_error(AttributeError, KeyError, TypeError, ValueError, prefix=f"{printable(args.folder / STATE)}: "):
+        model, compute_loss = build(content)
+    model.to(device).train()
+    modules, finite = broken_modules(model), True
+    ranks = [rank for rank in ranks_in(args.folder) if rank < saved["world_size"]]
+    if not ranks:
+        raise UserError(f"{printable(args.folder)} holds no batches")
+    updates = {
+        r: read_update(batch_file(args.folder, r), model.image_size, getattr(model, "num_classes", None)) for r in ranks
+    }
+    for rank, update in updates.items():
+        for step, batch in enumerate(update["batches"], update["first"]):
+            seed_everything(saved["seed"], update["epoch"], step, of_rank=rank)
+            modules.clear()
+            model.zero_grad()
+            with autocast(device):
+                loss = compute_loss(*(tensor.to(device) for tensor in batch))
+            loss.backward()
+            parameters = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            images = "" if batch[0].isfinite().all() else "; the images themselves are not finite"
+            print(f"rank {rank}, batch {step}: loss {loss.item():.6g}{images}")
+            for what, names in (("outputs of modules", modules), ("gradients", parameters)):
+                if names:
+                    print(f"  {len(names)} {what} are not finite, first: {', '.join(names[:3])}")
+            finite &= not modules and not parameters and bool(loss.isfinite())
+    if not finite:
+        sys.exit(1)
+    print("everything is finite here")
+
+
+if __name__ == "__main__":
+    cli.run_main(main, get_args_parser())

@@ -1,0 +1,109 @@
+"""Draw what a pretrained model predicts of images.
+
+    python tools/visualize.py ./out_b/checkpoint-1599.pth photo.jpg other.png --output sheets
+
+writes sheets/photo-sheet.png and sheets/other-sheet.png: the input, its clusters in the order of prediction, each of
+them predicted from the true clusters before it, and the loss of each patch. Images of any size and mode are resized and
+cropped to the model's input.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+import pretrained
+from util import arguments, cli
+from util.data.decode import BrokenImage, with_pillow
+from util.distributed.processes import init_device
+from util.errors import RunError, UserError, as_user_error
+from util.files import figure_of, open_regular, output_file, printable, save_figure
+from util.seeding import seed_everything
+from util.tracking import prediction_figures
+
+TITLE = "ARM predictions"  # in the metadata of a sheet
+MAX_BYTES = 2**30  # of an image file
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.Parser("visualize.py", description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", help="of pretraining, ours or a released one")
+    parser.add_argument("images", nargs="+", type=Path, help="image files")
+    parser.add_argument(
+        "--output", type=arguments.nonempty, default=".", metavar="DIR", help="folder (default: the current)"
+    )
+    arguments.add_ignore_keys(parser)
+    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is a GPU)")
+    return parser
+
+
+def read_image(path: Path) -> bytes:
+    """Read an image file that can be decoded.
+
+    Raises:
+        UserError: it cannot be read or decoded, is no regular file, or larger than `MAX_BYTES`.
+    """
+    with as_user_error(OSError, BrokenImage, ValueError, prefix=f"{printable(path)}: "):
+        with open_regular(path) as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise BrokenImage(f"it is larger than {MAX_BYTES} bytes")
+        with_pillow(data)
+    return data
+
+
+def targets(args: argparse.Namespace) -> list[Path]:
+    """Return the file of each image's sheet; images of the same name get numbers.
+
+    Raises:
+        UserError: one cannot be written there, or a file is there that is no sheet, or is one of the images.
+    """
+    with as_user_error(OSError, ValueError, prefix=f"--output {printable(args.output)}: "):
+        Path(args.output).mkdir(parents=True, exist_ok=True)
+    seen, paths = Counter(), []
+    for path in args.images:
+        seen[path.stem] += 1
+        number = f"-{seen[path.stem]}" if seen[path.stem] > 1 else ""
+        target = Path(args.output, f"{path.stem}-sheet{number}.png")
+        paths.append(output_file(target, figure_of(TITLE), args.checkpoint, *args.images))
+    return paths
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write one sheet an image.
+
+    Raises:
+        UserError: a checkpoint or image that cannot be read, or a folder that cannot be written; nothing is written.
+        RunError: a sheet cannot be written.
+    """
+    for path in args.images:
+        read_image(path)
+    sheets = targets(args)
+    device = init_device(args.device)
+    found = pretrained.read(args.checkpoint, ignore_keys=args.ignore_keys)
+    if not found.has_decoder:
+        what = "has no decoder" if found.is_pretraining else "is of a classifier"
+        raise UserError(f"{found.name} {what}: only a pretraining checkpoint predicts images")
+    model = found.load_model().to(device)
+    seed_everything(0)  # what is hidden, and an order of each image's own, are the same in every sheet of an image
+    transform = prediction_figures.input_transform(model.image_size)
+    imgs = []
+    for path in args.images:
+        with as_user_error(BrokenImage, prefix=f"{printable(path)}: "):  # too long and narrow for the model's input
+            imgs.append(transform(read_image(path)))
+    for img, target in zip(imgs, sheets, strict=True):
+        (figure,) = prediction_figures.draw_sheets(model, torch.stack([img]).to(device))
+        try:
+            save_figure(figure, target, TITLE)
+        except OSError as error:
+            raise RunError(f"--output {printable(target)} cannot be written: {error.strerror}") from error
+        print(printable(target))
+
+
+if __name__ == "__main__":
+    cli.run_main(main, get_args_parser())

@@ -1,0 +1,403 @@
+"""Command-line arguments shared by the scripts: their definition, bounds and checks."""
+
+import argparse
+import importlib.util
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from util.data.readers import READERS
+from util.distributed.processes import world_size
+from util.errors import UserError, as_user_error
+
+LOGGER = logging.getLogger("arm")
+
+
+def number(kind: type, low: float, high: float, above: bool = False) -> Callable[[str], float]:
+    """Argument type: a number of `kind` from `low` (or above it) to `high`, both finite."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high or (above and value == low):  # no bound holds for NaN
+            raise argparse.ArgumentTypeError(
+                f"{text} is not {'above' if above else 'at least'} {low:.15g} and at most {high:.15g}"
+            )
+        return value
+
+    parse.__name__ = kind.__name__  # in argparse's message about what is no number at all
+    return parse
+
+
+def nonempty(text: str) -> str:
+    """Argument type: not empty, as an unset variable of a shell is."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
+# Each numeric argument has one of these bounds, or its own: far above what makes sense, and below what overflows. What
+# sizes amount to together is bounded where models are built.
+positive, natural = number(int, 1, 10**9), number(int, 0, 10**9)  # steps, epochs, images that come one after the other
+
+few = number(int, 1, 1000)  # what is made at the start, or for each image: blocks, checkpoints, erased boxes
+
+side = number(int, 1, 2**14)  # channels, patches
+
+pixels = number(int, 1, 2**12)  # a side of the input: its evaluation resizes any image to a square of that
+
+batch = number(int, 1, 10**6)  # images held at a time
+
+workers = number(int, 0, 1024)  # processes on this machine
+
+seconds = number(int, 1, 10**6)  # 11 days; 25 overflow the milliseconds of poll(2)
+
+seed_number = number(int, 0, 2**32 - 1)  # of numpy's and torch's generators
+
+rate, amount = number(float, 0, 1), number(float, 0, 1e9)
+
+
+class WarmUp(argparse.Action):
+    """`--warmup_epochs`, which is the user's then and no longer that of the recipe of `recipe_epochs` epochs."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, value: int, option: object = None) -> None:
+        namespace.warmup_epochs, namespace.recipe_epochs = value, None
+
+
+def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of pretraining and finetuning alike; recipes differ by `parser.set_defaults`.
+
+    Among these defaults is `recipe_epochs`, the length of the run that the default of `--warmup_epochs` is for.
+    """
+    add_machine_arguments(parser)
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", metavar="NAME", help="one of models_arm.SIZES (default: %(default)s)")
+    group.add_argument(
+        "--input_size", type=pixels, nargs="+", metavar="PX", help="side, or height and width, of the input"
+    )
+    group.add_argument("--patch_size", type=side, help="pixels a side")
+    group.add_argument("--embed_dim", type=side, help="channels, instead of the model's")
+    group.add_argument("--depth", type=few, help="blocks, instead of the model's")
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--accum_iter", type=positive, default=1, help="steps accumulated into one update")
+    group.add_argument("--epochs", type=positive, help="length of the run (default: %(default)s)")
+    group.add_argument(
+        "--warmup_epochs",
+        type=natural,
+        action=WarmUp,
+        help="linear warm-up of the learning rate (default: %(default)s, less in a run that is not longer)",
+    )
+    group.add_argument("--lr", type=amount, help="absolute learning rate, instead of --blr")
+    group.add_argument("--blr", type=amount, help="learning rate for a total batch of 256 (default: %(default)s)")
+    group.add_argument("--min_lr", type=amount, help="learning rate at the end (default: %(default)s)")
+    group.add_argument("--weight_decay", type=amount, default=0.05, help="(default: %(default)s)")
+    group.add_argument("--clip_grad", type=number(float, 0, 1e9, above=True), help="largest gradient norm")
+
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data_path",
+        type=nonempty,
+        required=True,
+        help="; ".join(
+            ["folder with train/ and val/, one folder of images a class", *(words for _, words in READERS.values())]
+        ),
+    )
+    group.add_argument(
+        "--loader",
+        choices=("fast", "pil"),
+        default="fast",
+        help="decode training images with libjpeg-turbo and augment them on the training device, or both in Pillow as "
+        "the released code does (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max_bad_samples",
+        type=natural,
+        metavar="N",
+        help="more broken training images than these in an epoch end the run (default: 0.1 %% of the images)",
+    )
+    group.add_argument("--scale", type=rate, nargs=2, help="area of random crops (default: %(default)s)")
+    group.add_argument("--hflip", type=rate, default=0.5, help="rate of horizontal flips (default: %(default)s)")
+
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--output_dir", type=nonempty, default="./output_dir", help="checkpoints and log.txt (default: %(default)s)"
+    )
+    group.add_argument("--log_dir", type=nonempty, help="TensorBoard files (default: the output folder)")
+    group.add_argument(
+        "--tracker",
+        choices=("tensorboard", "wandb", "trackio"),
+        default="tensorboard",
+        help="what shows curves and images (default: %(default)s)",
+    )
+    group.add_argument(
+        "--save_freq", type=positive, default=20, help="epochs between kept checkpoints (default: %(default)s)"
+    )
+    group.add_argument(
+        "--save_every_steps", type=positive, metavar="N", help="also write checkpoint-last.pth every so many updates"
+    )
+    group.add_argument(
+        "--keep",
+        type=few,
+        default=2,
+        metavar="N",
+        help="how many of the newest checkpoints to keep: checkpoint-last.pth, checkpoint-last-1.pth and so on "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--resume",
+        type=nonempty,
+        metavar="FILE",
+        help="go on from this checkpoint of a run, a path, URL or hf://OWNER/REPO/FILE; auto: from the newest in the "
+        "output folder, if there is one",
+    )
+    group.add_argument(
+        "--allow_changed_args",
+        action="store_true",
+        help="go on although arguments differ from those of the checkpoint and change the result",
+    )
+    group.add_argument(
+        "--start_epoch", type=natural, help="first epoch (default: the one after the resumed checkpoint's)"
+    )
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        default=None,
+        help="torch.compile the blocks (default: when training on a GPU)",
+    )
+    group.add_argument("--no_compile", action="store_false", dest="compile", help="run them eagerly")
+    group.add_argument(
+        "--fsdp",
+        action="store_true",
+        help="shard weights, gradients and moments, too large together for one GPU, over torchrun's processes",
+    )
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="take slower algorithms on a GPU where the faster ones differ from run to run",
+    )
+    group.add_argument(
+        "--max_nonfinite",
+        type=positive,
+        default=3,
+        metavar="N",
+        help="updates in a row whose gradient is not finite end the run (default: %(default)s)",
+    )
+    group.add_argument("--seed", type=seed_number, default=0, help="(default: %(default)s)")
+
+
+def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of every script: what computes, and how images are loaded."""
+    group = parser.add_argument_group("machine")
+    group.add_argument(
+        "--batch_size", type=batch, default=64, help="images per process and step (default: %(default)s)"
+    )
+    group.add_argument("--device", type=nonempty, help="cuda or cpu (default: cuda where there is a GPU)")
+    group.add_argument(
+        "--scan_backend", default="auto", help="auto, triton, cuda, mamba_ssm, cpu or torch (default: %(default)s)"
+    )
+    group.add_argument(
+        "--num_workers",
+        type=workers,
+        default=min(10, len(os.sched_getaffinity(0))),
+        help="processes that load images (default: 10, or the number of cores)",
+    )
+    group.add_argument(
+        "--worker_timeout",
+        type=number(int, 0, 10**6),
+        default=300,
+        metavar="S",
+        help="a batch that takes longer ends the run; 0 waits for ever (default: %(default)s seconds)",
+    )
+    group.add_argument("--pin_mem", action="store_true", default=True, help="pin memory for the GPU (default)")
+    group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
+    group.add_argument(
+        "--dist_timeout",
+        type=seconds,
+        default=600,
+        metavar="S",
+        help="a process that the others have waited for so long ends the run (default: %(default)s seconds)",
+    )
+
+
+def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    """How images are evaluated."""
+    group = parser.add_argument_group("evaluated images")
+    group.add_argument(
+        "--eval_resize",
+        choices=("square", "shorter"),
+        default="square",
+        help="resize images to a square as the released code does, or their shorter side (default: %(default)s)",
+    )
+    group.add_argument(
+        "--eval_loader",
+        choices=("fast", "pil"),
+        default="pil",
+        help="decode and resize evaluated images with libjpeg-turbo and torch, or in Pillow (default: %(default)s)",
+    )
+    group.add_argument(
+        "--eval_bad",
+        choices=("stop", "wrong"),
+        default="stop",
+        help="a broken image ends the evaluation, or counts as wrong (default: %(default)s)",
+    )
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """The checkpoint that a script examines, and where its result goes."""
+    group = parser.add_argument_group("checkpoint")
+    group.add_argument("checkpoint", type=nonempty, metavar="CKPT", help="file of pretraining or finetuning")
+    group.add_argument("--model_key", choices=("model", "model_ema"), help="which of its weights (default: model)")
+    add_ignore_keys(group)
+    group.add_argument(
+        "--input_size", type=pixels, nargs="+", metavar="PX", help="side, or height and width (default: as trained)"
+    )
+    group.add_argument("--output", metavar="FILE", help="JSON file of the result (default: beside CKPT)")
+
+
+def add_ignore_keys(parser: argparse._ActionsContainer) -> None:
+    """The parameters of a checkpoint that a script leaves out; see `checkpoint.read`."""
+    parser.add_argument(
+        "--ignore_keys",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="leave out parameters of the checkpoint that no model here has, e.g. '*angle_embed'",
+    )
+
+
+def boolean(text: str) -> bool:
+    """Argument type: true/false, yes/no, 1/0."""
+    if text.lower() in ("true", "yes", "1"):
+        return True
+    if text.lower() in ("false", "no", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse arguments that contradict each other, and derive what is not given: `args.lr`, a shorter warm-up.
+
+    Raises:
+        UserError: names the argument.
+    """
+    check_input_size(args)
+    if args.start_epoch is not None and args.start_epoch >= args.epochs:
+        raise UserError(f"--start_epoch {args.start_epoch}: the run has epochs 0 to {args.epochs - 1}")
+    if not getattr(args, "eval", False):
+        check_warmup(args)
+    if args.scale[0] > args.scale[1] or args.scale[1] == 0:
+        raise UserError("--scale: the smaller area comes first, and the larger one is above 0")
+    args.world_size = world_size()
+    for flag in ("loader", "eval_loader"):
+        if getattr(args, flag, None) == "fast" and importlib.util.find_spec("simplejpeg") is None:
+            raise UserError(f"--{flag} fast needs simplejpeg: pip install simplejpeg, or take --{flag} pil")
+    if args.fsdp and getattr(args, "eval", False):
+        raise UserError("--eval does not shard: leave --fsdp out")
+    if args.fsdp and args.world_size == 1:
+        raise UserError("--fsdp shards over processes, and there is one: start several with torchrun")
+    for other in ("fsdp", "deterministic", "eval"):
+        if getattr(args, other, False):
+            if args.cuda_graph:
+                raise UserError(f"--cuda_graph does not go together with --{other}: leave one of them out")
+            args.cuda_graph = False
+    if args.lr is None:
+        args.lr = args.blr * effective_batch_size(args) / 256
+
+
+def check_warmup(args: argparse.Namespace) -> None:
+    """Make sure that the learning rate falls after its warm-up.
+
+    A default that is not shorter than the run is cut to the recipe's share of it, which may be a fraction of an epoch.
+    One epoch of warm-up in a run of one is taken, since the flag has no smaller number.
+
+    Raises:
+        UserError: a warm-up that was given is not shorter than the run.
+    """
+    warmup, epochs, recipe_epochs = args.warmup_epochs, args.epochs, vars(args).pop("recipe_epochs", None)
+    if warmup < epochs:
+        return
+    if recipe_epochs is not None:
+        args.warmup_epochs = epochs * warmup / recipe_epochs
+        LOGGER.info(
+            "warm-up of %g epochs in a run of %d: the share of the recipe's %d in %d",
+            args.warmup_epochs, epochs, warmup, recipe_epochs,
+        )  # fmt: skip
+    elif warmup == epochs == 1:
+        LOGGER.info("--warmup_epochs 1 is the whole run: its learning rate only rises")
+    else:
+        raise UserError(
+            f"--warmup_epochs {warmup} is not shorter than the run of --epochs {epochs}: the learning rate would never "
+            "fall"
+        )
+
+
+def check_input_size(args: argparse.Namespace) -> None:
+    """Refuse more than two sides.
+
+    Raises:
+        UserError: names the argument.
+    """
+    if args.input_size is not None and len(args.input_size) > 2:
+        raise UserError(f"--input_size takes one side, or height and width, not {len(args.input_size)} numbers")
+
+
+def effective_batch_size(args: argparse.Namespace) -> int:
+    """Images per update over all processes."""
+    return args.batch_size * args.accum_iter * world_size()
+
+
+def image_size(args: argparse.Namespace) -> tuple[int, int]:
+    """Height and width of the input."""
+    return args.input_size[0], args.input_size[-1]
+
+
+def given(args: argparse.Namespace, *names: str) -> dict:
+    """Those of the named arguments that have a value; a file of an earlier version may lack some."""
+    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+
+
+def output_folders(args: argparse.Namespace) -> tuple[Path, Path]:
+    """Make the folders for checkpoints and for TensorBoard, and prove that files can be written there.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if args.tracker == "tensorboard":
+        check_utf8("--log_dir", args.log_dir or args.output_dir)
+    folders = []
+    for name, path in (("output_dir", args.output_dir), ("log_dir", args.log_dir or args.output_dir)):
+        folders.append(Path(path))
+        try:
+            folders[-1].mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folders[-1]):
+                pass
+        except OSError as error:
+            raise UserError(f"--{name} {path} cannot be written: {error.strerror}") from error
+    return folders[0], folders[1]
+
+
+def check_utf8(flag: str, folder: str | Path) -> None:
+    """Refuse a folder that TensorBoard cannot write to.
+
+    Raises:
+        UserError: names the flag.
+    """
+    with as_user_error(UnicodeEncodeError, prefix=f"{flag} {folder}: TensorBoard needs a name in UTF-8: "):
+        str(folder).encode()
+
+
+def describe(args: argparse.Namespace, model: nn.Module, images: int, device: torch.device, epoch: int) -> str:
+    """What a run is about to do from an epoch on, in two lines."""
+    name, parameters = type(model).__name__.removeprefix("FSDP"), sum(p.numel() for p in model.parameters())
+    return (
+        f"{name}: {parameters / 1e6:.1f} M parameters, input {' x '.join(map(str, image_size(args)))}, "
+        f"{images} training images, {world_size()} x {device.type}\n"
+        f"batch {effective_batch_size(args)} = {args.batch_size} x {args.accum_iter} accumulated x {world_size()} "
+        f"processes, lr {args.lr:.3g}, {args.epochs} epochs"
+        + (f", from epoch {epoch}" if 0 < epoch < args.epochs else ", all of them done" if epoch else "")
+    )

@@ -1,0 +1,292 @@
+"""Checkpoint files: safe reading, and what becomes of a state dict in another model.
+
+A file is a dict with `model`, `optimizer`, `epoch` (the last whole one), `samples` (images of the next epoch that have
+been trained on), `scaler`, `args` (an argparse.Namespace) and what `Run` needs to go on; a finetuning file adds
+`class_names` (list of str, by output), `model_ema`, `max_accuracy` and `ema_max_accuracy`. Files of the released code
+have this form without `samples` and `class_names`, or are a bare state dict; both are read.
+"""
+
+import argparse
+import logging
+import math
+import re
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from util.checkpoints.checkpoint_file import (
+    METADATA,
+    DamagedCheckpoint,
+    StateDict,
+    say_once,
+    unwrapped_name,
+    weight_keys,
+)
+from util.errors import UserError
+from util.files import printable, some
+
+__all__ = [
+    "METADATA",
+    "DamagedCheckpoint",
+]  # of util.checkpoints.checkpoint_file, for those who read and export checkpoints
+
+LOGGER = logging.getLogger(__name__)
+
+
+# switches of the published models, and so of files that say nothing else
+PUBLISHED = {
+    "objective": "arm",
+    "order": "row",
+    "taps": "even",
+    "norm_pix_loss": True,
+    "cluster_size": 4,
+    "directions": 4,
+}
+
+
+_MAX_DEPTH = 1000  # blocks
+_MAX_SIDE = 2**15  # pixels
+
+
+def weights(content: dict, key: str | None = None) -> StateDict:
+    """The state dict of a checkpoint: `model`, else `model_ema`, else the content itself as a bare state dict.
+
+    Args:
+        content: as `read` returns it.
+        key: ask for `model` or `model_ema`.
+
+    Raises:
+        UserError: `key` is not there, or what is there is not a state dict of ARM.
+    """
+    present = weight_keys(content)
+    if key is not None and key not in present:
+        raise UserError(f"the checkpoint has no {key}; it has {', '.join(present) or 'a bare state dict'}")
+    saved = content[key or present[0]] if present else content
+    if not isinstance(saved, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in saved.items()
+    ):
+        raise UserError("the checkpoint is not one of ARM: it holds no state dict, which is tensors by name")
+    state_dict = {unwrapped_name(name): value for name, value in saved.items()}
+    if len(state_dict) < len(saved):
+        raise UserError("the checkpoint has two tensors of one name, with and without a wrapper's prefix")
+    needed = ["patch_embed.proj.weight", "pos_embed", "layers.0.mixer.A_log"]
+    needed += [] if is_pretrained(state_dict) else ["head.weight", "head.bias"]
+    for name in needed:
+        if name not in state_dict:
+            raise UserError(f"the checkpoint is not one of ARM: it has no {name}")
+    patch, position = state_dict["patch_embed.proj.weight"], state_dict["pos_embed"]
+    if (
+        patch.ndim != 4
+        or not patch.numel()
+        or patch.shape[2] != patch.shape[3]
+        or position.ndim != 3
+        or position.shape[0] != 1
+        or position.shape[2] != len(patch)
+        or position.shape[1] < (1 if is_pretrained(state_dict) else 2)
+        or not position.is_floating_point()
+    ):
+        raise UserError("the checkpoint is not one of ARM: patch or position embedding have other dimensions")
+    return state_dict
+
+
+def is_pretrained(state_dict: StateDict) -> bool:
+    """Whether a state dict comes from pretraining: one scan direction, no class token."""
+    return "cls_token" not in state_dict
+
+
+def classifier_sizes(state_dict: StateDict) -> dict[str, int]:
+    """Keyword arguments of the `ARMClassifier` that a state dict belongs to, read off its shapes.
+
+    Args:
+        state_dict: of a pretraining model or a classifier, as `weights` returns it.
+
+    Returns:
+        `embed_dim`, `depth` and `patch_size`; for a classifier also `num_classes` and `directions`. A model of these
+        sizes is no larger than a small multiple of the state dict.
+
+    Raises:
+        UserError: the blocks are not numbered from 0, not alike, or do not have the width of the patch embedding.
+    """
+    embed_dim, _, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
+    layers = _blocks(state_dict, "layers")
+    if layers[0].get("mixer.in_proj.weight") != (2 * embed_dim, embed_dim):
+        raise UserError(
+            f"the checkpoint is not one of ARM: its blocks do not have the {embed_dim} channels of its patches"
+        )
+    sizes = {"embed_dim": embed_dim, "depth": len(layers), "patch_size": patch_size}
+    if is_pretrained(state_dict):
+        return sizes
+    head = state_dict["head.weight"]
+    if head.ndim != 2 or head.shape[1] != embed_dim or not len(head):
+        raise UserError(f"the checkpoint is not one of ARM: its head has shape {tuple(head.shape)}")
+    return sizes | {"num_classes": len(head), "directions": 4 if "layers.0.mixer.A_b_log" in state_dict else 1}
+
+
+def decoder_sizes(state_dict: StateDict) -> dict[str, int]:
+    """Return `dec_embed_dim` and `dec_depth` of a pretraining model's state dict, as `classifier_sizes` does.
+
+    Raises:
+        UserError: there is no whole decoder.
+    """
+    token = state_dict.get("ar_token")
+    width = token.shape[-1] if token is not None and token.ndim == 3 else 0
+    blocks = _blocks(state_dict, "dec_block")
+    if not width or blocks[0].get("attn2.q.weight") != (width, width):
+        raise UserError(f"the checkpoint has no whole decoder: its blocks do not have {width} channels")
+    return {"dec_embed_dim": width, "dec_depth": len(blocks)}
+
+
+def _blocks(state_dict: StateDict, name: str) -> list[dict[str, torch.Size]]:
+    """Return the shapes of each block's tensors.
+
+    Raises:
+        UserError: blocks are missing or not alike, or there are too many.
+    """
+    blocks: dict[int, dict[str, torch.Size]] = {}
+    for key, value in state_dict.items():
+        if match := re.fullmatch(rf"{name}\.([0-9]{{1,9}})\.(.+)", key):
+            blocks.setdefault(int(match[1]), {})[match[2]] = value.shape
+    if not 1 <= len(blocks) <= _MAX_DEPTH:
+        raise UserError(f"the checkpoint is not one of ARM: it has {len(blocks)} blocks {name}")
+    for index in range(len(blocks)):
+        differing = blocks.get(index, {}).items() ^ blocks.get(0, {}).items()
+        if differing:
+            raise UserError(
+                f"the checkpoint is not one of ARM: {name}.{index} has not the tensors of the other blocks: "
+                f"{some(sorted({key for key, _ in differing}))}"
+            )
+    return [blocks[index] for index in range(len(blocks))]
+
+
+def _is_count(value: object, most: int = 2**31) -> bool:
+    return type(value) is int and 1 <= value <= most
+
+
+def _is_size(value: object) -> bool:
+    sides = value if isinstance(value, (list, tuple)) else [value]
+    return 1 <= len(sides) <= 2 and all(_is_count(side, _MAX_SIDE) for side in sides)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a saved argument can be compared and shown: a scalar, or a list of scalars."""
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(part) and not isinstance(part, (list, tuple)) for part in value)
+    return isinstance(value, (str, float, bool)) or value is None or (type(value) is int and abs(value) < 2**63)
+
+
+# of the saved arguments that code reads: which values they can have
+_POSSIBLE = {
+    "input_size": _is_size,
+    "global_pool": lambda value: isinstance(value, (bool, str)),
+    "norm_pix_loss": lambda value: isinstance(value, bool),
+    "directions": lambda value: _is_count(value, 4),
+    "start_epoch": lambda value: value == 0 or _is_count(value),
+    "cluster_size": lambda value: _is_count(value, _MAX_SIDE),
+} | dict.fromkeys(("objective", "order", "taps"), lambda value: isinstance(value, str))
+_POSSIBLE |= dict.fromkeys(("batch_size", "accum_iter", "world_size"), _is_count)
+
+
+def saved_arguments(content: dict, *needed: str) -> dict[str, object]:
+    """Return the arguments of the run that wrote a checkpoint, as far as they are scalars or lists of scalars.
+
+    Args:
+        content: as `read` returns it.
+        *needed: names that must be among them.
+
+    Raises:
+        UserError: one that is read has a value that it cannot have, or a needed one is missing.
+    """
+    saved = content.get("args")
+    if saved is not None and not isinstance(saved, (argparse.Namespace, dict)):
+        say_once(logging.INFO, f"the checkpoint's args are a {type(saved).__name__}, which tells nothing of its run")
+    saved = vars(saved) if isinstance(saved, argparse.Namespace) else saved if isinstance(saved, dict) else {}
+    size = saved.get("input_size")
+    if isinstance(size, (list, tuple)) and len(size) == 3 and size[0] == 3:  # timm's: with the colour channels
+        saved = {**saved, "input_size": list(size[1:])}
+    for name, is_possible in _POSSIBLE.items():
+        if saved.get(name) is not None and not is_possible(saved[name]):
+            raise UserError(f"the checkpoint is damaged: its args say {name} {printable(repr(saved[name])[:60])}")
+    missing = [name for name in needed if saved.get(name) is None]
+    if missing:
+        raise UserError(f"the checkpoint is damaged: its args lack {', '.join(missing)}")
+    return {name: value for name, value in saved.items() if isinstance(name, str) and _is_plain(value)}
+
+
+def class_names(content: dict) -> list[str]:
+    """Return the names of the classes of a finetuning checkpoint, by output; empty where it has none.
+
+    Raises:
+        UserError: what it has are no names.
+    """
+    names = content.get("class_names") or getattr(content.get("args"), "class_names", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError("the checkpoint is damaged: its class_names are no list of names")
+    if names and len(names) != len(weights(content).get("head.weight", ())):
+        raise UserError(f"the checkpoint is damaged: it has {len(names)} class_names and another number of outputs")
+    names = [printable(name) for name in names]
+    if twice := {name for name, times in Counter(names).items() if name and times > 1}:
+        raise UserError(f"the checkpoint is damaged: its class_names hold {some(sorted(twice))} more than once")
+    return names
+
+
+def saved_size(content: dict) -> tuple[int, int] | None:
+    """Return height and width of the input, from the arguments saved in a checkpoint, if it has them."""
+    size = saved_arguments(content).get("input_size")
+    if size is None:
+        return None
+    return (size, size) if isinstance(size, int) else (size[0], size[-1])
+
+
+def image_size(state_dict: StateDict, saved: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Height and width that a state dict's position embedding covers.
+
+    Args:
+        state_dict: as `weights` returns it.
+        saved: as `saved_size` returns it; counts where it has as many patches.
+
+    Returns:
+        `saved` where it fits, else a square.
+
+    Raises:
+        UserError: neither fits.
+    """
+    side = state_dict["patch_embed.proj.weight"].shape[-1]
+    patches = state_dict["pos_embed"].shape[1] - (not is_pretrained(state_dict))
+    if saved is not None and (saved[0] // side) * (saved[1] // side) == patches:
+        return saved
+    if saved is not None:
+        say_once(logging.WARNING, f"an input of {saved[0]} x {saved[1]} has not the checkpoint's {patches} patches")
+    root = math.isqrt(patches)
+    if root * root != patches:
+        raise UserError(
+            f"the position embedding has {patches} patches, which is no square, and nothing tells its shape"
+        )
+    return root * side, root * side
+
+
+def pretrain_options(content: dict, state_dict: StateDict) -> dict[str, object]:
+    """Keyword arguments of `create_pretrain_model` that sizes do not show.
+
+    Args:
+        content: of a pretraining checkpoint, as `read` returns it.
+        state_dict: its weights.
+
+    Returns:
+        `objective`, `order`, `taps`, `norm_pix_loss` and `cluster_size`: from the names and the attention mask, else
+        from the saved arguments, else those of the published models.
+
+    Raises:
+        UserError: mask or arguments are none that a model can have.
+    """
+    saved = saved_arguments(content)
+    found = PUBLISHED | {name: saved[name] for name in PUBLISHED if saved.get(name) is not None}
+    del found["directions"]  # of a classifier
+    if "cluster_order" in state_dict:
+        found["order"] = "random"
+    if "mask" in state_dict:  # every cluster but one
+        mask, patches = state_dict["mask"], state_dict["pos_embed"].shape[1]
+        if mask.ndim != 2 or not len(mask) < patches:
+            raise UserError(f"the checkpoint is damaged: a mask of shape {tuple(mask.shape)} for {patches} patches")
+        found["cluster_size"] = math.isqrt(patches - len(mask))
+    return found

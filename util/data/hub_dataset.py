@@ -1,0 +1,84 @@
+"""Images of a Hugging Face dataset."""
+
+import errno
+import os
+import re
+from pathlib import Path
+
+from util.data.readers import MAX_CLASSES, read_at
+from util.errors import UserError, as_user_error
+from util.files import open_regular, printable
+
+
+class HubDataset:
+    """A dataset with an image and a label column, through Hugging Face's `datasets`."""
+
+    def __init__(self, path: str, split: str) -> None:
+        try:
+            import datasets
+        except ImportError as error:
+            raise UserError("--data_path hfds: needs Hugging Face's library: pip install datasets") from error
+        self.root = f"hfds:{printable(path)}"
+        about = f"--data_path {self.root}: "
+        try:
+            saved = any(Path(path, name).is_file() for name in ("dataset_dict.json", "state.json"))
+            splits = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
+        except Exception as error:  # of damaged files, the library raises nearly anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{about}{'it is damaged or empty: ' * saved}{printable(reason)}") from error
+        others = "validation", "val", "test"
+        if single := isinstance(splits, datasets.Dataset):
+            splits = {str(splits.split) if str(splits.split) in others else "train": splits}
+        names = ("train",) if split == "train" else others
+        name = next((name for name in names if name in splits), None)
+        if name is None:
+            reason = "; one data set that is saved alone counts as train unless it says otherwise" if single else ""
+            raise UserError(f"{about}it has the splits {', '.join(splits) or 'none'}, and no {names[0]}{reason}")
+        data = splits[name]
+        self.root += f" ({name})"
+        features = data.features
+        self.image = self._column(features, datasets.Image, "image")
+        named = any(isinstance(feature, datasets.ClassLabel) for feature in features.values())
+        integers = not named and re.fullmatch("u?int[0-9]+", getattr(features.get("label"), "dtype", ""))
+        label = "label" if integers else self._column(features, datasets.ClassLabel, "label")
+        if not len(data):
+            raise UserError(f"{self.root}: it holds no images")
+        # the whole column at once: row by row, a million take most of a minute
+        column = data.select_columns(label).with_format("arrow")[:].column(label)
+        with as_user_error(ValueError, prefix=f"{self.root}: "):  # an unsigned number of 64 bits
+            self.labels = column.cast("int64").fill_null(-1).to_numpy()
+        if self.labels.min() < 0:
+            raise UserError(f"{self.root}: {(self.labels < 0).sum()} images have no label")
+        largest = self.labels.max()
+        self.classes = [""] * min(largest + 1, MAX_CLASSES) if integers else [*map(printable, features[label].names)]
+        if largest >= len(self.classes):
+            raise UserError(f"{self.root}: label {largest} is not below {len(self.classes)}")
+        self.rows = data.select_columns(self.image).cast_column(self.image, datasets.Image(decode=False))
+
+    def _column(self, features: dict, kind: type, usual: str) -> str:
+        columns = [name for name, feature in features.items() if isinstance(feature, kind)]
+        if len(columns) > 1 and usual in columns:
+            return usual
+        if len(columns) != 1:
+            found = ", ".join(columns) or "none"
+            other = f"; its column {usual!r} holds {features[usual]}" if usual in features and not columns else ""
+            raise UserError(
+                f"{self.root}: it needs one {kind.__name__} column or one called {usual!r}; found: {found}{other}"
+            )
+        return columns[0]
+
+    def read(self, index: int) -> bytes:
+        try:
+            image = self.rows[int(index)][self.image] or {}
+        except Exception as error:  # of damaged files, pyarrow raises nearly anything
+            raise OSError(errno.EIO, printable(str(error))[:200] or type(error).__name__) from error
+        if image.get("bytes") is None and image.get("path"):
+            with open_regular(image["path"]) as file:
+                return read_at(file, 0, os.fstat(file.fileno()).st_size, image["path"])
+        return image.get("bytes") or b""  # no image at all: broken, as an empty file is
+
+    def name(self, index: int) -> str:
+        return f"{self.root} row {index}"
+
+    def state(self) -> str:
+        return self.rows._fingerprint  # of its content and of all that was done to it

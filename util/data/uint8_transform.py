@@ -1,0 +1,181 @@
+"""Training and evaluation transforms on uint8 pixels: what the transforms in Pillow do, several times faster.
+
+A worker decodes and crops, and lets timm draw RandAugment's operations, their magnitudes and the boxes to erase; the
+training device carries them out, a batch at a time, and flips and normalises.
+"""
+
+import copy
+import random
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation
+from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms.v2 import functional as F
+
+from util.data import decode
+from util.data.randaugment import NO_OPERATION, NOTE, carry_out_layers, note_taking, on_device
+from util.data.transforms import check_resized
+
+Array = np.ndarray  # (H, W, 3) uint8
+RANDOM_CROPS = transforms.RandomResizedCrop, RandomResizedCropAndInterpolation
+CONVERSIONS = transforms.ToTensor, MaybeToTensor
+
+
+class Uint8Transform:
+    """A transform of Pillow images, carried out on uint8 pixels with the same random numbers.
+
+    Args:
+        transform: `transforms.Compose` of a random resized crop, or of a resize and a centre crop; then any of flip,
+            RandAugment or another transform of images, conversion, normalisation, random erasing.
+    """
+
+    carry_out = staticmethod(carry_out_layers)  # another implementation may take its place: `kernels.fuse_augmentation`
+
+    def __init__(self, transform: transforms.Compose) -> None:
+        self.crop, self.resize, self.centre, self.draw, self.fill = None, None, None, None, (0, 0, 0)
+        self.flip_rate, self.augment, self.erase, self.normalize = 0.0, [], None, None
+        for step in transform.transforms:
+            if isinstance(step, RANDOM_CROPS):
+                self.crop = step
+            elif isinstance(step, transforms.Resize):
+                self.resize = step
+            elif isinstance(step, transforms.CenterCrop):
+                self.centre = step
+            elif isinstance(step, transforms.RandomHorizontalFlip):
+                self.flip_rate = step.p
+            elif isinstance(step, RandomErasing):
+                self.erase = step
+                self.draw_boxes = copy.copy(step)
+                self.draw_boxes.rand_color = self.draw_boxes.per_pixel = False  # no colours, only boxes
+            elif isinstance(step, transforms.Normalize):
+                self.normalize = step
+            elif not isinstance(step, CONVERSIONS):
+                self.augment.append(step)
+        if self.augment and on_device(self.augment[-1]):
+            self.fill = self.augment[-1].ops[0].kwargs["fillcolor"]
+            self.draw = note_taking(self.augment.pop())
+
+    def __call__(self, data: bytes) -> tuple[Tensor, list[float]]:
+        """What a worker does with an image.
+
+        Args:
+            data: content of an image file.
+
+        Returns:
+            pixels (H, W, 3) uint8 and the numbers that `finish` needs: whether to flip, the `NOTE` numbers of each
+            operation of RandAugment, a seed, and top, bottom, left and right of each box to erase.
+
+        Raises:
+            BrokenImage: says why.
+        """
+        pixels = self._cropped(data)
+        todo = [int(torch.rand(1) < self.flip_rate) if self.flip_rate else 0]
+        for step in self.augment:
+            pixels = np.array(step(Image.fromarray(pixels)))
+        return torch.from_numpy(pixels), todo + self.drawn(*pixels.shape[:2])
+
+    def drawn(self, height: int, width: int) -> list[float]:
+        """Draw what the device will do with an image of this size, its flip aside.
+
+        Returns:
+            The `NOTE` numbers of each operation of RandAugment, a seed, and the sides of each box to erase.
+        """
+        todo = []
+        if self.draw is not None:
+            notes = self.draw([])
+            todo += notes + NO_OPERATION * (self.draw.num_layers - len(notes) // NOTE)
+        if self.erase is not None:
+            notes = _Notes(height, width)
+            self.draw_boxes(notes)
+            boxes = notes.boxes + [0, 0, 0, 0] * (self.erase.max_count - len(notes.boxes) // 4)
+            todo += [random.getrandbits(52), *boxes]
+        return todo
+
+    def _cropped(self, data: bytes) -> Array:
+        if self.crop is None:
+
+            def everything(height: int, width: int) -> tuple[int, int, int, int]:
+                check_resized(height, width, self.resize.size)
+                return 0, 0, height, width
+
+            pixels = decode.crop_of(data, everything)
+            image = F.resize(_as_image(pixels), self.resize.size, self.resize.interpolation)
+            return F.center_crop(image, self.centre.size).permute(1, 2, 0).numpy()  # (3, H, W) -> (H, W, 3)
+
+        def draw(height: int, width: int) -> tuple[int, int, int, int]:
+            image = torch.empty(1).expand(3, height, width)  # torchvision and timm ask an image for its size
+            top, left, h, w = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
+            return min(top, height - 1), min(left, width - 1), max(h, 1), max(w, 1)  # timm's rounds to none at times
+
+        pixels = np.ascontiguousarray(decode.crop_of(data, draw, self.crop.size))
+        image = F.resize_image(_as_image(pixels), self.crop.size, self.crop.interpolation)
+        return image.permute(1, 2, 0).numpy()  # (3, H, W) -> (H, W, 3)
+
+    def finish(self, pixels: Tensor, todo: Tensor, device: torch.device) -> Tensor:
+        """What the training device does with a batch.
+
+        Args:
+            pixels: (B, H, W, 3) uint8, on the CPU.
+            todo: (B, n) float64 on the CPU, as the workers returned it.
+            device: of the result.
+
+        Returns:
+            (B, 3, H, W) float32, augmented, flipped, normalised and erased.
+        """
+        mean, std = (torch.as_tensor(v)[:, None, None].to(device) for v in (self.normalize.mean, self.normalize.std))
+        fill = torch.tensor(self.fill, dtype=torch.uint8)[:, None, None].to(device)
+        noted = range(1, 1 + NOTE * (0 if self.draw is None else self.draw.num_layers), NOTE)
+        notes, erasures = todo[:, : noted.stop], todo[:, noted.stop :]
+        order = notes[:, 1::NOTE].argsort(dim=0, stable=True)  # (B, layers), on the CPU: the device is not waited for
+        sent = torch.cat([notes, order], dim=1).to(device, non_blocking=True)
+        images = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
+        images = images.clone(memory_format=torch.contiguous_format)
+        images = self.carry_out(images, notes[:, 1:], sent[:, 1 : noted.stop], sent[:, noted.stop :].long(), fill)
+        if self.flip_rate:
+            images = torch.where(sent[:, 0].bool()[:, None, None, None], images.flip(3), images)
+        images = images.float().div_(255).sub_(mean).div_(std)
+        if self.erase is not None:
+            generator = torch.Generator(device)
+            for image, (seed, *boxes) in zip(images, erasures.long().tolist(), strict=True):
+                if not any(boxes):
+                    continue
+                generator.manual_seed(seed)
+                for top, bottom, left, right in zip(*[iter(boxes)] * 4, strict=True):
+                    self._fill(image[:, top:bottom, left:right], generator)
+        return images
+
+    def _fill(self, box: Tensor, generator: torch.Generator) -> None:
+        """Erase a box (3, h, w) as timm does: noise per pixel, one normal colour, or the mean colour."""
+        if self.erase.per_pixel or self.erase.rand_color:
+            shape = box.shape if self.erase.per_pixel else (3, 1, 1)
+            box.copy_(torch.randn(shape, device=box.device, generator=generator))
+        else:
+            box.zero_()
+
+
+def _as_image(pixels: Array) -> Tensor:
+    return torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W), channels last
+
+
+class _Notes:
+    """An image for timm's `RandomErasing` that takes down the boxes instead of erasing them."""
+
+    dtype = torch.float32
+
+    def __init__(self, height: int, width: int) -> None:
+        self.shape, self.boxes = (3, height, width), []
+
+    def size(self) -> tuple[int, int, int]:
+        return self.shape
+
+    def __setitem__(self, where: tuple[slice, slice, slice], colour: Tensor) -> None:
+        _, rows, columns = where
+        self.boxes += [rows.start, rows.stop, columns.start, columns.stop]
+
+
+# ---- the operations of timm.data.auto_augment: images (n, 3, H, W) uint8, two parameters (n, 1, 1, 1) float64, and the
+# colour (3, 1, 1) uint8 of what a warp finds outside -> (n, 3, H, W) uint8

@@ -1,0 +1,124 @@
+"""What a pretraining model sees and predicts of an image, on one sheet: for visualize.py and for the log of a run."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+from util.data.decode import BrokenImage, with_pillow
+from util.data.readers import open_source
+from util.data.transforms import eval_transform
+from util.errors import UserError
+
+SIDE = 3.3  # inches, the longer side of a panel
+GIVEN = "tab:orange"
+
+
+def input_transform(size: tuple[int, int]) -> Callable[[bytes], Tensor]:
+    """Content of an image file, of any size and mode -> (3, H, W) float32, normalised; see `eval_transform`."""
+    transform = eval_transform(size, "shorter")
+    return lambda data: transform(with_pillow(data))
+
+
+def fixed_images(data_path: str, size: tuple[int, int], count: int = 4) -> Tensor | None:
+    """Images of val/ at equal distances, or of train/ where there is no usable val/: the same in every run on the data.
+
+    Args:
+        data_path: see `open_source`.
+        size: height and width of the input.
+        count: how many; fewer where images are broken.
+
+    Returns:
+        (count, 3, H, W) float32, normalised; None where no image can be decoded.
+
+    Raises:
+        UserError: there is neither a usable val/ nor train/.
+    """
+    try:
+        source = open_source(data_path, "val")
+    except UserError:  # its classes may lie there unsorted: no reason to refuse a run that trains without them
+        source = open_source(data_path, "train")
+    transform, images = input_transform(size), []
+    for index in range(0, len(source.labels), -(-len(source.labels) // count)):
+        try:
+            images.append(transform(source.read(index)))
+        except (BrokenImage, OSError):
+            continue
+    return torch.stack(images) if images else None
+
+
+def draw_sheets(model: nn.Module, imgs: Tensor) -> list[Figure]:
+    """Input, what is predicted and in which order, prediction and loss of each patch: one figure an image.
+
+    Args:
+        model: a `PretrainModel`; compiled blocks run eagerly here, so that drawing compiles nothing.
+        imgs: (B, 3, H, W), normalised, on the model's device.
+    """
+    with torch.compiler.set_stance("force_eager"):
+        predicted, losses, places = model.predicted_images(imgs)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    shown = [
+        (batch.float().cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
+        for batch in (imgs, predicted)
+    ]
+    side = model.cluster_size * model.patch_size
+    places = [None] * len(imgs) if places is None else places.tolist()
+    return [_sheet(*panels, side) for panels in zip(*shown, losses.float().cpu().numpy(), places, strict=True)]
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    """A figure as (h, w, 3) uint8."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _sheet(
+    image: np.ndarray, predicted: np.ndarray, losses: np.ndarray, places: list[list[int]] | None, side: int
+) -> Figure:
+    """One sheet.
+
+    Args:
+        image: (H, W, 3), from 0 to 1.
+        predicted: the same, given and predicted patches.
+        losses: (rows, columns) of the patches; nan where they are given.
+        places: (rows, columns) of the clusters in the order of prediction; None where all are predicted at once.
+        side: pixels a side of a cluster.
+    """
+    height, width = image.shape[:2]
+    inch = SIDE / max(height, width)
+    panel = max(width * inch, 2.3) + 0.15  # no narrower than the titles
+    figure = Figure(figsize=(4 * panel + 0.7, height * inch + 0.5), dpi=100, layout="constrained")
+    axes = figure.subplots(1, 4)
+    if places is None:
+        hidden = np.kron(~np.isnan(losses), np.ones((height // len(losses),) * 2)).astype(bool)  # (H, W)
+        panels = (image, np.where(hidden[..., None], 0.5, image), predicted)
+        titles = ("input", "what the encoder sees", "hidden patches predicted")
+    else:
+        panels = (image, 0.65 + 0.35 * image, predicted)  # paler under the numbers
+        titles = ("input", "clusters in order of prediction", "each predicted from those before")
+    for axis, panel, title in zip(axes, panels, titles, strict=False):
+        axis.imshow(panel, interpolation="nearest", extent=(0, width, height, 0))
+        axis.set_title(title, fontsize=10)
+    for row, numbers in enumerate(places or []):
+        for column, number in enumerate(numbers):
+            x, y = column * side, row * side
+            axes[1].add_patch(Rectangle((x, y), side, side, fill=False, edgecolor="black", linewidth=0.8))
+            axes[1].text(
+                x + side / 2, y + side / 2, str(number) if number else "given", ha="center", va="center",
+                fontsize=min(14, 26 * side * inch), color="black",
+            )  # fmt: skip
+            if number == 0:
+                for axis in axes[1:]:
+                    axis.add_patch(Rectangle((x, y), side, side, fill=False, edgecolor=GIVEN, linewidth=2))
+    errors = axes[3].imshow(losses, cmap="viridis", vmin=0, interpolation="nearest", extent=(0, width, height, 0))
+    axes[3].set_title(f"loss of each patch, mean {np.nanmean(losses):.3g}", fontsize=10)
+    figure.colorbar(errors, ax=axes[3], fraction=0.05 * height / width, pad=0.02)
+    for axis in axes:
+        axis.set(xticks=[], yticks=[])
+    return figure

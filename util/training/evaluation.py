@@ -1,0 +1,113 @@
+"""Accuracy of a classifier over every image once."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from util.data.device_loader import DeviceLoader
+from util.distributed.parallel import unsharded
+from util.distributed.processes import gather, reduce_sum, world_size
+from util.distributed.signals import StopRequest
+from util.errors import Interrupted, RunError
+from util.tracking.run_log import LOG_EVERY, ScreenLog, SilentLog
+from util.training.precision import autocast
+
+LOGGER = logging.getLogger(__name__)
+SHOWN = 5  # images that are named
+
+
+def score_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Compare with one label an image; see `evaluate`. The loss is the cross-entropy."""
+    hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
+    return hits, F.cross_entropy(logits, labels, reduction="sum", ignore_index=-1)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: DeviceLoader,
+    device: torch.device,
+    log: ScreenLog | SilentLog,
+    title: str = "eval",
+    stop: StopRequest | None = None,
+    score: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = score_labels,
+) -> dict[str, float]:
+    """Accuracy over every image once.
+
+    Args:
+        model: the bare classifier, or a sharded one; processes may have unequal shares.
+        loader: its sampler has `distributed`, which says whether each process has a share or all of the images.
+        device: of the model.
+        log: of this rank.
+        title: of the progress.
+        stop: what may ask all processes to leave; nothing of an evaluation is kept then.
+        score: logits (B, num_classes) float32 and labels (B,) -> which of the five best are right (B, up to 5) bool,
+            and the sum of the losses; the label -1 has neither.
+
+    Returns:
+        `acc1`, `acc5` in percent, `loss` (cross-entropy, mean) and `images`, their exact number. Broken images, which
+        have the label -1, and images with logits that are not finite, which are logged by name, count as wrong and have
+        no loss; `broken` and `nonfinite` are their numbers where there are any.
+
+    Raises:
+        RunError: an image is broken and the loader does not let it count as wrong; or no image is left with a loss.
+        Interrupted: `stop` was asked.
+    """
+    model.eval()
+    progress = log.progress(title, len(loader))
+    # correct, correct among five, loss, broken, not finite
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    bad = [torch.zeros(0, dtype=torch.bool, device=device)]  # of each image in order whether its logits are not finite
+    seen = 0  # counted by the host, which does not wait for the device
+    processes = world_size() if loader.sampler.distributed else 1
+    common = min(gather(len(loader)))  # batches that every process has: a last one may be of some only
+    with unsharded(model):
+        for step, (imgs, labels) in enumerate(loader, start=1):
+            with autocast(device):
+                logits = model(imgs)
+            broken = labels == -1
+            bad.append(~logits.isfinite().all(dim=1) & ~broken)
+            hits, loss = score(logits.float(), labels.masked_fill(bad[-1], -1))
+            seen += len(labels)
+            sums += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum(), loss, broken.sum(), bad[-1].sum()])
+            progress.update(len(labels) * processes, quiet=step % LOG_EVERY != 0 and step != len(loader))
+            if stop is not None and step <= common and stop.agreed():
+                raise Interrupted("stopped during an evaluation, which --resume auto begins again")
+    progress.close()
+    sums = torch.cat([sums, sums.new_tensor([seen])])
+    if loader.sampler.distributed:
+        reduce_sum(sums)
+    correct, correct5, loss, broken, nonfinite, images = sums.tolist()
+    if broken == images:
+        raise RunError(f"all {int(images)} images are broken")
+    if nonfinite + broken == images:
+        raise RunError(f"the logits of all {int(nonfinite)} images are not finite: these weights cannot be evaluated")
+    if nonfinite:
+        places = torch.cat(bad).nonzero().flatten().tolist()
+        names = loader.names(places[:SHOWN])
+        if loader.sampler.distributed:
+            names = [name for share in gather(names) for name in share]
+        for name in names[:SHOWN]:
+            LOGGER.warning("logits that are not finite: %s", name)
+    result = {
+        "acc1": 100 * correct / images,
+        "acc5": 100 * correct5 / images,
+        "loss": loss / (images - broken - nonfinite),
+        "images": int(images),
+    }
+    counts = {"broken": int(broken), "nonfinite": int(nonfinite)}
+    return result | {name: count for name, count in counts.items() if count}
+
+
+def describe_result(result: dict[str, float]) -> str:
+    """What `evaluate` found, as a line."""
+    wrong = f", {result['broken']} of them broken and counted as wrong" if "broken" in result else ""
+    if "nonfinite" in result:
+        wrong += f", {result['nonfinite']} of them with logits that are not finite, counted as wrong"
+    return (
+        f"top-1 {result['acc1']:.2f} %, top-5 {result['acc5']:.2f} %, loss {result['loss']:.4f} "
+        f"on {result['images']} images{wrong}"
+    )

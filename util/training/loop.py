@@ -1,0 +1,167 @@
+"""One epoch of training, the same for pretraining and finetuning."""
+
+import logging
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from util.data.device_loader import DeviceLoader
+from util.distributed.parallel import full_tensor, no_sync
+from util.distributed.processes import reduce_sum, world_size
+from util.lr_sched import lr_at, set_lr
+from util.seeding import seed_everything
+from util.tracking.run_log import LOG_EVERY, RunLog, SilentLog
+from util.training.nonfinite import dump_nonfinite
+from util.training.precision import autocast
+from util.training.run import Run
+
+LOGGER = logging.getLogger("arm")
+
+
+def train_epoch(
+    model: nn.Module,
+    loader: DeviceLoader,
+    compute_loss: Callable[..., Tensor],
+    run: Run,
+    device: torch.device,
+    log: RunLog | SilentLog,
+    after_update: Callable[[Tensor], None] = lambda unfit: None,
+) -> dict[str, float]:
+    """Train for what is left of the epoch, `accum_iter` batches an update; batches that fill no update are left out.
+
+    The host queues work for the device and looks at results only where it logs, every `LOG_EVERY` batches, or saves. An
+    update whose gradient is not finite is skipped on the device itself: gradients are averaged over all processes
+    before their norm is taken, so that all of them skip it together. After `max_nonfinite` in a row none is made any
+    more, until the host looks and ends the run.
+
+    Args:
+        model: bare or distributed.
+        loader: batches of tensors on `device`; its sampler has `set_epoch`.
+        compute_loss: of the tensors of one batch; called under autocast.
+        run: its optimizer is a fused one, which can skip updates, and its groups may have an `lr_scale`; of its args
+            count `seed`, `lr`, `min_lr`, `warmup_epochs`, `epochs`, `batch_size`, `accum_iter`, `clip_grad`,
+            `max_nonfinite`, `save_every_steps` and `output_dir`.
+        device: of the model.
+        log: of this rank.
+        after_update: called after every update with 1 if it was skipped and 0 if not, float32 on the device.
+
+    Returns:
+        `train_loss`, the mean over all batches of all processes where it is finite, `train_lr` of the last update, and
+        `images_per_second` of all processes in what was left of the epoch.
+
+    Raises:
+        RunError: `max_nonfinite` updates in a row were skipped; the weights are those before the first of them.
+        Interrupted: the run was asked to stop; a checkpoint is written.
+    """
+    args, optimizer, epoch, accum_iter = run.args, run.optimizer, run.epoch, run.args.accum_iter
+    model.train()
+    images = args.batch_size * world_size()  # of a batch, on all processes
+    done = run.samples // images  # batches, before this process began
+    loader.sampler.set_epoch(epoch, done * args.batch_size)
+    steps = len(loader) // accum_iter * accum_iter
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    progress = log.progress(f"epoch {epoch}", steps, done)
+    window = torch.zeros(2, dtype=torch.float64, device=device)  # sum and number of finite losses since the host looked
+    skipped, in_a_row = torch.tensor([0.0, run.skipped_in_a_row], device=device).unbind()
+    unlogged, start = 0, time.monotonic()
+
+    def abscissa_of(step: int) -> int:
+        """MAE's: epochs times 1000, so that runs of any batch size compare. `step` batches end with the update.
+
+        The number where an epoch begins belongs to what was evaluated before it, so that a run that resumes there can
+        take back all points after it.
+        """
+        position = int(1000 * (epoch + max(0, step - accum_iter) / len(loader)))
+        return max(position, 1000 * epoch + 1) if epoch else position
+
+    def lr_of(step: int) -> float:
+        position = epoch + step / len(loader)
+        return lr_at(position, args.lr, args.min_lr, args.warmup_epochs, args.epochs)
+
+    log.start_at(epoch, abscissa_of(done) + 1 if done else abscissa_of(0))
+    for step, batch in enumerate(islice(loader, max(0, steps - done)), done):
+        seed_everything(args.seed, epoch, step)  # a run that goes on here draws the same numbers
+        if step % accum_iter == 0:
+            lr = lr_of(step)
+            set_lr(optimizer, lr)
+        updates = (step + 1) % accum_iter == 0
+
+        with no_sync(model, not updates):  # they travel once an update
+            with autocast(device):
+                loss = compute_loss(*batch)
+            fit = loss.detach().isfinite()
+            (loss / accum_iter * torch.where(fit, 1.0, math.nan)).backward()  # its gradient may well be finite
+        loss = loss.detach()
+        if run.graphs is not None:
+            run.graphs.capture()
+        window += torch.stack([loss.nan_to_num(0, 0, 0), fit])
+        unlogged += 1
+        if not updates:
+            progress.update(images, quiet=True)
+            continue
+
+        norm = full_tensor(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        if args.clip_grad:
+            nn.utils.clip_grads_with_norm_(parameters, args.clip_grad, norm)
+        unfit = ~norm.isfinite() | (in_a_row >= args.max_nonfinite)
+        optimizer.found_inf = unfit.float()  # a fused optimizer then leaves weights and moments alone
+        optimizer.step()
+        optimizer.zero_grad()
+        after_update(optimizer.found_inf)
+        skipped += optimizer.found_inf
+        in_a_row.add_(1).mul_(optimizer.found_inf)
+
+        update = (epoch * steps + step + 1) // accum_iter  # of the run, from 1
+        stops = run.stop.agreed()
+        saves = bool(args.save_every_steps) and update % args.save_every_steps == 0
+        if unlogged < LOG_EVERY and step + 1 < steps and not stops and not saves:
+            progress.update(images, quiet=True)
+            continue
+        window = reduce_sum(window)
+        total, count, grad_norm, now_skipped, row = torch.cat(
+            [window, torch.stack([norm, skipped, in_a_row]).double()]
+        ).tolist()  # the one place where the host waits for the device
+        before, run.loss = run.loss, run.loss + args.batch_size * torch.tensor([total, count], dtype=torch.float64)
+        run.samples, run.skipped_in_a_row = (step + 1) * images, int(row)
+        mean = total / count if count else math.nan
+        progress.update(images, loss=mean, lr=lr)
+        log.scalars(abscissa_of(step + 1), train_loss=mean, lr=lr, grad_norm=grad_norm)
+        if row >= args.max_nonfinite:
+            first, run.loss = max(0, step + 1 - int(row) * accum_iter), before
+            dump_nonfinite(run, loader, first, Path(args.output_dir))
+        if now_skipped:
+            log.say(f"epoch {epoch}, batch {step}: updates skipped, their gradient was not finite: {now_skipped:.0f}")
+        if count:
+            if spikes(run.recent, mean):
+                before = statistics.mean(run.recent)
+                log.say(f"epoch {epoch}, batch {step}: the loss rose to {mean:.4g}, from {before:.4g}")
+            run.recent.append(mean)
+        window.zero_()
+        skipped.zero_()
+        unlogged = 0
+        if stops:
+            run.leave()
+        if saves:
+            run.save()
+    progress.close()
+    total, count = run.loss.tolist()
+    return {
+        "train_loss": total / count if count else math.nan,
+        "train_lr": lr_of(steps - accum_iter),
+        "images_per_second": round(images * (steps - done) / (time.monotonic() - start), 1),
+    }
+
+
+def spikes(recent: deque[float], loss: float) -> bool:
+    """Whether a loss is far above those before it: 5 standard deviations and 5 %."""
+    if len(recent) < recent.maxlen:
+        return False
+    mean, deviation = statistics.mean(recent), statistics.stdev(recent)
+    return loss > mean + max(5 * deviation, 0.05 * abs(mean))
