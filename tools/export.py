@@ -34,9 +34,9 @@ from mamba import Mixer
 from timm_models import CONFIG, input_config, pooling
 from util import arguments, cli
 from util.checkpoints import checkpoint_file, convert
-from util.checkpoints.hub import beside, sha256_of
+from util.checkpoints.hub import beside
 from util.errors import RunError, UserError, as_user_error
-from util.files import json_with, output_file, printable, read_json, write_json
+from util.files import json_with, output_file, printable, read_json, sha256_of, write_json
 
 TOLERANCE = 1e-4  # of the largest output: sums in another order differ by some 1e-6
 ANY_BATCH = ({0: torch.export.Dim("batch")},)

@@ -2,6 +2,7 @@
 
 import errno
 import glob
+import hashlib
 import json
 import math
 import os
@@ -118,6 +119,15 @@ def read_json(path: Path) -> object:
         raise UserError(f"{path} is larger than {MAX_JSON} bytes")
     with as_user_error(ValueError, prefix=f"{path} is damaged: "):
         return from_json(text)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal; raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def open_regular(path: str | bytes | os.PathLike) -> BinaryIO:

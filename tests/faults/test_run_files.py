@@ -21,8 +21,8 @@ from helpers import REPOSITORY
 
 from util.checkpoints import checkpoint_file
 from util.checkpoints.checkpoint_folder import CheckpointFolder
-from util.checkpoints.hub import sha256_of
 from util.errors import RunError, UserError
+from util.files import sha256_of
 from util.lock import lock_folder
 from util.training.run import Run
 

@@ -22,7 +22,7 @@ from ops import naive, selective_scan
 from tools import export
 from util import cli
 from util.checkpoints import checkpoint_file, inspection
-from util.checkpoints.hub import sha256_of
+from util.files import sha256_of
 
 FORMATS = ("safetensors", "onnx", "pt2")
 

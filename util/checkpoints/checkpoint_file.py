@@ -24,9 +24,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from util.checkpoints.hub import locate, sha256_of
+from util.checkpoints.hub import locate
 from util.errors import UserError
-from util.files import from_json, printable, some
+from util.files import from_json, printable, sha256_of, some
 
 LOGGER = logging.getLogger(__name__)
 SUMS = "SHA256SUMS"  # file of a checkpoint's folder, in the form of sha256sum

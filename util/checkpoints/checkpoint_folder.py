@@ -22,10 +22,9 @@ from torch import Tensor
 
 from util.checkpoints import checkpoint_file
 from util.checkpoints.checkpoint_file import SUMS, DamagedCheckpoint, hashes, say_once
-from util.checkpoints.hub import sha256_of
 from util.distributed.parallel import full_tensor
 from util.errors import RunError, UserError
-from util.files import printable, replacing
+from util.files import printable, replacing, sha256_of
 
 LAST = "checkpoint-last.pth"
 

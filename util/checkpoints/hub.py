@@ -22,7 +22,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from util.errors import UserError, as_user_error
-from util.files import printable
+from util.files import printable, sha256_of
 
 LOGGER = logging.getLogger(__name__)
 TIMEOUT = 10  # seconds of silence; huggingface_hub's default too
@@ -77,15 +77,6 @@ def beside(name: str | os.PathLike) -> Path:
     """The path of weights, beside which results about them go; of a URL or hf:// name the file's, in this folder."""
     source = os.fspath(name).partition("#sha256=")[0]
     return Path(PurePosixPath(urlsplit(source).path).name if re.match("(https?|hf)://", source) else source)
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _check(name: str, sha256: str, path: Path, *bad: Path) -> None:
