@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from Finetuning import main_finetune
 from models_arm import create_classifier
 from util.checkpoints import checkpoint_file, inspection
-from util.checkpoints.hub import beside, local_file
+from util.checkpoints.hub import beside
 from util.errors import UserError
 
 OLD, NEW = "1" * 40, "2" * 40  # commits
@@ -144,7 +144,7 @@ from util.errors import UserError
 from util.checkpoints.hub import local_file
 for name in sys.argv[1:]:
     try:
-        path = local_file(name)
+        path = locate(name)[0]
         print(json.dumps([str(path), path.read_bytes()[:20].decode("latin1")]))
     except UserError as error:
         print(json.dumps(str(error)))
@@ -304,13 +304,13 @@ def test_results_go_beside_the_weights():
 
 def test_url_is_fetched_once(server, tmp_path):
     server.files |= {"/a/w.pth": BIG, "/b/w.pth": b"another w.pth"}
-    path = local_file(f"{server.url}/a/w.pth")
+    path = locate(f"{server.url}/a/w.pth")[0]
     assert path.read_bytes() == BIG
     assert path.name.endswith("w.pth")
     requests = len(server.requests)
-    assert local_file(f"{server.url}/a/w.pth#sha256={sha256(BIG)}") == path
+    assert locate(f"{server.url}/a/w.pth#sha256={sha256(BIG)}")[0] == path
     assert len(server.requests) == requests
-    assert local_file(f"{server.url}/b/w.pth?download=1").read_bytes() == b"another w.pth"
+    assert locate(f"{server.url}/b/w.pth?download=1")[0].read_bytes() == b"another w.pth"
     assert len(cached(tmp_path)) == 2
 
 
@@ -332,12 +332,12 @@ def test_a_damaged_download(server, tmp_path):
 
 def test_cached_url_needs_no_server(server):
     server.files["/w.pth"] = b"weights"
-    path = local_file(f"{server.url}/w.pth")
+    path = locate(f"{server.url}/w.pth")[0]
     server.shutdown()
     server.server_close()
-    assert local_file(f"{server.url}/w.pth") == path
+    assert locate(f"{server.url}/w.pth")[0] == path
     with pytest.raises(UserError, match=r"other\.pth is not in the cache, and cannot be fetched: .*Connection refused"):
-        local_file(f"{server.url}/other.pth")
+        locate(f"{server.url}/other.pth")
 
 
 @pytest.mark.parametrize("changed", ["never", "between attempts", "within one"])
@@ -347,12 +347,12 @@ def test_interrupted_transfer_goes_on(server, tmp_path, changed):
     server.files["/w.pth"] = BIG
     server.faults["/w.pth"] = "half"
     with pytest.raises(UserError, match=f"the transfer ended after {len(BIG) // 2} of {len(BIG)} bytes"):
-        local_file(url)
+        locate(url)
     assert [file.suffix for file in cached(tmp_path)] == [".partial"]
     server.faults["/w.pth"] = "changes" if changed == "within one" else None
     if changed == "between attempts":
         server.files["/w.pth"] = BIG[::-1]
-    assert local_file(url).read_bytes() == (BIG if changed == "never" else BIG[::-1])
+    assert locate(url)[0].read_bytes() == (BIG if changed == "never" else BIG[::-1])
     assert server.bodies("w.pth") == ["bytes=0-", "bytes=0-" if changed == "between attempts" else rest]
     assert len(cached(tmp_path)) == 1
 
@@ -361,10 +361,10 @@ def test_transfer_that_ended_before_its_rename(server, tmp_path):
     server.files["/w.pth"] = BIG
     server.faults["/w.pth"] = "half"
     with pytest.raises(UserError):
-        local_file(f"{server.url}/w.pth")
+        locate(f"{server.url}/w.pth")
     (partial,) = cached(tmp_path)
     partial.write_bytes(BIG)
-    assert local_file(f"{server.url}/w.pth").read_bytes() == BIG
+    assert locate(f"{server.url}/w.pth")[0].read_bytes() == BIG
     assert len(server.bodies("w.pth")) == 1
 
 
@@ -372,9 +372,9 @@ def test_server_without_ranges(server, tmp_path):
     server.files["/w.pth"] = BIG
     server.faults["/w.pth"] = "half"
     with pytest.raises(UserError):
-        local_file(f"{server.url}/w.pth")
+        locate(f"{server.url}/w.pth")
     server.faults["/w.pth"] = "no ranges"
-    assert local_file(f"{server.url}/w.pth").read_bytes() == BIG
+    assert locate(f"{server.url}/w.pth")[0].read_bytes() == BIG
 
 
 def test_wrong_hash_of_a_url(server, tmp_path):
@@ -383,14 +383,14 @@ def test_wrong_hash_of_a_url(server, tmp_path):
     server.files["/w.pth"] = b"found"
     message = f"its sha256 is {sha256(b'found')}, not {wrong}: removed"
     with pytest.raises(UserError, match=message):
-        local_file(f"{url}#sha256={wrong}")
+        locate(f"{url}#sha256={wrong}")
     assert not cached(tmp_path)
-    path = local_file(url)
+    path = locate(url)[0]
     with pytest.raises(UserError, match=message):
-        local_file(f"{url}#sha256={wrong}")
+        locate(f"{url}#sha256={wrong}")
     assert path.read_bytes() == b"found"
     server.files["/w.pth"] = b"wanted"
-    assert local_file(f"{url}#sha256={wrong}").read_bytes() == b"wanted"
+    assert locate(f"{url}#sha256={wrong}")[0].read_bytes() == b"wanted"
 
 
 @pytest.mark.parametrize(
@@ -412,7 +412,7 @@ def test_refusals_of_a_url(server, fault, message, run_script, capsys):
 )
 def test_urls_that_are_none(server, url):
     with pytest.raises(UserError, match="cannot be fetched") as caught:
-        local_file(url)
+        locate(url)
     assert "\n" not in str(caught.value)
 
 
@@ -420,7 +420,7 @@ def test_silent_server(server, monkeypatch):
     monkeypatch.setattr("util.checkpoints.hub.TIMEOUT", 0.2)
     start = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(UserError, match="timed out"):
-        local_file(f"http://127.0.0.1:{silent.getsockname()[1]}/w.pth")
+        locate(f"http://127.0.0.1:{silent.getsockname()[1]}/w.pth")
     assert time.monotonic() - start < 5
 
 
@@ -429,7 +429,7 @@ def test_one_process_downloads(server):
     server.files["/w.pth"] = BIG
     server.faults["/w.pth"] = "slow"
     paths = []
-    threads = [threading.Thread(target=lambda: paths.append(local_file(f"{server.url}/w.pth"))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: paths.append(locate(f"{server.url}/w.pth")[0])) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -441,9 +441,9 @@ def test_one_process_downloads(server):
 def test_hash_of_a_path(tmp_path):
     path = tmp_path / "w.pth"
     path.write_bytes(b"found")
-    assert local_file(f"{path}#sha256={sha256(b'found')}") == local_file(path) == path
+    assert locate(f"{path}#sha256={sha256(b'found')}")[0] == locate(path)[0] == path
     with pytest.raises(UserError, match=f"its sha256 is {sha256(b'found')}, not {sha256(b'wanted')}$"):
-        local_file(f"{path}#sha256={sha256(b'wanted')}")
+        locate(f"{path}#sha256={sha256(b'wanted')}")
     assert path.exists()
 
 

@@ -2,7 +2,7 @@
 
 A name is a path, an http:// or https:// URL, or hf://OWNER/REPO/FILE, at another revision than main
 hf://OWNER/REPO@REVISION/FILE. `#sha256=HEX` at its end demands that content. Nothing is asked of the processes of a
-run: each calls `local_file`, and locks on files let one of a machine download while the others wait.
+run: each calls `locate`, and locks on files let one of a machine download while the others wait.
 """
 
 import errno
@@ -32,11 +32,6 @@ WEIGHT_FILES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # a revision's slashes are written %2F, except in the hub's own refs/pr/1 and the like
 _HUB = re.compile(r"hf://([^/@]+/[^/@]+)(?:@(refs/[^/]+/[^/]+|[^/]+))?(?:/(.*))?")
-
-
-def local_file(name: str | os.PathLike) -> Path:
-    """Return the file that a name stands for; see `locate`."""
-    return locate(name)[0]
 
 
 def locate(name: str | os.PathLike) -> tuple[Path, bool]:
