@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TextIO
 
 from util.errors import UserError, as_user_error
 
@@ -51,7 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: the folder cannot be written.
     """
     name = f".{path.name[:100]}."
-    for left in path.parent.glob(f"{glob.escape(name)}*.tmp"):  # by a process that was killed
+    for left in path.parent.glob(f"{glob.escape(name)}*.tmp*"):  # by a process that was killed
         left.unlink(missing_ok=True)
     temporary = path.with_name(f"{name}{secrets.token_hex(4)}.tmp")
     try:
@@ -222,7 +222,7 @@ def figure_of(title: str) -> Callable[[Path], bool]:
     return holds
 
 
-def save_figure(figure: "Figure", path: Path, title: str, **options: object) -> None:
+def save_figure(figure: "Figure", path: Path, title: str, **options: Any) -> None:
     """Write a figure of matplotlib, whole or not at all, in the format of the suffix: one of `FORMATS`.
 
     Args:
