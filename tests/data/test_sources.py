@@ -16,6 +16,7 @@ import tarfile
 import time
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -232,7 +233,7 @@ def test_an_index_that_cannot_be_written_leaves_nothing_behind(shards, monkeypat
         Path(file).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(readers.np, "savez", lambda file, **_: full(file if isinstance(file, Path) else file.name))
+    monkeypatch.setattr(tar_shards.np, "savez", lambda file, **_: full(file if isinstance(file, Path) else file.name))
     index = shards / "train" / "index-train.npz"
     index.unlink()
     files = set(index.parent.iterdir())
@@ -249,16 +250,17 @@ def test_an_index_can_be_read_by_others(shards):
 
 def test_a_folder_that_cannot_be_written(shards, monkeypatch):
     (shards / "train" / "index-train.npz").unlink()
-    monkeypatch.setattr(readers.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")))
-    assert len(tar_shards.TarShards(str(shards), "train").labels) == 24
-    (shards / "train" / "index-train.npz").unlink()
-    monkeypatch.setattr(readers, "open_lock", denied)
-    monkeypatch.setattr(readers, "replacing", denied)
+    for error in (OSError(errno.ENOLCK, "No locks available"), OSError(errno.ENOSYS, "Function not implemented")):
+        monkeypatch.setattr("fcntl.flock", Mock(side_effect=error))
+        assert len(tar_shards.TarShards(str(shards), "train").labels) == 24
+        (shards / "train" / "index-train.npz").unlink()
+    monkeypatch.setattr(tar_shards.FileLock, "acquire", denied)
+    monkeypatch.setattr(sources, "replacing", denied)
     assert len(tar_shards.TarShards(str(shards), "train").labels) == 24
     assert not (shards / "train" / "index-train.npz").exists()
 
 
-def denied(path):
+def denied(path, **_):
     raise PermissionError(13, "Permission denied", str(path))
 
 
@@ -308,8 +310,10 @@ def test_all_processes_state_what_one_of_them_found(shards, tmp_path):
     assert len(scans) == 5
     assert len(set(results)) == 1
     assert "000003.tar: " in results[0]
+    assert (shards / "train" / "index-train.error").read_text() == results[0]
     write_labelled(shards / "train" / "000003.tar", "class_0/new=0")  # mended: what was found is forgotten
     assert len(tar_shards.TarShards(str(shards), "train").labels) == 20
+    assert not (shards / "train" / "index-train.error").exists()
 
 
 def test_labels_without_an_image_are_counted(tmp_path, caplog):
@@ -851,7 +855,9 @@ def test_folders_that_cannot_be_listed(tmp_path, monkeypatch):
             readers.open_source(path, "train")
     scan = os.scandir
     # the superuser may read every folder
-    monkeypatch.setattr(readers.os, "scandir", lambda path: denied(path) if str(path).endswith("deep") else scan(path))
+    monkeypatch.setattr(
+        tar_shards.os, "scandir", lambda path: denied(path) if str(path).endswith("deep") else scan(path)
+    )
     with pytest.raises(UserError, match=r"^--data_path .*: \[Errno 13\] Permission denied: '.*/train/a/deep'"):
         readers.Folder(str(tmp_path), "train")
 
@@ -988,7 +994,7 @@ def unreadable(path, monkeypatch):
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(readers.os, "pread", fail)
+    monkeypatch.setattr(tar_shards.os, "pread", fail)
 
 
 @pytest.mark.parametrize("how", [gone, shrunk, replaced, unreadable])

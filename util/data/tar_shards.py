@@ -1,6 +1,5 @@
 """Images in tar shards of the webdataset layout."""
 
-import fcntl
 import io
 import json
 import logging
@@ -19,11 +18,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from util.data.decode import SUFFIXES
 from util.data.readers import HIDDEN, MAX_CLASSES, count_left_out, hash_states, is_folder, read_at
 from util.errors import UserError, as_user_error
-from util.files import from_json, open_lock, open_regular, printable, replacing
+from util.files import from_json, open_regular, printable, replacing, write_text
 
 LOGGER = logging.getLogger("arm")
 
@@ -220,31 +220,27 @@ def _read_arrays(file: BinaryIO, names: Iterable[str], shards: int) -> dict[str,
 
 @contextmanager
 def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Let one process in while the others wait, as far as the file `path` can be written and locked.
+    """Let one process in while others wait; all at once where the lock file `path` cannot be written or locked.
 
     Raises:
-        UserError: the process that this one has waited for met it.
+        UserError: raised in the block by the process that this one has waited for.
     """
+    lock, mistake = FileLock(path, fallback_to_soft=False), path.with_suffix(".error")
     with ExitStack() as stack:
-        file, waited = None, False
         with suppress(OSError):
-            file = stack.enter_context(open_lock(path))
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                waited = True
-                fcntl.flock(file, fcntl.LOCK_EX)
-            found = file.read(MAX_LABEL)
-            if waited and found:
-                raise UserError(found)
-            file.seek(0)
-            file.truncate()
+                stack.enter_context(lock.acquire(blocking=False))
+            except Timeout:
+                stack.enter_context(lock)
+                with suppress(FileNotFoundError), open_regular(mistake) as file:
+                    raise UserError(file.read(MAX_LABEL).decode()) from None
+            mistake.unlink(missing_ok=True)
         try:
             yield
         except UserError as error:
-            if file is not None:
+            if lock.is_locked:
                 with suppress(OSError):
-                    file.write(str(error))
+                    write_text(mistake, str(error))
             raise
 
 
