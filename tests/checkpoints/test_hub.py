@@ -1,6 +1,5 @@
-"""Weights by name: paths, URLs and hf:// names, against a server on this machine that speaks as the hub does."""
+"""Names of checkpoints: paths, URLs and hf:// names, downloaded from `hub_server`."""
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 
@@ -19,113 +17,18 @@ import pytest
 import torch
 from filelock import FileLock
 from helpers import REPOSITORY, TINY_FINETUNE
+from hub_server import Server, sha256
 from safetensors.torch import save_file
 
 from Finetuning import main_finetune
 from models_arm import create_classifier
 from util.checkpoints import checkpoint_file, inspection
-from util.checkpoints.hub import beside
+from util.checkpoints.hub import beside, locate
 from util.errors import UserError
 
 OLD, NEW = "1" * 40, "2" * 40  # commits
 BIG = bytes(range(256)) * 8192  # 2 MiB
-HUGE = BIG * 12  # huggingface_hub keeps every whole 10 MB of a transfer that breaks off
-HUB_PATH = re.compile(r"(?:/api/models)?/(\w+/\w+)(?:/(?:resolve|revision)/([^/]+)(?:/(.+))?)?")
-
-
-def sha256(content):
-    return hashlib.sha256(content).hexdigest()
-
-
-class Server(ThreadingHTTPServer):
-    """Files of hub repositories and at plain paths; keeps the requests and misbehaves on demand."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.repositories = {}  # name: {revision: (commit, {file: content})}
-        self.files = {}  # path: content
-        self.etags = {}  # path: etag, where it is not that of the content
-        self.faults = {}  # path: what goes wrong: words of "half, then silent, no ranges, slow", or a status
-        self.requests = []  # (method, path, Range)
-
-    def bodies(self, end):
-        """Return the ranges requested of paths with this end; requests for the first byte alone do not count."""
-        return [r for m, path, r in self.requests if m == "GET" and path.endswith(end) and r != "bytes=0-0"]
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        self.server.requests.append((self.command, self.path, self.headers["Range"]))
-        self.path = self.path.partition("?")[0]
-        fault = self.server.faults.get(self.path)
-        if (self.headers["User-Agent"] or "").startswith("Python-urllib"):  # as many servers do
-            self.answer(403)
-        elif isinstance(fault, int):
-            self.answer(fault)
-        elif self.path in self.server.files:
-            self.send(self.server.files[self.path], {})
-        elif match := HUB_PATH.fullmatch(self.path):
-            self.hub(*match.groups())
-        else:
-            self.answer(404)
-
-    def hub(self, name, revision, file):
-        if name == "arm/gated":
-            return self.answer(403, {"X-Error-Code": "GatedRepo"})
-        if name not in self.server.repositories:
-            return self.answer(401, {"X-Error-Code": "RepoNotFound"})
-        revisions = self.server.repositories[name]
-        if revision not in revisions:
-            return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
-        commit, files = revisions[revision]
-        if file is None:
-            siblings = [{"rfilename": file} for file in files]
-            body = json.dumps({"id": name, "sha": commit, "siblings": siblings}).encode()
-            return self.answer(200, {"Content-Type": "application/json"}, body)
-        if file not in files:
-            return self.answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
-        etag = self.server.etags.get(self.path, sha256(files[file]))
-        linked = {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": len(files[file]), "X-Repo-Commit": commit}
-        return self.send(files[file], linked)
-
-    def send(self, content, headers):
-        fault = self.server.faults.get(self.path, "")
-        etag = self.server.etags.get(self.path, f'"{sha256(content)}"')
-        headers = {"ETag": etag, "Accept-Ranges": "bytes", **headers}
-        size, start, status = len(content), 0, 200
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
-        if wanted and "no ranges" not in fault:
-            start, stop, status = int(wanted[1]), int(wanted[2] or size - 1) + 1, 206
-            if start >= size:
-                return self.answer(416)
-            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
-            content = content[start:stop]
-        half = "half" in fault and len(content) > 1 and start == 0 and self.command == "GET"
-        if "slow" in fault and len(content) > 1:
-            time.sleep(0.5)
-        return self.answer(status, headers, content, len(content) // 2 if half else None)
-
-    def answer(self, status, headers=None, body=b"", sent=None):
-        self.send_response(status)
-        for key, value in {"Content-Length": len(body), **(headers or {})}.items():
-            self.send_header(key, str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body[:sent])
-        if sent is not None and "silent" in self.server.faults[self.path]:
-            time.sleep(30)
-        self.close_connection = self.close_connection or sent is not None
+HUGE = BIG * 12  # huggingface_hub keeps an interrupted download in steps of 10 MB
 
 
 @pytest.fixture
@@ -138,15 +41,15 @@ def server(tmp_path, monkeypatch):
 
 
 def cached(tmp_path):
-    """Files of weights in torch.hub's cache."""
+    """Return all files but locks in torch.hub's cache."""
     return [file for file in (tmp_path / "torch/hub/checkpoints").glob("*") if file.suffix != ".lock"]
 
 
-# huggingface_hub reads its environment when it is imported: hence processes, which spare themselves torch
+# a process of its own, because huggingface_hub reads its environment when it is imported; hf:// must not need torch
 DRIVER = """
 import json, sys
 from util.errors import UserError
-from util.checkpoints.hub import local_file
+from util.checkpoints.hub import locate
 for name in sys.argv[1:]:
     try:
         path = locate(name)[0]
@@ -158,7 +61,7 @@ assert "torch" not in sys.modules
 
 
 def on_the_hub(endpoint, home, *names, **environment):
-    """What each name gives in one process: [path, beginning of its content], or a message."""
+    """Return [path, first bytes of the file] or the message for each name, and the log, of a new process."""
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), **environment}
     command = [sys.executable, "-c", DRIVER, *names]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY, env=environment)
@@ -183,8 +86,8 @@ def hub(server):
     return server
 
 
-def test_files_of_the_hub(hub, tmp_path):
-    """Downloads, the cache, revisions, hashes, and a transfer that breaks off."""
+def test_hub_files(hub, tmp_path):
+    """Downloads, the cache, revisions, hashes, and an interrupted download that is resumed."""
     right, wrong = sha256(b"new weights"), sha256(b"other weights")
     results, _ = on_the_hub(
         hub.url,
@@ -214,8 +117,8 @@ def test_files_of_the_hub(hub, tmp_path):
     assert os.path.exists(first[0])
 
 
-def test_mistakes_about_the_hub(hub, tmp_path):
-    """Each gives one line that says what is wrong, at once."""
+def test_mistakes_in_hub_names(hub, tmp_path):
+    """Each gives one line that says what is wrong, without a long wait."""
     start = time.monotonic()
     results, _ = on_the_hub(
         hub.url,
@@ -267,7 +170,7 @@ def test_mistakes_about_the_hub(hub, tmp_path):
 
 @pytest.mark.parametrize("absence", ["offline", "refused", "silent"])
 def test_cache_without_a_hub(hub, tmp_path, absence):
-    """A file in the cache stands in for a hub that is switched off, unreachable or silent; another name ends soon."""
+    """The cached file is used if the hub is switched off, unreachable or silent; other names fail soon."""
     names = ["hf://arm/base/w.pth", "hf://arm/base@v1/w.pth"]
     online, _ = on_the_hub(hub.url, tmp_path, *names)
     before = len(hub.requests)
@@ -288,8 +191,8 @@ def test_cache_without_a_hub(hub, tmp_path, absence):
 
 
 @pytest.mark.parametrize("status", [403, 500])
-def test_a_hub_that_refuses_is_not_answered_from_the_cache(hub, tmp_path, status):
-    """Permission was taken away, or the hub is out of order: the file in the cache stands in for the second alone."""
+def test_cache_after_an_error_of_the_hub(hub, tmp_path, status):
+    """The cached file is used if the hub has an internal error, not if it refuses permission."""
     name = "hf://arm/base/w.pth"
     (online,), _ = on_the_hub(hub.url, tmp_path, name)
     hub.faults["/arm/base/resolve/main/w.pth"] = status
@@ -307,7 +210,7 @@ def test_results_go_beside_the_weights():
         assert beside(name) == Path("w.pth")
 
 
-def test_url_is_fetched_once(server, tmp_path):
+def test_url_is_downloaded_once(server, tmp_path):
     server.files |= {"/a/w.pth": BIG, "/b/w.pth": b"another w.pth"}
     path = locate(f"{server.url}/a/w.pth")[0]
     assert path.read_bytes() == BIG
@@ -319,14 +222,14 @@ def test_url_is_fetched_once(server, tmp_path):
     assert len(cached(tmp_path)) == 2
 
 
-def test_a_damaged_download(server, tmp_path):
-    """No hash was given: the archive's own CRCs tell, and the line says what to delete."""
+def test_damaged_download(server, tmp_path):
+    """Without a sha256, the CRCs of the archive show the damage; the message names the file to delete."""
     content = BytesIO()
     torch.save({"x": torch.arange(1000.0)}, content)
     data = bytearray(content.getvalue())
     data[data.index(torch.arange(1000.0).numpy().tobytes()) + 5] ^= 1
     server.files["/w.pth"] = bytes(data)
-    with pytest.raises(checkpoint_file.DamagedCheckpoint, match=r"data/0 is damaged: it has another CRC-32$") as caught:
+    with pytest.raises(checkpoint.DamagedCheckpoint, match=r"data/0 is damaged: it has another CRC-32$") as caught:
         checkpoint_file.read(f"{server.url}/w.pth")
     (path,) = cached(tmp_path)
     assert f"checkpoint {server.url}/w.pth (delete {path} to fetch it again): " in str(caught.value)
@@ -383,7 +286,7 @@ def test_mistakes_are_found_before_the_lock(server):
 
 
 def test_full_disk(server, tmp_path):
-    """A limit on the size of files stands in for it."""
+    """Simulated by a limit on the size of files."""
     server.files["/w.pth"] = BIG
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(BIG) // 2, limits[1]))
@@ -396,7 +299,7 @@ def test_full_disk(server, tmp_path):
 
 
 def test_wrong_hash_of_a_url(server, tmp_path):
-    """What was downloaded is not kept; what was in the cache is fetched again, and kept until the new one is right."""
+    """A wrong download is removed. A wrong file in the cache is replaced once a download has the right hash."""
     url, wrong = f"{server.url}/w.pth", sha256(b"wanted")
     server.files["/w.pth"] = b"found"
     message = f"its sha256 is {sha256(b'found')}, not {wrong}: removed"
@@ -428,14 +331,14 @@ def test_refusals_of_a_url(server, fault, message, run_script, capsys):
 @pytest.mark.parametrize(
     "url", ["http://", "http://[x/w.pth", "http://127.0.0.1:x/w.pth", "https://a b/w.pth", "http://é/é"]
 )
-def test_urls_that_are_none(server, url):
+def test_invalid_urls(server, url):
     with pytest.raises(UserError, match="cannot be fetched") as caught:
         locate(url)
     assert "\n" not in str(caught.value)
 
 
 def test_silent_server(server, monkeypatch):
-    """From the beginning, or in the middle of a transfer."""
+    """Silent from the beginning, or in the middle of a transfer."""
     monkeypatch.setattr("util.checkpoints.hub.TIMEOUT", 0.2)
     server.files["/w.pth"] = BIG
     server.faults["/w.pth"] = "half, then silent"
@@ -449,7 +352,7 @@ def test_silent_server(server, monkeypatch):
 
 
 def test_one_process_downloads(server):
-    """Others wait for it: here threads, which a lock on a file keeps apart as it does processes."""
+    """The others wait. Threads stand in for processes: the file lock treats them alike."""
     server.files["/w.pth"] = BIG
     server.faults["/w.pth"] = "slow"
     paths = []
@@ -481,14 +384,14 @@ def classifier():
 
 
 def test_safetensors(classifier, tmp_path):
-    """A bare state dict, whose metadata is no part of it."""
+    """A bare state dict is read without the metadata of its file."""
     path = tmp_path / "w.safetensors"
     state = classifier.state_dict()
     save_file(state, path, metadata={"format": "pt", "model": "of the metadata"})
     content = checkpoint_file.read(path)
     assert content.keys() == state.keys()
     assert all(torch.equal(content[name], value) for name, value in state.items())
-    assert checkpoint_file.weight_keys(content) == []
+    assert checkpoint.kinds(content) == []
     assert inspection.weights(content).keys() == state.keys()
     for broken in (path.read_bytes()[:-9], b"", b"not safetensors"):
         path.write_bytes(broken)
@@ -497,7 +400,7 @@ def test_safetensors(classifier, tmp_path):
 
 
 def test_evaluation_by_name(hub, classifier, image_folder, tmp_path, run_script, capsys):
-    """Two processes evaluate a file of the hub, which one of them downloads, as they would a path."""
+    """Two processes evaluate a file of the hub like a path; one of them downloads it."""
     path = tmp_path / "w.safetensors"
     save_file(classifier.state_dict(), path)
     hub.repositories["arm/base"]["main"][1]["w.safetensors"] = path.read_bytes()
