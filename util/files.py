@@ -1,4 +1,4 @@
-"""Small files: written atomically, never through a link; JSON within bounds; names that any terminal can show."""
+"""Write files atomically and never through a link, read JSON of limited size, and make names printable."""
 
 import errno
 import glob
@@ -19,9 +19,9 @@ from util.errors import UserError, as_user_error
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MAX_JSON = 2**26  # bytes; the largest that a script writes lists broken images, a line each
+MAX_JSON = 2**26  # bytes; the largest file that a script writes lists broken images, one in each line
 FORMATS = ("png", "pdf", "svg")  # of figures: their metadata can hold a title
-ENDS = 2**16  # bytes at either end of a figure's file, in which its metadata are looked for
+ENDS = 2**16  # bytes at each end of a figure's file that are searched for its title
 
 
 def printable(name: str | bytes | os.PathLike) -> str:
@@ -45,7 +45,7 @@ def some(names: Sequence[str], shown: int = 5) -> str:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a path to write; it replaces `path`, a link itself and not its target, if the block raises nothing.
 
-    One process at a time may write a path: what others have left half-written is removed.
+    Only one process at a time may write a path: incomplete files of earlier ones are removed.
 
     Raises:
         OSError: the folder cannot be written.
@@ -66,13 +66,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all; raises OSError."""
+    """Write a text file in UTF-8 atomically; raises OSError."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write a JSON file, whole or not at all; raises OSError. Numbers that are not finite become null."""
+    """Write a JSON file atomically; raises OSError. Numbers that are not finite become null."""
     write_text(path, to_json(content, indent=1) + "\n")
 
 
@@ -95,7 +95,7 @@ def from_json(text: str | bytes) -> object:
     """Parse strict JSON.
 
     Raises:
-        ValueError: it is none, holds NaN or Infinity, or is nested too deeply.
+        ValueError: the text is no JSON, holds NaN or Infinity, or is nested too deeply.
     """
     try:
         return json.loads(text, parse_constant=_refuse_constant)
@@ -111,7 +111,7 @@ def read_json(path: Path) -> object:
     """Read a JSON file of at most `MAX_JSON` bytes.
 
     Raises:
-        UserError: it cannot be read, or holds something else; the message names the file.
+        UserError: the file cannot be read, is too large, or is no JSON; the message names it.
     """
     with as_user_error(OSError), path.open("rb") as file:
         text = file.read(MAX_JSON + 1)
@@ -144,10 +144,10 @@ def open_regular(path: str | bytes | os.PathLike) -> BinaryIO:
 
 
 def open_lock(path: Path) -> TextIO:
-    """Open a file to be locked, made where it is missing, for reading and writing.
+    """Open a lock file for reading and writing; create it if it is missing.
 
     Raises:
-        OSError: it cannot be, or is a link or no regular file: another file must not be truncated through it.
+        OSError: it cannot be opened, or is a link or no regular file: another file must not be truncated through it.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -159,14 +159,14 @@ def open_lock(path: Path) -> TextIO:
 def output_file(
     path: Path, is_ours: Callable[[Path], bool], *inputs: str | os.PathLike, flag: str = "--output"
 ) -> Path:
-    """Return the path of a result, after proving before the work that it can be written there and loses nothing.
+    """Return the path of a result, after a check that it can be written there and overwrites nothing of value.
 
-    Only a regular file that is an earlier result of the same kind is replaced. The folder is made where it is missing.
+    Only a regular file that is an earlier result of the same kind is replaced. A missing folder is created.
 
     Args:
-        path: what `flag` says, or its default.
-        is_ours: whether a regular file is such a result; see `json_with` and `figure_of`.
-        inputs: files that the script reads, under whatever name.
+        path: value of `flag`, or its default.
+        is_ours: tells whether a regular file is such a result; see `json_with` and `figure_of`.
+        inputs: files that the script reads and that must not be overwritten.
         flag: for messages.
 
     Raises:
@@ -195,7 +195,7 @@ def output_file(
 
 
 def json_with(**fields: type) -> Callable[[Path], bool]:
-    """Return a test whether a file holds a JSON object with these fields: how a script knows its earlier results."""
+    """Return a function that tells whether a file holds a JSON object with these fields, as earlier results do."""
 
     def holds(path: Path) -> bool:
         try:
@@ -208,7 +208,7 @@ def json_with(**fields: type) -> Callable[[Path], bool]:
 
 
 def figure_of(title: str) -> Callable[[Path], bool]:
-    """Return a test whether a file has the title that `save_figure` writes."""
+    """Return a function that tells whether a file has the title that `save_figure` writes."""
 
     def holds(path: Path) -> bool:
         try:
@@ -223,7 +223,7 @@ def figure_of(title: str) -> Callable[[Path], bool]:
 
 
 def save_figure(figure: "Figure", path: Path, title: str, **options: Any) -> None:
-    """Write a figure of matplotlib, whole or not at all, in the format of the suffix: one of `FORMATS`.
+    """Write a figure of matplotlib atomically, in the format of the suffix: one of `FORMATS`.
 
     Args:
         figure: to be drawn.
