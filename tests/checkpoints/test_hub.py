@@ -229,7 +229,7 @@ def test_damaged_download(server, tmp_path):
     data = bytearray(content.getvalue())
     data[data.index(torch.arange(1000.0).numpy().tobytes()) + 5] ^= 1
     server.files["/w.pth"] = bytes(data)
-    with pytest.raises(checkpoint.DamagedCheckpoint, match=r"data/0 is damaged: it has another CRC-32$") as caught:
+    with pytest.raises(checkpoint_file.DamagedCheckpoint, match=r"data/0 is damaged: it has another CRC-32$") as caught:
         checkpoint_file.read(f"{server.url}/w.pth")
     (path,) = cached(tmp_path)
     assert f"checkpoint {server.url}/w.pth (delete {path} to fetch it again): " in str(caught.value)
@@ -391,7 +391,7 @@ def test_safetensors(classifier, tmp_path):
     content = checkpoint_file.read(path)
     assert content.keys() == state.keys()
     assert all(torch.equal(content[name], value) for name, value in state.items())
-    assert checkpoint.kinds(content) == []
+    assert checkpoint_file.weight_keys(content) == []
     assert inspection.weights(content).keys() == state.keys()
     for broken in (path.read_bytes()[:-9], b"", b"not safetensors"):
         path.write_bytes(broken)

@@ -255,7 +255,7 @@ def test_a_folder_that_cannot_be_written(shards, monkeypatch):
         assert len(tar_shards.TarShards(str(shards), "train").labels) == 24
         (shards / "train" / "index-train.npz").unlink()
     monkeypatch.setattr(tar_shards.FileLock, "acquire", denied)
-    monkeypatch.setattr(sources, "replacing", denied)
+    monkeypatch.setattr(tar_shards, "replacing", denied)
     assert len(tar_shards.TarShards(str(shards), "train").labels) == 24
     assert not (shards / "train" / "index-train.npz").exists()
 
