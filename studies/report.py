@@ -1,28 +1,27 @@
-"""What a study found: means and deviations over seeds, as a table and as a plot."""
+"""Report the results of a study: means and standard deviations over seeds, as a table and as a plot."""
 
 import math
 import statistics
 
+from Evaluation.report import table, wilson
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.special import stdtrit
 
-from Evaluation.tables import table, wilson
-
 
 def mean_std(values: list[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation, which a single value does not have."""
+    """Return mean and sample standard deviation, which is None for a single value."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def compare(values: list[float], reference: list[float]) -> dict[str, float | tuple[float, float] | None]:
-    """How values differ from those of a reference with the same seeds.
+    """Compare values with those of a reference that has the same seeds, in the same order.
 
     Returns:
-        `difference` and `std` of the differences, seed by seed, the 95 % `interval` of their mean (Student's t), and
-        `effect`, the difference in standard deviations of the two groups (the root of their mean variance); None where
-        a single seed, or equal ones, do not tell.
+        Mean `difference` of equal seeds, its standard deviation `std` and 95 % `interval` (Student's t), and the
+        `effect` size (Cohen's d: the difference over the root of the mean variance of both). `std` and `interval` are
+        None for one seed, `effect` where the variances are zero.
     """
     difference, std = mean_std([a - b for a, b in zip(values, reference, strict=True)])
     interval = None
@@ -35,16 +34,16 @@ def compare(values: list[float], reference: list[float]) -> dict[str, float | tu
 
 
 def groups(runs: list[dict]) -> dict[str, dict[str, list[dict]]]:
-    """Runs by labels and arm, in order; those of an arm by seed."""
+    """Return runs by labels and arm, in the order of `runs`; the runs of an arm are sorted by seed."""
     found: dict[str, dict[str, list[dict]]] = {}
-    for run in sorted(runs, key=lambda run: run["seed"]):
+    for run in runs:
         found.setdefault(run["labels"], {}).setdefault(run["arm"], []).append(run)
-    order = list(dict.fromkeys((run["labels"], run["arm"]) for run in runs))
-    return {labels: {arm: found[labels][arm] for of, arm in order if of == labels} for labels, _ in order}
+        found[run["labels"]][run["arm"]].sort(key=lambda run: run["seed"])
+    return found
 
 
 def summary(runs: list[dict]) -> list[dict]:
-    """Mean and deviation of every arm, and how it differs from the first arm that has the same labels."""
+    """Return mean and standard deviation of every arm, compared with the first arm that has the same labels."""
     rows = []
     for labels, arms in groups(runs).items():
         reference = [run["accuracy"] for run in next(iter(arms.values()))]
@@ -59,11 +58,11 @@ def summary(runs: list[dict]) -> list[dict]:
 
 
 def machines(runs: list[dict], otherwise: dict) -> list[dict]:
-    """The machines that have computed runs, each once, with the first and the last date instead of the date.
+    """Return the machines of runs without duplicates, each with its first and last date as `dates`.
 
     Args:
         runs: as in results.json.
-        otherwise: the machine of those that do not know theirs.
+        otherwise: the machine of runs that did not record theirs.
     """
     found: dict[tuple, set[str]] = {}
     for step in (step for run in runs for step in (run["pretrain"], run["finetune"]) if step):
@@ -73,7 +72,7 @@ def machines(runs: list[dict], otherwise: dict) -> list[dict]:
     return [dict(about) | {"dates": sorted({min(dates), max(dates)})} for about, dates in found.items()]
 
 
-def _in_words(machine: dict) -> str:
+def _description(machine: dict) -> str:
     return (
         f"{machine.get('gpu', machine['cpu'])}, {machine['cores']} cores, {machine['jobs']} runs at a time, torch "
         f"{machine['torch']}, {' to '.join(machine['dates'])}"
@@ -81,18 +80,10 @@ def _in_words(machine: dict) -> str:
 
 
 def markdown(results: dict) -> str:
-    """The table of a study, with what has to be known to read it."""
+    """Return the table of a study, with notes on how to read it."""
     runs = results["runs"]
-    head = [
-        "trained with",
-        "arm",
-        "top-1 (%)",
-        "compared with the first (paired)",
-        "95 % interval",
-        "in deviations",
-        "seeds",
-        "time (s)",
-    ]
+    head = ["trained with", "arm", "top-1 (%)", "compared with the first (paired)"]
+    head += ["95 % interval", "in deviations", "seeds", "time (s)"]
     body = []
     for row in summary(runs):
         compared = row.get("compared")
@@ -114,7 +105,7 @@ def markdown(results: dict) -> str:
             "seeds, by Student's t. In deviations: the difference over the root of the mean variance of both arms. "
             f"Time: of pretraining + finetuning a run. Budget {results['budget']}.",
             "",
-            f"{'; '.join(map(_in_words, results['machines']))}.",
+            f"{'; '.join(map(_description, results['machines']))}.",
             "",
         ]
     )
@@ -125,7 +116,7 @@ def _plus_minus(mean: float, std: float | None, sign: str = "") -> str:
 
 
 def draw(runs: list[dict]) -> Figure:
-    """For each kind of labels, accuracy of every seed with mean and deviation, and beside it accuracy over epochs."""
+    """Draw a row for each set of labels: accuracies with mean and standard deviation, and accuracy over epochs."""
     found = groups(runs)
     curves = any(len(run["curve"]) > 1 for run in runs)
     heights = [0.38 * len(arms) + 1.2 for arms in found.values()]

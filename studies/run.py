@@ -1,9 +1,9 @@
-"""Run a study: every arm with every seed, through the training scripts, and say what it found.
+"""Run a study: every arm with every seed, by the training scripts, and report the results.
 
     python -m studies.run pretrain_vs_scratch
 
-writes results.json, table.md and plot.png to out_studies/pretrain_vs_scratch-cpu/ (or -gpu, -imagenet). The same
-command goes on after any end; what is finished is not repeated, also where another study asks for it.
+writes results.json, table.md and plot.png to out_studies/pretrain_vs_scratch-cpu/ (or -gpu, -imagenet). After any
+interruption the same command resumes. Finished runs are not repeated, and studies share them.
 """
 
 import argparse
@@ -13,10 +13,10 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 
@@ -24,8 +24,8 @@ import main_pretrain
 from Finetuning import main_finetune
 from studies import fashion_mnist, report
 from studies.budgets import BUDGETS
-from studies.shards import alone, write_subset
-from studies.steps import SCRIPTS, Machine, Step, run_steps
+from studies.shards import write_subset
+from studies.steps import SCRIPTS, Machine, Step, acquire, run_steps
 from studies.study import SEEDS, Arm, Budget, Study, flags, load, names, only
 from util import arguments, cli
 from util.data.readers import open_source
@@ -37,25 +37,23 @@ PARSERS = {"pretrain": main_pretrain.get_args_parser, "finetune": main_finetune.
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = cli.Parser("studies.run", description=__doc__.splitlines()[0])
     parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(names())}")
     parser.add_argument(
-        "--data_path", type=arguments.nonempty, help="images, as the scripts take them (default: Fashion-MNIST)"
+        "--data_path", type=arguments.nonempty, help="dataset, as for the training scripts (default: Fashion-MNIST)"
     )
-    parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these of the study, by name (default: all)")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms of the study (default: all)")
     parser.add_argument("--seeds", type=arguments.seed_number, nargs="+", help="(default: 0 1 2)")
     parser.add_argument(
         "--budget", choices=sorted(BUDGETS), help="(default: cpu without a GPU; else imagenet for 1000 classes, or gpu)"
     )
-    parser.add_argument("--smoke", action="store_const", const="smoke", dest="budget", help="--budget smoke: tiny")
-    parser.add_argument(
-        "--processes", type=arguments.few, help="of each run (default: 1; for ImageNet the number of GPUs)"
-    )
+    parser.add_argument("--smoke", action="store_const", const="smoke", dest="budget", help="--budget smoke: tiny runs")
+    parser.add_argument("--processes", type=arguments.few, help="of each run (default: 1; for imagenet all GPUs)")
     parser.add_argument(
         "--jobs",
         type=arguments.few,
-        help="runs side by side (default: one a core, or what the budget puts on each GPU)",
+        help="runs at a time (default: one per core, or as many per GPU as the budget says)",
     )
     for kind in ("", "pretrain_", "finetune_"):
         scripts = SCRIPTS.get(kind.removesuffix("_"), "both scripts")
@@ -77,13 +75,13 @@ class ArmRun:
     pretrain: Step | None
     finetune: Step
 
-    def result(self, in_words: dict[str, str]) -> dict:
-        """What results.json holds of it."""
+    def result(self, label_names: dict[str, str]) -> dict[str, Any]:
+        """Return its entry in results.json."""
         pretrained, finetuned = self.pretrain and self.pretrain.result(), self.finetune.result()
         accuracy, loss, images = (finetuned.pop(f"test_{name}") for name in ("acc1", "loss", "images"))
         return {
             "arm": self.arm,
-            "labels": in_words[self.labels],
+            "labels": label_names[self.labels],
             "seed": self.seed,
             "setting": {"pretrain": self.setting.pretrain, "finetune": self.setting.finetune},
             "accuracy": accuracy,
@@ -97,7 +95,7 @@ class ArmRun:
 
 @dataclass(frozen=True)
 class Data:
-    """What runs train on, as the scripts take it: everything, and few labels by seed, where a study asks for them."""
+    """Datasets as the scripts take them: with all labels, and by seed with few, if the study asks for them."""
 
     everything: str
     few: dict[int, str]
@@ -105,68 +103,55 @@ class Data:
 
 
 def plan(study: Study, budget: Budget, seeds: list[int], data: Data, runs: Path, more: dict[str, str]) -> list[ArmRun]:
-    """All runs of a study.
+    """Return all runs of a study.
 
     Args:
-        study: what to run.
-        budget: what all runs share.
+        study: its arms.
+        budget: flags that all runs share.
         seeds: of each arm.
-        data: what they train on.
-        runs: folder of all runs, of all studies.
-        more: flags of the command line by script, and by "" for both; where an arm says otherwise, that counts.
+        data: datasets.
+        runs: folder of all runs of all studies.
+        more: flags of the command line by script, and by "" for both; an arm's own flags replace them.
     """
     found = []
     for labels, (arm, setting), seed in itertools.product(study.labels or budget.labels, study.arms.items(), seeds):
         pretrain = None
         if setting.pretrain is not None:
-            words = budget.common, budget.pretrain, more[""], more["pretrain"], setting.pretrain
+            words = [budget.common, budget.pretrain, more[""], more["pretrain"], setting.pretrain]
             pretrain = Step("pretrain", seed, flags(*words) | {"--data_path": [data.everything]}, runs)
         of_labels, images = (budget.few, data.few[seed]) if labels == "few" else (budget.all, data.everything)
-        words = budget.common, budget.finetune, of_labels, more[""], more["finetune"], setting.finetune
+        words = [budget.common, budget.finetune, of_labels, more[""], more["finetune"], setting.finetune]
         given = {"--data_path": [images], "--nb_classes": [str(data.classes)]}
-        found.append(
-            ArmRun(arm, setting, labels, seed, pretrain, Step("finetune", seed, flags(*words) | given, runs, pretrain))
-        )
+        finetune = Step("finetune", seed, flags(*words) | given, runs, pretrain)
+        found.append(ArmRun(arm, setting, labels, seed, pretrain, finetune))
     return found
 
 
 def parse(step: Step, machine: Machine) -> argparse.Namespace:
-    """The arguments of a run as its script will see them.
+    """Return the arguments of a run, as its script parses them.
 
     Raises:
         UserError: the script would refuse them.
     """
     parser = PARSERS[step.kind]()
-    parser.allow_abbrev = False  # a step knows its flags by their whole names
+    parser.allow_abbrev = False  # a flag must have one spelling, as runs are named by their flags
     args = parser.parse_args(shlex.split(step.arguments(machine)))
     if args.batch_size * machine.processes != step.batch_size:
         raise UserError(f"--processes {machine.processes} cannot share out a batch of {step.batch_size}")
-    with _world_size(machine.processes):
+    with mock.patch.dict(os.environ, WORLD_SIZE=str(machine.processes)):  # as torchrun will set it
         arguments.check_arguments(args)
     return args
 
 
-@contextmanager
-def _world_size(processes: int) -> Iterator[None]:
-    """Let checks see as many processes as torchrun will start."""
-    before = os.environ.get("WORLD_SIZE")
-    os.environ["WORLD_SIZE"] = str(processes)
-    try:
-        yield
-    finally:
-        del os.environ["WORLD_SIZE"]
-        os.environ.update({} if before is None else {"WORLD_SIZE": before})
-
-
 def check(steps: list[Step], machine: Machine) -> None:
-    """Refuse what the scripts would refuse, before any of them runs.
+    """Parse all arguments and build all models, to find mistakes before any run starts.
 
     Raises:
-        UserError: flags that there are not, or sizes that do not fit together.
+        UserError: a flag is unknown, or sizes do not fit together.
     """
     for step in steps:
         args = parse(step, machine)
-        args.resume = None  # there is no checkpoint yet to take sizes from
+        args.resume = None  # there is no checkpoint yet
         if step.kind == "pretrain":
             main_pretrain.build_model(args)
         else:
@@ -174,16 +159,16 @@ def check(steps: list[Step], machine: Machine) -> None:
 
 
 def steps_of(runs: list[ArmRun]) -> list[Step]:
-    """Return the steps of runs, each once, pretraining first."""
+    """Return the steps of runs without duplicates, pretraining first."""
     steps = {step.name: step for run in runs for step in (run.pretrain, run.finetune) if step is not None}
     return sorted(steps.values(), key=lambda step: step.kind != "pretrain")
 
 
 def find_budget(data_path: str | None) -> str:
-    """Return the budget for this machine and data, where the command line names none; None is Fashion-MNIST.
+    """Return the default budget for this machine and a dataset; None is Fashion-MNIST.
 
     Raises:
-        UserError: the data are not there.
+        UserError: there is no such dataset.
     """
     if not torch.cuda.is_available():
         return "cpu"
@@ -191,45 +176,51 @@ def find_budget(data_path: str | None) -> str:
 
 
 def find_machine(args: argparse.Namespace, budget: Budget) -> Machine:
-    """How runs are started here.
+    """Return how runs share this machine.
 
     Raises:
-        UserError: more processes are asked for than there are GPUs.
+        UserError: `--processes` is larger than the number of GPUs.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+    gpus = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
     gpus = gpus if torch.cuda.is_available() else []
     processes = args.processes or (max(1, len(gpus)) if budget.one_run else 1)
     if gpus and processes > len(gpus):
         raise UserError(f"--processes {processes}: there are {len(gpus)} GPUs")
-    room = len(gpus) // processes * budget.runs_per_gpu if gpus else len(os.sched_getaffinity(0)) // processes
-    return Machine(processes, args.jobs or max(1, room), tuple(gpus))
+    jobs = len(gpus) // processes * budget.runs_per_gpu if gpus else len(os.sched_getaffinity(0)) // processes
+    return Machine(processes, args.jobs or max(1, jobs), tuple(gpus))
 
 
 def find_data(data_path: str, folder: Path, budget: Budget, labels: tuple[str, ...], seeds: list[int]) -> Data:
-    """What the runs of a budget train on; subsets are written once, to a folder: of few labels if `labels` has them.
+    """Return the datasets of a budget's runs, and write those that are subsets to a folder.
+
+    Args:
+        data_path: as the scripts take it.
+        folder: gets a folder for each subset, unless it is there.
+        budget: says how many images of each class a subset has.
+        labels: of finetuning; subsets with few labels are written if "few" is among them.
+        seeds: of the subsets with few labels.
 
     Raises:
-        UserError: the data are not there, or a class has fewer images than the budget asks for.
+        UserError: there is no such dataset, or a class has too few images.
     """
     digest = hashlib.sha256(os.fsencode(data_path.replace(f"{folder.parent}/", ""))).hexdigest()[:6]
     name = f"{Path(data_path.partition(':')[2] or data_path).name}-{digest}"
     if budget.images_per_class is not None:
         count = budget.images_per_class
-        write_subset(data_path, data_path, folder / f"{name}-{count}", count, 0, val_per_class=count)
-        name, data_path = f"{name}-{count}", f"wds:{folder}/{name}-{count}"
-    seeds = seeds if "few" in labels else []
-    few = {seed: f"{folder}/{name}-few{budget.per_class}x{budget.repeats}-seed{seed}" for seed in seeds}
-    val = data_path
-    for seed, path in few.items():
+        name = f"{name}-{count}"
+        write_subset(data_path, data_path, folder / name, count, 0, val_per_class=count)
+        data_path = f"wds:{folder}/{name}"
+    few, val = {}, data_path
+    for seed in seeds if "few" in labels else ():
+        path = f"{folder}/{name}-few{budget.per_class}x{budget.repeats}-seed{seed}"
         write_subset(data_path, val, Path(path), budget.per_class, seed, budget.repeats)
-        val = f"wds:{path}"
-    classes = len(open_source(data_path, "train").classes)
-    return Data(data_path, {seed: f"wds:{path}" for seed, path in few.items()}, classes)
+        few[seed] = val = f"wds:{path}"
+    return Data(data_path, few, len(open_source(data_path, "train").classes))
 
 
 def commit() -> str | None:
-    """The commit of this repository, with "-dirty" where files differ from it; None where git does not tell."""
+    """Return the commit of this repository, with "-dirty" if files differ from it; None if git fails."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--match="]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -238,44 +229,42 @@ def commit() -> str | None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run a study and write what it found.
+    """Run a study and write its results.
 
     Raises:
-        UserError: something that was asked for cannot be; no run has started then.
+        UserError: a mistake in the command line; no run has started.
         RunError: a run failed.
-        Interrupted: asked to stop; the same command goes on.
+        Interrupted: the study was asked to stop; the same command resumes.
     """
     study = load(args.name)
     more = {"": args.flags, "pretrain": args.pretrain_flags, "finetune": args.finetune_flags}
     arguments.check_utf8("--output", args.output)
-    output = Path(os.path.realpath(args.output))  # also of links in a circle, which Path.resolve refuses
+    output = Path(os.path.realpath(args.output))  # Path.resolve fails on links that form a circle
     if ROOT in output.parents:
         output = Path(os.path.relpath(args.output, ROOT))
     name = args.budget or find_budget(args.data_path)
     budget, study = BUDGETS[name], only(study, name, args.arms)
     seeds = list(dict.fromkeys(args.seeds or (SEEDS[:1] if name == "smoke" else SEEDS)))
     machine = find_machine(args, budget)
-    # mistakes are found before data are downloaded or unpacked: paths and classes do not matter to them
+    # find mistakes before a dataset is downloaded or unpacked; its path and classes do not matter here
     check(steps_of(plan(study, budget, seeds, Data("data", dict.fromkeys(seeds, "data"), 10), output, more)), machine)
-    data_path = args.data_path
-    with alone(output / "data"):
-        if data_path is None:
+    data_path = args.data_path or f"wds:{output}/data/fashion_mnist"
+    with acquire(output / "data" / "making.lock"):  # another runner waits, and then finds the datasets
+        if args.data_path is None:
             fashion_mnist.unpack(output / "data" / "fashion_mnist")
-            data_path = f"wds:{output}/data/fashion_mnist"
         data = find_data(data_path, output / "data", budget, study.labels or budget.labels, seeds)
-    train = open_source(data_path, "train")
+    images = len(open_source(data_path, "train").labels)
     runs = plan(study, budget, seeds, data, output / "runs", more)
-    steps = steps_of(runs)
     folder = ROOT / output / f"{args.name}-{name}"
     result = output_file(folder / "results.json", json_with(study=str, budget=str, summary=list, runs=list))
-    for name in ("table.md", "plot.png"):
-        output_file(folder / name, lambda _: result.is_file())  # they are of the results beside them
+    for file in ("table.md", "plot.png"):
+        output_file(folder / file, lambda _: result.is_file())  # they belong to the results beside them
     print(study.question, flush=True)
-    run_steps(steps, machine, commit())
+    run_steps(steps_of(runs), machine, commit())
 
-    few = budget.per_class * data.classes
-    in_words = {"few": f"{few:,} labels", "all": f"all {len(open_source(data.everything, 'train').labels):,} labels"}
-    found = [run.result(in_words) for run in runs]
+    labels = len(open_source(data.everything, "train").labels)
+    label_names = {"few": f"{budget.per_class * data.classes:,} labels", "all": f"all {labels:,} labels"}
+    found = [run.result(label_names) for run in runs]
     results = {
         "study": args.name,
         "question": study.question,
@@ -283,7 +272,7 @@ def main(args: argparse.Namespace) -> None:
         "command": shlex.join(["python", "-m", "studies.run", *sys.argv[1:]]),
         "commit": commit(),
         "machines": report.machines(found, machine.describe()),
-        "data": {"data_path": data_path, "classes": data.classes, "images": len(train.labels)},
+        "data": {"data_path": data_path, "classes": data.classes, "images": images},
         "summary": report.summary(found),
         "runs": found,
     }

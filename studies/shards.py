@@ -1,10 +1,8 @@
-"""Images as tar shards that `--data_path wds:FOLDER` reads: a whole split, or as many images of each class."""
+"""Write tar shards for `--data_path wds:FOLDER`: a whole split, or a subset with equally many images of each class."""
 
-import fcntl
 import os
 import tarfile
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,42 +11,27 @@ from tools.pack_images import add_image
 from util.data.decode import SUFFIXES
 from util.data.readers import Source, open_source
 from util.data.tar_shards import TarShards
-from util.errors import UserError, as_user_error
-from util.files import open_lock, replacing
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Keep other runners from making data in a folder; one that has waited finds them made.
-
-    Raises:
-        UserError: the folder cannot be made or written.
-    """
-    with ExitStack() as stack:
-        with as_user_error(OSError):  # its message names the file
-            folder.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open_lock(folder / "making.lock"))
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+from util.errors import UserError
+from util.files import replacing
 
 
 def write_shard(path: Path, source: Source, indices: Iterable[int]) -> None:
-    """Write images of a source, as they are, to a tar file, which is complete or absent at any moment."""
+    """Write images of a source to a tar file, without encoding them again; the file is written atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, tarfile.open(temporary, "w") as tar:
         for index in indices:
             suffix = Path(source.name(index)).suffix.removeprefix(".").lower()
-            # what a file is called does not matter to who decodes it, as long as it is called an image
+            # readers look at the content; the suffix must only be that of an image
             add_image(tar, source, index, suffix if suffix in SUFFIXES else "jpg", source.read(index))
 
 
 def balanced(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
-    """Indices of `per_class` images of every class, drawn with a seed, in ascending order.
+    """Return the indices of a random sample with `per_class` images of each class, in ascending order.
 
     Args:
         labels: (n,) of all images.
-        per_class: images to draw of each class.
-        seed: the same one draws the same images.
+        per_class: images of each class.
+        seed: of the sample.
 
     Raises:
         UserError: a class has fewer images.
@@ -72,19 +55,19 @@ def write_subset(
     repeats: int = 1,
     val_per_class: int | None = None,
 ) -> None:
-    """Make a data set with a few training images of each class.
+    """Write a dataset with few training images of each class.
 
     Args:
-        data_path: where train/ is, whatever the scripts take.
-        val_path: where val/ is; what is in shards already is linked to, not copied.
-        folder: gets train/ and val/; a split that is there already is left alone.
+        data_path: dataset of train/, as the scripts take it.
+        val_path: dataset of val/; its shards, if it has any, are linked and not copied.
+        folder: gets train/ and val/; an existing split stays as it is.
         per_class: training images of each class, drawn with the seed.
-        seed: of the drawing.
-        repeats: how often an epoch has each of them: with fewer and longer epochs, less time goes into evaluation.
+        seed: of the sample.
+        repeats: how often an epoch has each of them: with fewer and longer epochs, evaluation takes less time.
         val_per_class: images of each class in val/; None takes all.
 
     Raises:
-        UserError: the data are not there, a class has too few images, or a shard that val/ links to is gone.
+        UserError: there is no such dataset, a class has too few images, or val/ links to a shard that is gone.
     """
     if not (folder / "train").exists():
         train = open_source(data_path, "train")
@@ -110,7 +93,7 @@ def write_subset(
 
 
 def _target(shard: Path, folder: Path) -> Path:
-    """What a link in a folder says: a relative path to shards beside that folder, with which it can be moved."""
+    """Return the target of a link: relative for shards beside the folder, so that both can be moved together."""
     return Path(os.path.relpath(shard, folder)) if shard.is_relative_to(folder.parents[1]) else shard
 
 

@@ -1,39 +1,39 @@
-"""The runs of a study: each in a folder of its own, started at most once at a time, gone on with after any end."""
+"""Runs of the training scripts: each has its own folder, runs once, and resumes after any interruption."""
 
 import argparse
-import ctypes
-import fcntl
 import hashlib
 import math
 import os
-import signal
 import subprocess
-import sys
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO, TypeGuard
 
-from studies.study import Flags, in_words
+from filelock import AcquireReturnProxy, FileLock, Timeout
+
+from studies.study import Flags, command_text
 from tools import plot_log
 from util import arguments, hardware, launch
 from util.distributed.signals import StopRequest
 from util.errors import INTERRUPTED, Interrupted, RunError, UserError, as_user_error
 from util.files import open_lock, read_json, replacing, write_json
+from util.lock import in_use
 
 SCRIPTS = {"pretrain": "main_pretrain.py", "finetune": "Finetuning/main_finetune.py"}
-_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
 class Machine:
-    """How runs are started.
+    """How runs share this machine.
 
     Attributes:
         processes: of each run.
-        jobs: runs side by side.
-        gpus: what CUDA_VISIBLE_DEVICES may name; none on CPUs.
+        jobs: runs at a time.
+        gpus: values for CUDA_VISIBLE_DEVICES; empty on a machine without GPUs.
     """
 
     processes: int
@@ -42,11 +42,11 @@ class Machine:
 
     @property
     def cores(self) -> int:
-        """For each process."""
+        """Cores of each process."""
         return max(1, len(os.sched_getaffinity(0)) // (self.jobs * self.processes))
 
     def environment(self, slot: int) -> dict[str, str]:
-        """Variables of the run in a slot: the threads of a process, and the GPUs of the run, one for each process."""
+        """Return the environment variables of the run in a slot: its threads, and one GPU for each of its processes."""
         found = {"OMP_NUM_THREADS": str(self.cores)}
         if self.gpus:
             first = slot % (len(self.gpus) // self.processes) * self.processes
@@ -54,59 +54,55 @@ class Machine:
         return found
 
     def describe(self) -> dict[str, str | int]:
-        """Date, versions and hardware, and how runs share it."""
+        """Return date, versions, hardware, and how runs share it."""
         about = hardware.describe(hardware.default_device()) | {"cores": len(os.sched_getaffinity(0))}
         return about | {"threads": self.cores, "processes": self.processes, "jobs": self.jobs}
 
 
 class Step:
-    """One run of a script. Runs that compute the same have the same folder, whatever study or arm asks for them.
+    """One run of a script. Studies and arms that ask for the same run share its folder.
 
     Args:
         kind: key of `SCRIPTS`.
         seed: of the run.
-        flags: all that changes the result; `--batch_size` is that of an update.
+        flags: all flags that change the result; `--batch_size` is the effective one, over all processes.
         runs: folder of all runs.
-        after: the pretraining whose weights it starts from.
+        after: the pretraining that a finetuning starts from.
     """
 
     def __init__(self, kind: str, seed: int, flags: Flags, runs: Path, after: "Step | None" = None) -> None:
         start = {"--finetune": [f"{after.folder}/checkpoint-last.pth"]} if after else {}
         self.kind, self.after, self.flags = kind, after, {**flags, "--seed": [str(seed)], **start}
-        text = f"{kind} {in_words(self.flags)}".replace(f"{runs.parent}/", "")  # wherever the folder is moved to
+        text = f"{kind} {command_text(self.flags)}".replace(f"{runs.parent}/", "")  # the folder can be moved
         self.name = f"{kind}-seed{seed}-{hashlib.sha256(os.fsencode(text)).hexdigest()[:8]}"
-        self.folder = runs / self.name
+        self.folder: Path = runs / self.name
 
     @property
     def batch_size(self) -> int:
-        """Of an update.
-
-        Raises:
-            UserError: it is no number of images.
-        """
+        """The effective batch size; raises UserError if the flag is not a number of images."""
         text = (self.flags["--batch_size"] or [""])[-1]
         try:
-            return arguments.batch(text)
+            return int(arguments.batch(text))
         except (ValueError, argparse.ArgumentTypeError) as error:
             raise UserError(f"--batch_size {text} is no number of images") from error
 
     def arguments(self, machine: Machine) -> str:
-        """What the script is called with."""
+        """Return the arguments of the script on a machine."""
         here = {
             "--batch_size": [str(self.batch_size // machine.processes)],
             "--num_workers": [str(min(10, machine.cores))],
             "--output_dir": [str(self.folder)],
             "--resume": ["auto"],
         }
-        return in_words({**self.flags, **here})
+        return command_text({**self.flags, **here})
 
     def command(self, machine: Machine) -> str:
-        """The command, to be typed in the repository."""
+        """Return the command, as a user would type it in the repository."""
         return launch.command_line(SCRIPTS[self.kind], self.arguments(machine), machine.processes)
 
     @property
-    def record(self) -> dict:
-        """Return the content of run.json: `finished`, and `attempts`: commands, commits, machines and times.
+    def record(self) -> dict[str, Any]:
+        """The content of run.json: `finished`, and `attempts` with commands, commits, machines and times.
 
         Raises:
             UserError: the file holds something else.
@@ -119,46 +115,45 @@ class Step:
             raise UserError(f"{path} is no record of a run: remove it, and the run resumes from its checkpoints")
         return record
 
-    def write(self, record: dict) -> None:
-        """Write run.json, which is whole at any moment."""
+    def write(self, record: dict[str, Any]) -> None:
+        """Write run.json atomically."""
         write_json(self.path("run.json"), record)
 
     def path(self, name: str) -> Path:
-        """A file of this run."""
+        """Return the path of a file of this run."""
         return launch.ROOT / self.folder / name
 
     @property
     def finished(self) -> bool:
-        """Whether its result stands."""
+        """Whether the run has finished; raises UserError like `record`."""
         return self.record["finished"]
 
-    def result(self) -> dict:
-        """Loss, speed and times of a finished run; of finetuning, accuracy and loss on val after the last epoch.
+    def result(self) -> dict[str, Any]:
+        """Return loss, throughput and times of a finished run; of finetuning also the last epoch's accuracy and loss.
 
         Raises:
-            RunError: its log has no last epoch.
+            RunError: log.txt lacks an epoch or a value.
         """
-        record, rows = self.record, plot_log.read(self.path("log.txt"))
+        attempts, rows = self.record["attempts"], plot_log.read(self.path("log.txt"))
         epochs = int(self.flags["--epochs"][0])
         if [row["epoch"] for row in rows] != list(range(epochs)):
             raise RunError(f"{self.folder}/log.txt does not hold the {epochs} epochs: remove the folder and repeat")
         logged = ["train_loss", *(("test_acc1", "test_loss", "test_images") if self.kind == "finetune" else ())]
         for row in rows:
-            missing = [name for name in (*logged, "images_per_second") if not _is_number(row.get(name))]
-            if missing:
-                raise RunError(f"{self.folder}/log.txt has no {missing[0]} of epoch {row['epoch']}: remove the folder")
+            for name in (*logged, "images_per_second"):
+                if not _is_number(row.get(name)):
+                    raise RunError(f"{self.folder}/log.txt has no {name} of epoch {row['epoch']}: remove the folder")
         speeds = sorted(row["images_per_second"] for row in rows)
-        kept = {name: rows[-1][name] for name in logged}
         return {
             "run": self.name,
-            **kept,
+            **{name: rows[-1][name] for name in logged},
             "images_per_second": round(speeds[len(speeds) // 2], 1),
-            "seconds": round(sum(attempt["end"] - attempt["start"] for attempt in record["attempts"]), 1),
-            "attempts": len(record["attempts"]),
-            "command": record["attempts"][-1]["command"],
-            "commit": record["attempts"][-1]["commit"],
-            # attempts of earlier versions do not name theirs
-            "machines": [attempt["machine"] for attempt in record["attempts"] if "machine" in attempt],
+            "seconds": round(sum(attempt["end"] - attempt["start"] for attempt in attempts), 1),
+            "attempts": len(attempts),
+            "command": attempts[-1]["command"],
+            "commit": attempts[-1]["commit"],
+            # earlier versions did not record the machine
+            "machines": [attempt["machine"] for attempt in attempts if "machine" in attempt],
             "curve": [row["test_acc1"] for row in rows if "test_acc1" in row],
         }
 
@@ -167,150 +162,150 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_record(content: object) -> bool:
-    """Return whether what run.json holds has the form of `Step.record`; that of a finished run has ended."""
-    if not isinstance(content, dict) or not isinstance(content.get("finished"), bool):
-        return False
-    attempts, finished = content.get("attempts"), content["finished"]
-    return (
-        isinstance(attempts, list)
-        and (bool(attempts) or not finished)
-        and all(
-            isinstance(attempt, dict)
-            and isinstance(attempt.get("command"), str)
-            and isinstance(attempt.get("commit"), (str, type(None)))
-            and isinstance(attempt.get("machine", {}), dict)
-            and _is_number(attempt.get("start"))
-            and (_is_number(attempt.get("end")) or ("end" in attempt and attempt["end"] is None and not finished))
-            for attempt in attempts
-        )
-    )
-
-
-class Job:
-    """A step under way: its process, and the lock that other runners and what is left of dead ones respect.
-
-    The lock is passed on to the process, so that it lasts as long as that one lives, and not the runner alone.
-    """
-
-    def __init__(self, step: Step, lock: TextIO, machine: Machine, slot: int, commit: str | None) -> None:
-        self.step, self.lock = step, lock
-        output, self.attempts = step.path("output.txt"), step.record["attempts"]
-        if os.path.lexists(output) and (output.is_symlink() or not output.is_file()):
-            raise UserError(f"{output} is no regular file: remove it")
-        if self.attempts and self.attempts[-1]["end"] is None:  # killed with its runner, after its last word, if any
-            start, said = self.attempts[-1]["start"], output.stat().st_mtime if output.exists() else 0
-            self.attempts[-1]["end"] = max(start, said)
-        command, about = step.command(machine), {"commit": commit, "machine": machine.describe()}
-        print(f"{step.name}: $ {command}", flush=True)
-        self.attempts.append({"command": command, **about, "start": time.time(), "end": None})
-        step.write({"finished": False, "attempts": self.attempts})
-        with as_user_error(OSError), replacing(step.path("command.txt")) as temporary:
-            temporary.write_bytes(os.fsencode(command) + b"\n")
-        self.shown = output.stat().st_size if output.exists() else 0
-        with output.open("a") as file:
-            self.process = launch.start(
-                command,
-                machine.environment(slot),
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                pass_fds=(lock.fileno(),),
-                preexec_fn=_end_with_runner,
+def _is_record(content: Any) -> TypeGuard[dict[str, Any]]:
+    """Return whether the content of run.json is a `Step.record`; only a run that has not finished can lack an end."""
+    try:
+        finished, attempts = content["finished"], content["attempts"]
+        return (
+            isinstance(finished, bool)
+            and isinstance(attempts, list)
+            and len(attempts) >= finished
+            and all(
+                isinstance(attempt["command"], str)
+                and isinstance(attempt["commit"], (str, type(None)))
+                and isinstance(attempt.get("machine", {}), dict)
+                and _is_number(attempt["start"])
+                and (_is_number(attempt["end"]) or (attempt["end"] is None and not finished))
+                for attempt in attempts
             )
-
-    def new_epochs(self) -> list[str]:
-        """The lines about epochs that have been printed since the last call."""
-        with self.step.path("output.txt").open("rb") as file:
-            file.seek(self.shown)
-            printed = file.read()
-        whole = printed[: printed.rfind(b"\n") + 1]
-        self.shown += len(whole)
-        lines = whole.decode(errors="replace").splitlines()
-        return [line for line in lines if line.startswith("epoch ") and "since the start" in line]
-
-    def end(self) -> None:
-        """Note how the process ended.
-
-        Raises:
-            RunError: it failed; the message ends with what it printed last.
-            Interrupted: it was asked to stop.
-        """
-        status = self.process.wait()
-        self.attempts[-1]["end"] = time.time()
-        self.step.write({"finished": status == 0, "attempts": self.attempts})
-        self.lock.close()
-        if status == INTERRUPTED:
-            raise Interrupted(f"{self.step.name} was asked to stop; the same command goes on")
-        if status:
-            last = self.step.path("output.txt").read_text(errors="replace").splitlines()[-30:]
-            said = "\n".join(last)
-            raise RunError(f"{self.step.name} failed with exit status {status}; {self.step.folder}/output.txt:\n{said}")
-
-    def stop(self) -> None:
-        """Ask the process to stop."""
-        if self.process.poll() is None:
-            self.process.terminate()
+        )
+    except (TypeError, KeyError):  # a list, or a field is missing
+        return False
 
 
-def _end_with_runner() -> None:
-    """Ask this process to stop when the runner dies, even if that is killed."""
-    if _PRCTL is not None:
-        _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def acquire(path: Path, blocking: bool = True) -> AcquireReturnProxy:
+    """Acquire a lock file, whose folder is made where it is missing; `with` releases it.
+
+    Raises:
+        Timeout: another process has it, and `blocking` is false.
+        UserError: the file cannot be written, or is a link or no regular file.
+    """
+    with as_user_error(OSError):  # its message names the file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        open_lock(path).close()
+    return FileLock(path).acquire(blocking=blocking)
 
 
 def run_steps(steps: list[Step], machine: Machine, commit: str | None) -> None:
-    """Run what is not finished yet, as many at a time as the machine takes; on any end, ask those under way to stop.
+    """Run the steps that are not finished, `machine.jobs` at a time; on any end, stop those that still run.
 
     Raises:
+        UserError: a file of a run is damaged, or is a link or no regular file.
         RunError: a run failed.
         Interrupted: this process, or one of the runs, was asked to stop.
     """
     waiting = [step for step in steps if not step.finished]
     print(f"{len(steps)} runs, {len(steps) - len(waiting)} of them finished; {machine.jobs} at a time", flush=True)
-    jobs: dict[int, Job] = {}
-    with StopRequest() as stop:
+    taking, failed = threading.Lock(), threading.Event()
+
+    def stopping() -> bool:
+        return stop.asked or failed.is_set()
+
+    def work(slot: int) -> None:
         try:
-            while waiting or jobs:
-                if stop.asked:
-                    raise Interrupted("stopped; the same command goes on")
-                for slot, job in list(jobs.items()):
-                    ended = job.process.poll() is not None
-                    for line in job.new_epochs():
-                        print(f"{job.step.name}: {line}", flush=True)
-                    if ended:
-                        del jobs[slot]
-                        job.end()
-                        print(f"{job.step.name}: finished", flush=True)
-                for slot in set(range(machine.jobs)) - jobs.keys():
-                    job = _start_next(waiting, machine, slot, commit)
-                    if job is not None:
-                        jobs[slot] = job
-                time.sleep(0.1)
-        finally:
-            for job in jobs.values():
-                job.stop()
-            for job in jobs.values():
-                job.process.wait()
-                job.lock.close()
+            while waiting and not stopping():
+                with taking:
+                    taken = _take(waiting)
+                if taken is None:  # what waits needs a pretraining that still runs, or another runner has it
+                    failed.wait(0.1)
+                    continue
+                step, lock = taken
+                with lock:
+                    _run(step, machine, slot, commit, stopping)
+        except BaseException:
+            failed.set()
+            raise
+
+    with StopRequest() as stop, ThreadPoolExecutor(machine.jobs) as pool:
+        list(pool.map(work, range(min(machine.jobs, len(waiting)))))  # raises what a worker raised
+        if stop.asked:
+            raise Interrupted("stopped; the same command resumes")
 
 
-def _start_next(waiting: list[Step], machine: Machine, slot: int, commit: str | None) -> Job | None:
-    """Start the first step whose pretraining is finished and that no other runner has, and take it off the list."""
+def _take(waiting: list[Step]) -> tuple[Step, AcquireReturnProxy] | None:
+    """Remove the first step that can start from the list; return it with its lock, or None."""
     for step in list(waiting):
         if step.after is not None and not step.after.finished:
             continue
-        with as_user_error(OSError):  # its message names the file
-            step.path("").mkdir(parents=True, exist_ok=True)
-            lock = open_lock(step.path("runner.lock"))
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # another runner has it, or what a killed one left is still writing its checkpoint
-            lock.close()
+            lock = acquire(step.path("runner.lock"), blocking=False)
+        except Timeout:  # another runner has it
             continue
-        waiting.remove(step)
-        if step.finished:  # by another runner meanwhile
-            lock.close()
-            continue
-        return Job(step, lock, machine, slot, commit)
+        if not in_use(step.path("")):  # by a run that writes its checkpoint because its runner was killed
+            waiting.remove(step)
+            if not step.finished:  # by another runner in the meantime
+                return step, lock
+        lock.lock.release()
     return None
+
+
+def _run(step: Step, machine: Machine, slot: int, commit: str | None, stopping: Callable[[], bool]) -> None:
+    """Run a step and record how it ended; ask it to stop once `stopping()`.
+
+    Raises:
+        UserError: output.txt is a link or no regular file.
+        RunError: the run failed; the message ends with its last output.
+        Interrupted: someone else asked the run to stop.
+    """
+    command, output = step.command(machine), step.path("output.txt")
+    with as_user_error(OSError):
+        printed = open_lock(output)
+    with printed, output.open("a") as file:
+        attempts = _begin(step, {"command": command, "commit": commit, "machine": machine.describe()})
+        printed.seek(0, os.SEEK_END)
+        process = launch.start(
+            command, machine.environment(slot), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
+        )
+        try:
+            _show_epochs(step.name, process, printed, stopping)
+        finally:
+            process.terminate()  # does nothing if it has ended
+            status = process.wait()
+    attempts[-1]["end"] = time.time()
+    step.write({"finished": status == 0, "attempts": attempts})
+    if status == 0:
+        _say(f"{step.name}: finished")
+    elif not stopping():
+        if status == INTERRUPTED:
+            raise Interrupted(f"{step.name} was asked to stop; the same command resumes")
+        said = "\n".join(output.read_text(errors="replace").splitlines()[-30:])
+        raise RunError(f"{step.name} failed with exit status {status}; {step.folder}/output.txt:\n{said}")
+
+
+def _begin(step: Step, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """Record the start of an attempt, write command.txt, and return all attempts of a step."""
+    attempts, output = step.record["attempts"], step.path("output.txt").stat()
+    if attempts and attempts[-1]["end"] is None:  # killed with its runner, after its last output, if any
+        attempts[-1]["end"] = max(attempts[-1]["start"], output.st_mtime if output.st_size else 0)
+    _say(f"{step.name}: $ {about['command']}")
+    attempts.append({**about, "start": time.time(), "end": None})
+    step.write({"finished": False, "attempts": attempts})
+    with as_user_error(OSError), replacing(step.path("command.txt")) as temporary:
+        temporary.write_bytes(os.fsencode(about["command"]) + b"\n")
+    return attempts
+
+
+def _show_epochs(name: str, process: subprocess.Popen, printed: TextIO, stopping: Callable[[], bool]) -> None:
+    """Show the lines about epochs that a process prints, until it has ended or `stopping()`."""
+    ended, rest = False, ""
+    while not ended:
+        time.sleep(0.1)
+        ended = process.poll() is not None or stopping()
+        *lines, rest = (rest + printed.read()).split("\n")
+        for line in lines:
+            if line.startswith("epoch ") and "since the start" in line:
+                _say(f"{name}: {line}")
+
+
+def _say(line: str) -> None:
+    print(line + "\n", end="", flush=True)  # in one piece, as other threads print, too

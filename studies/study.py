@@ -1,4 +1,4 @@
-"""What a study is: arms that differ in flags of the scripts, and a budget that all of them share."""
+"""The parts of a study: arms that differ in flags of the scripts, and a budget that all arms share."""
 
 import importlib
 import shlex
@@ -9,24 +9,24 @@ from util.errors import UserError, as_user_error
 
 Flags = dict[str, list[str]]
 CATALOGUE = Path(__file__).parent / "catalogue"
-SEEDS = (0, 1, 2)  # of pretraining, finetuning and the drawing of few labels
+SEEDS = (0, 1, 2)  # of pretraining, finetuning and the choice of few labels
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What all runs of a study share, and so its size. Flags are those of the scripts.
+    """The size of a study: flags of the scripts and datasets that all its runs share.
 
     Attributes:
-        common: flags of both scripts. `--batch_size` is that of an update, whatever the number of processes.
+        common: flags of both scripts. `--batch_size` is the effective one, for any number of processes.
         pretrain: flags of pretraining.
         finetune: flags of finetuning.
-        labels: which training labels studies finetune with, where they do not say: any of `few` and `all`.
         few, all: flags of finetuning on few labels, and on all.
-        per_class: few labels are so many images of each class, drawn with the run's seed.
+        labels: which labels studies finetune on by default: any of `few` and `all`.
+        per_class: images of each class in a dataset with few labels, drawn with the run's seed.
         repeats: how often an epoch has each of these images.
-        runs_per_gpu: runs that share a GPU, where each is one process.
+        runs_per_gpu: runs that share a GPU; each of them is one process.
         one_run: whether a run takes all GPUs.
-        images_per_class: of each class only so many are used, for training and for val/; None uses all.
+        images_per_class: how many images of each class train/ and val/ are limited to; None uses all.
     """
 
     common: str
@@ -44,12 +44,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class Arm:
-    """One setting.
+    """A setting of the method.
 
     Attributes:
-        pretrain: flags added to those of the budget; None finetunes random weights.
-        finetune: flags added to those of the budget.
-        budgets: the budgets that have this arm; None is all.
+        pretrain: flags of pretraining beside the budget's; None finetunes from random weights.
+        finetune: flags of finetuning beside the budget's.
+        budgets: the budgets that have this arm; None means all.
     """
 
     pretrain: str | None = ""
@@ -62,9 +62,9 @@ class Study:
     """A question, and the arms that answer it.
 
     Attributes:
-        question: in a sentence.
-        arms: by name; the first one is what the others are compared with.
-        labels: see `Budget.labels`; None takes the budget's.
+        question: one sentence.
+        arms: by name; the others are compared with the first.
+        labels: see `Budget.labels`, which None takes.
     """
 
     question: str
@@ -73,15 +73,15 @@ class Study:
 
 
 def names() -> list[str]:
-    """The studies that there are: the files in studies/catalogue/."""
+    """Return the names of all studies: the files in studies/catalogue/."""
     return sorted(path.stem for path in CATALOGUE.glob("[!_]*.py"))
 
 
 def load(name: str) -> Study:
-    """The study of this name.
+    """Return the study of a name.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such study.
     """
     if name not in names():
         raise UserError(f"unknown study {name!r}; choose from {', '.join(names())}")
@@ -89,7 +89,7 @@ def load(name: str) -> Study:
 
 
 def only(study: Study, budget: str, arms: list[str] | None = None) -> Study:
-    """A study with those of its arms that a budget has, or with some of these, in its own order.
+    """Return a study with the arms that a budget has, or with those of them that `arms` names.
 
     Raises:
         UserError: there is no such arm.
@@ -102,10 +102,10 @@ def only(study: Study, budget: str, arms: list[str] | None = None) -> Study:
 
 
 def flags(*texts: str) -> Flags:
-    """Flags with their values, by name; of one that is given twice the last values count.
+    """Return the values of flags by name; of a flag that stands twice, the last values count.
 
     Raises:
-        UserError: the text does not begin with a flag, or a quotation in it does not end.
+        UserError: a text does not begin with a flag, or a quotation in it does not end.
     """
     found: Flags = {}
     for text in texts:
@@ -123,6 +123,6 @@ def flags(*texts: str) -> Flags:
     return found
 
 
-def in_words(found: Flags) -> str:
-    """The text of flags, for a command."""
+def command_text(found: Flags) -> str:
+    """Return flags as text for a command."""
     return shlex.join(word for name, values in found.items() for word in (name, *values))

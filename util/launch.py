@@ -5,8 +5,19 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+# Linux sends SIGTERM to a process whose parent dies, even by SIGKILL, if the process has asked for it. A program of its
+# own does so because Popen's preexec_fn may deadlock in a process with threads.
+_END_WITH_PARENT = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(sys.argv[1]):
+        sys.exit("the process that started this one has ended")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 def command_line(script: str, arguments: str, processes: int) -> str:
@@ -15,8 +26,10 @@ def command_line(script: str, arguments: str, processes: int) -> str:
     return f"{launcher} {script} {arguments}"
 
 
-def start(command: str, environment: dict[str, str], **options: object) -> subprocess.Popen:
+def start(command: str, environment: dict[str, str], **options: Any) -> subprocess.Popen:
     """Start a command that begins with python or torchrun, in the repository and with the Python of this process.
+
+    On Linux, it is asked to stop (SIGTERM) when the thread that started it ends, in whatever way.
 
     Args:
         command: see `command_line`.
@@ -25,4 +38,6 @@ def start(command: str, environment: dict[str, str], **options: object) -> subpr
     """
     launcher, *words = shlex.split(command)
     module = ["-m", "torch.distributed.run"] if launcher == "torchrun" else []
-    return subprocess.Popen([sys.executable, *module, *words], cwd=ROOT, env={**os.environ, **environment}, **options)
+    first = [sys.executable, "-ISc", _END_WITH_PARENT, str(os.getpid())]
+    words = [*first, sys.executable, *module, *words]
+    return subprocess.Popen(words, cwd=ROOT, env={**os.environ, **environment}, **options)

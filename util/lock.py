@@ -58,6 +58,27 @@ def lock_folder(folder: Path, name: str = "--output_dir") -> str:
     return owner
 
 
+def in_use(folder: Path) -> bool:
+    """Return whether another process holds the lock of a folder.
+
+    Raises:
+        UserError: its run.lock cannot be opened, or is a link or no regular file.
+    """
+    path = folder.resolve() / "run.lock"
+    if path in _HELD:  # closing the file below would release it
+        return False
+    with as_user_error(OSError):
+        file = open_lock(path)
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return True
+        except OSError:  # the file system has no locks
+            return _lives(file)
+    return False
+
+
 def _content(file: TextIO) -> dict:
     file.seek(0)
     with suppress(ValueError):

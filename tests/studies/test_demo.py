@@ -1,4 +1,4 @@
-"""The parts of the demo; `make demo` runs the whole."""
+"""Parts of the demo; `make demo` runs all of it."""
 
 import sys
 
@@ -18,7 +18,7 @@ from util.checkpoints import checkpoint_file
 
 
 def test_unpacked_digits(tmp_path):
-    """5,000 real digits as an ordinary image folder."""
+    """They are 5,000 real digits in an image folder."""
     unpack_digits(tmp_path / "digits")
     train, val = (ImageFolder(str(tmp_path / "digits" / split)) for split in ("train", "val"))
     assert train.classes == val.classes == [str(d) for d in range(10)]
@@ -45,7 +45,7 @@ def test_pictures_are_drawn(image_folder, tmp_path, run_script):
 
 
 def test_random_encoder(image_folder, tmp_path, run_script):
-    """What a run trains from: at learning rate 0 it stays."""
+    """It has the initial weights of a run, which a learning rate of 0 does not change."""
     words = ["--data_path", image_folder, "--output_dir", tmp_path, "--batch_size", 8, "--epochs", 1, "--lr", 0]
     run_script(main_pretrain, *TINY_PRETRAIN, *words, "--weight_decay", 0, "--seed", 3)
     demo.write_random_encoder(tmp_path / "checkpoint-0.pth", tmp_path / "random.pth")
@@ -55,7 +55,7 @@ def test_random_encoder(image_folder, tmp_path, run_script):
 
 
 def test_it_takes_no_arguments(monkeypatch, capsys, tmp_path):
-    """A mistake starts nothing, and a folder that cannot be made is named."""
+    """A mistake starts nothing; a folder that cannot be created is named."""
     monkeypatch.setattr(demo, "OUT", tmp_path / "file")
     (tmp_path / "target").mkdir()
     (tmp_path / "file").symlink_to(tmp_path / "target")  # is not removed
