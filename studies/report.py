@@ -3,7 +3,7 @@
 import math
 import statistics
 
-from Evaluation.report import table, wilson
+from Evaluation.tables import table, wilson
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
