@@ -88,6 +88,6 @@ def fuse_augmentation(transform: object) -> None:
 
 def carry_out_fused(images: Tensor, notes: Tensor, parameters: Tensor, order: Tensor, fill: Tensor) -> Tensor:
     """Carry out RandAugment by Triton kernels; see `util.data.randaugment.carry_out_layers`."""
-    from ops import randaugment  # imports Triton
+    from ops.fused import triton_randaugment  # imports Triton
 
-    return randaugment.carry_out(images, parameters, fill)
+    return triton_randaugment.carry_out(images, parameters, fill)

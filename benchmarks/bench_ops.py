@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mamba import FOUR_DIRECTIONS, ONE_DIRECTION, Block, Mixer, SwiGLU, scan_orders
 from ops import BackendUnavailable, causal_conv1d, fused, unavailable
-from ops.operators import backend_module
+from ops.backends import backend_module
 from util import arguments, cli, hardware
 from util.distributed.processes import init_device
 from util.errors import RunError

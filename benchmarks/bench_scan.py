@@ -103,7 +103,7 @@ def mambapy_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tens
 
 def with_chunk(backend: str, chunk: int) -> Scan:
     """Return the scan of "triton" or "cuda" with `chunk` tokens between two stored states."""
-    module = ops.operators.backend_module(backend)
+    module = ops.backends.backend_module(backend)
 
     def scan(*inputs: Tensor) -> Tensor:
         if backend == "triton":  # for its backward pass too, which comes before the next contestant
@@ -117,7 +117,7 @@ def with_chunk(backend: str, chunk: int) -> Scan:
 
 def chunks(backend: str, device: torch.device) -> tuple[int, int]:
     """Return the default of a backend and the other one, of 8 and 4."""
-    module = ops.operators.backend_module(backend)
+    module = ops.backends.backend_module(backend)
     default = module.CHUNK if backend == "triton" else module.CHUNKS[torch.cuda.get_device_capability(device)]
     return default, 12 - default
 
@@ -136,7 +136,7 @@ def contestants(inputs: list[Tensor]) -> dict[str, Scan | str]:
             import mambapy  # noqa: F401
         except ImportError:
             found["mambapy"] = "not installed: pip install mambapy"
-    for backend in reversed(ops.FASTEST_FIRST[u.device.type]):
+    for backend in [name for name, kinds in reversed(ops.BACKENDS.items()) if u.device.type in kinds]:
         if reason := ops.unavailable(backend):
             found[backend] = reason
         elif problem := ops.misfit(backend, u.device, u.dtype, u.shape[-1], A.shape[-1]):

@@ -36,7 +36,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from ops import cuda_backend, fused, triton_backend, triton_fused
+from ops import fused
+from ops.backends import cuda_backend, triton_backend
+from ops.fused import triton_fused
 from util import cli
 
 BACKENDS = ("triton", "fused", "cuda")

@@ -1,155 +1,37 @@
 """Selective scan and causal convolution: one public function each, one file per backend."""
 
-import logging
-import os
-from functools import cache
-
 import torch
 from torch import Tensor
 
 from . import operators
-from .measured import faster
-from .operators import backend_module
+from .backends import (
+    BACKENDS,
+    BackendUnavailable,
+    backend_module,
+    check_backend,
+    check_rows,
+    choose_backend,
+    computes_whole,
+    misfit,
+    unavailable,
+)
 
-BACKENDS = ("auto", "torch", "cpu", "triton", "mamba_ssm", "export", "cuda")
-# Of "auto", by kind of device; "cuda" only where a measurement shows it to be faster.
-FASTEST_FIRST = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "mamba_ssm", "torch")}
-
-
-class BackendUnavailable(RuntimeError):
-    """A backend was asked for by name and cannot work here."""
-
-
-@cache
-def unavailable(name: str) -> str | None:
-    """Return why backend `name` cannot work on this machine, None if it can; tried once per process."""
-    try:
-        if name in ("cpu", "triton", "cuda"):
-            backend_module(name).load()
-        elif name == "mamba_ssm":
-            backend_module(name)
-    except (ImportError, OSError) as error:  # not installed, or built for another torch or CUDA
-        if name == "cpu":  # there is nothing to install
-            return str(error)
-        how = {"mamba_ssm": "--no-build-isolation -r requirements-cuda.txt", "cuda": "triton"}.get(name, name)
-        return f"{error}; to install it: pip install {how}"
-    except BackendUnavailable as error:
-        return str(error)
-    return None
-
-
-def misfit(name: str, device: torch.device, dtype: torch.dtype, width: int, states: int = 16) -> str | None:
-    """Return what backend `name` does not compute about these activations, None if it computes them."""
-    here, halves = f"{dtype} on {device.type}", (torch.bfloat16, torch.float16)
-    if name == "cpu" and (device.type != "cpu" or dtype != torch.float32):
-        return here
-    if name in ("triton", "mamba_ssm") and dtype not in (torch.float32, *halves):
-        return here
-    if name in ("mamba_ssm", "cuda") and device.type != "cuda":
-        return here
-    if name == "triton" and device.type != ("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"):
-        return here
-    if name == "cuda" and dtype != torch.bfloat16:
-        return here
-    if name in ("triton", "cuda") and width % 32:
-        return f"{width} channels, which 32 does not divide,"
-    if name == "triton" and states & (states - 1):
-        return f"{states} states, no power of 2,"
-    if name == "cuda" and states != 16:
-        return f"{states} states, not 16,"
-    return None
-
-
-def check_backend(name: str) -> None:
-    """Raise unless backend `name` exists and works on this machine; called when a model is built.
-
-    Raises:
-        ValueError: `name` is not one of `BACKENDS`.
-        BackendUnavailable: its compiler or package is missing; the message says which.
-    """
-    if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
-    if reason := unavailable(name):
-        raise BackendUnavailable(f"backend {name!r} is not available: {reason}")
-
-
-@cache
-def _log_once(level: int, message: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        logging.getLogger("arm").log(level, message)
+__all__ = [
+    "BACKENDS",
+    "BackendUnavailable",
+    "causal_conv1d",
+    "check_backend",
+    "choose_backend",
+    "misfit",
+    "selective_scan",
+    "unavailable",
+]
 
 
 @torch.compiler.assume_constant_result  # the compiler guards on both by itself
 def transformed() -> bool:
     """Return whether forward-mode derivatives or a transform of `torch.func` may be under way."""
     return operators.in_forward_mode() or torch._C._functorch.maybe_current_level() is not None
-
-
-@torch.compiler.assume_constant_result
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype, width: int, states: int = 16) -> str:
-    """Turn the requested backend into the one that computes; the only place where that is decided.
-
-    "auto" is the first of `FASTEST_FIRST` that computes these activations and works on this machine; on other kinds of
-    device it is torch. "cuda" leaves to "triton" what it does not compute. Each decision is logged once per process
-    (rank 0), as a warning where torch takes the place of kernels that do not work here.
-
-    Args:
-        name: one of `BACKENDS`.
-        device: where the activations are.
-        dtype: of the activations.
-        width: their channels.
-        states: of a channel, in the scan; the convolution has none, and every backend computes 16.
-
-    Returns:
-        One of `BACKENDS`, not "auto".
-
-    Raises:
-        ValueError, BackendUnavailable: see `check_backend`.
-        TypeError: the backend asked for does not compute these activations.
-    """
-    check_backend(name)
-    if name != "auto":
-        if problem := misfit(name, device, dtype, width, states):
-            if name == "cuda" and not misfit("triton", device, dtype, width, states):
-                return left_to_triton(problem)
-            raise TypeError(f"backend {name!r} does not compute {problem}: use backend 'torch'")
-        return name
-    broken = []
-    for candidate in FASTEST_FIRST.get(device.type, ("torch",)):
-        if misfit(candidate, device, dtype, width, states):
-            continue
-        if candidate == "cuda" and not faster("cuda", device):
-            continue
-        if not (reason := unavailable(candidate)):
-            break  # at torch at the latest
-        broken.append(f"{candidate}: {reason}")
-    level = logging.WARNING if broken and candidate == "torch" else logging.INFO
-    note = f", slower than what does not work here ({'; '.join(broken)})" if broken else ""
-    _log_once(level, f"scan backend for {dtype} on {device.type}: {candidate}{note}")
-    return candidate
-
-
-@torch.compiler.assume_constant_result
-def left_to_triton(what: str) -> str:
-    """Say once that backend "cuda" does not compute something; return the backend that does."""
-    _log_once(logging.INFO, f"scan backend cuda does not compute {what}: triton does")
-    return "triton"
-
-
-ODD_ROWS = "rows that do not begin at multiples of 16 bytes"
-
-
-def _rows_misfit(*rows: Tensor) -> str | None:
-    """Return what backend "cuda" does not read about these activations, None if it reads them.
-
-    It reads 16 bytes at a time. Strides decide, which `torch.compile` knows as well; the backend itself copies what
-    only begins at an odd address or has no contiguous channels.
-    """
-    if odd := [x.dtype for x in rows if x.dtype != torch.bfloat16]:
-        return f"activations of {odd[0]} beside bfloat16"
-    if any(x.stride(-1) == 1 and any(stride % 8 for stride in x.stride()[:-1]) for x in rows):
-        return ODD_ROWS
-    return None
 
 
 def _check(x: Tensor, sizes: dict[str, int], **tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
@@ -218,15 +100,15 @@ def selective_scan(
     K, batch, L, width = u.shape
     N = A.shape[-1]
     inputs, rows, channels = (K, batch, L, width), (K, batch, L, N), (K, width)
+    shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]]
     shapes = {"dt": (dt, inputs), "A": (A, (*channels, N)), "B": (B, rows), "C": (C, rows)}
     shapes |= {"D": (D, channels), "dt_bias": (dt_bias, channels), "order": (order, (K, L))}
     _check(u, {"direction": K, "token": L, "state": N}, **shapes)
     tensors = (u, dt, A, B, C, D, dt_bias)
     name = "export" if transformed() else choose_backend(backend, u.device, u.dtype, width, N)
-    if name in ("mamba_ssm", "export"):
+    if computes_whole(name):
         return backend_module(name).selective_scan(*tensors, order)
-    if name == "cuda" and (problem := _rows_misfit(u, dt, B, C)):
-        name = left_to_triton(problem)
+    name = check_rows(name, [u, dt, B, C])
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return operators.selective_scan(*tensors, order, name, trains)[0]
 
@@ -257,6 +139,6 @@ def causal_conv1d(
     shapes = {"weight": (weight, (K, width, W)), "bias": (bias, (K, width)), "order": (order, (K, L))}
     _check(x, {"direction": K, "token": L, "tap": W}, **shapes)
     name = "export" if transformed() else choose_backend(backend, x.device, x.dtype, width)
-    if name in ("mamba_ssm", "export"):
+    if computes_whole(name):
         return backend_module(name).causal_conv1d(x, weight, bias, order)
     return operators.causal_conv1d(x, weight, bias, order, name)

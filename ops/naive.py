@@ -22,12 +22,12 @@ def selective_scan(
     for k in range(K):
         x_k, delta_k, B_k, C_k = (tensor[k].unbind(1) for tensor in (x, delta, B, C))  # L of (B, D) or (B, N)
         h = x.new_zeros(batch, width, A.shape[-1])
-        y = [None] * L
+        y = {}  # by token
         for t in order[k].tolist():
             decay = torch.exp(delta_k[t][..., None] * A[k])  # (B, D, N)
             h = decay * h + (delta_k[t] * x_k[t])[..., None] * B_k[t][:, None]  # (B, D, N)
             y[t] = (h * C_k[t][:, None]).sum(-1) + D[k] * x_k[t]  # (B, D)
-        directions.append(torch.stack(y, 1))  # (B, L, D)
+        directions.append(torch.stack([y[t] for t in range(L)], 1))  # (B, L, D)
     return torch.stack(directions).to(u.dtype)
 
 
@@ -44,9 +44,9 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None 
     tokens, weight, bias = x.to(dtype).unbind(1), weight.to(dtype), bias.to(dtype)  # L tokens of (B, D)
     directions = []
     for k in range(K):
-        path, y = order[k].tolist(), [None] * L
+        path, y = order[k].tolist(), {}
         for t in range(L):
             past = [weight[k, :, W - 1 - j] * tokens[path[t - j]] for j in range(min(W, t + 1))]
             y[path[t]] = F.silu(sum(past) + bias[k])  # (B, D)
-        directions.append(torch.stack(y, 1))  # (B, L, D)
+        directions.append(torch.stack([y[t] for t in range(L)], 1))  # (B, L, D)
     return torch.stack(directions).to(x.dtype)

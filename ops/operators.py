@@ -5,24 +5,21 @@ backend is a module of five functions: `scan_forward`, `scan_states`, `scan_back
 (documented in torch_backend.py). Arguments are those of `ops.selective_scan` and `ops.causal_conv1d`.
 """
 
-import importlib
 from collections.abc import Iterable
-from types import ModuleType
-from typing import NoReturn
+from typing import NoReturn, TypeVar, cast
 
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import custom_op
 
+from .backends import backend_module
+
+Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
+
 
 def in_forward_mode() -> bool:
     """Return whether a level of forward-mode derivatives is entered."""
     return forward_ad._current_level >= 0
-
-
-def backend_module(name: str) -> ModuleType:
-    """Return the module that implements backend `name`."""
-    return importlib.import_module(f".{name}_backend", __package__)
 
 
 def refuse_forward_mode() -> None:
@@ -39,29 +36,21 @@ def refuse_second(ctx: object, *grads: Tensor) -> NoReturn:
     raise NotImplementedError("the kernels have no second derivatives: backend='export' (--scan_backend export) has")
 
 
-def as_inputs(grads: Iterable[Tensor], inputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """Each gradient with the dtype of its input and dense, as `empty_grads` announces it."""
-    return tuple(grad.to(x.dtype).contiguous() for grad, x in zip(grads, inputs, strict=True))
+def as_inputs(grads: Iterable[Tensor], inputs: Tensors) -> Tensors:
+    """Return each gradient in the dtype of its input and contiguous, as `empty_grads` announces it."""
+    return cast(Tensors, tuple(grad.to(x.dtype).contiguous() for grad, x in zip(grads, inputs, strict=True)))
 
 
 def empty_grads(inputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """Return tensors like the gradients that `as_inputs` gives, for tracing."""
+    """Return empty tensors like the gradients that `as_inputs` returns, for tracing."""
     return tuple(x.new_empty(x.shape) for x in inputs)
 
 
 @custom_op("arm::selective_scan", mutates_args=())
 def selective_scan(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    order: Tensor | None,
-    backend: str,
-    trains: bool,
-) -> tuple[Tensor, Tensor]:
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
+    order: Tensor | None, backend: str, trains: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return y and, where it `trains`, the states that the backward pass starts from (else an empty tensor)."""
     refuse_forward_mode()
     y, states = backend_module(backend).scan_forward(u, dt, A, B, C, D, dt_bias, order, trains)
@@ -76,18 +65,9 @@ def _(u, dt, A, B, C, D, dt_bias, order, backend, trains):
 
 @custom_op("arm::selective_scan_backward", mutates_args=())
 def selective_scan_backward(
-    dy: Tensor,
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    order: Tensor | None,
-    states: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
+    order: Tensor | None, states: Tensor, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of u, dt, A, B, C, D and dt_bias."""
     refuse_forward_mode()
     inputs = (u, dt, A, B, C, D, dt_bias)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import ops
-from ops import compiled, cpu_backend, naive
+from ops import backends, naive
+from ops.backends import compiled, cpu_backend
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}
 
@@ -19,7 +20,7 @@ def fresh(monkeypatch):
     """Forget what is known about backends, before and after a test that changes the machine."""
 
     def forget():
-        for known in (ops.unavailable, ops._log_once, cpu_backend.load, compiled.private_folder):
+        for known in (ops.unavailable, backends._log_once, cpu_backend.load, compiled.private_folder):
             known.cache_clear()
 
     monkeypatch.delenv("RANK", raising=False)

@@ -1,6 +1,5 @@
 """A cache of compiled files that this process will execute: whose they are, and whether they are whole, comes first."""
 
-import hashlib
 import logging
 import os
 import re
@@ -10,6 +9,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+
+from util.files import sha256_of
 
 LOGGER = logging.getLogger("arm")
 
@@ -87,8 +88,3 @@ def distrust(path: Path, is_kind: Callable[[int], bool]) -> str:
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return "can be written by other users"
     return ""
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

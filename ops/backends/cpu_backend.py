@@ -17,10 +17,16 @@ from torch import Tensor
 from . import BackendUnavailable
 from .compiled import cached_or_private
 
+INSTALL = ""  # a C compiler is no Python package
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
 CHUNK = 16  # tokens between two stored states
 COMPILERS = ("cc", "gcc", "clang")
 NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+
+
+def misfit(device: torch.device, dtype: torch.dtype, width: int, states: int) -> str | None:
+    """See torch_backend.py."""
+    return None if device.type == "cpu" and dtype == torch.float32 else f"{dtype} on {device.type}"
 
 
 def _compiler() -> list[str]:
@@ -84,8 +90,8 @@ class _Rows(ctypes.Structure):
 
 
 def _fields(rows: str, addresses: str) -> list[tuple[str, type]]:
-    kinds = ("K batch L width", ctypes.c_int64), (rows, _Rows), (addresses, ctypes.c_void_p)
-    return [(name, kind) for names, kind in kinds for name in names.split()]
+    kinds: dict[str, type] = {"K batch L width": ctypes.c_int64, rows: _Rows, addresses: ctypes.c_void_p}
+    return [(name, kind) for names, kind in kinds.items() for name in names.split()]
 
 
 class _ScanJob(ctypes.Structure):
@@ -102,7 +108,7 @@ class _ConvJob(ctypes.Structure):
 
 def _job(kind: type[ctypes.Structure], sizes: tuple[int, ...], **tensors: Tensor | None) -> ctypes.Structure:
     """Describe tensors to a kernel by address: they must outlive its run."""
-    rows = [name for name, field in kind._fields_ if field is _Rows]
+    rows = [field[0] for field in kind._fields_ if field[1] is _Rows]
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     fields = {n: _Rows(x.data_ptr(), *x.stride()[:3]) if n in rows else x.data_ptr() for n, x in given.items()}
     return kind(*sizes, **fields)
@@ -123,12 +129,14 @@ def _checked(order: Tensor | None, L: int) -> Tensor | None:
 
 
 def scan_states(u: Tensor, A: Tensor) -> Tensor:
-    """An empty tensor for the states that `scan_forward` returns: those before every chunk of tokens."""
+    """Return an empty tensor for the states that `scan_forward` returns: those before every chunk of tokens."""
     K, batch, L, width = u.shape
     return u.new_empty(K, batch, -(-L // CHUNK), A.shape[-1], width)
 
 
-def _scan_inputs(u, dt, A, B, C, D, dt_bias, order):
+def _scan_inputs(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, order: Tensor | None
+) -> dict[str, Tensor | None]:
     varying = {"u": u, "dt": dt, "B": B, "C": C}
     inputs = {name: _dense_channels(x.float()) for name, x in varying.items()}
     constant = {"A": A.float().mT, "D": D.float(), "bias": dt_bias.float()}  # A: (K, N, D)
@@ -136,7 +144,10 @@ def _scan_inputs(u, dt, A, B, C, D, dt_bias, order):
     return inputs | {"order": _checked(order, u.shape[2])}
 
 
-def scan_forward(u, dt, A, B, C, D, dt_bias, order, trains):
+def scan_forward(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
+    order: Tensor | None, trains: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """See torch_backend.py; u in float32."""
     inputs = _scan_inputs(u, dt, A, B, C, D, dt_bias, order)
     states, y = scan_states(u, A) if trains else None, u.new_empty(u.shape)
@@ -145,7 +156,10 @@ def scan_forward(u, dt, A, B, C, D, dt_bias, order, trains):
     return y, states
 
 
-def scan_backward(dy, u, dt, A, B, C, D, dt_bias, order, states):
+def scan_backward(
+    dy: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
+    order: Tensor | None, states: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """See torch_backend.py; u in float32."""
     inputs = _scan_inputs(u, dt, A, B, C, D, dt_bias, order)
     (K, batch, L, width), N = u.shape, A.shape[-1]
@@ -161,7 +175,7 @@ def scan_backward(dy, u, dt, A, B, C, D, dt_bias, order, states):
     return du, ddt, dA.sum(1).mT, dB.sum(0), dC.sum(0), dD.sum(1), dbias.sum(1)
 
 
-def _conv_inputs(x, weight, bias, order):
+def _conv_inputs(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) -> dict[str, Tensor | None]:
     return {
         "x": _dense_channels(x)[None],  # (1, B, L, D)
         "weight": weight.float().flip(-1).mT.contiguous(),  # (K, W, D), the tap of the present token first
@@ -170,7 +184,7 @@ def _conv_inputs(x, weight, bias, order):
     }
 
 
-def conv_forward(x, weight, bias, order):
+def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) -> Tensor:
     """See torch_backend.py; x in float32."""
     inputs, sizes = _conv_inputs(x, weight, bias, order), (len(weight), *x.shape)
     y = x.new_empty(sizes)
@@ -179,7 +193,9 @@ def conv_forward(x, weight, bias, order):
     return y
 
 
-def conv_backward(dy, x, weight, bias, order):
+def conv_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """See torch_backend.py; x in float32."""
     inputs, (K, width, W) = _conv_inputs(x, weight, bias, order), weight.shape
     dx = x.new_empty(x.shape)

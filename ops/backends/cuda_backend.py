@@ -6,9 +6,10 @@ It computes bfloat16 activations with 16 states; `ops.selective_scan` leaves all
 import ctypes
 import hashlib
 import math
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from . import BackendUnavailable, triton_backend
 from .compiled import cached_or_private
 from .triton_backend import conv_backward, conv_forward  # noqa: F401 - two of the five functions of a backend
 
+INSTALL = triton_backend.INSTALL
+FALLBACK = "triton"
+ROW_ALIGNMENT = 16  # the kernels read 16 bytes at a time
 SOURCE = Path(__file__).with_name("cuda_kernels.cu")
 KERNELS = ("scan_forward", "scan_backward")
 STATES, GROUP = 16, 32  # states of a channel, channels of a warp
@@ -25,6 +29,15 @@ STATES, GROUP = 16, 32  # states of a channel, channels of a warp
 # instructions and less memory; on 8.0 shared memory has room for 4 warps with chunks of 8, and 8 with chunks of 4.
 # 8.6 and 8.9 have less of it, and NVRTC 13.0 spills on 10.0: Triton's kernels count as faster there.
 CHUNKS = {(8, 0): 4, (9, 0): 8}
+
+
+def misfit(device: torch.device, dtype: torch.dtype, width: int, states: int) -> str | None:
+    """See torch_backend.py."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return f"{dtype} on {device.type}"
+    if width % GROUP:
+        return f"{width} channels, which {GROUP} does not divide,"
+    return f"{states} states, not {STATES}," if states != STATES else None
 
 
 class Variant(NamedTuple):
@@ -66,7 +79,7 @@ class Args(ctypes.Structure):
 # ---- compiling and loading ----
 
 
-def _call(function, *args):
+def _call(function: Callable[..., tuple], *args: object) -> Any:
     """Call a function of CUDA and return its result.
 
     Raises:
@@ -94,8 +107,8 @@ def compile_kernels(capability: tuple[int, int], variant: Variant) -> bytes:
     """
     from cuda.bindings import nvrtc
 
-    source, options = SOURCE.read_bytes(), ["--gpu-architecture=sm_{}{}".format(*capability), "--std=c++17"]
-    options = [option.encode() for option in (*options, *variant.definitions())]
+    source, target = SOURCE.read_bytes(), "--gpu-architecture=sm_{}{}".format(*capability)
+    options = [option.encode() for option in (target, "--std=c++17", *variant.definitions())]
 
     def build(path: Path) -> None:
         program = _call(nvrtc.nvrtcCreateProgram, source, SOURCE.name.encode(), 0, [], [])
@@ -115,7 +128,7 @@ def compile_kernels(capability: tuple[int, int], variant: Variant) -> bytes:
 
 
 @cache
-def _context(device: int):
+def _context(device: int) -> object:
     """Return the context of torch on a device."""
     from cuda.bindings import driver
 
@@ -123,7 +136,7 @@ def _context(device: int):
 
 
 @cache
-def _functions(device: int, variant: Variant) -> dict:
+def _functions(device: int, variant: Variant) -> dict[str, object]:
     """Return both kernels as the driver starts them on a device, whose context is the current one."""
     from cuda.bindings import driver
 
@@ -188,18 +201,21 @@ def block_warps(width: int) -> int:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """Return x, or a copy where its rows are not dense or do not begin at multiples of 16 bytes."""
+    """Return x, or a copy where its channels are not contiguous or its rows not aligned."""
     starts = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1]))
-    fits = x.stride(-1) == 1 and all(start % 16 == 0 for start in starts)
+    fits = x.stride(-1) == 1 and all(start % ROW_ALIGNMENT == 0 for start in starts)
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
-def _inputs(u, dt, A, B, C, D, dt_bias, order, **more: Tensor) -> dict[str, Tensor | None]:
+def _inputs(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
+    order: Tensor | None, **more: Tensor,
+) -> dict[str, Tensor | None]:  # fmt: skip
     """Return the inputs as the kernels read them, by name."""
     rows = {"u": u, "dt": dt, "B": B, "C": C, **more}
     if A.shape[-1] != STATES or u.shape[-1] % GROUP or any(x.dtype != torch.bfloat16 for x in rows.values()):
         raise TypeError(f"backend 'cuda' computes bfloat16, {STATES} states and channels that {GROUP} divides only")
-    order = triton_backend._checked(order, u.shape[2])
+    order = triton_backend.checked_order(order, u.shape[2])
     return {
         **{name: _aligned(x) for name, x in rows.items()},
         "A": _aligned(A.float().contiguous()),
@@ -209,9 +225,8 @@ def _inputs(u, dt, A, B, C, D, dt_bias, order, **more: Tensor) -> dict[str, Tens
     }
 
 
-def _launch(kernel: str, **tensors: Tensor | None) -> None:
-    """Start a kernel for all paths and channels. `tensors` are those of `Args`, all used on the current stream."""
-    u = tensors["u"]
+def _launch(kernel: str, u: Tensor, tensors: Mapping[str, Tensor | None]) -> None:
+    """Start a kernel for all directions, images and channels of u; `tensors` are the fields of `Args`."""
     K, batch, L, width = u.shape
     variant = Variant(block_warps(width), _chunk(u.device), tensors["order"] is not None)
     args = Args(images=batch, length=L, width=width)
@@ -225,7 +240,7 @@ def _launch(kernel: str, **tensors: Tensor | None) -> None:
 
 
 def scan_states(u: Tensor, A: Tensor) -> Tensor:
-    """An empty tensor for the states that `scan_forward` returns: those before every chunk of tokens.
+    """Return an empty tensor for the states that `scan_forward` returns: those before every chunk of tokens.
 
     The states of a group of 32 channels are stored as (N / 4, 32, 4): a warp moves each of the four parts at once.
     """
@@ -234,15 +249,21 @@ def scan_states(u: Tensor, A: Tensor) -> Tensor:
     return u.new_empty(K, batch, -(-L // _chunk(u.device)), groups, quarters, GROUP, 4, dtype=torch.float32)
 
 
-def scan_forward(u, dt, A, B, C, D, dt_bias, order, trains):
+def scan_forward(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
+    order: Tensor | None, trains: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """See torch_backend.py; u, dt, B and C in bfloat16."""
     inputs = _inputs(u, dt, A, B, C, D, dt_bias, order)
     y, states = u.new_empty(u.shape), scan_states(u, A) if trains else None
-    _launch("scan_forward", **inputs, y=y, states=states)
+    _launch("scan_forward", u, inputs | {"y": y, "states": states})
     return y, states
 
 
-def scan_backward(dy, u, dt, A, B, C, D, dt_bias, order, states):
+def scan_backward(
+    dy: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
+    order: Tensor | None, states: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """See torch_backend.py; dy, u, dt, B and C in bfloat16."""
     K, batch, L, width = u.shape
     inputs = _inputs(u, dt, A, B, C, D, dt_bias, order, dy=dy)
@@ -251,7 +272,8 @@ def scan_backward(dy, u, dt, A, B, C, D, dt_bias, order, states):
     blocks = width // GROUP // block_warps(width)
     dA, dCB = states.new_empty(K, batch, *states.shape[3:]), states.new_empty(K, batch, L, blocks, 2 * STATES)
     dD, dbias = (states.new_empty(K, batch, width) for _ in range(2))
-    _launch("scan_backward", **inputs, states=states, du=du, ddt=ddt, dA=dA, dCB=dCB, dD=dD, ddt_bias=dbias)
+    grads = {"du": du, "ddt": ddt, "dA": dA, "dCB": dCB, "dD": dD, "ddt_bias": dbias}
+    _launch("scan_backward", u, inputs | grads | {"states": states})
     dC, dB = dCB.sum(3).split(STATES, dim=-1)
     dA = dA.sum(1).transpose(2, 3)  # (K, D / 32, N / 4, 32, 4) -> (K, D / 32, 32, N / 4, 4)
     return du, ddt, dA.reshape(K, width, STATES), dB, dC, dD.sum(1), dbias.sum(1)

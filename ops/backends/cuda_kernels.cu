@@ -1,7 +1,7 @@
 // Selective scan on NVIDIA GPUs, forward and backward: bfloat16 activations, 16 states, channels last.
 //
-// ops/cuda_backend.py compiles this file through NVRTC, so it includes nothing; tests/cuda_emulation.cpp includes it and
-// runs it on a CPU. Names and shapes are those of ops/torch_backend.py, N = 16.
+// cuda_backend.py compiles this file through NVRTC, so it includes nothing; tests/cuda_emulation.cpp includes it and
+// runs it on a CPU. Names and shapes are those of torch_backend.py, N = 16.
 //
 // A path is one image in one direction. A thread owns one channel of a path and walks through its tokens with the 16
 // states in registers; a warp owns a group of 32 channels, a block WARPS groups. Tokens are read in chunks of CHUNK:
@@ -81,7 +81,7 @@ struct Args {
   Strides u_strides, dt_strides, B_strides, C_strides, dy_strides;
   int images, length, width;     // B, L and D
 };
-static_assert(sizeof(Args) == ARGS_BYTES, "ops/cuda_backend.py describes other arguments");
+static_assert(sizeof(Args) == ARGS_BYTES, "cuda_backend.py describes other arguments");
 
 struct alignas(16) Float4 {
   float v[4];
@@ -115,7 +115,7 @@ DEVICE void store_states(LaneRows& to, const float (&from)[N], int lane) {
 
 DEVICE float widen(bf16 x) { return float_of_bits((u32)x << 16); }
 DEVICE float sum4(const float (&x)[4]) { return (x[0] + x[1]) + (x[2] + x[3]); }
-DEVICE float softplus(float x) {  // the polynomial of ops/triton_backend.py
+DEVICE float softplus(float x) {  // the polynomial of triton_kernels.py
   float e = exp2_of(-abs_of(x) * LOG2_E);
   float p = fma_of(0.005126102361828089f, e, -0.029074065387248993f);
   p = fma_of(p, e, 0.0775160863995552f);
@@ -153,8 +153,8 @@ struct alignas(16) BackwardMemory {
   LaneRows h[CHUNK - 1];        // after every token but the last
 };
 
-static_assert(WARPS * sizeof(ForwardMemory) == SCAN_FORWARD_BYTES, "ops/cuda_backend.py asks for other memory");
-static_assert(WARPS * sizeof(BackwardMemory) == SCAN_BACKWARD_BYTES, "ops/cuda_backend.py asks for other memory");
+static_assert(WARPS * sizeof(ForwardMemory) == SCAN_FORWARD_BYTES, "cuda_backend.py asks for other memory");
+static_assert(WARPS * sizeof(BackwardMemory) == SCAN_BACKWARD_BYTES, "cuda_backend.py asks for other memory");
 
 // ---- what a warp works on ----
 

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._higher_order_ops.scan import scan
 
+from .torch_backend import INSTALL, load, misfit  # noqa: F401 - as far as torch's own operators go
+
 
 def _state_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)

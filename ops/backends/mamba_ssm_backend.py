@@ -1,11 +1,31 @@
 """Both ops on the kernels of the packages mamba-ssm and causal-conv1d (CUDA), one call per direction."""
 
+from collections.abc import Callable
+
 import torch
-from causal_conv1d import causal_conv1d_fn
-from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from torch import Tensor
 
-from . import operators
+from .. import operators
+
+INSTALL = "--no-build-isolation -r requirements-cuda.txt"
+
+
+def load() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Return the scan and the convolution of the packages.
+
+    Raises:
+        ImportError, OSError: a package is not installed, or was built for another torch or CUDA.
+    """
+    from causal_conv1d import causal_conv1d_fn
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    return selective_scan_fn, causal_conv1d_fn
+
+
+def misfit(device: torch.device, dtype: torch.dtype, width: int, states: int) -> str | None:
+    """See torch_backend.py."""
+    fits = device.type == "cuda" and dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return None if fits else f"{dtype} on {device.type}"
 
 
 def _to_time(x: Tensor, order: Tensor | None) -> Tensor:
@@ -23,6 +43,7 @@ def selective_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, order: Tensor | None = None
 ) -> Tensor:
     """Selective scan of `ops.selective_scan`; args and result are the same, u in float32, bfloat16 or float16."""
+    selective_scan_fn, _ = load()
     # The kernel takes what varies in time in one dtype, and the parameters in float32.
     dt, B, C = (x.to(u.dtype) for x in (dt, B, C))
     A, D, dt_bias = (x.float() for x in (A, D, dt_bias))
@@ -39,6 +60,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None 
     """Causal depthwise convolution and SiLU of `ops.causal_conv1d`; args and result are the same."""
     if not 2 <= weight.shape[-1] <= 4:  # all that the kernel knows
         return operators.causal_conv1d(x, weight, bias, order, "torch")
+    _, causal_conv1d_fn = load()
     weight, bias = weight.float(), bias.float()
     directions = []
     for k in range(len(weight)):

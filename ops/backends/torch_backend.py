@@ -1,6 +1,13 @@
-"""Both ops in plain PyTorch, for any device and float dtype. All directions go through time together.
+"""Both ops in plain PyTorch, for any device and float dtype, and the reference for the interface of a backend.
 
-The functions without an underscore are what `ops.operators` asks of a backend.
+Every backend has `INSTALL`, `load` and `misfit`. It has either the five functions below from `scan_states` on, of which
+`ops.operators` makes torch operators, or `selective_scan` and `causal_conv1d` with gradients of their own, which are
+called with the arguments of `ops`, `backend` left out. Importing it needs nothing that may be missing. It can have:
+
+    FALLBACK: name of the backend that takes over, with a line in the log, what `misfit` or `ROW_ALIGNMENT` excludes.
+    ROW_ALIGNMENT: the bytes at whose multiples the rows of u, dt, B and C must begin, which then have one dtype.
+
+All directions go through time together.
 """
 
 import math
@@ -9,18 +16,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+INSTALL = ""  # the arguments of `pip install` where a package is missing; empty: nothing is ever missing
+
 aten = torch.ops.aten
 
 
+def load() -> object:
+    """Prove that the backend works on this machine; called once by `ops.unavailable`.
+
+    Raises:
+        ImportError, OSError: a package cannot be imported; `INSTALL` is added to the message.
+        BackendUnavailable: it cannot work here for another reason.
+    """
+
+
+def misfit(device: torch.device, dtype: torch.dtype, width: int, states: int) -> str | None:
+    """Return what the backend does not compute, None if it computes such activations.
+
+    Args:
+        device: where the activations are.
+        dtype: of the activations.
+        width: number of channels.
+        states: per channel, in the scan.
+
+    Returns:
+        Words that follow "does not compute", such as "torch.float64 on cuda".
+    """
+
+
 def _to_time(x: Tensor, order: Tensor | None) -> Tensor:
-    """(K, B, L, D) in token order -> (L, K, B, D) in the order of reading."""
+    """Permute (K, B, L, D) in token order to (L, K, B, D) in reading order."""
     if order is None:
         return x.permute(2, 0, 1, 3)
     return x[torch.arange(len(x), device=x.device), :, order.mT]
 
 
 def _to_tokens(x: Tensor, order: Tensor | None) -> Tensor:
-    """(L, K, B, D) in the order of reading -> (K, B, L, D) in token order."""
+    """Permute (L, K, B, D) in reading order to (K, B, L, D) in token order."""
     if order is None:
         return x.permute(1, 2, 0, 3)
     out = torch.empty_like(x.permute(1, 2, 0, 3), memory_format=torch.contiguous_format)  # (K, B, L, D)
@@ -29,29 +61,22 @@ def _to_tokens(x: Tensor, order: Tensor | None) -> Tensor:
 
 
 def _exact(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the dtype of the state: float64 where the first one is, else float32."""
+    """Return the tensors in the dtype of the state: float64 if the first one is, else float32."""
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def scan_states(u: Tensor, A: Tensor) -> Tensor:
-    """An empty tensor of the shape and dtype of the states that `scan_forward` returns for these inputs."""
+    """Return an empty tensor of the shape and dtype of the states that `scan_forward` returns for these inputs."""
     K, batch, L, width = u.shape
     return u.new_empty(L + 1, K, batch, A.shape[-1], width, dtype=torch.promote_types(u.dtype, torch.float32))
 
 
 def scan_forward(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    order: Tensor | None,
-    trains: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """y of `ops.selective_scan`, and where it `trains` what `scan_backward` needs besides the inputs.
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
+    order: Tensor | None, trains: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Return y of `ops.selective_scan` and, where it `trains`, the states that `scan_backward` needs (else None).
 
     h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t, y_t = <C_t, h_t> + D u_t. Channels come last so that every product
     runs along contiguous memory, and the decay is a power of 2, which torch computes faster than a power of e.
@@ -75,18 +100,10 @@ def scan_forward(
 
 
 def scan_backward(
-    dy: Tensor,
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    order: Tensor | None,
-    states: Tensor,
-) -> tuple[Tensor, ...]:
-    """Gradients of u, dt, A, B, C, D and dt_bias from that of y; float32 or float64."""
+    dy: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
+    order: Tensor | None, states: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return the gradients of u, dt, A, B, C, D and dt_bias from that of y, in float32 or float64."""
     h = states
     u, dy, dt, A, B, C, D, dt_bias = _exact(u, dy, dt, A, B, C, D, dt_bias)
     raw = dt + dt_bias[:, None, None]
@@ -115,7 +132,7 @@ def scan_backward(
 
 
 def _taps(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) -> tuple[list[Tensor], Tensor]:
-    """What each tap reads, a list of W tensors (L, K, B, D), and their weighted sum before SiLU."""
+    """Return the input of each tap, a list of W tensors (L, K, B, D), and their weighted sum before SiLU."""
     (K, _, W), L = weight.shape, x.shape[1]
     past = F.pad(_to_time(x.expand(K, *x.shape), order), (0, 0, 0, 0, 0, 0, W - 1, 0))  # (W - 1 + L, K, B, D)
     read = [past[j : j + L] for j in range(W)]
@@ -123,15 +140,17 @@ def _taps(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) -> tupl
 
 
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) -> Tensor:
-    """Result of `ops.causal_conv1d`."""
-    _, y = _taps(*_exact(x, weight, bias), order)
-    return _to_tokens(F.silu(y), order).to(x.dtype)
+    """Return the result of `ops.causal_conv1d`."""
+    dtype = x.dtype
+    x, weight, bias = _exact(x, weight, bias)
+    _, y = _taps(x, weight, bias, order)
+    return _to_tokens(F.silu(y), order).to(dtype)
 
 
 def conv_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias from that of the result; float32 or float64."""
+    """Return the gradients of x, weight and bias from that of the result, in float32 or float64."""
     x, dy, weight, bias = _exact(x, dy, weight, bias)
     read, y = _taps(x, weight, bias, order)
     dy = aten.silu_backward(_to_time(dy, order), y)  # (L, K, B, D)

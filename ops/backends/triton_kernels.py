@@ -1,4 +1,4 @@
-"""Both ops as Triton kernels for CUDA: channels last, all directions in one launch, no atomics.
+"""The Triton kernels of both ops for CUDA: channels last, all directions in one launch, no atomics.
 
 A program owns 32 or more channels of one image in one direction and walks through its tokens, the states in
 registers. Channels are contiguous in memory, so every access is coalesced without a transpose, and a direction is
@@ -9,31 +9,11 @@ for bit. Addresses are 64-bit, tensors may have any strides.
 Shapes are those of `ops`. With TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors, slowly.
 """
 
-import math
-import subprocess
-from functools import cache
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
-
-from . import BackendUnavailable, fused
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
-
-
-# How the kernels are cut, for every GPU; chosen by counted instructions, and by time on an H200. Steps of 8 spill 1 KB
-# a thread; steps of 2 spill nothing and take a fifth more instructions, 12 % more time; a chunk of 4 takes 3 to 8 %
-# less time and doubles what the states take, 7.5 GB in finetuning ARM-base.
-CHUNK = 8  # tokens between two stored states
-STEPS = 4  # tokens whose states the backward pass holds in registers, computed again from the stored one
-SEGMENT = 32  # tokens of the convolution of one program
-
-
-# ---- device code ----
 
 
 @triton.jit
@@ -347,129 +327,3 @@ def conv_backward_kernel(
     for j in tl.static_range(TAPS):
         tl.store(sums + (TAPS - 1 - j) * WIDTH, dw[j])
     tl.store(sums + TAPS * WIDTH, db)
-
-
-# ---- host code: what `ops.operators` asks of a backend ----
-
-SCAN_BLOCK = 32  # channels of a program: one warp, so that sums over channels and states never leave it
-CONV_BLOCK = 128  # at most
-
-
-@cache
-def load() -> None:
-    """Prove that the kernels work here: compile the smallest and run it.
-
-    Raises:
-        BackendUnavailable: there is no fitting GPU, or what Triton needs at run time (a C compiler, Python's headers)
-            is missing.
-    """
-    if triton.knobs.runtime.interpret:
-        return
-    if not torch.cuda.is_available():
-        raise BackendUnavailable("it needs a CUDA GPU")
-    if (capability := torch.cuda.get_device_capability()) < (8, 0):
-        raise BackendUnavailable(f"it needs compute capability 8.0, this GPU has {'.'.join(map(str, capability))}")
-    x = torch.zeros(1, 1, 32, device="cuda")
-    try:
-        conv_forward(x, x.view(1, 32, 1), x.view(1, 32), None)
-    except (RuntimeError, OSError, subprocess.CalledProcessError, triton.TritonError) as error:
-        raise BackendUnavailable(f"Triton cannot run a kernel: {error}") from error
-
-
-def _dense_channels(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
-
-
-def _launch(kernel: triton.JITFunction, paths: int, *args: object, **constants: object) -> None:
-    """Start a program for each block of channels of each of `paths` sequences."""
-    with torch.cuda.device_of(args[0]):
-        kernel[(paths * (constants["WIDTH"] // constants["BLOCK"]),)](*args, **constants, num_warps=1)
-
-
-_CHECKED = WeakTensorKeyDictionary()  # maps of steps to tokens: the version and the length that were looked at
-
-
-def _checked(order: Tensor | None, L: int) -> Tensor | None:
-    """The map as the kernels read it; they would follow any number in it to any address.
-
-    A map is checked once, not at every use. On a GPU the device reports a token that does not exist, when it gets
-    there: the host does not wait for it.
-    """
-    if order is None:
-        return None
-    seen = None if order.is_inference() else (order._version, L)
-    if seen is None or _CHECKED.get(order) != seen:
-        torch._assert_async(((order >= 0) & (order < L)).all(), f"order names a token beyond the sequence of {L}")
-        _CHECKED[order] = seen
-    return order.contiguous()
-
-
-def _scan_setup(u, dt, A, B, C, D, dt_bias, order):
-    A, D, dt_bias = (x.float().contiguous() for x in (A, D, dt_bias))
-    u, dt, B, C = _dense_channels(u, dt, B, C)
-    strides = [stride for x in (u, dt, B, C) for stride in x.stride()[:3]]
-    (K, _, L, width), N = u.shape, A.shape[-1]
-    constants = {"K": K, "WIDTH": width, "N": N, "BLOCK": SCAN_BLOCK, "CHUNK": CHUNK, "T": STEPS}
-    return (u, dt, A, B, C, D, dt_bias, _checked(order, L)), strides, constants | {"ORDERED": order is not None}
-
-
-def scan_states(u: Tensor, A: Tensor) -> Tensor:
-    """An empty tensor for the states that `scan_forward` returns: those before every chunk of tokens."""
-    K, batch, L, width = u.shape
-    return u.new_empty(K, batch, -(-L // CHUNK), width, A.shape[-1], dtype=torch.float32)
-
-
-def scan_forward(u, dt, A, B, C, D, dt_bias, order, trains):
-    """See torch_backend.py."""
-    K, batch, L, _ = u.shape
-    tensors, strides, constants = _scan_setup(u, dt, A, B, C, D, dt_bias, order)
-    y, states = u.new_empty(u.shape), scan_states(u, A) if trains else None
-    args = (*tensors, y, states if trains else y, batch, L, *strides)
-    _launch(scan_forward_kernel, K * batch, *args, **constants, TRAINS=trains)
-    return y, states
-
-
-def scan_backward(dy, u, dt, A, B, C, D, dt_bias, order, states):
-    """See torch_backend.py."""
-    (K, batch, L, width), N = u.shape, A.shape[-1]
-    tensors, strides, constants = _scan_setup(u, dt, A, B, C, D, dt_bias, order)
-    (dy,) = _dense_channels(dy)
-    blocks = width // SCAN_BLOCK
-    du, ddt = u.new_empty(u.shape), dt.new_empty(u.shape)
-    # Partial sums, one per program: added up here in a fixed order.
-    dA, dD, dbias = (states.new_empty(K, batch, *shape) for shape in ((width, N), (width,), (width,)))
-    dB, dC = (states.new_empty(K, batch, L, blocks, N) for _ in range(2))
-    args = (*tensors, states, dy, du, ddt, dA, dB, dC, dD, dbias, batch, L, *strides, *dy.stride()[:3])
-    _launch(scan_backward_kernel, K * batch, *args, **constants)
-    return du, ddt, dA.sum(1), dB.sum(3), dC.sum(3), dD.sum(1), dbias.sum(1)
-
-
-def _conv_setup(x, weight, bias, order):
-    (x,), (K, width, W), L = _dense_channels(x), weight.shape, x.shape[1]
-    sizes = {"K": K, "WIDTH": width, "TAPS": W, "BLOCK": math.gcd(width, CONV_BLOCK), "SEGMENT": SEGMENT}
-    sizes["AHEAD"] = 4 if fused.uses("conv") else 1
-    tensors = (x, weight.float().contiguous(), bias.float().contiguous(), _checked(order, L))
-    return tensors, triton.cdiv(L, SEGMENT), sizes | {"ORDERED": order is not None}
-
-
-def conv_forward(x, weight, bias, order):
-    """See torch_backend.py."""
-    tensors, segments, constants = _conv_setup(x, weight, bias, order)
-    y = x.new_empty(len(weight), *x.shape)
-    args = (*tensors, y, *x.shape[:2], *tensors[0].stride()[:2])
-    _launch(conv_forward_kernel, len(y) * len(x) * segments, *args, **constants)
-    return y
-
-
-def conv_backward(dy, x, weight, bias, order):
-    """See torch_backend.py."""
-    tensors, segments, constants = _conv_setup(x, weight, bias, order)
-    (dy,), (K, width, W) = _dense_channels(dy), weight.shape
-    dx = x.new_empty(K, *x.shape)
-    sums = dx.new_empty(K, len(x), segments, W + 1, width, dtype=torch.float32)
-    strides = (*tensors[0].stride()[:2], *dy.stride()[:3])
-    args = (*tensors, dy, dx, sums, *x.shape[:2], *strides)
-    _launch(conv_backward_kernel, K * len(x) * segments, *args, **constants)
-    sums = sums.sum((1, 2))  # (K, W + 1, D)
-    # Operators must not return two views of one tensor.
-    return dx.sum(0) if K > 1 else dx[0], sums[:, :W].mT, sums[:, W].clone()

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ODD_ROWS, BackendUnavailable, choose_backend, left_to_triton, selective_scan, transformed, unavailable
-from .measured import faster
+from .. import selective_scan, transformed
+from ..backends import BackendUnavailable, check_rows, choose_backend, computes_whole, unavailable
+from ..measured import faster
 
 # What each one joins: the backward pass of SwiGLU's activation and its bias gradients; a residual sum and the layer
 # norm after it; four tokens of the convolution, loaded before the first is used; the products between the convolution
@@ -46,8 +47,7 @@ def use(names: Iterable[str], device: torch.device, idle: Collection[str] = ()) 
         works = device.type == "cuda" and unavailable("triton") is None
         _USED.update(name for name in FUSED if works and faster(name, device))
     elif names != ["none"]:
-        interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-        if device.type != "cuda" and not interpreted:
+        if device.type not in ("cuda", triton_device()):
             raise BackendUnavailable(f"fused operators are Triton kernels for CUDA, and the model is on {device.type}")
         if reason := unavailable("triton"):
             raise BackendUnavailable(f"fused operators need Triton: {reason}")
@@ -61,6 +61,11 @@ def uses(name: str) -> bool:
     return name in _USED
 
 
+def triton_device() -> str:
+    """Return the kind of device on which Triton's kernels run: "cpu" where they are interpreted."""
+    return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+
 def compile_options() -> dict[str, dict[str, bool]]:
     """Return keyword arguments of `torch.compile`: with "casts", small kernels that do not need each other are one."""
     return {"options": {"combo_kernels": True}} if uses("casts") else {}
@@ -70,8 +75,7 @@ def _fuses(name: str, x: Tensor, *dtypes: torch.dtype) -> bool:
     """Return whether the fused operator `name` takes the place of a formula for activations like x."""
     if not uses(name) or transformed():
         return False
-    device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-    return x.device.type == device and x.dtype in (dtypes or (torch.float32, torch.bfloat16, torch.float16))
+    return x.device.type == triton_device() and x.dtype in (dtypes or (torch.float32, torch.bfloat16, torch.float16))
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype:
@@ -182,11 +186,10 @@ def selective_ssm(
     N, R = A.shape[-1], dt_proj.shape[-1]
     if _fuses("projections", u) and u.dtype == _autocast_dtype(u):
         name = choose_backend(backend, u.device, u.dtype, C, N)
-        if name not in ("mamba_ssm", "export"):
+        if not computes_whole(name):
             from .fused_operators import selective_ssm as operator
 
-            if name == "cuda" and x_proj.shape[1] % 8:  # B and C are parts of such rows
-                name = left_to_triton(ODD_ROWS)
+            name = check_rows(name, [u], x_proj.shape[1])  # B and C are parts of such rows
             tensors = (u, x_proj.to(u.dtype), dt_proj.to(u.dtype), A, D, dt_bias)
             trains = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
             return operator(*tensors, order, name, trains)[0]

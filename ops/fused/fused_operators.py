@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from .operators import as_inputs, backend_module, empty_grads, refuse_forward_mode, refuse_second
+from ..backends import backend_module
+from ..operators import as_inputs, empty_grads, refuse_forward_mode, refuse_second
 
 
 def _kernels() -> ModuleType:

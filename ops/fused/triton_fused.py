@@ -215,8 +215,8 @@ def norm_forward(
     warps, constants = _row_constants(h.shape[-1])
     if h.numel():
         args = (h, branch, keep, weight, bias, total, normed, statistics, h.shape[1], _row_stride(normed))
-        constants |= {"EPS": eps, "BRANCH": branch is not None, "KEEP": keep is not None}
-        _launch(norm_forward_kernel, statistics[0].numel(), warps, *args, **constants)
+        constants |= {"BRANCH": branch is not None, "KEEP": keep is not None}
+        _launch(norm_forward_kernel, statistics[0].numel(), warps, *args, **constants, EPS=eps)
     return total, statistics
 
 
@@ -245,7 +245,7 @@ def norm_backward(
     """
     dtotal = dtotal if dtotal is None else dtotal.contiguous()
     dh, rows, C = torch.empty_like(x), statistics[0].numel(), x.shape[-1]
-    dbranch = branch and torch.empty_like(x, dtype=branch)
+    dbranch = None if branch is None else torch.empty_like(x, dtype=branch)
     warps, constants = _row_constants(C)
     programs = WARPS // warps
     sums = x.new_empty(min(rows, programs), 2, C)

@@ -7,7 +7,7 @@ from helpers import finetune_args, loader_args
 from randaugment_helpers import POLICIES
 
 from ops import fused
-from ops import randaugment as triton_randaugment
+from ops.fused import triton_randaugment
 from util import seeding
 from util.data import datasets, loaders, randaugment, transforms, uint8_transform
 

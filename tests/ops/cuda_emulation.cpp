@@ -1,4 +1,4 @@
-// Runs ops/cuda_kernels.cu on a CPU, one block, one warp and one lane after the other, from barrier to barrier.
+// Runs the kernels of cuda_kernels.cu on a CPU, one block, one warp and one lane after the other, from barrier to barrier.
 // tests/test_cuda.py compiles it with the constants of the kernels, and calls the function at the end.
 #include <ucontext.h>
 
@@ -125,7 +125,7 @@ inline void multiply_add(float (&d)[4], float a0, float a1, float a2, float a3, 
   warp_barrier();  // the next product may write
 }
 
-#include "../ops/cuda_kernels.cu"
+#include "../../ops/backends/cuda_kernels.cu"
 
 static const Args* arguments;
 static bool forward;

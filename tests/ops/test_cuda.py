@@ -16,14 +16,16 @@ from functools import cache
 
 import pytest
 import torch
+import triton
 from helpers import REPOSITORY, TINY_PRETRAIN
 from scan_helpers import random_order, run, scan_inputs, threads
 
 import main_pretrain
 import ops
 from mamba import scan_orders
-from ops import cuda_backend, naive, operators, triton_backend
-from ops.cuda_backend import Args, Variant
+from ops import backends, naive, operators
+from ops.backends import cuda_backend, triton_backend
+from ops.backends.cuda_backend import Args, Variant
 
 # Of the largest number: bfloat16 results are rounded to 8 bits, products of tensor cores (dB, dC) count to 10.
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float32: 2e-6}
@@ -227,16 +229,16 @@ GPU = torch.device("cuda")
 def pretends(monkeypatch):
     """Let every backend work on a device that is not there."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(ops, "unavailable", lambda name: None)
-    ops._log_once.cache_clear()
+    monkeypatch.setattr(backends, "unavailable", lambda name: None)
+    backends._log_once.cache_clear()
     yield
-    ops._log_once.cache_clear()
+    backends._log_once.cache_clear()
 
 
 @pytest.mark.usefixtures("pretends")
 def test_auto_takes_it_where_it_is_measured(monkeypatch):
     for measured in (False, True):
-        monkeypatch.setattr(ops, "faster", lambda name, device, measured=measured: measured)
+        monkeypatch.setattr(backends, "faster", lambda name, device, measured=measured: measured)
         first = "cuda" if measured else "triton"
         assert ops.choose_backend("auto", GPU, torch.bfloat16, 768, 16) == first
         assert ops.choose_backend("auto", GPU, torch.bfloat16, 768) == first  # the convolution
@@ -244,7 +246,7 @@ def test_auto_takes_it_where_it_is_measured(monkeypatch):
         assert ops.choose_backend("auto", GPU, torch.bfloat16, 768, 8) == "triton"
         assert ops.choose_backend("auto", GPU, torch.bfloat16, 100) == "mamba_ssm"
         assert ops.choose_backend("cuda", GPU, torch.bfloat16, 768, 16) == "cuda"
-    monkeypatch.setattr(ops, "unavailable", lambda name: "no NVRTC" if name == "cuda" else None)
+    monkeypatch.setattr(backends, "unavailable", lambda name: "no NVRTC" if name == "cuda" else None)
     assert ops.choose_backend("auto", GPU, torch.bfloat16, 768, 16) == "triton"
 
 
@@ -286,12 +288,12 @@ def test_what_triton_does_not_compute_either(device, dtype, width, what):
 )
 def test_rows_that_it_does_not_read_areleft_to_triton(rank, dt_dtype, taken, compiled, monkeypatch, caplog):
     """B and C lie in one row with `rank` other numbers: 12 in arm_tiny, whose rows are not aligned."""
-    ops._log_once.cache_clear()
+    backends._log_once.cache_clear()
     torch._dynamo.reset()
     monkeypatch.setattr(ops, "choose_backend", lambda name, *rest: name)
     seen, triton = [], triton_backend.scan_forward
     for name in ("cuda", "triton"):
-        module = operators.backend_module(name)
+        module = backends.backend_module(name)
         monkeypatch.setattr(module, "scan_forward", lambda *args, name=name: seen.append(name) or triton(*args))
         monkeypatch.setattr(module, "scan_states", triton_backend.scan_states)
     projected = torch.randn(1, 2, 3, rank + 32).bfloat16()
@@ -349,7 +351,7 @@ def test_no_spills(capability, warps, ordered, own_cache):
     variant = Variant(warps, cuda_backend.CHUNKS[capability], ordered)
     cubin = compile_or_skip(capability, variant)
     assert [path.read_bytes() for path in own_cache.iterdir()] == [cubin]
-    tool = triton_backend.triton.knobs.nvidia.cuobjdump.path
+    tool = triton.knobs.nvidia.cuobjdump.path
     (file,) = own_cache.iterdir()
     usage = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
     found = {name: (int(r), int(s)) for name, r, s in re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", usage)}

@@ -20,7 +20,8 @@ import models_arm
 import ops
 from Finetuning import main_finetune
 from mamba import FOUR_DIRECTIONS, ONE_DIRECTION, Block, drop_path_factors, scan_orders
-from ops import fused, fused_operators, measured, triton_fused
+from ops import fused, measured
+from ops.fused import fused_operators, triton_fused
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 DEVICE = GPU if torch.cuda.is_available() else CPU  # without a GPU Triton interprets the kernels

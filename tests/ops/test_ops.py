@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import models_arm
 import ops
-from ops import BackendUnavailable, compiled, cpu_backend, naive
+from ops import BackendUnavailable, backends, naive
+from ops.backends import compiled, cpu_backend
 
 
 @pytest.fixture(autouse=True)
@@ -420,7 +421,7 @@ def test_order_out_of_range(backend, token):
 
 
 def test_unknown_backend():
-    message = "unknown backend 'fast'; choose from auto, torch, cpu, triton, mamba_ssm, export"
+    message = "unknown backend 'fast'; choose from auto, cpu, cuda, triton, mamba_ssm, torch, export"
     with pytest.raises(ValueError, match=message):
         ops.check_backend("fast")
     with pytest.raises(ValueError, match=message):
@@ -508,8 +509,8 @@ def test_the_choice_is_logged_once_by_rank_0(rank, logged, fresh, monkeypatch, c
 )
 def test_auto(device, dtype, width, missing, expected, fresh, monkeypatch, caplog):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(ops, "unavailable", lambda name: f"no {name} here" if name in missing else None)
-    monkeypatch.setattr(ops, "faster", lambda name, device: False)
+    monkeypatch.setattr(backends, "unavailable", lambda name: f"no {name} here" if name in missing else None)
+    monkeypatch.setattr(backends, "faster", lambda name, device: False)
     with caplog.at_level(logging.INFO, "arm"):
         assert ops.choose_backend("auto", torch.device(device), dtype, width) == expected
     assert ops.choose_backend("torch", torch.device(device), dtype, width) == "torch"
@@ -536,7 +537,7 @@ def test_auto(device, dtype, width, missing, expected, fresh, monkeypatch, caplo
 )
 def test_explicit_backend_for_other_tensors(backend, device, dtype, width, what, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(ops, "unavailable", lambda name: None)
+    monkeypatch.setattr(backends, "unavailable", lambda name: None)
     with pytest.raises(TypeError, match=f"'{backend}' does not compute {what}: use backend 'torch'"):
         ops.choose_backend(backend, torch.device(device), dtype, width)
 
@@ -730,14 +731,14 @@ def stand_in_packages(monkeypatch):
     modules["causal_conv1d"] = types.SimpleNamespace(causal_conv1d_fn=causal_conv1d_fn)
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "ops.mamba_ssm_backend", raising=False)
+    monkeypatch.delitem(sys.modules, "ops.backends.mamba_ssm_backend", raising=False)
 
 
 @pytest.mark.parametrize(("K", "ordered"), [(1, False), (4, True)])
 @pytest.mark.parametrize("varying", [torch.float32, torch.bfloat16])
 def test_mamba_ssm_adapter(K, ordered, varying, fresh, monkeypatch):
     stand_in_packages(monkeypatch)
-    adapter = importlib.import_module("ops.mamba_ssm_backend")
+    adapter = importlib.import_module("ops.backends.mamba_ssm_backend")
     assert ops.unavailable("mamba_ssm") is None
     order = random_order(K, 37) if ordered else None
     scan = {**scan_inputs(K=K, varying=varying)}

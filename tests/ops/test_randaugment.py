@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from ops import fused
-from ops import randaugment as triton_randaugment
+from ops.fused import triton_randaugment
 from util import seeding
 from util.data import randaugment
 from util.data.uint8_transform import Uint8Transform
@@ -178,19 +178,19 @@ sys.path.insert(0, sys.argv[1])
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from ops import randaugment
+from ops.fused import triton_randaugment
 
 numbers = {"plane", "height", "width", "notes_stride"}
 types = dict.fromkeys(numbers, "i32") | dict.fromkeys(("images", "out", "tables", "fill"), "*u8") | {"notes": "*fp64"}
 # Triton makes a constant of a 1
 for capability, sides in ((80, {}), (90, {}), (100, {}), (90, {"plane": 1, "height": 1, "width": 1})):
-    for kernel, block in ((randaugment.tables_kernel, "READ"), (randaugment.operations_kernel, "BLOCK")):
+    for kernel, block in ((triton_randaugment.tables_kernel, "READ"), (triton_randaugment.operations_kernel, "BLOCK")):
         constants = {name: value for name, value in sides.items() if name in kernel.arg_names}
-        constants[block] = getattr(randaugment, block)
+        constants[block] = getattr(triton_randaugment, block)
         signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
         constants = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-        options = {"num_warps": randaugment.WARPS, **randaugment.EXACT}
+        options = {"num_warps": triton_randaugment.WARPS, **triton_randaugment.EXACT}
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         ptx = compiled.asm["ptx"]
         print(kernel.__name__, len(re.findall(r"\\bfma\\.", ptx)), len(re.findall(r"\\b(?:mul|add|sub)\\.f", ptx)))

@@ -11,12 +11,14 @@ import sys
 
 import pytest
 import torch
+import triton
 from helpers import REPOSITORY
 from scan_helpers import assert_same, conv_inputs, public, random_order, run, scan_inputs
 
 import ops
 from mamba import scan_orders
-from ops import naive, operators, triton_backend
+from ops import naive, operators
+from ops.backends import triton_backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = {"selective_scan": public("selective_scan", "triton"), "causal_conv1d": public("causal_conv1d", "triton")}
@@ -254,7 +256,7 @@ def test_numbers_of_states_that_are_no_power_of_2():
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="about machines without a GPU")
 def test_not_available_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(triton_backend.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     triton_backend.load.cache_clear()
     with pytest.raises(ops.BackendUnavailable, match="needs a CUDA GPU"):
         triton_backend.load()
@@ -275,7 +277,7 @@ def test_what_keeps_the_kernels_from_running(capability, error, message, monkeyp
         if error is not None:
             raise error
 
-    monkeypatch.setattr(triton_backend.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(triton_backend, "conv_forward", first_kernel)
@@ -365,7 +367,7 @@ def test_table_of_resources():
 
 
 def test_interpretation_is_on_where_there_is_no_gpu():
-    assert triton_backend.triton.knobs.runtime.interpret == (DEVICE == "cpu")
+    assert triton.knobs.runtime.interpret == (DEVICE == "cpu")
     assert (os.environ.get("TRITON_INTERPRET") == "1") == (DEVICE == "cpu")
 
 

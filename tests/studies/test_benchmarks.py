@@ -22,7 +22,9 @@ from benchmarks import (
     released,
 )
 from mamba import FOUR_DIRECTIONS, ONE_DIRECTION, Block, scan_orders
-from ops import cuda_backend, fused, randaugment, torch_backend, triton_backend
+from ops import fused
+from ops.backends import cuda_backend, torch_backend, triton_backend
+from ops.fused import triton_randaugment
 from util import hardware
 from util.errors import RunError
 
@@ -146,7 +148,7 @@ def test_augment(tmp_path, capsys, monkeypatch):
 
 def test_a_form_of_augmentation_that_is_wrong_is_not_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(fused, "_USED", set())
-    monkeypatch.setattr(randaugment, "carry_out", lambda images, notes, fill: images + 1)
+    monkeypatch.setattr(triton_randaugment, "carry_out", lambda images, notes, fill: images + 1)
     with pytest.raises(RuntimeError, match="the two forms of RandAugment differ"):
         run(bench_augment, "--batch_size", 4, "--input_size", 8, "--output", tmp_path / "augment.json")
 
