@@ -12,6 +12,7 @@ from .backends import (
     check_rows,
     choose_backend,
     computes_whole,
+    constant,
     misfit,
     unavailable,
 )
@@ -28,7 +29,7 @@ __all__ = [
 ]
 
 
-@torch.compiler.assume_constant_result  # the compiler guards on both by itself
+@constant  # the compiler guards on both by itself
 def transformed() -> bool:
     """Return whether forward-mode derivatives or a transform of `torch.func` may be under way."""
     return operators.in_forward_mode() or torch._C._functorch.maybe_current_level() is not None

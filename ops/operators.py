@@ -5,8 +5,8 @@ backend is a module of five functions: `scan_forward`, `scan_states`, `scan_back
 (documented in torch_backend.py). Arguments are those of `ops.selective_scan` and `ops.causal_conv1d`.
 """
 
-from collections.abc import Iterable
-from typing import NoReturn, TypeVar, cast
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn, TypeVar, cast
 
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -39,6 +39,16 @@ def refuse_second(ctx: object, *grads: Tensor) -> NoReturn:
 def as_inputs(grads: Iterable[Tensor], inputs: Tensors) -> Tensors:
     """Return each gradient in the dtype of its input and contiguous, as `empty_grads` announces it."""
     return cast(Tensors, tuple(grad.to(x.dtype).contiguous() for grad, x in zip(grads, inputs, strict=True)))
+
+
+def save(ctx: Any, tensors: Iterable[Tensor | None], internal: Sequence[Tensor]) -> None:
+    """Save tensors for the backward pass, and outputs that exist only for it; these have no gradients.
+
+    Autograd would fill those gradients with zeros: as much memory as the states of a scan take.
+    """
+    ctx.save_for_backward(*tensors, *internal)
+    ctx.mark_non_differentiable(*internal)
+    ctx.set_materialize_grads(False)
 
 
 def empty_grads(inputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
@@ -85,9 +95,7 @@ selective_scan_backward.register_autograd(refuse_second)
 
 def _scan_context(ctx, inputs, output):
     *tensors, ctx.backend, ctx.trains = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # the states have no gradient: a tensor of zeros for them would be as large
+    save(ctx, tensors, output[1:])
 
 
 def _scan_grads(ctx, dy, _):

@@ -6,9 +6,10 @@ A new backend is a file NAME_backend.py with the interface that torch_backend.py
 import importlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,18 @@ BACKENDS: dict[str, Sequence[str]] = {
     "torch": ["cpu", "cuda"],
     "export": [],
 }
+
+
+Function = TypeVar("Function", bound=Callable)
+
+
+def constant(function: Function) -> Function:
+    """Make `torch.compile` call a function while it traces, and take the result for a constant.
+
+    `torch.compiler.assume_constant_result` does the same, but imports the whole compiler, which takes a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined] # functions have any attributes
+    return function
 
 
 class BackendUnavailable(RuntimeError):
@@ -76,7 +89,7 @@ def _log_once(level: int, message: str) -> None:
         logging.getLogger("arm").log(level, message)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype, width: int, states: int = 16) -> str:
     """Return the backend that computes where `name` is requested; the only place where that is decided.
 
@@ -122,7 +135,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, width: i
     return chosen
 
 
-@torch.compiler.assume_constant_result
+@constant
 def fall_back(name: str, problem: str) -> str:
     """Log once what backend `name` does not compute; return the backend that does."""
     other: str = backend_module(name).FALLBACK
@@ -130,13 +143,13 @@ def fall_back(name: str, problem: str) -> str:
     return other
 
 
-@torch.compiler.assume_constant_result
+@constant
 def computes_whole(name: str) -> bool:
     """Return whether backend `name` brings gradients of its own, so that no operator of `ops.operators` wraps it."""
     return hasattr(backend_module(name), "selective_scan")
 
 
-@torch.compiler.assume_constant_result
+@constant
 def row_alignment(name: str) -> int:
     """Return the bytes at whose multiples rows must begin, all in one dtype, for backend `name`; 0 where any do."""
     return getattr(backend_module(name), "ROW_ALIGNMENT", 0)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ..backends import backend_module
-from ..operators import as_inputs, empty_grads, refuse_forward_mode, refuse_second
+from ..operators import as_inputs, empty_grads, refuse_forward_mode, refuse_second, save
 
 
 def _kernels() -> ModuleType:
@@ -79,15 +79,9 @@ def _(h, weight, bias, eps, dtype):
 
 @custom_op("arm::add_norm", mutates_args=())
 def add_norm(
-    h: Tensor,
-    stand_in: Tensor,
-    branch: Tensor,
-    keep: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+    h: Tensor, stand_in: Tensor, branch: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor,
+    eps: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the layer norm of h + keep * branch in `dtype`, that sum, and what `norm_backward` needs.
 
     h is read, and its gradient goes to `stand_in`; shapes as `triton_fused.norm_forward` has them.
@@ -127,37 +121,29 @@ norm_backward.register_autograd(refuse_second)
 
 def _norm_context(ctx, inputs, output):
     h, weight, *_ = inputs
-    ctx.save_for_backward(h, weight, output[2])
-    ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)  # the statistics have none
-
-
-def _norm_grads(ctx, dnormed, dstand_in, _):
-    if dnormed is None:
-        return dstand_in, None, None, None, None
-    h, weight, statistics = ctx.saved_tensors
-    dh, _, sums = norm_backward(dnormed, dstand_in, h, None, weight, statistics, None)
-    return dh, *sums.to(weight.dtype).unbind(), None, None
+    ctx.branch = None  # the dtype of the branch
+    save(ctx, [h, None, weight], output[2:])
 
 
 def _add_norm_context(ctx, inputs, output):
     _, _, branch, keep, weight, *_ = inputs
-    ctx.dtype = branch.dtype
-    ctx.save_for_backward(output[1], keep, weight, output[2])
-    ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)
+    ctx.branch = branch.dtype
+    save(ctx, [output[1], keep, weight], output[2:])
 
 
-def _add_norm_grads(ctx, dnormed, dtotal, _):
+def _norm_grads(ctx, dnormed, dtotal, _):
     total, keep, weight, statistics = ctx.saved_tensors
     if dnormed is None:
         dnormed = torch.zeros_like(total)
-    dh, dbranch, sums = norm_backward(dnormed, dtotal, total, keep, weight, statistics, ctx.dtype)
-    return None, dh, dbranch, None, *sums.to(weight.dtype).unbind(), None, None
+    dh, dbranch, sums = norm_backward(dnormed, dtotal, total, keep, weight, statistics, ctx.branch)
+    dweight, dbias = sums.to(weight.dtype).unbind()  # (2, C) -> (C,) each
+    if ctx.branch is None:
+        return dh, dweight, dbias, None, None
+    return None, dh, dbranch, None, dweight, dbias, None, None
 
 
 norm.register_autograd(_norm_grads, setup_context=_norm_context)
-add_norm.register_autograd(_add_norm_grads, setup_context=_add_norm_context)
+add_norm.register_autograd(_norm_grads, setup_context=_add_norm_context)
 
 
 @custom_op("arm::norm_cat", mutates_args=())
@@ -203,9 +189,7 @@ norm_cat_backward.register_autograd(refuse_second)
 def _norm_cat_context(ctx, inputs, output):
     xs, weights, *_ = inputs
     ctx.count = len(xs)
-    ctx.save_for_backward(*xs, *weights, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+    save(ctx, [*xs, *weights], output[1:])
 
 
 def _norm_cat_grads(ctx, dnormed, _):
@@ -235,16 +219,9 @@ def _selection(projected: Tensor, dt_proj: Tensor, u: Tensor) -> tuple[Tensor, T
 
 @custom_op("arm::selective_ssm", mutates_args=())
 def selective_ssm(
-    u: Tensor,
-    x_proj: Tensor,
-    dt_proj: Tensor,
-    A: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    order: Tensor | None,
-    backend: str,
-    trains: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    u: Tensor, x_proj: Tensor, dt_proj: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor,
+    order: Tensor | None, backend: str, trains: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return y, what x_proj gives, steps before bias and softplus, and the scan's states (empty unless it `trains`)."""
     refuse_forward_mode()
     projected = u.flatten(1, 2) @ x_proj.mT  # (K, B * L, R + 2N)
@@ -264,19 +241,9 @@ def _(u, x_proj, dt_proj, A, D, dt_bias, order, backend, trains):
 
 @custom_op("arm::selective_ssm_backward", mutates_args=())
 def selective_ssm_backward(
-    dy: Tensor,
-    u: Tensor,
-    x_proj: Tensor,
-    dt_proj: Tensor,
-    A: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    order: Tensor | None,
-    projected: Tensor,
-    dt: Tensor,
-    states: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor, u: Tensor, x_proj: Tensor, dt_proj: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor,
+    order: Tensor | None, projected: Tensor, dt: Tensor, states: Tensor, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of u, x_proj, dt_proj, A, D and dt_bias."""
     refuse_forward_mode()
     low, b, c = _selection(projected, dt_proj, u)
@@ -308,9 +275,7 @@ selective_ssm_backward.register_autograd(refuse_second)
 
 def _ssm_context(ctx, inputs, output):
     *tensors, ctx.backend, ctx.trains = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
+    save(ctx, tensors, output[1:])
 
 
 def _ssm_grads(ctx, dy, *_):

@@ -552,6 +552,52 @@ def test_the_choice_is_made_in_one_place(monkeypatch):
     assert asked == [("cpu", *given, 16), ("auto", *given)]  # 16 states
 
 
+@pytest.mark.parametrize(
+    ("name", "functions"),
+    [
+        ("whole", "from ops.naive import causal_conv1d, selective_scan"),
+        ("kernels", "from ops.backends.torch_backend import conv_backward, conv_forward\n"
+                    "from ops.backends.torch_backend import scan_backward, scan_forward, scan_states"),
+    ],
+)  # fmt: skip
+def test_a_new_backend_is_one_file_and_one_line(name, functions, fresh, monkeypatch, tmp_path, caplog):
+    (tmp_path / f"{name}_backend.py").write_text(f"""
+import torch
+{functions}
+
+INSTALL = "new-kernels"
+
+def load():
+    import new_kernels
+
+def misfit(device, dtype, width, states):
+    return None if dtype == torch.float64 else f"{{dtype}} on {{device.type}}"
+""")
+    monkeypatch.setattr(backends, "__path__", [*backends.__path__, str(tmp_path)])
+    monkeypatch.setattr(backends, "BACKENDS", {"auto": [], name: ["cpu"], **backends.BACKENDS})
+    monkeypatch.setitem(sys.modules, "new_kernels", types.ModuleType("new_kernels"))
+    for op, inputs in (("selective_scan", scan_inputs), ("causal_conv1d", conv_inputs)):
+        assert_same(op, public(op, name), inputs(dtype=torch.float64), random_order(4, 37))
+    with pytest.raises(TypeError, match=rf"'{name}' does not compute torch\.float32 on cpu: use backend 'torch'"):
+        public("causal_conv1d", name)(**conv_inputs())
+    with caplog.at_level(logging.INFO, "arm"):
+        for dtype, chosen in ((torch.float64, name), (torch.float32, "cpu")):
+            assert ops.choose_backend("auto", torch.device("cpu"), dtype, 32) == chosen
+            assert caplog.messages[-1] == f"scan backend for {dtype} on cpu: {chosen}"
+    monkeypatch.setitem(sys.modules, "new_kernels", None)
+    ops.unavailable.cache_clear()
+    with pytest.raises(BackendUnavailable, match=r"new_kernels.*; to install it: pip install new-kernels$"):
+        ops.check_backend(name)
+
+
+def test_importing_ops_imports_neither_triton_nor_the_compiler():
+    script = "import sys, ops.fused; print({'triton', 'torch._dynamo', 'sympy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+    ours, theirs = backends.constant(lambda: 1), torch.compiler.assume_constant_result(lambda: 1)
+    assert vars(ours) == vars(theirs)
+
+
 # ---- building the C kernels ----
 
 
