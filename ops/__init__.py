@@ -3,33 +3,11 @@
 import torch
 from torch import Tensor
 
-from . import operators
-from .backends import (
-    BACKENDS,
-    BackendUnavailable,
-    backend_module,
-    check_backend,
-    check_rows,
-    choose_backend,
-    computes_whole,
-    constant,
-    misfit,
-    unavailable,
-)
-
-__all__ = [
-    "BACKENDS",
-    "BackendUnavailable",
-    "causal_conv1d",
-    "check_backend",
-    "choose_backend",
-    "misfit",
-    "selective_scan",
-    "unavailable",
-]
+from . import backends, operators
+from .backends import BACKENDS, BackendUnavailable, check_backend, choose_backend, misfit, unavailable  # noqa: F401
 
 
-@constant  # the compiler guards on both by itself
+@backends.constant  # the compiler guards on both by itself
 def transformed() -> bool:
     """Return whether forward-mode derivatives or a transform of `torch.func` may be under way."""
     return operators.in_forward_mode() or torch._C._functorch.maybe_current_level() is not None
@@ -60,16 +38,9 @@ def _check(x: Tensor, sizes: dict[str, int], **tensors: tuple[Tensor | None, tup
 
 
 def selective_scan(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    order: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
+    order: Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """Selective scan (S6; Mamba, Gu & Dao 2023, algorithm 2) along K directions at once.
 
     In each direction, with delta = softplus(dt + dt_bias) and no state before the first token:
@@ -107,9 +78,9 @@ def selective_scan(
     _check(u, {"direction": K, "token": L, "state": N}, **shapes)
     tensors = (u, dt, A, B, C, D, dt_bias)
     name = "export" if transformed() else choose_backend(backend, u.device, u.dtype, width, N)
-    if computes_whole(name):
-        return backend_module(name).selective_scan(*tensors, order)
-    name = check_rows(name, [u, dt, B, C])
+    if backends.computes_whole(name):
+        return backends.backend_module(name).selective_scan(*tensors, order)
+    name = backends.check_rows(name, [u, dt, B, C])
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return operators.selective_scan(*tensors, order, name, trains)[0]
 
@@ -140,6 +111,6 @@ def causal_conv1d(
     shapes = {"weight": (weight, (K, width, W)), "bias": (bias, (K, width)), "order": (order, (K, L))}
     _check(x, {"direction": K, "token": L, "tap": W}, **shapes)
     name = "export" if transformed() else choose_backend(backend, x.device, x.dtype, width)
-    if computes_whole(name):
-        return backend_module(name).causal_conv1d(x, weight, bias, order)
+    if backends.computes_whole(name):
+        return backends.backend_module(name).causal_conv1d(x, weight, bias, order)
     return operators.causal_conv1d(x, weight, bias, order, name)

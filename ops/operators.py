@@ -1,16 +1,16 @@
-"""Both ops as torch operators, `arm::...`: one registration for the backends of our own.
+"""Both ops as torch operators, `arm::...`: one registration for every backend that has kernels.
 
-To `torch.compile` an operator is one opaque node with known shapes and gradients, whatever backend computes it. A
-backend is a module of five functions: `scan_forward`, `scan_states`, `scan_backward`, `conv_forward`, `conv_backward`
-(documented in torch_backend.py). Arguments are those of `ops.selective_scan` and `ops.causal_conv1d`.
+To `torch.compile` an operator is one opaque node with known shapes and gradients, whatever backend computes it. What a
+backend provides is documented in torch_backend.py. Arguments are those of `ops.selective_scan` and `ops.causal_conv1d`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 from typing import Any, NoReturn, TypeVar, cast
 
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.library import custom_op
+from torch.library import CustomOpDef, custom_op
 
 from .backends import backend_module
 
@@ -22,23 +22,57 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def refuse_forward_mode() -> None:
-    """Raise where tangents may be about: torch would leave them out of what an operator returns without a word."""
-    if in_forward_mode():
-        raise NotImplementedError(
-            "the operators arm::... have no forward-mode derivatives: call ops.selective_scan and ops.causal_conv1d "
-            "instead, uncompiled and inside the forward-mode level; backend='export' where only a backward pass is"
-        )
+def _refusing_forward_mode(function: Callable) -> Callable:
+    """Return the function, raising where inputs may have tangents: torch would silently drop them from its result."""
+
+    @wraps(function)
+    def call(*args: object) -> object:
+        if in_forward_mode():
+            raise NotImplementedError(
+                "the operators arm::... have no forward-mode derivatives: call ops.selective_scan and "
+                "ops.causal_conv1d instead, uncompiled and inside the forward-mode level; backend='export' where only "
+                "a backward pass is"
+            )
+        return function(*args)
+
+    return call
 
 
-def refuse_second(ctx: object, *grads: Tensor) -> NoReturn:
-    """Raise in place of a second derivative."""
+def _refuse_second(ctx: object, *grads: Tensor) -> NoReturn:
     raise NotImplementedError("the kernels have no second derivatives: backend='export' (--scan_backend export) has")
+
+
+def operator(fake: Callable, differentiable: bool = True) -> Callable[[Callable], CustomOpDef]:
+    """Return a decorator that registers a function as the torch operator `arm::NAME`.
+
+    Args:
+        fake: takes the same arguments and returns empty tensors like the results, for tracing.
+        differentiable: False where derivatives are refused.
+    """
+
+    def register(function: Callable) -> CustomOpDef:
+        registered = custom_op(f"arm::{function.__name__}", _refusing_forward_mode(function), mutates_args=())
+        registered.register_fake(_refusing_forward_mode(fake))
+        if not differentiable:
+            registered.register_autograd(_refuse_second)
+        return registered
+
+    return register
 
 
 def as_inputs(grads: Iterable[Tensor], inputs: Tensors) -> Tensors:
     """Return each gradient in the dtype of its input and contiguous, as `empty_grads` announces it."""
     return cast(Tensors, tuple(grad.to(x.dtype).contiguous() for grad, x in zip(grads, inputs, strict=True)))
+
+
+def empty_grads(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """Return empty tensors like the gradients that `as_inputs` returns."""
+    return tuple(x.new_empty(x.shape) for x in inputs)
+
+
+def empty_states(u: Tensor, A: Tensor, backend: str, trains: bool) -> Tensor:
+    """Return an empty tensor like the states that the scan returns, which are none unless it `trains`."""
+    return backend_module(backend).scan_states(u, A) if trains else u.new_empty(0)
 
 
 def save(ctx: Any, tensors: Iterable[Tensor | None], internal: Sequence[Tensor]) -> None:
@@ -51,54 +85,36 @@ def save(ctx: Any, tensors: Iterable[Tensor | None], internal: Sequence[Tensor])
     ctx.set_materialize_grads(False)
 
 
-def empty_grads(inputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """Return empty tensors like the gradients that `as_inputs` returns, for tracing."""
-    return tuple(x.new_empty(x.shape) for x in inputs)
+def _empty_scan(u: Tensor, dt: Tensor, A: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return u.new_empty(u.shape), empty_states(u, A, *others[-2:])
 
 
-@custom_op("arm::selective_scan", mutates_args=())
+@operator(_empty_scan)
 def selective_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
     order: Tensor | None, backend: str, trains: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return y and, where it `trains`, the states that the backward pass starts from (else an empty tensor)."""
-    refuse_forward_mode()
     y, states = backend_module(backend).scan_forward(u, dt, A, B, C, D, dt_bias, order, trains)
     return y.contiguous(), u.new_empty(0) if states is None else states
 
 
-@selective_scan.register_fake
-def _(u, dt, A, B, C, D, dt_bias, order, backend, trains):
-    refuse_forward_mode()
-    return u.new_empty(u.shape), backend_module(backend).scan_states(u, A) if trains else u.new_empty(0)
-
-
-@custom_op("arm::selective_scan_backward", mutates_args=())
+@operator(lambda dy, *inputs: empty_grads(*inputs[:7]), differentiable=False)
 def selective_scan_backward(
     dy: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
     order: Tensor | None, states: Tensor, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of u, dt, A, B, C, D and dt_bias."""
-    refuse_forward_mode()
     inputs = (u, dt, A, B, C, D, dt_bias)
     return as_inputs(backend_module(backend).scan_backward(dy, *inputs, order, states), inputs)
 
 
-@selective_scan_backward.register_fake
-def _(dy, u, dt, A, B, C, D, dt_bias, order, states, backend):
-    refuse_forward_mode()
-    return empty_grads((u, dt, A, B, C, D, dt_bias))
-
-
-selective_scan_backward.register_autograd(refuse_second)
-
-
-def _scan_context(ctx, inputs, output):
+def _scan_context(ctx: Any, inputs: tuple, output: Any) -> None:
     *tensors, ctx.backend, ctx.trains = inputs
     save(ctx, tensors, output[1:])
 
 
-def _scan_grads(ctx, dy, _):
+def _scan_grads(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple:
     if dy is None:  # nothing depends on y
         return (None,) * 10
     if not ctx.trains:  # there are no states to start from
@@ -109,44 +125,27 @@ def _scan_grads(ctx, dy, _):
 selective_scan.register_autograd(_scan_grads, setup_context=_scan_context)
 
 
-@custom_op("arm::causal_conv1d", mutates_args=())
+@operator(lambda x, weight, *_: x.new_empty(weight.shape[0], *x.shape))
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None, backend: str) -> Tensor:
     """Return the convolution after SiLU."""
-    refuse_forward_mode()
     return backend_module(backend).conv_forward(x, weight, bias, order).contiguous()
 
 
-@causal_conv1d.register_fake
-def _(x, weight, bias, order, backend):
-    refuse_forward_mode()
-    return x.new_empty(weight.shape[0], *x.shape)
-
-
-@custom_op("arm::causal_conv1d_backward", mutates_args=())
+@operator(lambda dy, *inputs: empty_grads(*inputs[:3]), differentiable=False)
 def causal_conv1d_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight and bias."""
-    refuse_forward_mode()
     inputs = (x, weight, bias)
     return as_inputs(backend_module(backend).conv_backward(dy, *inputs, order), inputs)
 
 
-@causal_conv1d_backward.register_fake
-def _(dy, x, weight, bias, order, backend):
-    refuse_forward_mode()
-    return empty_grads((x, weight, bias))
-
-
-causal_conv1d_backward.register_autograd(refuse_second)
-
-
-def _conv_context(ctx, inputs, output):
+def _conv_context(ctx: Any, inputs: tuple, output: Any) -> None:
     *tensors, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _conv_grads(ctx, dy):
+def _conv_grads(ctx: Any, dy: Tensor | None) -> tuple:
     return *causal_conv1d_backward(dy, *ctx.saved_tensors, ctx.backend), None, None
 
 

@@ -10,11 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._higher_order_ops.scan import scan
 
-from .torch_backend import INSTALL, load, misfit  # noqa: F401 - as far as torch's own operators go
-
-
-def _state_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+from .torch_backend import INSTALL, in_state_dtype, load, misfit  # noqa: F401 - they are of the interface
 
 
 def _gather(x: Tensor, order: Tensor | None) -> Tensor:
@@ -40,7 +36,7 @@ def selective_scan(
 ) -> Tensor:
     """All directions together, token by token."""
     result = u.dtype
-    u, dt, A, B, C, D, dt_bias = (x.to(_state_dtype(u)) for x in (u, dt, A, B, C, D, dt_bias))
+    u, dt, A, B, C, D, dt_bias = in_state_dtype(u, dt, A, B, C, D, dt_bias)
     delta = F.softplus(dt + dt_bias[:, None, None])
     A = A.mT  # (K, D, N) -> (K, N, D)
 
@@ -66,7 +62,7 @@ def selective_scan(
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) -> Tensor:
     """The sum of shifted tokens."""
     (K, _, W), L, result = weight.shape, x.shape[1], x.dtype
-    x, weight, bias = (tensor.to(_state_dtype(x)) for tensor in (x, weight, bias))
+    x, weight, bias = in_state_dtype(x, weight, bias)
     past = F.pad(_gather(x.expand(K, *x.shape), order), (0, 0, W - 1, 0))  # (K, B, W - 1 + L, D)
     y = bias[:, None, None] + sum(weight[:, None, None, :, j] * past[:, :, j : j + L] for j in range(W))
     return _gather(F.silu(y), _inverse(order)).to(result)

@@ -60,7 +60,7 @@ def _to_tokens(x: Tensor, order: Tensor | None) -> Tensor:
     return out
 
 
-def _exact(*tensors: Tensor) -> tuple[Tensor, ...]:
+def in_state_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return the tensors in the dtype of the state: float64 if the first one is, else float32."""
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     return tuple(tensor.to(dtype) for tensor in tensors)
@@ -83,7 +83,7 @@ def scan_forward(
     """
     h = scan_states(u, A)  # (L + 1, K, B, N, D): the state before each token, and after the last
     dtype = u.dtype
-    u, dt, A, B, C, D, dt_bias = _exact(u, dt, A, B, C, D, dt_bias)
+    u, dt, A, B, C, D, dt_bias = in_state_dtype(u, dt, A, B, C, D, dt_bias)
     delta = F.softplus(dt + dt_bias[:, None, None])
     x, delta, B, C = (_to_time(tensor, order) for tensor in (delta * u, delta, B, C))  # (L, K, B, D or N)
     x, step, column = x[..., None, :], delta[..., None, :], B[..., None]
@@ -105,7 +105,7 @@ def scan_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return the gradients of u, dt, A, B, C, D and dt_bias from that of y, in float32 or float64."""
     h = states
-    u, dy, dt, A, B, C, D, dt_bias = _exact(u, dy, dt, A, B, C, D, dt_bias)
+    u, dy, dt, A, B, C, D, dt_bias = in_state_dtype(u, dy, dt, A, B, C, D, dt_bias)
     raw = dt + dt_bias[:, None, None]
     delta = F.softplus(raw)
     x, step, dy_t, B_t, C_t = (_to_time(tensor, order) for tensor in (delta * u, delta, dy, B, C))  # (L, K, B, D or N)
@@ -142,7 +142,7 @@ def _taps(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) -> tupl
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) -> Tensor:
     """Return the result of `ops.causal_conv1d`."""
     dtype = x.dtype
-    x, weight, bias = _exact(x, weight, bias)
+    x, weight, bias = in_state_dtype(x, weight, bias)
     _, y = _taps(x, weight, bias, order)
     return _to_tokens(F.silu(y), order).to(dtype)
 
@@ -151,7 +151,7 @@ def conv_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight and bias from that of the result, in float32 or float64."""
-    x, dy, weight, bias = _exact(x, dy, weight, bias)
+    x, dy, weight, bias = in_state_dtype(x, dy, weight, bias)
     read, y = _taps(x, weight, bias, order)
     dy = aten.silu_backward(_to_time(dy, order), y)  # (L, K, B, D)
     dweight = torch.stack([(dy * tap).sum((0, 2)) for tap in read], dim=-1)  # (K, D, W)

@@ -128,9 +128,8 @@ def _add_branches_fused(h: Tensor, branches: Sequence, keep: Tensor | None) -> T
     from . import fused_operators
 
     dtype = _autocast_dtype(h)
-    factors = (
-        [None] * len(branches) if keep is None else keep.flatten(1).float()
-    )  # (branches, B, 1, 1) -> (branches, B)
+    # (branches, B, 1, 1) -> (branches, B)
+    factors = [None] * len(branches) if keep is None else keep.flatten(1).float()
     (norm, branch), *others = branches
     normed, stand_in, _ = fused_operators.norm(h, norm.weight, norm.bias, norm.eps, dtype)
     out = branch(normed)
@@ -155,15 +154,9 @@ def norm_cat(xs: Sequence[Tensor], norms: Sequence[nn.LayerNorm]) -> Tensor:
 
 
 def selective_ssm(
-    u: Tensor,
-    x_proj: Tensor,
-    dt_proj: Tensor,
-    A: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    order: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
+    u: Tensor, x_proj: Tensor, dt_proj: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor,
+    order: Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """Selective state space model along K directions: B, C and the step of each token are products of the token.
 
     Args:

@@ -1,16 +1,16 @@
-"""The fused operators (see fused.py) as torch operators, `arm::...`, so that a compiled model holds each as one node.
+"""The fused operators (see __init__.py) as torch operators, `arm::...`: each is one node of a compiled model.
 
 Their kernels are those of triton_fused.py, and for the products around the scan those of a scan backend.
 """
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from ..backends import backend_module
-from ..operators import as_inputs, empty_grads, refuse_forward_mode, refuse_second, save
+from ..operators import as_inputs, empty_grads, empty_states, operator, save
 
 
 def _kernels() -> ModuleType:
@@ -22,33 +22,18 @@ def _kernels() -> ModuleType:
 # ---- SwiGLU ----
 
 
-@custom_op("arm::swiglu", mutates_args=())
+@operator(lambda x, bias: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
 def swiglu(x: Tensor, bias: Tensor) -> Tensor:
     """silu(gate) * value of x (..., 2 H), to which the bias (2 H,) was added: only its gradient comes from here."""
-    refuse_forward_mode()
     return _kernels().swiglu_forward(x)
 
 
-@swiglu.register_fake
-def _(x, bias):
-    refuse_forward_mode()
-    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
-
-
-@custom_op("arm::swiglu_backward", mutates_args=())
+@operator(lambda dy, x, bias: empty_grads(x, bias), differentiable=False)
 def swiglu_backward(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and bias."""
-    refuse_forward_mode()
     return as_inputs(_kernels().swiglu_backward(dy, x), (x, bias))
 
 
-@swiglu_backward.register_fake
-def _(dy, x, bias):
-    refuse_forward_mode()
-    return empty_grads((x, bias))
-
-
-swiglu_backward.register_autograd(refuse_second)
 swiglu.register_autograd(
     lambda ctx, dy: swiglu_backward(dy, *ctx.saved_tensors),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
@@ -58,26 +43,27 @@ swiglu.register_autograd(
 # ---- residual sums and layer norms ----
 
 
-@custom_op("arm::norm", mutates_args=())
+def _empty_norm(h: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(h, dtype=others[-1]), h.new_zeros(1).expand(h.shape), h.new_empty(2, *h.shape[:-1])
+
+
+@operator(_empty_norm)
 def norm(h: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Return the layer norm of h (B, L, C) in `dtype`, a stand-in for h, and what `norm_backward` needs.
 
     The stand-in is one number, expanded. Whoever uses h beside its norm gives its gradient to the stand-in, and this
     operator adds it in the pass that computes its own.
     """
-    refuse_forward_mode()
     normed = torch.empty_like(h, dtype=dtype)
     _, statistics = _kernels().norm_forward(h, None, None, weight, bias, eps, normed)
     return normed, h.new_zeros(1).expand(h.shape), statistics
 
 
-@norm.register_fake
-def _(h, weight, bias, eps, dtype):
-    refuse_forward_mode()
-    return torch.empty_like(h, dtype=dtype), h.new_zeros(1).expand(h.shape), h.new_empty(2, *h.shape[:-1])
+def _empty_add_norm(h: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(h, dtype=others[-1]), torch.empty_like(h), h.new_empty(2, *h.shape[:-1])
 
 
-@custom_op("arm::add_norm", mutates_args=())
+@operator(_empty_add_norm)
 def add_norm(
     h: Tensor, stand_in: Tensor, branch: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor,
     eps: float, dtype: torch.dtype,
@@ -86,52 +72,39 @@ def add_norm(
 
     h is read, and its gradient goes to `stand_in`; shapes as `triton_fused.norm_forward` has them.
     """
-    refuse_forward_mode()
     normed = torch.empty_like(h, dtype=dtype)
     return normed, *_kernels().norm_forward(h, branch, keep, weight, bias, eps, normed)
 
 
-@add_norm.register_fake
-def _(h, stand_in, branch, keep, weight, bias, eps, dtype):
-    refuse_forward_mode()
-    return torch.empty_like(h, dtype=dtype), torch.empty_like(h), h.new_empty(2, *h.shape[:-1])
+def _empty_norm_grads(dnormed: Tensor, dtotal: Tensor | None, x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dbranch = x.new_empty(0) if others[-1] is None else torch.empty_like(x, dtype=others[-1])
+    return torch.empty_like(x), dbranch, x.new_empty(2, x.shape[-1])
 
 
-@custom_op("arm::norm_backward", mutates_args=())
+@operator(_empty_norm_grads, differentiable=False)
 def norm_backward(
     dnormed: Tensor, dtotal: Tensor | None, x: Tensor, keep: Tensor | None, weight: Tensor, statistics: Tensor,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of h, of the branch in `dtype` (None: there was none), of weight and bias (2, C)."""
-    refuse_forward_mode()
     args = (dnormed.contiguous(), dtotal, x, keep, weight, statistics, dtype)
     dh, dbranch, sums = _kernels().norm_backward(*args)
     return dh, x.new_empty(0) if dbranch is None else dbranch, sums
 
 
-@norm_backward.register_fake
-def _(dnormed, dtotal, x, keep, weight, statistics, dtype):
-    refuse_forward_mode()
-    dbranch = x.new_empty(0) if dtype is None else torch.empty_like(x, dtype=dtype)
-    return torch.empty_like(x), dbranch, x.new_empty(2, x.shape[-1])
-
-
-norm_backward.register_autograd(refuse_second)
-
-
-def _norm_context(ctx, inputs, output):
+def _norm_context(ctx: Any, inputs: tuple, output: Any) -> None:
     h, weight, *_ = inputs
     ctx.branch = None  # the dtype of the branch
     save(ctx, [h, None, weight], output[2:])
 
 
-def _add_norm_context(ctx, inputs, output):
+def _add_norm_context(ctx: Any, inputs: tuple, output: Any) -> None:
     _, _, branch, keep, weight, *_ = inputs
     ctx.branch = branch.dtype
     save(ctx, [output[1], keep, weight], output[2:])
 
 
-def _norm_grads(ctx, dnormed, dtotal, _):
+def _norm_grads(ctx: Any, dnormed: Tensor | None, dtotal: Tensor | None, _: Tensor | None) -> tuple:
     total, keep, weight, statistics = ctx.saved_tensors
     if dnormed is None:
         dnormed = torch.zeros_like(total)
@@ -146,53 +119,48 @@ norm.register_autograd(_norm_grads, setup_context=_norm_context)
 add_norm.register_autograd(_norm_grads, setup_context=_add_norm_context)
 
 
-@custom_op("arm::norm_cat", mutates_args=())
+def _empty_norm_cat(
+    xs: list[Tensor], weights: list[Tensor], biases: list[Tensor], eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    *rows, C = xs[0].shape
+    return xs[0].new_empty(*rows, len(xs) * C, dtype=dtype), xs[0].new_empty(len(xs), 2, *rows)
+
+
+@operator(_empty_norm_cat)
 def norm_cat(
     xs: list[Tensor], weights: list[Tensor], biases: list[Tensor], eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return n layer norms of (B, L, C) side by side in `dtype`, (B, L, n * C), and what the gradients need."""
-    refuse_forward_mode()
     normed = xs[0].new_empty(*xs[0].shape[:-1], len(xs) * xs[0].shape[-1], dtype=dtype)
     slices, forward = normed.chunk(len(xs), dim=-1), _kernels().norm_forward
     inputs = zip(xs, weights, biases, slices, strict=True)
     return normed, torch.stack([forward(x, None, None, w, b, eps, s)[1] for x, w, b, s in inputs])
 
 
-@norm_cat.register_fake
-def _(xs, weights, biases, eps, dtype):
-    refuse_forward_mode()
-    *rows, C = xs[0].shape
-    return xs[0].new_empty(*rows, len(xs) * C, dtype=dtype), xs[0].new_empty(len(xs), 2, *rows)
+def _empty_norm_cat_grads(
+    dnormed: Tensor, xs: list[Tensor], weights: list[Tensor], statistics: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    return [torch.empty_like(x) for x in xs], xs[0].new_empty(len(xs), 2, xs[0].shape[-1])
 
 
-@custom_op("arm::norm_cat_backward", mutates_args=())
+@operator(_empty_norm_cat_grads, differentiable=False)
 def norm_cat_backward(
     dnormed: Tensor, xs: list[Tensor], weights: list[Tensor], statistics: Tensor
 ) -> tuple[list[Tensor], Tensor]:
     """Return the gradients of xs, and those of weights and biases (n, 2, C)."""
-    refuse_forward_mode()
     slices, backward = dnormed.contiguous().chunk(len(xs), dim=-1), _kernels().norm_backward
     inputs = zip(slices, xs, weights, statistics, strict=True)
     dxs, _, sums = zip(*(backward(s, None, x, None, w, found, None) for s, x, w, found in inputs), strict=True)
     return list(dxs), torch.stack(sums)
 
 
-@norm_cat_backward.register_fake
-def _(dnormed, xs, weights, statistics):
-    refuse_forward_mode()
-    return [torch.empty_like(x) for x in xs], xs[0].new_empty(len(xs), 2, xs[0].shape[-1])
-
-
-norm_cat_backward.register_autograd(refuse_second)
-
-
-def _norm_cat_context(ctx, inputs, output):
+def _norm_cat_context(ctx: Any, inputs: tuple, output: Any) -> None:
     xs, weights, *_ = inputs
     ctx.count = len(xs)
     save(ctx, [*xs, *weights], output[1:])
 
 
-def _norm_cat_grads(ctx, dnormed, _):
+def _norm_cat_grads(ctx: Any, dnormed: Tensor | None, _: Tensor | None) -> tuple:
     n = ctx.count
     if dnormed is None:
         return [None] * n, [None] * n, [None] * n, None, None
@@ -217,13 +185,17 @@ def _selection(projected: Tensor, dt_proj: Tensor, u: Tensor) -> tuple[Tensor, T
     return low, *(x.unflatten(1, u.shape[1:3]) for x in (b, c))  # (K, B * L, N) -> (K, B, L, N)
 
 
-@custom_op("arm::selective_ssm", mutates_args=())
+def _empty_ssm(u: Tensor, x_proj: Tensor, dt_proj: Tensor, A: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    projected = u.new_empty(len(u), u.shape[1] * u.shape[2], x_proj.shape[1])
+    return u.new_empty(u.shape), projected, u.new_empty(u.shape), empty_states(u, A, *others[-2:])
+
+
+@operator(_empty_ssm)
 def selective_ssm(
     u: Tensor, x_proj: Tensor, dt_proj: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor,
     order: Tensor | None, backend: str, trains: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return y, what x_proj gives, steps before bias and softplus, and the scan's states (empty unless it `trains`)."""
-    refuse_forward_mode()
     projected = u.flatten(1, 2) @ x_proj.mT  # (K, B * L, R + 2N)
     low, b, c = _selection(projected, dt_proj, u)
     dt = (low @ dt_proj.mT).view(u.shape)  # (K, B * L, C) -> (K, B, L, C)
@@ -231,21 +203,12 @@ def selective_ssm(
     return y.contiguous(), projected, dt, u.new_empty(0) if states is None else states
 
 
-@selective_ssm.register_fake
-def _(u, x_proj, dt_proj, A, D, dt_bias, order, backend, trains):
-    refuse_forward_mode()
-    K, batch, L, _ = u.shape
-    states = backend_module(backend).scan_states(u, A) if trains else u.new_empty(0)
-    return u.new_empty(u.shape), u.new_empty(K, batch * L, x_proj.shape[1]), u.new_empty(u.shape), states
-
-
-@custom_op("arm::selective_ssm_backward", mutates_args=())
+@operator(lambda dy, *inputs: empty_grads(*inputs[:6]), differentiable=False)
 def selective_ssm_backward(
     dy: Tensor, u: Tensor, x_proj: Tensor, dt_proj: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor,
     order: Tensor | None, projected: Tensor, dt: Tensor, states: Tensor, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of u, x_proj, dt_proj, A, D and dt_bias."""
-    refuse_forward_mode()
     low, b, c = _selection(projected, dt_proj, u)
     du, ddt, dA, db, dc, dD, dbias = backend_module(backend).scan_backward(
         dy, u, dt, A, b, c, D, dt_bias, order, states
@@ -264,21 +227,12 @@ def selective_ssm_backward(
     return as_inputs((du, dx_proj, ddt_proj, dA, dD, dbias), inputs)
 
 
-@selective_ssm_backward.register_fake
-def _(dy, u, x_proj, dt_proj, A, D, dt_bias, order, projected, dt, states, backend):
-    refuse_forward_mode()
-    return empty_grads((u, x_proj, dt_proj, A, D, dt_bias))
-
-
-selective_ssm_backward.register_autograd(refuse_second)
-
-
-def _ssm_context(ctx, inputs, output):
+def _ssm_context(ctx: Any, inputs: tuple, output: Any) -> None:
     *tensors, ctx.backend, ctx.trains = inputs
     save(ctx, tensors, output[1:])
 
 
-def _ssm_grads(ctx, dy, *_):
+def _ssm_grads(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple:
     if dy is None:
         return (None,) * 9
     if not ctx.trains:

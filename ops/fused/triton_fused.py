@@ -186,13 +186,7 @@ def _row_stride(x: Tensor) -> int:
 
 
 def norm_forward(
-    h: Tensor,
-    branch: Tensor | None,
-    keep: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    normed: Tensor,
+    h: Tensor, branch: Tensor | None, keep: Tensor | None, weight: Tensor, bias: Tensor, eps: float, normed: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Layer norm of h (B, L, C) float32, or of its sum with keep * branch, into `normed`.
 
@@ -221,14 +215,9 @@ def norm_forward(
 
 
 def norm_backward(
-    dnormed: Tensor,
-    dtotal: Tensor | None,
-    x: Tensor,
-    keep: Tensor | None,
-    weight: Tensor,
-    statistics: Tensor,
+    dnormed: Tensor, dtotal: Tensor | None, x: Tensor, keep: Tensor | None, weight: Tensor, statistics: Tensor,
     branch: torch.dtype | None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """Gradients of `norm_forward`.
 
     Args:
