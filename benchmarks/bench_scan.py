@@ -140,7 +140,7 @@ def contestants(inputs: list[Tensor]) -> dict[str, Scan | str]:
         if reason := ops.unavailable(backend):
             found[backend] = reason
         elif problem := ops.misfit(backend, u.device, u.dtype, u.shape[-1], A.shape[-1]):
-            found[backend] = f"does not compute {problem.removesuffix(',')}"
+            found[backend] = f"does not compute {problem}"
         elif backend in ("triton", "cuda"):
             default, other = chunks(backend, u.device)
             found[f"{backend} chunk {other}"] = with_chunk(backend, other)

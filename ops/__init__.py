@@ -9,21 +9,21 @@ from .backends import BACKENDS, BackendUnavailable, check_backend, choose_backen
 
 @backends.constant  # the compiler guards on both by itself
 def transformed() -> bool:
-    """Return whether forward-mode derivatives or a transform of `torch.func` may be under way."""
+    """Return whether forward-mode derivatives or a transform of `torch.func` may be active."""
     return operators.in_forward_mode() or torch._C._functorch.maybe_current_level() is not None
 
 
 def _check(x: Tensor, sizes: dict[str, int], **tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
-    """Raise unless every input is what kernels, which read by address, take it for.
+    """Check the inputs, because kernels read them by address.
 
     Args:
         x: the activations.
-        sizes: numbers of things of which there must be one at least, by name.
-        **tensors: `order` and the others, with the shape that each must have; None passes.
+        sizes: sizes that must be at least 1, by the name of what they count.
+        **tensors: `order` and the other tensors, with the shape that each must have; None passes.
 
     Raises:
-        TypeError: `x` is not floating point, or `order` holds no integers.
-        ValueError: a size is 0, or a tensor has another shape or lies elsewhere than `x`.
+        TypeError: `x` is not floating point, or `order` does not hold integers.
+        ValueError: a size is 0, or a tensor has another shape or is on another device than `x`.
     """
     order, _ = tensors["order"]
     if not x.is_floating_point() or (order is not None and order.dtype not in (torch.int64, torch.int32)):
@@ -46,7 +46,7 @@ def selective_scan(
     In each direction, with delta = softplus(dt + dt_bias) and no state before the first token:
     h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t and y_t = <C_t, h_t> + D u_t. The state is float32 (float64 for
     float64 inputs) whatever autocast says; each gradient has the dtype of its input. Under forward-mode derivatives and
-    the transforms of `torch.func` the backend "export" computes, which has all derivatives, whatever was asked for.
+    transforms of `torch.func`, the backend "export" replaces the requested one, because it has all derivatives.
 
     Args:
         u: (K, B, L, D) in token order, any strides, as `dt`, `B` and `C`; floating point.
@@ -64,10 +64,10 @@ def selective_scan(
 
     Raises:
         ValueError: a shape or a device does not fit, there is no direction, token or state, or see `choose_backend`.
-        IndexError: `order` names a token that does not exist (on CUDA as the device reports it).
-        TypeError: `u` is not floating point, `order` holds no integers, or see `choose_backend`.
+        IndexError: `order` names a token that does not exist (on CUDA the device reports it later).
+        TypeError: `u` is not floating point, `order` does not hold integers, or see `choose_backend`.
         BackendUnavailable: see `choose_backend`.
-        NotImplementedError: a second derivative is asked for, of a backend other than "export".
+        NotImplementedError: a second derivative is requested of a backend other than "export".
     """
     K, batch, L, width = u.shape
     N = A.shape[-1]

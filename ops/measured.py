@@ -1,4 +1,4 @@
-"""Which kernels and switches are known to be faster, and where: what `auto` and the defaults take on a GPU."""
+"""Kernels and switches that are measured to be faster, and on which GPUs: "auto" and the defaults use them there."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ import torch
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
-# Name -> compute capability -> the file of `RESULTS` that shows it. What stands in no file waits behind its
-# switch: "cuda" behind --scan_backend, "cuda_graph" behind its own, the others behind --fused_ops.
+# Name -> compute capability -> the file of `RESULTS` that shows it. Elsewhere it is used only if its switch asks for
+# it: --scan_backend for "cuda", --cuda_graph for "cuda_graph", --fused_ops for the others.
 FASTER: dict[str, dict[tuple[int, int], str]] = {
     "cuda": {},
     "cuda_graph": {},

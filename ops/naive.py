@@ -1,4 +1,4 @@
-"""The oracle: both ops as plain loops over time, right by inspection; autograd does the backward."""
+"""The reference: both ops as loops over time, simple enough to check by reading; autograd computes the gradients."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ def selective_scan(
 ) -> Tensor:
     """Selective scan of `ops.selective_scan`, one direction and one token at a time.
 
-    Args and result are those of `ops.selective_scan`.
+    Arguments and result are those of `ops.selective_scan`.
     """
     K, batch, L, width = u.shape
     dtype = torch.promote_types(u.dtype, torch.float32)
@@ -34,7 +34,7 @@ def selective_scan(
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None = None) -> Tensor:
     """Causal depthwise convolution and SiLU of `ops.causal_conv1d`, one direction and one token at a time.
 
-    Args and result are those of `ops.causal_conv1d`.
+    Arguments and result are those of `ops.causal_conv1d`.
     """
     K, _, W = weight.shape
     L = x.shape[1]

@@ -17,7 +17,7 @@ KERNELS = [("torch", torch.float64), ("torch", torch.float32), ("cpu", torch.flo
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """Forget what is known about backends, before and after a test that changes the machine."""
+    """Clear what the process knows about backends, before and after a test that changes the machine."""
 
     def forget():
         for known in (ops.unavailable, backends._log_once, cpu_backend.load, compiled.private_folder):
@@ -31,7 +31,7 @@ def fresh(monkeypatch):
 
 
 def scan_inputs(K=4, batch=2, L=37, D=32, N=16, dtype=torch.float32, varying=None):
-    """Leaves of the scan; `varying` is the dtype of what has a time axis."""
+    """Leaves of the scan; `varying` is the dtype of the tensors with a time axis."""
     torch.manual_seed(0)
     u, dt, B, C = (torch.randn(K, batch, L, n, dtype=dtype).to(varying or dtype) for n in (D, D, N, N))
     A, skip, bias = -torch.rand(K, D, N, dtype=dtype) * 4 - 0.1, torch.randn(K, D, dtype=dtype), torch.rand(K, D) - 3

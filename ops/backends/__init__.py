@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..measured import FASTER, faster
 
-# The backends by name, fastest first, with the kinds of device on which "auto" takes them; those that are in `FASTER`
-# only where a measurement shows them to be faster.
+# Name of each backend -> the kinds of device on which "auto" tries it, fastest first. A backend that is also in
+# `FASTER` is tried only where a measurement shows it to be faster.
 BACKENDS: dict[str, Sequence[str]] = {
     "auto": [],
     "cpu": ["cpu"],
@@ -33,16 +33,16 @@ Function = TypeVar("Function", bound=Callable)
 
 
 def constant(function: Function) -> Function:
-    """Make `torch.compile` call a function while it traces, and take the result for a constant.
+    """Make `torch.compile` call a function while it traces, and use the result as a constant.
 
-    `torch.compiler.assume_constant_result` does the same, but imports the whole compiler, which takes a second.
+    `torch.compiler.assume_constant_result` does the same, but imports the compiler, which takes a second.
     """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined] # functions have any attributes
+    vars(function)["_dynamo_marked_constant"] = True
     return function
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend was asked for by name and cannot work here."""
+    """A backend was requested by name and cannot work on this machine."""
 
 
 def backend_module(name: str) -> ModuleType:
@@ -52,7 +52,7 @@ def backend_module(name: str) -> ModuleType:
 
 @cache
 def unavailable(name: str) -> str | None:
-    """Return why backend `name` cannot work on this machine, None if it can; tried once per process."""
+    """Return why backend `name` cannot work on this machine, None if it can; tested once per process."""
     if name == "auto":
         return None
     module = backend_module(name)
@@ -130,7 +130,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, width: i
             break
         broken.append(f"{candidate}: {reason}")
     level = logging.WARNING if broken and chosen == "torch" else logging.INFO
-    note = f", slower than what does not work here ({'; '.join(broken)})" if broken else ""
+    note = f"; faster backends do not work here ({'; '.join(broken)})" if broken else ""
     _log_once(level, f"scan backend for {dtype} on {device.type}: {chosen}{note}")
     return chosen
 
@@ -145,26 +145,26 @@ def fall_back(name: str, problem: str) -> str:
 
 @constant
 def computes_whole(name: str) -> bool:
-    """Return whether backend `name` brings gradients of its own, so that no operator of `ops.operators` wraps it."""
+    """Return whether backend `name` computes whole ops with their gradients, not wrapped by `ops.operators`."""
     return hasattr(backend_module(name), "selective_scan")
 
 
 @constant
 def row_alignment(name: str) -> int:
-    """Return the bytes at whose multiples rows must begin, all in one dtype, for backend `name`; 0 where any do."""
+    """Return the alignment in bytes of the rows that backend `name` reads, all in one dtype; 0: it reads any."""
     return getattr(backend_module(name), "ROW_ALIGNMENT", 0)
 
 
 def check_rows(name: str, rows: Sequence[Tensor], *strides: int) -> str:
-    """Return backend `name`, or its fallback where it does not read rows that lie in memory like these.
+    """Return backend `name`, or its fallback if it cannot read rows with these dtypes and strides.
 
-    Only strides are checked, which `torch.compile` knows as well. The backend itself copies a tensor that begins at
-    another address, or whose channels are not contiguous.
+    Addresses are not checked, because `torch.compile` does not know them: the backend itself copies a tensor that
+    begins at another address, or whose channels are not contiguous.
 
     Args:
         name: a backend that computes these activations.
         rows: the activations, (..., channels).
-        *strides: of further rows, in elements of the first tensor.
+        *strides: of further rows, in elements of the dtype of the first tensor.
     """
     if not (alignment := row_alignment(name)):
         return name

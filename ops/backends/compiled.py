@@ -1,4 +1,4 @@
-"""A cache of compiled files that this process will execute: whose they are, and whether they are whole, comes first."""
+"""A cache of compiled files; a file is executed only after its owner, permissions and content were checked."""
 
 import logging
 import os
@@ -17,40 +17,42 @@ LOGGER = logging.getLogger("arm")
 
 @cache
 def private_folder() -> tempfile.TemporaryDirectory:
-    """Return the folder of what this process compiles for itself alone; removed when the process ends."""
+    """Return a folder for compiled files of this process only; it is removed when the process ends."""
     return tempfile.TemporaryDirectory(prefix="arm-ops-")
 
 
 def cache_folder() -> Path:
     """Return the user's folder of compiled files."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    return cache / "arm-ops" if cache.is_absolute() else Path(private_folder().name)  # relative: there is no home
+    return (
+        cache / "arm-ops" if cache.is_absolute() else Path(private_folder().name)
+    )  # relative: there is no home folder
 
 
 def cached_or_private(stem: str, suffix: str, build: Callable[[Path], object]) -> Path:
-    """Return a compiled file from the cache, or, where the cache cannot be used, one of this process alone.
+    """Return a compiled file from the cache or, if the cache cannot be used, one of this process only.
 
-    Args are those of `cached_file`.
+    Arguments are those of `cached_file`.
     """
     try:
         return cached_file(cache_folder(), stem, suffix, build)
-    except OSError as error:  # the cache cannot be written, or by too many
-        LOGGER.info("%s is compiled for this process alone: %s", stem, error)
+    except OSError as error:  # the cache cannot be written, or others can write it
+        LOGGER.info("%s is compiled for this process only: %s", stem, error)
         return cached_file(Path(private_folder().name), stem, suffix, build)
 
 
 def cached_file(folder: Path, stem: str, suffix: str, build: Callable[[Path], object]) -> Path:
-    """Return a compiled file from a folder, built unless a trustworthy one is there.
+    """Return a compiled file from a folder; build it unless a trustworthy one is there.
 
-    The file is called STEM-SHA256SUFFIX, by the SHA-256 of its content, so that damage shows. A file or folder counts
-    only if this user or root owns it and nobody else can write it: what is in it will be executed. A file that does not
-    count is removed with a warning and built anew.
+    The file is named STEM-SHA256SUFFIX after the SHA-256 of its content, so that damage is detected. A file or folder
+    is trusted only if this user or root owns it and nobody else can write it, because its content will be executed. A
+    file that is not trusted is removed with a warning and built again.
 
     Args:
-        folder: of the cache, made for this user alone where it is missing.
-        stem: names what the file is compiled from, and for which machine.
-        suffix: of its name.
-        build: writes it to a path.
+        folder: the cache; created with access for this user only.
+        stem: identifies the source of the file, and the machine that it is for.
+        suffix: the end of the file's name.
+        build: function that writes the file to a path.
 
     Raises:
         OSError: the folder cannot be made or written, or others can write it.
@@ -71,18 +73,18 @@ def cached_file(folder: Path, stem: str, suffix: str, build: Callable[[Path], ob
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         fresh = Path(scratch, f"{stem}{suffix}")
         build(fresh)
-        fresh.chmod(0o700)  # whatever the umask says
+        fresh.chmod(0o700)  # independent of the umask
         with fresh.open("rb") as file:
-            os.fsync(file.fileno())  # a name that survives a power failure has its content
-        # atomic: of ranks that build at the same time each finds a whole file
+            os.fsync(file.fileno())  # after a power failure a file that has this name is complete
+        # atomic: ranks that build at the same time all find a complete file
         return fresh.replace(folder / f"{stem}-{sha256_of(fresh)}{suffix}")
 
 
 def distrust(path: Path, is_kind: Callable[[int], bool]) -> str:
-    """Return why a file or folder must not be executed from, or an empty string."""
+    """Return why the content of a file or folder must not be executed, or an empty string."""
     status = path.lstat()
     if not is_kind(status.st_mode):
-        return "is a link, or of another kind"
+        return "is a link, or not of the expected kind"
     if status.st_uid not in (0, os.geteuid()):
         return f"belongs to user {status.st_uid}"
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

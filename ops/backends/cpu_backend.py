@@ -33,7 +33,7 @@ def _compiler() -> list[str]:
     named = os.environ.get("CC", "").strip()
     candidates = [named] if named else COMPILERS
     for candidate in candidates:
-        with suppress(ValueError):  # a quotation that does not end
+        with suppress(ValueError):  # an unclosed quotation mark
             command = shlex.split(candidate)
             if shutil.which(command[0]):
                 return command
@@ -43,7 +43,7 @@ def _compiler() -> list[str]:
 def _run(command: list[str]) -> bytes:
     try:
         done = subprocess.run(command, capture_output=True, check=False)
-    except OSError as error:  # a file that is no program
+    except OSError as error:  # not a program
         raise BackendUnavailable(f"`{shlex.join(command)}`: {error.strerror}") from error
     if done.returncode:
         lines = done.stderr.decode(errors="replace").splitlines() or [f"exit status {done.returncode}"]
@@ -62,8 +62,8 @@ def load(states: int = 16, taps: int = 4) -> ctypes.CDLL:
     """
     command = [*_compiler(), "-O3", NATIVE, "-shared", "-fPIC"]
     command += [f"-DSTATES={states}", f"-DTAPS={taps}", f"-DCHUNK={CHUNK}"]
-    # The predefined macros name the compiler's version and, through NATIVE, what this CPU can do: a home folder
-    # may be shared by different machines.
+    # The predefined macros tell the compiler's version and, through NATIVE, the instruction set of this CPU: different
+    # machines may share a home folder.
     macros = _run([*command, "-dM", "-E", "-x", "c", os.devnull])
     key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), shlex.join(command).encode(), macros])).hexdigest()[:16]
 
@@ -75,8 +75,8 @@ def load(states: int = 16, taps: int = 4) -> ctypes.CDLL:
         kernels = ctypes.CDLL(str(library))
     except OSError as error:
         raise BackendUnavailable(f"cannot load the compiled kernels: {error}") from error
-    # The OpenMP runtime that torch itself runs on, found through torch's own libraries: linking one would load a
-    # second pool of threads that spins against torch's. Without OpenMP in torch the kernels run on one thread.
+    # The OpenMP runtime of torch itself, found through torch's libraries: linking one would load a second pool of
+    # threads that competes with torch's. If torch has no OpenMP, the kernels run on one thread.
     runtime = ctypes.CDLL(torch._C.__file__)
     if hasattr(runtime, "GOMP_parallel"):
         kernels.use_openmp(runtime.GOMP_parallel, runtime.omp_get_thread_num, runtime.omp_get_num_threads)
@@ -107,7 +107,7 @@ class _ConvJob(ctypes.Structure):
 
 
 def _job(kind: type[ctypes.Structure], sizes: tuple[int, ...], **tensors: Tensor | None) -> ctypes.Structure:
-    """Describe tensors to a kernel by address: they must outlive its run."""
+    """Describe tensors to a kernel by address; they must exist until it has run."""
     rows = [field[0] for field in kind._fields_ if field[1] is _Rows]
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     fields = {n: _Rows(x.data_ptr(), *x.stride()[:3]) if n in rows else x.data_ptr() for n, x in given.items()}
@@ -119,7 +119,7 @@ def _dense_channels(x: Tensor) -> Tensor:
 
 
 def _checked(order: Tensor | None, L: int) -> Tensor | None:
-    """Return `order` as the kernels read it; they would follow any number in it to any address."""
+    """Return `order` as the kernels read it, after a check: they would read from any address that it names."""
     if order is None:
         return None
     low, high = torch.aminmax(order)

@@ -1,6 +1,6 @@
 """The selective scan in CUDA C++: `cuda_kernels.cu`, compiled through NVRTC at first use. Convolutions are Triton's.
 
-It computes bfloat16 activations with 16 states; `ops.selective_scan` leaves all others to Triton.
+It computes bfloat16 activations with 16 states; everything else is left to Triton.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import BackendUnavailable, triton_backend
 from .compiled import cached_or_private
-from .triton_backend import conv_backward, conv_forward  # noqa: F401 - two of the five functions of a backend
+from .triton_backend import conv_backward, conv_forward  # noqa: F401 - part of the interface
 
 INSTALL = triton_backend.INSTALL
 FALLBACK = "triton"
@@ -36,8 +36,8 @@ def misfit(device: torch.device, dtype: torch.dtype, width: int, states: int) ->
     if device.type != "cuda" or dtype != torch.bfloat16:
         return f"{dtype} on {device.type}"
     if width % GROUP:
-        return f"{width} channels, which {GROUP} does not divide,"
-    return f"{states} states, not {STATES}," if states != STATES else None
+        return f"{width} channels (not a multiple of {GROUP})"
+    return f"{states} states (not {STATES})" if states != STATES else None
 
 
 class Variant(NamedTuple):
@@ -144,7 +144,7 @@ def _functions(device: int, variant: Variant) -> dict[str, object]:
     functions = {name: _call(driver.cuModuleGetFunction, module, name.encode()) for name in KERNELS}
     attributes = driver.CUfunction_attribute
     for name, function in functions.items():
-        dynamic = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES  # more than 48 KB has to be asked for
+        dynamic = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES  # more than 48 KB must be requested
         _call(driver.cuFuncSetAttribute, function, dynamic, variant.shared_bytes(name))
         # Nothing is read twice through the L1 cache, which lies in the same memory.
         carveout = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
@@ -153,7 +153,7 @@ def _functions(device: int, variant: Variant) -> dict[str, object]:
 
 
 def _start(kernel: str, variant: Variant, blocks: int, args: Args, device: torch.device) -> None:
-    """Start a kernel on torch's current stream; what it is compiled and loaded for happens at the first call."""
+    """Start a kernel on torch's current stream; it is compiled and loaded at the first call."""
     from cuda.bindings import driver
 
     with torch.cuda.device(device):
@@ -214,7 +214,7 @@ def _inputs(
     """Return the inputs as the kernels read them, by name."""
     rows = {"u": u, "dt": dt, "B": B, "C": C, **more}
     if A.shape[-1] != STATES or u.shape[-1] % GROUP or any(x.dtype != torch.bfloat16 for x in rows.values()):
-        raise TypeError(f"backend 'cuda' computes bfloat16, {STATES} states and channels that {GROUP} divides only")
+        raise TypeError(f"backend 'cuda' computes only bfloat16, {STATES} states and multiples of {GROUP} channels")
     order = triton_backend.checked_order(order, u.shape[2])
     return {
         **{name: _aligned(x) for name, x in rows.items()},

@@ -14,7 +14,7 @@ from .torch_backend import INSTALL, in_state_dtype, load, misfit  # noqa: F401 -
 
 
 def _gather(x: Tensor, order: Tensor | None) -> Tensor:
-    """out[k, :, t] = x[k, :, order[k, t]] of (K, B, L, D)."""
+    """Return out with out[k, :, t] = x[k, :, order[k, t]]; both are (K, B, L, D)."""
     if order is None:
         return x
     return torch.stack([x_k.index_select(1, order_k) for x_k, order_k in zip(x, order, strict=True)])
@@ -34,7 +34,7 @@ def _steps(x: Tensor, order: Tensor | None) -> Tensor:
 def selective_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, order: Tensor | None
 ) -> Tensor:
-    """All directions together, token by token."""
+    """Compute all directions together, token by token."""
     result = u.dtype
     u, dt, A, B, C, D, dt_bias = in_state_dtype(u, dt, A, B, C, D, dt_bias)
     delta = F.softplus(dt + dt_bias[:, None, None])
@@ -60,7 +60,7 @@ def selective_scan(
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) -> Tensor:
-    """The sum of shifted tokens."""
+    """Compute the convolution as a sum of shifted tokens."""
     (K, _, W), L, result = weight.shape, x.shape[1], x.dtype
     x, weight, bias = in_state_dtype(x, weight, bias)
     past = F.pad(_gather(x.expand(K, *x.shape), order), (0, 0, W - 1, 0))  # (K, B, W - 1 + L, D)

@@ -29,12 +29,12 @@ def misfit(device: torch.device, dtype: torch.dtype, width: int, states: int) ->
 
 
 def _to_time(x: Tensor, order: Tensor | None) -> Tensor:
-    """(B, L, D) in token order -> (B, D, L) in the order of reading, time contiguous."""
+    """Permute (B, L, D) in token order to (B, D, L) in reading order, contiguous in time."""
     return (x if order is None else x.index_select(1, order)).mT.contiguous()
 
 
 def _to_tokens(x: Tensor, order: Tensor | None) -> Tensor:
-    """(B, D, L) in the order of reading -> (B, L, D) in token order."""
+    """Permute (B, D, L) in reading order to (B, L, D) in token order."""
     x = x.mT  # (B, L, D)
     return x if order is None else torch.empty_like(x).index_copy_(1, order, x)
 
@@ -42,9 +42,9 @@ def _to_tokens(x: Tensor, order: Tensor | None) -> Tensor:
 def selective_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, order: Tensor | None = None
 ) -> Tensor:
-    """Selective scan of `ops.selective_scan`; args and result are the same, u in float32, bfloat16 or float16."""
+    """Selective scan of `ops.selective_scan`; arguments and result are the same, u in float32, bfloat16 or float16."""
     selective_scan_fn, _ = load()
-    # The kernel takes what varies in time in one dtype, and the parameters in float32.
+    # The kernel wants all tensors with a time axis in one dtype, and the parameters in float32.
     dt, B, C = (x.to(u.dtype) for x in (dt, B, C))
     A, D, dt_bias = (x.float() for x in (A, D, dt_bias))
     directions = []
@@ -57,8 +57,8 @@ def selective_scan(
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None = None) -> Tensor:
-    """Causal depthwise convolution and SiLU of `ops.causal_conv1d`; args and result are the same."""
-    if not 2 <= weight.shape[-1] <= 4:  # all that the kernel knows
+    """Causal depthwise convolution and SiLU of `ops.causal_conv1d`; arguments and result are the same."""
+    if not 2 <= weight.shape[-1] <= 4:  # the widths that the kernel supports
         return operators.causal_conv1d(x, weight, bias, order, "torch")
     _, causal_conv1d_fn = load()
     weight, bias = weight.float(), bias.float()

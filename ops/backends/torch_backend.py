@@ -1,13 +1,12 @@
 """Both ops in plain PyTorch, for any device and float dtype, and the reference for the interface of a backend.
 
-Every backend has `INSTALL`, `load` and `misfit`. It has either the five functions below from `scan_states` on, of which
-`ops.operators` makes torch operators, or `selective_scan` and `causal_conv1d` with gradients of their own, which are
-called with the arguments of `ops`, `backend` left out. Importing it needs nothing that may be missing. It can have:
+Every backend has `INSTALL`, `load` and `misfit`. It has either `scan_states`, `scan_forward`, `scan_backward`,
+`conv_forward` and `conv_backward`, which `ops.operators` turns into torch operators, or `selective_scan` and
+`causal_conv1d` with gradients of their own, which take the arguments of those in `ops` except `backend`. Importing the
+module must work on every machine: optional packages are imported in functions. Two constants are optional:
 
-    FALLBACK: name of the backend that takes over, with a line in the log, what `misfit` or `ROW_ALIGNMENT` excludes.
-    ROW_ALIGNMENT: the bytes at whose multiples the rows of u, dt, B and C must begin, which then have one dtype.
-
-All directions go through time together.
+    FALLBACK: the backend that computes what `misfit` or `ROW_ALIGNMENT` excludes; a line in the log says so.
+    ROW_ALIGNMENT: in bytes, of the rows of u, dt, B and C in memory, which must then have one dtype.
 """
 
 import math
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-INSTALL = ""  # the arguments of `pip install` where a package is missing; empty: nothing is ever missing
+INSTALL = ""  # arguments of `pip install` that bring missing packages; empty: no package is needed
 
 aten = torch.ops.aten
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 INSTALL = "triton"
 
-# How the kernels are cut, for every GPU; chosen by counted instructions, and by time on an H200. Steps of 8 spill 1 KB
+# Block sizes, the same on every GPU; chosen by counted instructions, and by time on an H200. Steps of 8 spill 1 KB
 # per thread; steps of 2 spill nothing and take a fifth more instructions, 12 % more time; a chunk of 4 takes 3 to 8 %
 # less time and doubles the memory of the states, 7.5 GB in finetuning ARM-base.
 CHUNK = 8  # tokens between two stored states
@@ -63,8 +63,8 @@ def misfit(device: torch.device, dtype: torch.dtype, width: int, states: int) ->
     if dtype not in (torch.float32, torch.bfloat16, torch.float16) or device.type != fused.triton_device():
         return f"{dtype} on {device.type}"
     if width % SCAN_BLOCK:
-        return f"{width} channels, which {SCAN_BLOCK} does not divide,"
-    return f"{states} states, no power of 2," if states & (states - 1) else None
+        return f"{width} channels (not a multiple of {SCAN_BLOCK})"
+    return f"{states} states (not a power of 2)" if states & (states - 1) else None
 
 
 def _dense_channels(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -81,10 +81,10 @@ _CHECKED = WeakTensorKeyDictionary()  # `order` tensors that were checked: versi
 
 
 def checked_order(order: Tensor | None, L: int) -> Tensor | None:
-    """Return `order` as the kernels read it; they would follow any number in it to any address.
+    """Return `order` as the kernels read it, after a check: they would read from any address that it names.
 
-    An order is checked once, not at every use. On a GPU the device reports a token that does not exist, when it gets
-    there: the host does not wait for it.
+    An order is checked once, not at every use. A GPU reports a token that does not exist when it reaches the check; the
+    host does not wait for it.
     """
     if order is None:
         return None

@@ -1,10 +1,10 @@
 """The Triton kernels of both ops for CUDA: channels last, all directions in one launch, no atomics.
 
 A program owns 32 or more channels of one image in one direction and walks through its tokens, the states in
-registers. Channels are contiguous in memory, so every access is coalesced without a transpose, and a direction is
-nothing but the map from steps to tokens. Gradients of what several programs share (B and C of a token, A, D, biases)
-are written as one partial sum per program and added up afterwards, always in the same order: two runs are equal bit
-for bit. Addresses are 64-bit, tensors may have any strides.
+registers. Channels are contiguous in memory, so every access is coalesced without a transpose, and a direction is only
+a map from steps to tokens. Gradients of inputs that several programs share (B and C of a token, A, D, biases) are
+written as one partial sum per program and added up afterwards in a fixed order: two runs are equal bit for bit.
+Addresses have 64 bits, tensors may have any strides.
 
 Shapes are those of `ops`. With TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors, slowly.
 """
@@ -41,7 +41,7 @@ def _sigmoid(x):
 
 @triton.jit
 def _program(segments, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Direction, image, segment of tokens and block of channels of this program.
+    """Return direction, image, segment of tokens and block of channels of this program.
 
     All programs of one image run side by side: they find x, or B and C, in the cache.
     """
@@ -54,7 +54,7 @@ def _program(segments, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 
 @triton.jit
 def _token(order, t, ORDERED: tl.constexpr):
-    """Token that is read at step t."""
+    """Return the token that is read at step t."""
     if ORDERED:
         return tl.load(order + t).to(tl.int32).to(tl.int64)  # the compiler multiplies 32-bit numbers in one step
     else:
@@ -63,15 +63,15 @@ def _token(order, t, ORDERED: tl.constexpr):
 
 @triton.jit
 def _advance(h, x, delta, decay_rate, b):
-    """The state after one token: h (N, BLOCK), x = delta * u and delta (BLOCK,), decay_rate = A / ln 2, b (N,)."""
+    """Return the state after a token: h (N, BLOCK), x = delta * u and delta (BLOCK,), decay_rate = A / ln 2, b (N,)."""
     return tl.exp2(delta[None, :] * decay_rate) * h + x[None, :] * b[:, None]
 
 
 @triton.jit
 def _read(u, dt, B, order, start, length, u_st, dt_st, B_st, T: tl.constexpr, ORDERED: tl.constexpr):
-    """Tokens of T steps and what they hold of u, dt and B; beyond the last step, the last token again.
+    """Return the tokens of T steps and their u, dt and B; beyond the last step, the last token again.
 
-    All of it is asked for at once: later, nothing moves a load across a store.
+    All of it is loaded at once, because no load is moved across a store later.
     """
     tokens, us, raws, bs = (), (), (), ()
     for j in tl.static_range(T):
@@ -216,7 +216,7 @@ def scan_backward_kernel(
 
 @triton.jit
 def _past(x, order, t, x_st, ORDERED: tl.constexpr):
-    """What was read at step t, 0 before the first; float32."""
+    """Return the input of step t in float32, 0 before the first step."""
     token = _token(order, tl.maximum(t, 0), ORDERED)
     return tl.load(x + token * x_st, mask=t >= 0, other=0.0).to(tl.float32)
 
@@ -230,7 +230,7 @@ def conv_forward_kernel(
 ):  # fmt: skip
     """The convolution after SiLU, one segment of tokens; the last inputs stay in registers.
 
-    AHEAD tokens are asked for before the first of them is used: later, nothing moves a load across a store.
+    AHEAD tokens are loaded before the first of them is used, because no load is moved across a store later.
     """
     segments = tl.cdiv(length, SEGMENT)
     k, b, segment, block = _program(segments, K, WIDTH, BLOCK)

@@ -1,7 +1,7 @@
-"""Steps of the model for which there is a fused operator, and which of these operators a run uses.
+"""Steps of the model that have a fused operator, and the choice of the operators that a run uses.
 
-Each function here is its formula in torch, which a compiler cuts into several passes over memory; where the run has
-chosen the fused operator, that takes its place and does it in one.
+Each function computes its formula in torch, which a compiler turns into several passes over memory. If the run uses the
+fused operator, that computes the step in one pass.
 """
 
 import os
@@ -15,11 +15,14 @@ from .. import selective_scan, transformed
 from ..backends import BackendUnavailable, check_rows, choose_backend, computes_whole, unavailable
 from ..measured import faster
 
-# What each one joins: the backward pass of SwiGLU's activation and its bias gradients; a residual sum and the layer
-# norm after it; four tokens of the convolution, loaded before the first is used; the products between the convolution
-# and the scan, whose gradients meet in u; the casts of a block's weights, when it is compiled; a layer of RandAugment's
-# operations on a batch of images.
-FUSED = ("swiglu", "norm", "conv", "projections", "casts", "augment")
+FUSED = (  # what each operator fuses
+    "swiglu",  # the backward pass of SwiGLU's activation and its bias gradients
+    "norm",  # a residual sum and the layer norm after it
+    "conv",  # the loads of four tokens of the convolution, before the first is used
+    "projections",  # the products between the convolution and the scan, whose gradients are added to that of u
+    "casts",  # the casts of a block's weights, in a compiled model
+    "augment",  # a layer of RandAugment's operations on a batch of images
+)
 
 _USED: set[str] = set()
 
@@ -30,18 +33,18 @@ def use(names: Iterable[str], device: torch.device, idle: Collection[str] = ()) 
     Args:
         names: of `FUSED`; or "all", "none", or "auto" for those that are measured to be faster on this device.
         device: of the model.
-        idle: those with nothing to do, which are left out.
+        idle: operators that have nothing to do in this run; they are left out.
 
     Returns:
-        The chosen ones.
+        The chosen operators.
 
     Raises:
-        ValueError: "all", "none" or "auto" stands beside other names.
-        BackendUnavailable: one was asked for by name and Triton does not work on this device.
+        ValueError: "all", "none" or "auto" is given together with other names.
+        BackendUnavailable: an operator was requested by name and Triton does not work on this device.
     """
     names = list(names)
-    if len(names) > 1 and (whole := {"all", "none", "auto"}.intersection(names)):
-        raise ValueError(f"{min(whole)} says it for all operators, and stands alone")
+    if len(names) > 1 and (word := {"all", "none", "auto"}.intersection(names)):
+        raise ValueError(f"{min(word)} decides for all operators and cannot be combined with other names")
     _USED.clear()
     if names == ["auto"]:
         works = device.type == "cuda" and unavailable("triton") is None
@@ -67,19 +70,19 @@ def triton_device() -> str:
 
 
 def compile_options() -> dict[str, dict[str, bool]]:
-    """Return keyword arguments of `torch.compile`: with "casts", small kernels that do not need each other are one."""
+    """Return keyword arguments of `torch.compile`: with "casts" it joins small independent kernels."""
     return {"options": {"combo_kernels": True}} if uses("casts") else {}
 
 
 def _fuses(name: str, x: Tensor, *dtypes: torch.dtype) -> bool:
-    """Return whether the fused operator `name` takes the place of a formula for activations like x."""
+    """Return whether the fused operator `name` replaces its formula for activations like x."""
     if not uses(name) or transformed():
         return False
     return x.device.type == triton_device() and x.dtype in (dtypes or (torch.float32, torch.bfloat16, torch.float16))
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which a product takes x."""
+    """Return the dtype to which a matrix product casts x."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -106,11 +109,11 @@ def swiglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def add_branches(
     h: Tensor, branches: Sequence[tuple[nn.LayerNorm, Callable[[Tensor], Tensor]]], keep: Tensor | None = None
 ) -> Tensor:
-    """Add branches to a residual stream, one after the other, each of the normed stream.
+    """Add branches to a residual stream, one after the other; each reads the normed stream.
 
     Args:
-        h: (B, L, C), or (1, L, C) where all images begin with the same, which is always left to the formula.
-        branches: what norms the stream and what is computed of that, (B or 1, L, C) -> (B, L, C).
+        h: (B, L, C), or (1, L, C) if all images start from the same stream, which the formula always computes.
+        branches: layer norm and function of each branch, (B or 1, L, C) -> (B, L, C).
         keep: (len(branches), B, 1, 1), factor of each branch for each image (stochastic depth); None is 1.
 
     Returns:
@@ -143,7 +146,7 @@ def _add_branches_fused(h: Tensor, branches: Sequence, keep: Tensor | None) -> T
 
 
 def norm_cat(xs: Sequence[Tensor], norms: Sequence[nn.LayerNorm]) -> Tensor:
-    """Layer norm of each of n tensors (B, L, C), side by side: (B, L, n * C)."""
+    """Return the layer norms of n tensors (B, L, C), concatenated: (B, L, n * C)."""
     if _fuses("norm", xs[0], torch.float32):
         from .fused_operators import norm_cat as operator
 
@@ -157,12 +160,12 @@ def selective_ssm(
     u: Tensor, x_proj: Tensor, dt_proj: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor,
     order: Tensor | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """Selective state space model along K directions: B, C and the step of each token are products of the token.
+    """Selective state space model along K directions: B, C and the step of each token are linear in the token.
 
     Args:
         u: (K, B, L, C).
-        x_proj: (K, R + 2N, C), gives a step of low rank R, then B and C.
-        dt_proj: (K, C, R), gives the step from that.
+        x_proj: (K, R + 2N, C), projects a token to its low-rank step (R), B (N) and C (N).
+        dt_proj: (K, C, R), projects the low-rank step to the step of each channel.
         A: (K, C, N), negative.
         D: (K, C).
         dt_bias: (K, C).

@@ -1,6 +1,6 @@
 """The fused operators (see __init__.py) as torch operators, `arm::...`: each is one node of a compiled model.
 
-Their kernels are those of triton_fused.py, and for the products around the scan those of a scan backend.
+Their kernels are in triton_fused.py; the products around the scan call a scan backend.
 """
 
 from types import ModuleType
@@ -24,7 +24,7 @@ def _kernels() -> ModuleType:
 
 @operator(lambda x, bias: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
 def swiglu(x: Tensor, bias: Tensor) -> Tensor:
-    """silu(gate) * value of x (..., 2 H), to which the bias (2 H,) was added: only its gradient comes from here."""
+    """Return silu(gate) * value of x (..., 2 H); x already includes `bias` (2 H,), which gets a gradient here."""
     return _kernels().swiglu_forward(x)
 
 
@@ -49,10 +49,10 @@ def _empty_norm(h: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @operator(_empty_norm)
 def norm(h: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the layer norm of h (B, L, C) in `dtype`, a stand-in for h, and what `norm_backward` needs.
+    """Return the layer norm of h (B, L, C) in `dtype`, a stand-in for h, and the statistics for `norm_backward`.
 
-    The stand-in is one number, expanded. Whoever uses h beside its norm gives its gradient to the stand-in, and this
-    operator adds it in the pass that computes its own.
+    The stand-in is one expanded number. Operators that use h too send its gradient to the stand-in, and this operator
+    adds it in the pass that computes its own gradient.
     """
     normed = torch.empty_like(h, dtype=dtype)
     _, statistics = _kernels().norm_forward(h, None, None, weight, bias, eps, normed)
@@ -68,9 +68,9 @@ def add_norm(
     h: Tensor, stand_in: Tensor, branch: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor,
     eps: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the layer norm of h + keep * branch in `dtype`, that sum, and what `norm_backward` needs.
+    """Return the layer norm of h + keep * branch in `dtype`, that sum, and the statistics for `norm_backward`.
 
-    h is read, and its gradient goes to `stand_in`; shapes as `triton_fused.norm_forward` has them.
+    The gradient of h goes to `stand_in`. Shapes are those of `triton_fused.norm_forward`.
     """
     normed = torch.empty_like(h, dtype=dtype)
     return normed, *_kernels().norm_forward(h, branch, keep, weight, bias, eps, normed)
@@ -130,7 +130,7 @@ def _empty_norm_cat(
 def norm_cat(
     xs: list[Tensor], weights: list[Tensor], biases: list[Tensor], eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return n layer norms of (B, L, C) side by side in `dtype`, (B, L, n * C), and what the gradients need."""
+    """Return n layer norms (B, L, C) concatenated in `dtype`, (B, L, n * C), and the statistics for the gradients."""
     normed = xs[0].new_empty(*xs[0].shape[:-1], len(xs) * xs[0].shape[-1], dtype=dtype)
     slices, forward = normed.chunk(len(xs), dim=-1), _kernels().norm_forward
     inputs = zip(xs, weights, biases, slices, strict=True)
@@ -178,7 +178,7 @@ norm_cat.register_autograd(_norm_cat_grads, setup_context=_norm_cat_context)
 
 
 def _selection(projected: Tensor, dt_proj: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Low-rank steps (K, B * L, R), B and C (K, B, L, N) of what x_proj returns, as views."""
+    """Return low-rank steps (K, B * L, R), B and C (K, B, L, N) as views of the output of x_proj."""
     rank = dt_proj.shape[-1]
     states = (projected.shape[-1] - rank) // 2
     low, b, c = projected.split([rank, states, states], dim=-1)
@@ -195,7 +195,7 @@ def selective_ssm(
     u: Tensor, x_proj: Tensor, dt_proj: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor,
     order: Tensor | None, backend: str, trains: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return y, what x_proj gives, steps before bias and softplus, and the scan's states (empty unless it `trains`)."""
+    """Return y, the output of x_proj, steps before bias and softplus, and the states (empty unless it `trains`)."""
     projected = u.flatten(1, 2) @ x_proj.mT  # (K, B * L, R + 2N)
     low, b, c = _selection(projected, dt_proj, u)
     dt = (low @ dt_proj.mT).view(u.shape)  # (K, B * L, C) -> (K, B, L, C)

@@ -1,8 +1,8 @@
-"""Triton kernels of the fused operators (see fused.py): one pass over memory each, no atomics.
+"""Triton kernels of the fused operators (see __init__.py): one pass over memory each, no atomics.
 
-Rows are tokens, channels are contiguous. What many rows add up to, gradients of weights and biases, is written as one
-partial sum per program and added up afterwards in a fixed order: two runs are equal bit for bit. How many programs
-there are depends on the sizes alone, not on the GPU. Sums run in float32, addresses are 64-bit.
+Rows are tokens, channels are contiguous. Sums over rows, gradients of weights and biases, are written as one partial
+sum per program and added up afterwards in a fixed order: two runs are equal bit for bit. The number of programs depends
+only on the sizes, not on the GPU. Sums are in float32, addresses have 64 bits.
 
 With TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors, slowly.
 """
@@ -14,11 +14,11 @@ from torch import Tensor
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
-# How the kernels are cut; chosen by counted instructions and registers, not yet by time.
-COLUMNS = 512  # of SwiGLU, of a program
-ROWS = 4  # that it reads at a time
-GROUP = 64  # that it sums up
-WARPS = 2048  # of the layer norm's backward pass: all run at once, from 8.0 on; a partial sum of each program
+# Block sizes, chosen by counted instructions and registers, not yet by time.
+COLUMNS = 512  # per program of SwiGLU
+ROWS = 4  # that such a program reads at a time
+GROUP = 64  # rows that such a program sums up
+WARPS = 2048  # of the layer norm's backward pass: all run at once from 8.0 on; one partial sum per program
 
 
 # ---- device code ----
@@ -56,7 +56,7 @@ def swiglu_backward_kernel(
 ):
     """dx (rows, 2 H) as x, and its sums over GROUP rows: (groups, 2 H) float32."""
     first, column, group = _swiglu_block(GROUP, H, COLUMNS)
-    # Of every ROWS-th row: they are added up at the end, once, because warps wait for each other in such a sum.
+    # One sum for each of ROWS rows: they are added once, at the end, because warps wait for each other in such a sum.
     dgate_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
     dvalue_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, GROUP, ROWS):
@@ -121,7 +121,7 @@ def norm_backward_kernel(
     for i in range(program, rows, PROGRAMS):
         row = tl.cast(i, tl.int64)
         d = tl.load(dnormed + row * dnormed_stride + c, mask=here, other=0.0).to(tl.float32)
-        if TOTAL:  # asked for with the others: no load moves up across the sums, in which warps wait for each other
+        if TOTAL:  # loaded with the others: no load is moved up across the sums, where warps wait for each other
             elsewhere = tl.load(dtotal + row * C + c, mask=here, other=0.0)
         mean, r = tl.load(statistics + row), tl.load(statistics + rows + row)
         unit = tl.where(here, (tl.load(x + row * C + c, mask=here, other=0.0) - mean) * r, 0.0)
@@ -142,7 +142,7 @@ def norm_backward_kernel(
     tl.store(sums + C + c, dbias, mask=here)
 
 
-# ---- host code: what `ops.fused_operators` asks for ----
+# ---- host code, called by fused_operators.py ----
 
 
 def _launch(kernel: triton.JITFunction, programs: int, warps: int, *args: object, **constants: object) -> None:
@@ -151,7 +151,7 @@ def _launch(kernel: triton.JITFunction, programs: int, warps: int, *args: object
 
 
 def swiglu_forward(x: Tensor) -> Tensor:
-    """silu(gate) * value of gates and values side by side: (..., 2 H) -> (..., H)."""
+    """Return silu(gate) * value; x (..., 2 H) holds the gates, then the values; the result is (..., H)."""
     x = x.contiguous()
     H = x.shape[-1] // 2
     y = x.new_empty(*x.shape[:-1], H)
@@ -163,7 +163,7 @@ def swiglu_forward(x: Tensor) -> Tensor:
 
 
 def swiglu_backward(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x (..., 2 H) and of a bias that was added to it, (2 H,) float32."""
+    """Return the gradients of x (..., 2 H) and of a bias (2 H,) that was added to it, the latter in float32."""
     dy, x = dy.contiguous(), x.contiguous()
     H = dy.shape[-1]
     rows, dx = dy.numel() // max(H, 1), torch.empty_like(x)
@@ -175,20 +175,20 @@ def swiglu_backward(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _row_constants(C: int) -> tuple[int, dict[str, int]]:
-    """Warps of a program that holds a row of C channels, and the row's constants."""
+    """Return the number of warps for a program that holds a row of C channels, and the row's constants."""
     wide = triton.next_power_of_2(C)
     return min(16, max(1, wide // 256)), {"C": C, "WIDE": wide}
 
 
 def _row_stride(x: Tensor) -> int:
-    """Numbers between two rows of (B, L, C); torch leaves the stride of the only row of an image to chance."""
+    """Return the stride between rows of (B, L, C); if L is 1, torch may give the row any stride."""
     return x.stride(1) if x.shape[1] > 1 else x.stride(0)
 
 
 def norm_forward(
     h: Tensor, branch: Tensor | None, keep: Tensor | None, weight: Tensor, bias: Tensor, eps: float, normed: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Layer norm of h (B, L, C) float32, or of its sum with keep * branch, into `normed`.
+    """Write the layer norm of h (B, L, C) float32, or of its sum with keep * branch, to `normed`.
 
     Args:
         h: contiguous.
@@ -197,7 +197,7 @@ def norm_forward(
         weight: (C,).
         bias: (C,).
         eps: of the layer norm.
-        normed: (B, L, C) of any floating dtype, evenly strided rows of contiguous channels; written.
+        normed: (B, L, C) of any floating dtype, evenly strided rows of contiguous channels; the output.
 
     Returns:
         The sum (B, L, C) float32 (h itself without a branch); mean and 1 / standard deviation (2, B, L) float32.
@@ -218,12 +218,12 @@ def norm_backward(
     dnormed: Tensor, dtotal: Tensor | None, x: Tensor, keep: Tensor | None, weight: Tensor, statistics: Tensor,
     branch: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """Gradients of `norm_forward`.
+    """Return the gradients of `norm_forward`.
 
     Args:
         dnormed: (B, L, C), evenly strided rows of contiguous channels.
-        dtotal: (B, L, C) float32, the gradient of the sum from elsewhere; None is 0.
-        x: the sum, or h, as it was normed.
+        dtotal: (B, L, C) float32, the gradient of the sum from other operators; None is 0.
+        x: the input of the norm: the sum, or h.
         keep: as in the forward pass.
         weight: (C,).
         statistics: as the forward pass returned them.

@@ -1,11 +1,11 @@
-"""The operations of RandAugment as Triton kernels: a whole batch in two launches a layer, Pillow's bytes.
+"""The operations of RandAugment as Triton kernels: two launches per layer for a whole batch, equal to Pillow's bytes.
 
-The first kernel makes a table of 256 values for each image whose operation replaces values one by one; the second
-carries out every operation, each program on a block of pixels of one image. Whatever the batch holds, the number of
-launches is the same, and between two layers an image is written and read once, as uint8.
+The first kernel makes a table of 256 values for each image whose operation maps each value by itself; the second
+applies the operations, each program on a block of pixels of one image. The number of launches does not depend on the
+operations in the batch, and between two layers an image is written and read once, as uint8.
 
-Pillow rounds every product and every sum. So the kernels are compiled without fused multiply-adds, which round once
-and change a byte now and then; warps are computed in float64, blends in float32, both in Pillow's order.
+Pillow rounds every product and every sum. Therefore the kernels are compiled without fused multiply-adds, which round
+once and sometimes change a byte. Warps are computed in float64, blends in float32, both in Pillow's order.
 
 With TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors, slowly.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 # Where each operation stands in OPERATIONS of util/data/randaugment.py: first those that are a table, then the others.
 AUTO_CONTRAST, EQUALIZE, INVERT, POSTERIZE, SOLARIZE, SOLARIZE_ADD, BRIGHTNESS, CONTRAST = map(tl.constexpr, range(8))
 COLOR, SHARPNESS, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, ROTATE = map(tl.constexpr, range(8, 15))
-NOTE: tl.constexpr = tl.constexpr(3)  # numbers of an operation, float64: which it is, and two parameters
+NOTE: tl.constexpr = tl.constexpr(3)  # float64 numbers per operation: its number and two parameters
 
 READ = 4096  # pixels that a program of the first kernel reads at a time
 BLOCK = 512  # pixels of a program of the second
@@ -180,7 +180,7 @@ def _smooth(channel, pixels, inner, width):
 
 @triton.jit(do_not_specialize=["notes_stride"], do_not_specialize_on_alignment=["notes"])
 def operations_kernel(images, out, notes, tables, fill, height, width, notes_stride, BLOCK: tl.constexpr):
-    """Carry out each image's operation on a block of its pixels."""
+    """Apply the operation of an image to a block of its pixels."""
     plane = height * width
     blocks = tl.cdiv(plane, BLOCK)
     number = (tl.program_id(0) // blocks).to(tl.int64)
@@ -216,15 +216,15 @@ def operations_kernel(images, out, notes, tables, fill, height, width, notes_str
 
 
 def carry_out(images: Tensor, notes: Tensor, fill: Tensor) -> Tensor:
-    """Carry out the operations of every layer on each image.
+    """Apply the operations of all layers to the images.
 
     Args:
         images: (B, 3, H, W) uint8, contiguous.
-        notes: (B, layers * NOTE) float64 with any stride between its rows; on the same device, as the others.
-        fill: 3 values uint8, the colour of what a warp finds outside.
+        notes: (B, layers * NOTE) float64 with any stride between its rows; all tensors are on one device.
+        fill: 3 values uint8, the colour that a warp takes for points outside the image.
 
     Returns:
-        (B, 3, H, W) uint8; the images themselves, where there is no layer.
+        (B, 3, H, W) uint8; `images` itself if there is no layer.
     """
     batch, _, height, width = images.shape
     plane, stride, blocks = height * width, notes.stride(0), triton.cdiv(height * width, BLOCK)

@@ -56,7 +56,7 @@ def emulator(tmp_path_factory):
 
 @pytest.fixture
 def emulate(emulator, monkeypatch, _poisoned_memory):
-    """Let CPU tensors reach the kernels; returns a function that sets the tokens of a chunk, 8 at first."""
+    """Run the kernels on CPU tensors; return a function that sets the tokens per chunk, 8 at first."""
 
     def start(kernel, variant, blocks, args, device):
         emulator(variant).run(kernel == "scan_forward", blocks, ctypes.byref(args))
@@ -147,7 +147,7 @@ def test_gradients_of_results_with_strides(grad, emulate):
 
 @needs_gxx
 def test_rows_that_are_not_aligned_are_copied(emulate):
-    """Where the layout changes after the backend was chosen; before, they are left to Triton."""
+    """Their layout changes after the backend was chosen; before, they are left to Triton."""
 
     def views(x):
         moved = {name: torch.cat([x[name][..., :1], x[name]], -1)[..., 1:] for name in ("u", "dt", "B", "C", "A")}
@@ -174,7 +174,7 @@ def test_two_runs_are_equal_bit_for_bit(emulate):
 
 @needs_gxx
 def test_not_a_number_shows(emulate):
-    """From its token on, in its own channel and nowhere else."""
+    """NaN shows from its token on, only in its own channel."""
     leaves = {name: leaf.detach() for name, leaf in scan_inputs(K=1, L=11, varying=torch.bfloat16).items()}
     leaves["dt"][..., 0], leaves["dt"][..., 1] = 1e4, -1e4  # delta of 1e4 and of 0
     y, want = scan(**leaves), naive.selective_scan(**{name: leaf.double() for name, leaf in leaves.items()})
@@ -216,7 +216,7 @@ def test_an_operator_called_directly_refuses_what_the_kernels_do_not_read(emulat
         {"varying": torch.bfloat16, "N": 8},
         {"varying": torch.bfloat16, "D": 40},
     ):
-        with pytest.raises(TypeError, match="'cuda' computes bfloat16, 16 states and channels that 32 divides only"):
+        with pytest.raises(TypeError, match="'cuda' computes only bfloat16, 16 states and multiples of 32 channels"):
             scan(**scan_inputs(K=1, L=3, **wrong))
 
 
@@ -227,7 +227,7 @@ GPU = torch.device("cuda")
 
 @pytest.fixture
 def pretends(monkeypatch):
-    """Let every backend work on a device that is not there."""
+    """Pretend that every backend works, on a device that does not exist."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(backends, "unavailable", lambda name: None)
     backends._log_once.cache_clear()
@@ -236,7 +236,7 @@ def pretends(monkeypatch):
 
 
 @pytest.mark.usefixtures("pretends")
-def test_auto_takes_it_where_it_is_measured(monkeypatch):
+def test_auto_uses_it_where_it_is_measured_to_be_faster(monkeypatch):
     for measured in (False, True):
         monkeypatch.setattr(backends, "faster", lambda name, device, measured=measured: measured)
         first = "cuda" if measured else "triton"
@@ -259,7 +259,7 @@ def test_auto_takes_it_where_it_is_measured(monkeypatch):
         (torch.bfloat16, 8, "8 states"),
     ],
 )
-def test_asked_for_by_name_it_leaves_the_rest_to_triton(dtype, states, what, caplog):
+def test_requested_by_name_it_leaves_the_rest_to_triton(dtype, states, what, caplog):
     with caplog.at_level("INFO", "arm"):
         for _ in range(3):
             assert ops.choose_backend("cuda", GPU, dtype, 768, states) == "triton"
@@ -273,12 +273,12 @@ def test_asked_for_by_name_it_leaves_the_rest_to_triton(dtype, states, what, cap
     ("device", "dtype", "width", "what"),
     [
         (GPU, torch.float64, 32, "torch.float64 on cuda"),
-        (GPU, torch.bfloat16, 100, "100 channels, which 32 does not divide,"),
+        (GPU, torch.bfloat16, 100, "100 channels (not a multiple of 32)"),
         (torch.device("cpu"), torch.bfloat16, 32, "torch.bfloat16 on cpu"),
     ],
 )
 def test_what_triton_does_not_compute_either(device, dtype, width, what):
-    with pytest.raises(TypeError, match=f"'cuda' does not compute {what}: use backend 'torch'"):
+    with pytest.raises(TypeError, match=re.escape(f"'cuda' does not compute {what}: use backend 'torch'")):
         ops.choose_backend("cuda", device, dtype, width)
 
 
@@ -286,7 +286,7 @@ def test_what_triton_does_not_compute_either(device, dtype, width, what):
 @pytest.mark.parametrize(
     ("rank", "dt_dtype", "taken"), [(48, None, "cuda"), (12, None, "triton"), (48, torch.float32, "triton")]
 )
-def test_rows_that_it_does_not_read_areleft_to_triton(rank, dt_dtype, taken, compiled, monkeypatch, caplog):
+def test_rows_that_are_not_aligned_are_left_to_triton(rank, dt_dtype, taken, compiled, monkeypatch, caplog):
     """B and C lie in one row with `rank` other numbers: 12 in arm_tiny, whose rows are not aligned."""
     backends._log_once.cache_clear()
     torch._dynamo.reset()
@@ -347,7 +347,7 @@ def compile_or_skip(capability, variant):
 @pytest.mark.parametrize("warps", [1, 2, 4])
 @pytest.mark.parametrize("capability", cuda_backend.CHUNKS)
 def test_no_spills(capability, warps, ordered, own_cache):
-    """In what is shipped; a thread can have 255 registers, which leaves 8 warps to a multiprocessor."""
+    """In the kernels of the defaults; a thread can have 255 registers, which leaves 8 warps per multiprocessor."""
     variant = Variant(warps, cuda_backend.CHUNKS[capability], ordered)
     cubin = compile_or_skip(capability, variant)
     assert [path.read_bytes() for path in own_cache.iterdir()] == [cubin]
@@ -361,8 +361,8 @@ def test_no_spills(capability, warps, ordered, own_cache):
 
 
 @needs_nvrtc
-def test_instructions_a_step():
-    """Of the defaults on 9.0, beside 183 and 510 of Triton's kernels; room for as many warps as those have."""
+def test_instructions_per_step():
+    """Of the defaults on 9.0 (Triton's kernels: 183 and 510), with room for as many warps as those have."""
     compile_or_skip((9, 0), Variant(1, 4, False))
     command = [sys.executable, REPOSITORY / "benchmarks" / "kernel_resources.py", "--backends", "cuda", "--json"]
     out = subprocess.run([*command, "--capabilities", "90"], capture_output=True, text=True, check=True).stdout
@@ -405,7 +405,7 @@ def test_a_source_that_does_not_compile(own_cache, monkeypatch):
 
 
 class Driver(types.ModuleType):
-    """Stands in for cuda.bindings.driver: notes what is called, and fails where it is told to."""
+    """Replacement of cuda.bindings.driver that records the calls and lets the one named in `fails` fail."""
 
     class CUfunction_attribute:
         CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
@@ -454,7 +454,7 @@ def driver(monkeypatch):
         function.cache_clear()
 
 
-def test_what_reaches_the_driver(driver):
+def test_arguments_that_reach_the_driver(driver):
     u, dt, A, B, C, D, bias = (
         leaf.detach() for leaf in scan_inputs(K=2, batch=3, L=9, D=192, varying=torch.bfloat16).values()
     )
@@ -519,7 +519,7 @@ def test_missing_packages(error, driver, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
-def test_asked_for_without_a_gpu(run_script, image_folder, tmp_path, capsys):
+def test_requested_without_a_gpu(run_script, image_folder, tmp_path, capsys):
     words = ["--data_path", image_folder, "--output_dir", tmp_path, "--scan_backend", "cuda"]
     with pytest.raises(SystemExit) as exit_info:
         run_script(main_pretrain, *TINY_PRETRAIN, *words)

@@ -1,4 +1,4 @@
-"""The fused operators: who chooses them, and that each gives what its formula in float64 does."""
+"""The fused operators: their choice, and each one against its formula in float64."""
 
 import argparse
 import copy
@@ -56,8 +56,10 @@ def test_choice(monkeypatch):
 
 
 @pytest.mark.parametrize("names", [["all", "norm"], ["norm", "none"], ["auto", "conv"]])
-def test_a_word_for_all_operators_stands_alone(names):
-    with pytest.raises(ValueError, match=r"(all|none|auto) says it for all operators, and stands alone"):
+def test_all_none_and_auto_cannot_be_combined_with_names(names):
+    with pytest.raises(
+        ValueError, match=r"^(all|none|auto) decides for all operators and cannot be combined with other"
+    ):
         fused.use(names, DEVICE)
 
 
@@ -84,7 +86,7 @@ def test_operators_that_have_nothing_to_do(script, words, message, image_folder,
     assert message in line
 
 
-def test_a_run_says_which_it_uses(caplog):
+def test_a_run_logs_its_operators(caplog):
     args = argparse.Namespace(scan_backend="torch", fused_ops=["all"], cuda_graph=False)
     with caplog.at_level("INFO", "arm"):
         kernels.choose(args, DEVICE, 32, {"augment": "no images", "casts": "not compiled"})
@@ -94,7 +96,7 @@ def test_a_run_says_which_it_uses(caplog):
 
 
 def test_casts_are_an_option_of_the_compiler():
-    """It joins small kernels on a GPU; there and here a compiled model gives what it gave."""
+    """They join small kernels on a GPU; the results of a compiled model stay the same."""
     model, parameters, imgs = small_model("classifier")
     fused.use(["none"], DEVICE)
     assert fused.compile_options() == {}
@@ -105,7 +107,7 @@ def test_casts_are_an_option_of_the_compiler():
     torch._dynamo.reset()
 
 
-def test_what_is_taken_is_measured():
+def test_every_default_is_measured():
     """Each entry of the table names a committed file of results, of a GPU."""
     for places in measured.FASTER.values():
         for capability, file in places.items():
@@ -114,7 +116,7 @@ def test_what_is_taken_is_measured():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
-def test_asked_for_where_they_cannot_work(image_folder, tmp_path, run_script, capsys, monkeypatch):
+def test_requested_where_they_cannot_work(image_folder, tmp_path, run_script, capsys, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     words = ["--data_path", image_folder, "--output_dir", tmp_path, "--fused_ops", "norm", "swiglu"]
     with pytest.raises(SystemExit) as exit_info:
@@ -164,7 +166,7 @@ def check(name, compute, leaves, tolerance=None):
 
 
 class Counter(TorchDispatchMode):
-    """Counts the operators that are ours."""
+    """Count our own operators."""
 
     count = 0
 
@@ -174,7 +176,7 @@ class Counter(TorchDispatchMode):
 
 
 def counted(compute, leaves):
-    """How many of our operators a call makes."""
+    """Return how many of our operators a call runs."""
     with torch.no_grad(), Counter() as counter:
         compute(**leaves)
     return counter.count
@@ -404,8 +406,8 @@ def test_no_images():
 # ---- what the operators refuse, and as torch operators ----
 
 
-def test_derivatives_that_the_operators_lack():
-    """Forward mode takes the formula; a second backward pass says that there is none."""
+def test_derivatives_that_the_operators_do_not_have():
+    """The formula computes forward mode; a second backward pass is refused."""
     torch.manual_seed(0)
     block = Block(32, 4, ONE_DIRECTION, "export").to(DEVICE).requires_grad_(False)
     h, tangent = torch.randn(2, 2, 5, 32, device=DEVICE)
@@ -419,7 +421,7 @@ def test_derivatives_that_the_operators_lack():
         dx.sum().backward()
 
 
-def test_float64_takes_the_formula():
+def test_the_formula_computes_float64():
     fused.use(["all"], DEVICE)
     block = Block(32, 4, ONE_DIRECTION, "torch").to(DEVICE).double()
     assert counted(block, {"h": drawn(2, 5, 32).detach().double()}) == 2  # convolution and scan

@@ -1,4 +1,4 @@
-"""What only a GPU shows: every backend against the oracle in float64, whole models, compiled models, no waiting.
+"""Tests that need a GPU: every backend against the oracle in float64, whole models, compiled models, no waiting.
 
 test_triton.py runs on the GPU too where there is one.
 """
@@ -193,7 +193,7 @@ def test_more_than_two_billion_elements(kernels):
 
 
 def loss_and_gradients(model, imgs, mixed=True):
-    """Of one training step, under autocast where `mixed`; by name."""
+    """Return loss and gradients of one training step by name, under autocast where `mixed`."""
     torch.manual_seed(0)
     with autocast(imgs.device) if mixed else contextlib.nullcontext():
         out = model(imgs)
@@ -204,7 +204,7 @@ def loss_and_gradients(model, imgs, mixed=True):
 
 
 def errors(got, want):
-    """Of every gradient by itself, relative to its norm; by name."""
+    """Return the error of every gradient by name, relative to its norm."""
     return {name: ((got[name] - w).norm() / w.norm().clamp(min=1e-12)).item() for name, w in want.items()}
 
 
@@ -260,7 +260,7 @@ def test_compiled_equals_eager(kind, choice):
 
 @KINDS
 def test_fused_operators_in_training(kind, kernels):
-    """All of them as a run uses them: compiled, in bf16. Against float32 each gradient errs about as without them."""
+    """All of them in a compiled model in bf16: each gradient is about as far from float32 as without them."""
     model, imgs = build(kind, kernels)
     want = loss_and_gradients(build(kind, "torch")[0], imgs, mixed=False)
     results = []
@@ -331,7 +331,7 @@ def test_training_does_not_wait_between_log_lines(monkeypatch):
     assert reads.count(torch.Size([5])) == 2
 
 
-def test_auto_is_what_is_measured():
+def test_auto_follows_the_measurements():
     device = torch.device("cuda")
     best = "cuda" if measured.faster("cuda", device) else "triton"
     assert ops.choose_backend("auto", device, torch.bfloat16, 768) == best

@@ -39,7 +39,7 @@ def form(request, monkeypatch):
     fused.use(["none"], DEVICE)
 
 
-def test_operations_are_numbered_alike():
+def test_operations_have_the_same_numbers_in_both_forms():
     names = [function.__name__.removesuffix("_rel") for function in randaugment.OPERATIONS.values()]
     assert [getattr(triton_randaugment, name.upper()).value for name in names] == list(range(len(names)))
     assert triton_randaugment.NOTE.value == randaugment.NOTE
@@ -141,7 +141,7 @@ def test_random_batches_against_timm(photographs, aa):
 
 
 class Operators(TorchDispatchMode):
-    """Count the operators that torch is asked for, views among them."""
+    """Count the operators that torch runs, including views."""
 
     def __init__(self):
         super().__init__()
@@ -152,8 +152,8 @@ class Operators(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def test_launches_do_not_grow_with_what_is_drawn(form, monkeypatch):
-    """Two kernels a layer, and as many operators of torch, for a batch of every operation as for one of none."""
+def test_the_number_of_launches_does_not_depend_on_the_operations(form, monkeypatch):
+    """Two kernels per layer and a fixed number of torch's operators, whether a batch has all operations or none."""
     if form == "torch":
         pytest.skip("about the kernels")
     started = []

@@ -54,7 +54,7 @@ def check(op, order=None, views=lambda inputs: inputs, grad=torch.randn, toleran
 @OPS
 @pytest.mark.parametrize("L", [1, 2, 3, 4, 5, 8, 9, 13])
 def test_lengths(op, L):
-    """Ragged and whole blocks and chunks of tokens, and a single token."""
+    """Complete and incomplete blocks and chunks of tokens, and a single token."""
     check(op, random_order(2, L), K=2, L=L, D=32)
 
 
@@ -71,7 +71,7 @@ def test_the_four_orders_of_the_classifier(op):
 
 
 @OPS
-def test_more_than_a_segment(op):
+def test_more_tokens_than_a_segment(op):
     check(op, random_order(1, 67), K=1, batch=1, L=67, D=32)
 
 
@@ -242,15 +242,13 @@ def test_order_out_of_range(op, token):
         TRITON[op](**INPUTS[op](K=2, L=9), order=order)
 
 
-def test_widths_that_do_not_divide():
-    with pytest.raises(
-        TypeError, match=r"does not compute 36 channels, which 32 does not divide,: use backend 'torch'"
-    ):
+def test_widths_that_are_no_multiple_of_32():
+    with pytest.raises(TypeError, match=r"does not compute 36 channels \(not a multiple of 32\): use backend 'torch'"):
         TRITON["selective_scan"](**on_device(scan_inputs(D=36)))
 
 
 def test_numbers_of_states_that_are_no_power_of_2():
-    with pytest.raises(TypeError, match=r"does not compute 12 states, no power of 2,: use backend 'torch'"):
+    with pytest.raises(TypeError, match=r"does not compute 12 states \(not a power of 2\): use backend 'torch'"):
         TRITON["selective_scan"](**on_device(scan_inputs(N=12)))
 
 
@@ -272,7 +270,7 @@ def test_not_available_without_a_gpu(monkeypatch):
         ((9, 0), None, None),
     ],
 )
-def test_what_keeps_the_kernels_from_running(capability, error, message, monkeypatch):
+def test_reasons_why_the_kernels_cannot_run(capability, error, message, monkeypatch):
     def first_kernel(*_):
         if error is not None:
             raise error
@@ -320,7 +318,7 @@ def test_opcheck(backend):
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
-def test_no_gradients_where_none_were_announced(backend):
+def test_no_gradients_without_trains(backend):
     leaves = on_device(scan_inputs(K=1, L=3)) if backend == "triton" else scan_inputs(K=1, L=3)
     y, states = operators.selective_scan(*leaves.values(), None, backend, False)
     assert states.numel() == 0
@@ -384,7 +382,7 @@ def test_no_images_or_no_channels(op, empty):
 
 @OPS
 def test_forward_mode(op):
-    """The kernels are left for torch's own operators, which have it."""
+    """Torch's own operators, which have it, replace the kernels."""
     order = random_order(2, 5, DEVICE)
     inputs = {name: leaf.detach() for name, leaf in on_device(INPUTS[op](K=2, L=5)).items()}
     tangents = {name: torch.randn_like(tensor) for name, tensor in inputs.items()}

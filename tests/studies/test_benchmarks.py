@@ -86,7 +86,7 @@ def test_contestants_on_a_gpu(monkeypatch):
     assert seen == 2 * [("torch", None), ("triton", 4), ("triton", 8), ("cuda", 4), ("cuda", 8)]
     assert (triton_backend.CHUNK, cuda_backend.CHUNKS) == (8, {(9, 0): 8})
     A.shape = (4,)
-    assert bench_scan.contestants([u, None, A])["cuda"] == "does not compute 4 states, not 16"
+    assert bench_scan.contestants([u, None, A])["cuda"] == "does not compute 4 states (not 16)"
 
 
 @pytest.mark.parametrize("name", ["result", "gradient"])
