@@ -14,9 +14,9 @@ from ..operators import as_inputs, empty_grads, empty_states, operator, save
 
 
 def _kernels() -> ModuleType:
-    from . import triton_fused  # imports Triton
+    import ops.fused.triton_fused as kernels  # imports Triton
 
-    return triton_fused
+    return kernels
 
 
 # ---- SwiGLU ----
