@@ -22,18 +22,19 @@ sys.modules.pop("sitecustomize", None)  # of the system
 import pytest
 import sitecustomize  # noqa: F401
 import torch
-from helpers import Golden, noise_images
-from PIL import Image
-from sklearn.datasets import load_sample_images
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on CPU tensors
+
+from helpers import Golden, noise_images
+from PIL import Image
+from sklearn.datasets import load_sample_images
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
     """Skip, with the reason, what needs the fast CPU kernels where there is no C compiler, which is optional."""
-    from ops import BackendUnavailable  # imports Triton
+    from ops import BackendUnavailable
 
     try:
         return (yield)
