@@ -42,7 +42,8 @@ from util.files import json_with, output_file, printable, read_json, write_json,
 REPOSITORY = Path(__file__).resolve().parents[1]
 TESTS = (
     "tests/ops/test_ops_gpu.py", "tests/ops/test_triton.py", "tests/ops/test_fused.py",
-    "tests/ops/test_cuda_graph_gpu.py", "tests/data/test_device_loader_gpu.py", "tests/ops/test_randaugment.py",
+    "tests/ops/test_fused_choice.py", "tests/ops/test_cuda_graph_gpu.py", "tests/ops/test_randaugment.py",
+    "tests/data/test_device_loader_gpu.py",
 )  # fmt: skip
 TRAINING = ("timm", "einops", "tensorboard", "torchvision", "safetensors")  # what training imports beside torch
 GRACE = 5  # last seconds of a part, in which it is asked to end before it is killed

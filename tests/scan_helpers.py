@@ -2,32 +2,15 @@
 
 import contextlib
 
-import pytest
 import torch
 
 import ops
-from ops import backends, naive
-from ops.backends import compiled, cpu_backend
+from ops import naive
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}
 
 
 KERNELS = [("torch", torch.float64), ("torch", torch.float32), ("cpu", torch.float32)]
-
-
-@pytest.fixture
-def fresh(monkeypatch):
-    """Clear what the process knows about backends, before and after a test that changes the machine."""
-
-    def forget():
-        for known in (ops.unavailable, backends._log_once, cpu_backend.load, compiled.private_folder):
-            known.cache_clear()
-
-    monkeypatch.delenv("RANK", raising=False)
-    forget()
-    yield
-    monkeypatch.undo()
-    forget()
 
 
 def scan_inputs(K=4, batch=2, L=37, D=32, N=16, dtype=torch.float32, varying=None):

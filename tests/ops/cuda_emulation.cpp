@@ -1,5 +1,5 @@
 // Runs the kernels of cuda_kernels.cu on a CPU, one block, one warp and one lane after the other, from barrier to barrier.
-// tests/test_cuda.py compiles it with the constants of the kernels, and calls the function at the end.
+// tests/ops/test_cuda.py compiles it with the constants of the kernels, and calls the function at the end.
 #include <ucontext.h>
 
 #include <cmath>

@@ -23,21 +23,13 @@ from scan_helpers import random_order, run, scan_inputs, threads
 import main_pretrain
 import ops
 from mamba import scan_orders
-from ops import backends, naive, operators
-from ops.backends import cuda_backend, triton_backend
+from ops import naive, operators
+from ops.backends import cuda_backend
 from ops.backends.cuda_backend import Args, Variant
 
 # Of the largest number: bfloat16 results are rounded to 8 bits, products of tensor cores (dB, dC) count to 10.
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float32: 2e-6}
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-
-
-@pytest.fixture
-def _poisoned_memory():
-    """Fill torch.empty with NaN, so that a result left unwritten or a read of one shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +47,7 @@ def emulator(tmp_path_factory):
 
 
 @pytest.fixture
-def emulate(emulator, monkeypatch, _poisoned_memory):
+def emulate(emulator, monkeypatch, poisoned_memory):
     """Run the kernels on CPU tensors; return a function that sets the tokens per chunk, 8 at first."""
 
     def start(kernel, variant, blocks, args, device):
@@ -218,100 +210,6 @@ def test_an_operator_called_directly_refuses_what_the_kernels_do_not_read(emulat
     ):
         with pytest.raises(TypeError, match="'cuda' computes only bfloat16, 16 states and multiples of 32 channels"):
             scan(**scan_inputs(K=1, L=3, **wrong))
-
-
-# ---- choosing ----
-
-GPU = torch.device("cuda")
-
-
-@pytest.fixture
-def pretends(monkeypatch):
-    """Pretend that every backend works, on a device that does not exist."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(backends, "unavailable", lambda name: None)
-    backends._log_once.cache_clear()
-    yield
-    backends._log_once.cache_clear()
-
-
-@pytest.mark.usefixtures("pretends")
-def test_auto_uses_it_where_it_is_measured_to_be_faster(monkeypatch):
-    for measured in (False, True):
-        monkeypatch.setattr(backends, "faster", lambda name, device, measured=measured: measured)
-        first = "cuda" if measured else "triton"
-        assert ops.choose_backend("auto", GPU, torch.bfloat16, 768, 16) == first
-        assert ops.choose_backend("auto", GPU, torch.bfloat16, 768) == first  # the convolution
-        assert ops.choose_backend("auto", GPU, torch.float32, 768) == "triton"
-        assert ops.choose_backend("auto", GPU, torch.bfloat16, 768, 8) == "triton"
-        assert ops.choose_backend("auto", GPU, torch.bfloat16, 100) == "mamba_ssm"
-        assert ops.choose_backend("cuda", GPU, torch.bfloat16, 768, 16) == "cuda"
-    monkeypatch.setattr(backends, "unavailable", lambda name: "no NVRTC" if name == "cuda" else None)
-    assert ops.choose_backend("auto", GPU, torch.bfloat16, 768, 16) == "triton"
-
-
-@pytest.mark.usefixtures("pretends")
-@pytest.mark.parametrize(
-    ("dtype", "states", "what"),
-    [
-        (torch.float32, 16, "torch.float32 on cuda"),
-        (torch.float16, 16, "torch.float16"),
-        (torch.bfloat16, 8, "8 states"),
-    ],
-)
-def test_requested_by_name_it_leaves_the_rest_to_triton(dtype, states, what, caplog):
-    with caplog.at_level("INFO", "arm"):
-        for _ in range(3):
-            assert ops.choose_backend("cuda", GPU, dtype, 768, states) == "triton"
-    (message,) = caplog.messages
-    assert message.startswith(f"scan backend cuda does not compute {what}")
-    assert message.endswith(": triton does")
-
-
-@pytest.mark.usefixtures("pretends")
-@pytest.mark.parametrize(
-    ("device", "dtype", "width", "what"),
-    [
-        (GPU, torch.float64, 32, "torch.float64 on cuda"),
-        (GPU, torch.bfloat16, 100, "100 channels (not a multiple of 32)"),
-        (torch.device("cpu"), torch.bfloat16, 32, "torch.bfloat16 on cpu"),
-    ],
-)
-def test_what_triton_does_not_compute_either(device, dtype, width, what):
-    with pytest.raises(TypeError, match=re.escape(f"'cuda' does not compute {what}: use backend 'torch'")):
-        ops.choose_backend("cuda", device, dtype, width)
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(
-    ("rank", "dt_dtype", "taken"), [(48, None, "cuda"), (12, None, "triton"), (48, torch.float32, "triton")]
-)
-def test_rows_that_are_not_aligned_are_left_to_triton(rank, dt_dtype, taken, compiled, monkeypatch, caplog):
-    """B and C lie in one row with `rank` other numbers: 12 in arm_tiny, whose rows are not aligned."""
-    backends._log_once.cache_clear()
-    torch._dynamo.reset()
-    monkeypatch.setattr(ops, "choose_backend", lambda name, *rest: name)
-    seen, triton = [], triton_backend.scan_forward
-    for name in ("cuda", "triton"):
-        module = backends.backend_module(name)
-        monkeypatch.setattr(module, "scan_forward", lambda *args, name=name: seen.append(name) or triton(*args))
-        monkeypatch.setattr(module, "scan_states", triton_backend.scan_states)
-    projected = torch.randn(1, 2, 3, rank + 32).bfloat16()
-    inputs = {name: leaf.detach() for name, leaf in scan_inputs(K=1, L=3, varying=torch.bfloat16).items()}
-    inputs |= {"dt": inputs["dt"].to(dt_dtype or torch.bfloat16)}
-    inputs |= dict(zip(("B", "C"), projected.split([rank, 16, 16], dim=-1)[1:], strict=True))
-
-    def compute():
-        return ops.selective_scan(**inputs, backend="cuda")
-
-    if compiled:
-        compute = torch.compile(compute, fullgraph=True, backend="aot_eager")
-    with caplog.at_level("INFO", "arm"):
-        for _ in range(2):
-            compute()
-    assert seen == [taken] * 2
-    said = [message for message in caplog.messages if "does not compute" in message]
-    assert len(said) == (taken == "triton")
 
 
 # ---- compiling, loading and starting ----

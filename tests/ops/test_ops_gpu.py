@@ -34,13 +34,6 @@ CLASSIFIER = {"img_size": 64, "num_classes": 10, "embed_dim": 128, "depth": 4}
 PRETRAIN = {"embed_dim": 128, "depth": 4, "dec_embed_dim": 64, "dec_depth": 2, "norm_pix_loss": True}
 
 
-@pytest.fixture
-def _poisoned_memory():
-    torch.use_deterministic_algorithms(True, warn_only=True)  # those kernels and cuBLAS have no deterministic form
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.fixture(params=["torch", "mamba_ssm", "triton", "cuda"])
 def backend(request):
     if reason := ops.unavailable(request.param):
@@ -59,7 +52,7 @@ def on_gpu(leaves):
     return {name: leaf.detach().cuda().requires_grad_() for name, leaf in leaves.items()}
 
 
-@pytest.mark.usefixtures("_poisoned_memory")
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("varying", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("K", "ordered"), [(1, False), (1, True), (4, False), (4, True)])
 @pytest.mark.parametrize(("L", "D"), [(1, 32), (37, 96), (197, 64), (24, 384)])
@@ -71,7 +64,7 @@ def test_scan(backend, L, D, K, ordered, varying):
     assert_same("selective_scan", public("selective_scan", backend), leaves, order, tolerance=TOLERANCE[varying])
 
 
-@pytest.mark.usefixtures("_poisoned_memory")
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("varying", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("K", "ordered"), [(1, False), (1, True), (4, False), (4, True)])
 @pytest.mark.parametrize(("L", "D", "W"), [(1, 32, 4), (37, 96, 4), (197, 64, 4), (37, 32, 1), (37, 32, 6)])
@@ -81,7 +74,7 @@ def test_conv(backend, L, D, W, K, ordered, varying):
     assert_same("causal_conv1d", public("causal_conv1d", backend), leaves, order, tolerance=TOLERANCE[varying])
 
 
-@pytest.mark.usefixtures("_poisoned_memory")
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("rank", [3, 8])  # rows of 8 + 16 + 16 numbers begin at multiples of 16 bytes
 @pytest.mark.parametrize("varying", [torch.float32, torch.bfloat16])
 def test_views_under_autocast(backend, varying, rank):

@@ -26,15 +26,7 @@ INPUTS = {"selective_scan": scan_inputs, "causal_conv1d": conv_inputs}
 OPS = pytest.mark.parametrize("op", INPUTS)
 # Exponentials of GPUs are right to 22 bits, the interpreter's are NumPy's.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2} if DEVICE == "cuda" else {}
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    """Fill torch.empty with NaN, so that a result left unwritten or a read of one shows."""
-    torch.use_deterministic_algorithms(True, warn_only=DEVICE == "cuda")  # cuBLAS, in the oracle, has no such form
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [pytest.mark.usefixtures("poisoned_memory"), *([pytest.mark.gpu] if DEVICE == "cuda" else [])]
 
 
 def on_device(leaves):
