@@ -158,7 +158,7 @@ def test_the_number_of_launches_does_not_depend_on_the_operations(form, monkeypa
         pytest.skip("about the kernels")
     started = []
     for name in ("tables_kernel", "operations_kernel"):
-        kernel = getattr(randaugment, name)
+        kernel = getattr(triton_randaugment, name)
         monkeypatch.setattr(kernel, "run", lambda *_, _kernel=kernel, **__: started.append(_kernel))
     transform = uint8_transform(policy("rand-m9-n2"))
     pixels, counts = torch.zeros(15, 4, 4, 3, dtype=torch.uint8), []
