@@ -3,11 +3,12 @@
 import math
 import statistics
 
-from Evaluation.tables import table, wilson
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.special import stdtrit
+
+from Evaluation.tables import table, wilson
 
 
 def mean_std(values: list[float]) -> tuple[float, float | None]:
