@@ -1,5 +1,5 @@
 #!/bin/bash
-# Finetuning of ARM-base from pretrain_base.sh: 224 pixels, 100 epochs, batch 1,024.
+# Finetune ARM-base from pretrain_base.sh: 224 pixels, 100 epochs, effective batch size 1,024.
 #
 # Recipe: published.
 # Reaches: 83.2 % top-1 on ImageNet-1k (the paper's figure, not repeated here).
@@ -7,8 +7,8 @@
 #
 #     recipes/finetune_base.sh /path/to/ImageNet [ARGUMENTS]
 #
-# from the repository, on one machine of 8 GPUs; LAUNCH='sbatch --nodes 2 slurm/train.sbatch' runs it on a cluster
-# instead, where --batch_size 64 keeps the batch on 16 GPUs.
+# Run it from the repository, on one machine with 8 GPUs. LAUNCH='sbatch --nodes 2 slurm/train.sbatch' submits it to
+# Slurm instead; on 16 GPUs --batch_size 64 keeps the effective batch size.
 
 set -eu
 read -ra launch <<<"${LAUNCH:-torchrun --standalone --nproc_per_node=8}"

@@ -1,14 +1,14 @@
 #!/bin/bash
-# Finetuning of ARM-huge from pretrain_huge.sh: 224 pixels, 100 epochs, batch 1,024.
+# Finetune ARM-huge from pretrain_huge.sh: 224 pixels, 100 epochs, effective batch size 1,024.
 #
-# Recipe: not published; these are the arguments of finetune_large.sh, which nobody has tried here.
-# Reaches: not known. The paper reports 85.0 % top-1 on ImageNet-1k for this size.
+# Recipe: not published; these are the arguments of finetune_large.sh, which have not been tried here.
+# Reaches: not measured. The paper reports 85.0 % top-1 on ImageNet-1k for this size.
 # Takes: not measured.
 #
 #     recipes/finetune_huge.sh /path/to/ImageNet [ARGUMENTS]
 #
-# from the repository, on one machine of 8 GPUs; LAUNCH='sbatch --nodes 2 slurm/train.sbatch' runs it on a cluster
-# instead, where --accum_iter 4 keeps the batch on 16 GPUs.
+# Run it from the repository, on one machine with 8 GPUs. LAUNCH='sbatch --nodes 2 slurm/train.sbatch' submits it to
+# Slurm instead; on 16 GPUs --accum_iter 4 keeps the effective batch size.
 
 set -eu
 read -ra launch <<<"${LAUNCH:-torchrun --standalone --nproc_per_node=8}"

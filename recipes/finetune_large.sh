@@ -1,14 +1,14 @@
 #!/bin/bash
-# Finetuning of ARM-large from pretrain_large.sh: 224 pixels, 100 epochs, batch 1,024.
+# Finetune ARM-large from pretrain_large.sh: 224 pixels, 100 epochs, effective batch size 1,024.
 #
 # Recipe: published.
-# Reaches: no accuracy of this size is stated here.
+# Reaches: the accuracy of this size is not known here.
 # Takes: not measured.
 #
 #     recipes/finetune_large.sh /path/to/ImageNet [ARGUMENTS]
 #
-# from the repository, on one machine of 8 GPUs; LAUNCH='sbatch --nodes 2 slurm/train.sbatch' runs it on a cluster
-# instead, where --accum_iter 2 keeps the batch on 16 GPUs.
+# Run it from the repository, on one machine with 8 GPUs. LAUNCH='sbatch --nodes 2 slurm/train.sbatch' submits it to
+# Slurm instead; on 16 GPUs --accum_iter 2 keeps the effective batch size.
 
 set -eu
 read -ra launch <<<"${LAUNCH:-torchrun --standalone --nproc_per_node=8}"

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Pretraining of ARM-base: 192 pixels, 1,600 epochs, batch 2,048.
+# Pretrain ARM-base: 192 pixels, 1,600 epochs, effective batch size 2,048.
 #
 # Recipe: published.
 # Reaches: after finetune_base.sh, 83.2 % top-1 on ImageNet-1k (the paper's figure, not repeated here).
@@ -7,8 +7,8 @@
 #
 #     recipes/pretrain_base.sh /path/to/ImageNet [ARGUMENTS]
 #
-# from the repository, on one machine of 8 GPUs; LAUNCH='sbatch --nodes 2 slurm/train.sbatch' runs it on a cluster
-# instead, where --batch_size 128 keeps the batch on 16 GPUs.
+# Run it from the repository, on one machine with 8 GPUs. LAUNCH='sbatch --nodes 2 slurm/train.sbatch' submits it to
+# Slurm instead; on 16 GPUs --batch_size 128 keeps the effective batch size.
 
 set -eu
 read -ra launch <<<"${LAUNCH:-torchrun --standalone --nproc_per_node=8}"

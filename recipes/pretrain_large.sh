@@ -1,14 +1,14 @@
 #!/bin/bash
-# Pretraining of ARM-large: 192 pixels, 1,600 epochs, batch 1,024.
+# Pretrain ARM-large: 192 pixels, 1,600 epochs, effective batch size 1,024.
 #
 # Recipe: published.
-# Reaches: no accuracy of this size is stated here; finetune_large.sh measures it.
+# Reaches: the accuracy of this size is not known here; finetune_large.sh measures it.
 # Takes: not measured.
 #
 #     recipes/pretrain_large.sh /path/to/ImageNet [ARGUMENTS]
 #
-# from the repository, on one machine of 8 GPUs; LAUNCH='sbatch --nodes 2 slurm/train.sbatch' runs it on a cluster
-# instead, where --batch_size 64 keeps the batch on 16 GPUs.
+# Run it from the repository, on one machine with 8 GPUs. LAUNCH='sbatch --nodes 2 slurm/train.sbatch' submits it to
+# Slurm instead; on 16 GPUs --batch_size 64 keeps the effective batch size.
 
 set -eu
 read -ra launch <<<"${LAUNCH:-torchrun --standalone --nproc_per_node=8}"

@@ -1,18 +1,18 @@
 #!/bin/bash
-# One node of a job: torchrun, and what passes signals on to the processes that it has started. See train.sbatch.
+# Run torchrun on one node of a job, and forward signals to the processes that it has started. See train.sbatch.
 #
-# torchrun itself would end at SIGUSR1 without a word to its processes, and would give them 30 seconds at SIGTERM: so it
-# ignores the first, and for the second its processes get the first. They write a checkpoint and end, and so does it.
+# SIGUSR1 would kill torchrun without stopping its processes, so torchrun ignores it. SIGTERM would leave them only 30
+# seconds, so they get SIGUSR1 in its place. They write a checkpoint and end; then torchrun ends.
 
 set -u
 (
-  trap '' USR1 # torchrun inherits it; its processes set handlers of their own
+  trap '' USR1 # torchrun inherits this; its processes install their own handlers
   exec torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "${NPROC:-gpu}" --max-restarts 0 \
     --rdzv_backend c10d --rdzv_endpoint "$RENDEZVOUS" --rdzv_id "$SLURM_JOB_ID" "$@"
 ) &
 agent=$!
-# Slurm may signal every process of the node, pkill too, which would end before it has passed anything on: so it inherits
-# that the signals are ignored.
+# Slurm may signal every process of the node. pkill inherits that both signals are ignored: otherwise it could die before
+# it has forwarded one.
 # shellcheck disable=SC2329 # the trap calls it
 forward() {
   trap '' USR1 TERM
