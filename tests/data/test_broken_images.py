@@ -5,10 +5,8 @@ import errno
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 import zlib
 from pathlib import Path
 
@@ -16,14 +14,14 @@ import numpy as np
 import pytest
 import simplejpeg
 import torch
-from helpers import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN, encoded, finetune_args, loader_args, torchrun
+from data_helpers import pretrain_words
+from helpers import REPOSITORY, TINY_FINETUNE, encoded, finetune_args, loader_args, torchrun
 from PIL import EpsImagePlugin, Image
 
 import main_pretrain
 from Finetuning import main_finetune
 from tools import pack_images
 from util.data import datasets, decode, loaders, readers, transforms
-from util.data.device_loader import DeviceLoader
 from util.errors import RunError
 
 CPU = torch.device("cpu")
@@ -309,17 +307,12 @@ def test_a_substitute_looks_different_from_where_it_has_its_own_place(jpeg_folde
     assert torch.equal(samples[5, 3][0][0], substitute)
 
 
-def pretrain(folder, *more):
-    words = [*TINY_PRETRAIN, "--data_path", folder, "--epochs", 1, "--warmup_epochs", 0, "--batch_size", 17, *more]
-    return [str(word) for word in words]
-
-
 @pytest.mark.parametrize(("kind", "how"), [("", "fast"), ("", "pil"), ("wds:", "fast"), ("hfds:", "fast")])
 def test_training_names_and_counts_broken_images(broken_folder, broken_files, tmp_path, run_script, capsys, kind, how):
     out, path = tmp_path / "out", as_source(kind, broken_folder, tmp_path)
     names = names_of(path, "train", broken_files.values())
     assert len(names) == 10
-    run_script(main_pretrain, *pretrain(path, "--loader", how, "--max_bad_samples", 10, "--output_dir", out))
+    run_script(main_pretrain, *pretrain_words(path, "--loader", how, "--max_bad_samples", 10, "--output_dir", out))
     assert (out / "checkpoint-last.pth").exists()
     report = capsys.readouterr().out.partition("10 broken images:\n")[2]
     assert all(re.search(rf"^  {re.escape(name)}: .+$", report, re.MULTILINE) for name in names)
@@ -331,7 +324,7 @@ def test_training_names_and_counts_broken_images(broken_folder, broken_files, tm
 def test_too_many_broken_images_end_the_run(broken_folder, tmp_path, run_script, capsys, limit):
     out = tmp_path / "out"
     with pytest.raises(SystemExit) as exit_info:
-        run_script(main_pretrain, *pretrain(broken_folder, *limit, "--output_dir", out))
+        run_script(main_pretrain, *pretrain_words(broken_folder, *limit, "--output_dir", out))
     assert exit_info.value.code == 1
     error = capsys.readouterr().err
     count = int(re.match(r"main_pretrain\.py: rank 0: (\d+) broken images:\n", error)[1])
@@ -343,7 +336,7 @@ def test_too_many_broken_images_end_the_run(broken_folder, tmp_path, run_script,
 
 def test_broken_images_of_two_processes(broken_folder, tmp_path):
     """Each process meets some of them; the report has them all, and together they may be too many."""
-    words = pretrain(broken_folder, "--num_workers", 1, "--output_dir", tmp_path / "out")
+    words = pretrain_words(broken_folder, "--num_workers", 1, "--output_dir", tmp_path / "out")
     output = torchrun("main_pretrain.py", *words, "--max_bad_samples", 10)
     report = output.partition("10 broken images:\n")[2]
     assert all(f"/class_1/{name}: " in report for name in PLACED.values())
@@ -438,121 +431,3 @@ def test_evaluation_of_nothing_but_broken_images(finetuned, jpeg_folder, tmp_pat
         run_script(main_finetune, *evaluation(finetuned, folder, "--eval_bad", "wrong"))
     assert exit_info.value.code == 1
     assert "all 7 images are broken" in capsys.readouterr().err
-
-
-# ---- workers
-
-
-def children(pid):
-    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
-        return [int(child) for child in file.read().split()]
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the workers in Linux's /proc")
-@pytest.mark.parametrize(
-    ("sent", "message"),
-    [
-        (signal.SIGKILL, r"DataLoader worker \(pid(\(s\))? .*\) (is killed by signal: Killed|exited unexpectedly)"),
-        (signal.SIGSTOP, r"DataLoader timed out after 3 seconds"),
-    ],
-)
-def test_a_worker_that_is_killed_or_hangs_ends_the_run(jpeg_folder, tmp_path, sent, message):
-    words = pretrain(jpeg_folder, "--num_workers", 2, "--worker_timeout", 3, "--epochs", 100000, "--batch_size", 8)
-    process = subprocess.Popen(
-        [sys.executable, REPOSITORY / "main_pretrain.py", *words, "--output_dir", tmp_path],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        for line in process.stdout:
-            if line.startswith("epoch 0: loss"):
-                break
-        workers = children(process.pid)
-        assert len(workers) == 2
-        os.kill(workers[0], sent)
-        start = time.monotonic()
-        _, error = process.communicate(timeout=60)
-        assert time.monotonic() - start < 20
-        assert process.returncode == 1
-        assert re.search(rf"^main_pretrain\.py: rank 0: {message}", error, re.MULTILINE), error
-        assert "Traceback" not in error
-        assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
-    finally:
-        process.kill()
-
-
-FULL = "/dev/shm is full: a smaller --num_workers or --batch_size needs less of it"
-LACKS = {
-    "RuntimeError: unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)": FULL,
-    "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ... out of shared memory.": FULL,
-    "[Errno 28] No space left on device": FULL,
-    "[Errno 24] Too many open files": "raise the limit (ulimit -n)",
-    "DataLoader worker (pid 7) is killed by signal: Killed. ": "if memory has run out",
-}
-
-
-@pytest.mark.parametrize("message", LACKS)
-def test_what_workers_lack_is_said_with_what_helps(message):
-    def batches():
-        raise RuntimeError(f"Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback:\n{message}")
-        yield
-
-    with pytest.raises(RunError) as raised:
-        list(DeviceLoader(batches(), None, CPU))
-    text = str(raised.value)
-    assert text.startswith(f"{message}; ")
-    assert LACKS[message] in text
-    assert "\n" not in text
-
-
-def test_other_errors_of_a_loader_keep_their_traceback():
-    def batches():
-        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nshapes do not fit")
-        yield
-
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
-        list(DeviceLoader(batches(), None, CPU))
-
-
-@pytest.mark.parametrize("size", ["4k", "64k"])  # no room for a semaphore, and none for a batch
-def test_a_full_shared_memory(jpeg_folder, tmp_path, size):
-    alone = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
-    mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
-    try:
-        refused = subprocess.run([*alone, mount], capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("util-linux's unshare is not installed")
-    if refused.returncode:
-        pytest.skip(f"a file system cannot be mounted in a namespace here: {refused.stderr.strip()}")
-    words = pretrain(jpeg_folder, "--num_workers", 2, "--output_dir", tmp_path / "out")
-    done = subprocess.run(
-        [*alone, f'{mount} && exec "$0" "$@"', sys.executable, REPOSITORY / "main_pretrain.py", *words],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 1
-    reason = "(No space left on device|unable to allocate shared memory)"  # torch 2.11 does not say why
-    assert re.fullmatch(rf"main_pretrain\.py: rank 0: .*{reason}.*; {FULL}.*\n", done.stderr), done.stderr
-
-
-@pytest.mark.parametrize("marker", [b"\xff\xd0", b"\xff\xd7", b"\xff\x01", b"\x00\x00", b"\xff\xff\xff"])
-def test_odd_markers_in_a_header(photographs, marker):
-    """Between two segments: what Pillow reads is read, and neither decoder fails but by saying so."""
-    data = encoded(photographs[0].resize((40, 30)))
-    at = 4 + int.from_bytes(data[4:6], "big")  # behind the first segment
-    odd = data[:at] + marker + data[at:]
-    found = []
-    for read in (decode.with_pillow, lambda d: decode.crop_of(d, lambda height, width: (0, 0, height, width))):
-        try:
-            found.append(np.asarray(read(odd)).shape)
-        except decode.BrokenImage:
-            found.append(None)
-    assert found[0] in (None, found[1])
-
-
-def test_damaged_headers_are_broken_or_read(photographs):
-    data = encoded(photographs[0].resize((40, 30)))
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        damaged = bytearray(data)
-        damaged[rng.integers(2, 400)] = rng.integers(256)
-        with contextlib.suppress(decode.BrokenImage):
-            assert decode.crop_of(bytes(damaged), lambda height, width: (0, 0, height, width)).ndim == 3

@@ -176,6 +176,31 @@ def test_each_chunk_of_a_png_is_compared_with_its_checksum():
     assert np.array_equal(np.array(decode.with_pillow(data[:end])), pixels)  # only the end mark is missing
 
 
+@pytest.mark.parametrize("marker", [b"\xff\xd0", b"\xff\xd7", b"\xff\x01", b"\x00\x00", b"\xff\xff\xff"])
+def test_odd_markers_in_a_header(photographs, marker):
+    """Between two segments: what Pillow reads is read, and neither decoder fails but by saying so."""
+    data = encoded(photographs[0].resize((40, 30)))
+    at = 4 + int.from_bytes(data[4:6], "big")  # behind the first segment
+    odd = data[:at] + marker + data[at:]
+    found = []
+    for read in (decode.with_pillow, lambda d: decode.crop_of(d, lambda height, width: (0, 0, height, width))):
+        try:
+            found.append(np.asarray(read(odd)).shape)
+        except decode.BrokenImage:
+            found.append(None)
+    assert found[0] in (None, found[1])
+
+
+def test_damaged_headers_are_broken_or_read(photographs):
+    data = encoded(photographs[0].resize((40, 30)))
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        damaged = bytearray(data)
+        damaged[rng.integers(2, 400)] = rng.integers(256)
+        with contextlib.suppress(decode.BrokenImage):
+            assert decode.crop_of(bytes(damaged), lambda height, width: (0, 0, height, width)).ndim == 3
+
+
 # ---- bounds
 
 
@@ -241,7 +266,7 @@ BOMBS = {
 }
 READER = """
 import resource, sys
-from util import decode
+from util.data import decode
 most = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = most()
 for path in sys.argv[1:]:

@@ -1,21 +1,237 @@
-"""Packing: targets that hold something else, names of any kind, files that are no images."""
+"""Packing images into tar shards: contents, interruptions, odd targets and names, broken files."""
 
+import contextlib
+import errno
+import io
 import json
+import multiprocessing
 import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 
+import numpy as np
 import pytest
-from helpers import encoded
+from data_helpers import contents, run_pack
+from helpers import REPOSITORY, encoded
 from PIL import Image
 
 from tools import pack_images
 from util.data import readers
 from util.errors import RunError, UserError
+from util.files import printable
+from util.lock import lock_folder
 
 
-def run_pack(*words):
-    pack_images.main(pack_images.get_args_parser().parse_args([str(word) for word in (*words, "--num_workers", 1)]))
+def test_packed_images(photographs, tmp_path, capsys):
+    """Larger training images are resized and re-encoded, all others and all of val keep their bytes."""
+    for split in ("train", "val"):
+        folder = tmp_path / "data" / split / "a.class"
+        folder.mkdir(parents=True)
+        (folder / "large.image.jpg").write_bytes(encoded(photographs[0]))
+        (folder / "large.png").write_bytes(encoded(photographs[1], "PNG"))
+        (folder / "small.png").write_bytes(encoded(photographs[1].resize((90, 64)), "PNG"))
+    run_pack(tmp_path / "data", tmp_path / "shards", "--short_side", 100)
+    assert "train: 3 images in 1 shards" in capsys.readouterr().out
+    packed, folder = (readers.open_source(path, "train") for path in (f"wds:{tmp_path}/shards", str(tmp_path / "data")))
+    assert packed.classes == ["a.class"]
+    found = {packed.name(i).rpartition("/")[2]: packed.read(i) for i in range(3)}
+    assert set(found) == {"0_large_image.jpg", "1_large.jpg", "2_small.png"}
+    for name, photo in (("0_large_image.jpg", photographs[0]), ("1_large.jpg", photographs[1])):
+        with Image.open(io.BytesIO(found[name])) as image:
+            assert (image.format, image.size) == ("JPEG", (149, 100))
+            want = np.array(photo.resize(image.size, Image.Resampling.BICUBIC)).astype(int)
+            assert np.abs(np.array(image.convert("RGB")) - want).mean() < 5
+    assert found["2_small.png"] == folder.read(2)
+    val, folder = (readers.open_source(path, "val") for path in (f"wds:{tmp_path}/shards", str(tmp_path / "data")))
+    assert contents(val) == contents(folder)
+
+
+def test_packing_goes_on_where_it_was(jpeg_folder, tmp_path):
+    """Killed in the middle, it writes what is missing; the shards are those of an uninterrupted run."""
+    words = ["--short_side", "64", "--shard_images", "2"]
+    run_pack(jpeg_folder, tmp_path / "whole", *words)
+    command = [sys.executable, REPOSITORY / "tools" / "pack_images.py", jpeg_folder, tmp_path / "shards", *words]
+    process = subprocess.Popen(
+        [str(w) for w in command], cwd=REPOSITORY, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    first = tmp_path / "shards" / "train" / "000000.tar"
+    while not first.exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    os.killpg(process.pid, 9)
+    process.wait()
+    folder = tmp_path / "shards" / "train"
+    (folder / "000005.tar").unlink(missing_ok=True)
+    (folder / "000005.partial").write_text("half")
+    written = first.stat().st_mtime_ns
+    run_pack(jpeg_folder, tmp_path / "shards", *words)
+    assert first.stat().st_mtime_ns == written
+    for shard in sorted((tmp_path / "whole").rglob("*.tar")):
+        assert (tmp_path / "shards" / shard.relative_to(tmp_path / "whole")).read_bytes() == shard.read_bytes()
+    assert not list(folder.glob("*.partial"))
+    with pytest.raises(UserError, match="holds shards of other images or settings"):
+        run_pack(jpeg_folder, tmp_path / "shards", "--short_side", "32", "--shard_images", "2")
+
+
+def _killed_at(moment, folder, words):
+    """Pack in this process; SIGKILL ends it before it opens, renames or removes its so many-th file in `folder`."""
+    os.setsid()
+    left = moment
+
+    def hook(event, arguments):
+        nonlocal left
+        if event in ("open", "os.rename", "os.remove") and str(arguments[0]).startswith(str(folder)):
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    run_pack(*words)
+
+
+def files_of(folder):
+    """Content of all files but the index, whose times differ, and the lock, which names a process."""
+    kept = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(("index-", "run.lock")))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
+
+
+def test_packing_killed_at_any_moment(jpeg_folder, tmp_path, capsys):
+    """The same command then ends as an uninterrupted run does: the same files, the same broken images."""
+    data = tmp_path / "data"
+    for label in (0, 1):
+        shutil.copytree(jpeg_folder / "train" / f"class_{label}", data / "train" / f"class_{label}")
+    names = ["broken.jpg", "of two\nlines.jpg", "also broken.jpg"]
+    for name in names:
+        (data / "train" / "class_0" / name).write_bytes(b"nothing")
+    words = ["--short_side", 64, "--shard_images", 5, "--max_bad_samples", 3]
+    run_pack(data, tmp_path / "whole", *words)
+    want, whole = files_of(tmp_path / "whole"), capsys.readouterr().out
+    assert "train: 16 images in 4 shards" in whole
+    assert all(f"class_0/{printable(name)}: " in whole for name in names)
+    fork = multiprocessing.get_context("fork")
+    for moment in range(100):
+        folder = tmp_path / f"killed_{moment}"
+        process = fork.Process(target=_killed_at, args=(moment, folder, (data, folder, *words)))
+        process.start()
+        process.join()  # with a limit it would wait for the workers, too
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its workers
+        capsys.readouterr()
+        run_pack(data, folder, *words)
+        assert files_of(folder) == want, moment
+        assert capsys.readouterr().out.replace(str(folder), "") == whole.replace(str(tmp_path / "whole"), ""), moment
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+    assert moment > 10
+
+
+def test_packing_again_after_an_image_was_mended(jpeg_folder, tmp_path, capsys):
+    """A shard that was not finished takes nothing over from before."""
+    data, good = tmp_path / "data", (jpeg_folder / "train" / "class_0" / "0.jpg").read_bytes()
+    shutil.copytree(jpeg_folder, data)
+    (data / "train" / "class_0" / "0.jpg").write_bytes(b"nothing")
+    words = [data, tmp_path / "shards", "--short_side", 64, "--shard_images", 100, "--max_bad_samples", 1]
+    run_pack(*words)
+    (tmp_path / "shards" / "train" / "000000.tar").unlink()
+    (data / "train" / "class_0" / "0.jpg").write_bytes(good)
+    capsys.readouterr()
+    run_pack(*words)
+    out = capsys.readouterr().out
+    assert "train: 24 images" in out
+    assert "left out" not in out
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE, errno.ENOENT])
+@pytest.mark.parametrize("more", [[], ["--short_side", 64]])
+def test_a_file_that_cannot_be_read_ends_packing(jpeg_folder, tmp_path, monkeypatch, number, more):
+    """It may be there the next time: it is not left out, and the same command goes on."""
+    read = readers.Folder.read
+
+    def failing(source, index):
+        if index == 5:
+            raise OSError(number, os.strerror(number), source.name(index))
+        return read(source, index)
+
+    words = [jpeg_folder, tmp_path / "shards", "--shard_images", 5, "--max_bad_samples", 9, *more]
+    with monkeypatch.context() as patch:
+        patch.setattr(readers.Folder, "read", failing)
+        with pytest.raises(RunError, match=rf"class_0/5\.jpg: {os.strerror(number)}.*the same command goes on"):
+            run_pack(*words)
+    run_pack(*words)
+    run_pack(jpeg_folder, tmp_path / "whole", "--shard_images", 5, *more)
+    for shard in (tmp_path / "whole").rglob("*.tar"):
+        assert (tmp_path / "shards" / shard.relative_to(tmp_path / "whole")).read_bytes() == shard.read_bytes()
+
+
+def test_a_link_that_leads_nowhere_is_broken(jpeg_folder, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(jpeg_folder / "train", data / "train")
+    (data / "train" / "class_0" / "a.jpg").symlink_to(tmp_path / "nowhere")
+    (data / "train" / "class_0" / "b.jpg").symlink_to("b.jpg")
+    run_pack(data, tmp_path / "shards", "--max_bad_samples", 2)
+    assert "left out: 2 broken images:\n  " in capsys.readouterr().out
+
+
+def test_packing_leaves_broken_images_out(jpeg_folder, tmp_path, capsys):
+    folder = tmp_path / "data"
+    shutil.copytree(jpeg_folder, folder)
+    for split in ("train", "val"):
+        (folder / split / "class_0" / "broken.jpg").write_bytes(b"nothing")
+    with pytest.raises(RunError, match=r"1 broken images:\n  .*broken\.jpg: .*\n.*more than 0 of 25"):
+        run_pack(folder, tmp_path / "stopped", "--short_side", 64)
+    words = [folder, tmp_path / "shards", "--short_side", 64, "--max_bad_samples", 1]
+    for _ in range(2):  # the second time there is nothing left to do
+        capsys.readouterr()
+        run_pack(*words)
+        out = capsys.readouterr().out
+        assert "train: 24 images" in out
+        assert "left out: 1 broken images:\n  " in out
+        assert "val: 8 images" in out  # evaluation finds it and says so
+
+
+def test_packing_mistakes(tmp_path, capsys, monkeypatch):
+    for words, message in (([tmp_path, tmp_path / "x"], "no folder train or val in it"), ([], "required: SRC, DST")):
+        monkeypatch.setattr(sys, "argv", ["pack_images", *map(str, words)])
+        with pytest.raises(SystemExit) as exit_info:
+            pack_images.cli.run(pack_images.main, pack_images.get_args_parser())
+        assert exit_info.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_mistake_in_val_ends_packing_before_train(jpeg_folder, tmp_path):
+    """Unsorted images, and shards of something else."""
+    shutil.copytree(jpeg_folder / "train", tmp_path / "data" / "train")
+    (tmp_path / "data" / "val").mkdir()
+    with pytest.raises(UserError, match="any class folder"):
+        run_pack(tmp_path / "data", tmp_path / "shards")
+    assert not (tmp_path / "shards").exists()
+    (tmp_path / "other" / "val").mkdir(parents=True)
+    (tmp_path / "other" / "val" / "packed.json").write_text("{}")
+    with pytest.raises(UserError, match="other/val holds shards of other images or settings"):
+        run_pack(jpeg_folder, tmp_path / "other")
+    assert not list(tmp_path.rglob("*.tar"))
+    with pytest.raises(UserError, match=r"/dev/null"):
+        run_pack(jpeg_folder, "/dev/null")
+
+
+def test_a_second_packer_is_refused(jpeg_folder, tmp_path):
+    command = [sys.executable, REPOSITORY / "tools" / "pack_images.py", jpeg_folder, tmp_path]
+    (tmp_path / "train").mkdir()
+    lock_folder(tmp_path / "train")
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.search(rf"error: DST {tmp_path}/train is in use by process {os.getpid()} on ", done.stderr)
+
+
+def test_plan_of_a_packed_folder_is_readable(shards):
+    plan = json.loads((shards / "train" / "packed.json").read_text())
+    assert (plan["images"], plan["short_side"], plan["shard_images"]) == (24, None, 5)
 
 
 @pytest.fixture

@@ -2,16 +2,25 @@
 
 import argparse
 import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
-from helpers import MEAN, STD, finetune_args, loader_args
+from data_helpers import pretrain_words
+from helpers import MEAN, REPOSITORY, STD, finetune_args, loader_args
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from util import seeding
 from util.data import datasets, loaders, samplers, transforms
+from util.data.device_loader import DeviceLoader
+from util.errors import RunError
 
 
 def photograph(width, height):
@@ -207,3 +216,100 @@ def test_prefetching_loses_and_repeats_nothing(seeded, monkeypatch):
     for (imgs, labels), (want_imgs, want_labels) in zip(got, want, strict=True):
         assert torch.equal(imgs, want_imgs)
         assert torch.equal(labels, want_labels)
+
+
+# ---- worker processes
+
+
+def children(pid):
+    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+        return [int(child) for child in file.read().split()]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the workers in Linux's /proc")
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [
+        (signal.SIGKILL, r"DataLoader worker \(pid(\(s\))? .*\) (is killed by signal: Killed|exited unexpectedly)"),
+        (signal.SIGSTOP, r"DataLoader timed out after 3 seconds"),
+    ],
+)
+def test_a_worker_that_is_killed_or_hangs_ends_the_run(jpeg_folder, tmp_path, sent, message):
+    words = pretrain_words(
+        jpeg_folder, "--num_workers", 2, "--worker_timeout", 3, "--epochs", 100000, "--batch_size", 8
+    )
+    process = subprocess.Popen(
+        [sys.executable, REPOSITORY / "main_pretrain.py", *words, "--output_dir", tmp_path],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        for line in process.stdout:
+            if line.startswith("epoch 0: loss"):
+                break
+        workers = children(process.pid)
+        assert len(workers) == 2
+        os.kill(workers[0], sent)
+        start = time.monotonic()
+        _, error = process.communicate(timeout=60)
+        assert time.monotonic() - start < 20
+        assert process.returncode == 1
+        assert re.search(rf"^main_pretrain\.py: rank 0: {message}", error, re.MULTILINE), error
+        assert "Traceback" not in error
+        assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
+    finally:
+        process.kill()
+
+
+FULL = "/dev/shm is full: a smaller --num_workers or --batch_size needs less of it"
+
+
+LACKS = {
+    "RuntimeError: unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)": FULL,
+    "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ... out of shared memory.": FULL,
+    "[Errno 28] No space left on device": FULL,
+    "[Errno 24] Too many open files": "raise the limit (ulimit -n)",
+    "DataLoader worker (pid 7) is killed by signal: Killed. ": "if memory has run out",
+}
+
+
+@pytest.mark.parametrize("message", LACKS)
+def test_what_workers_lack_is_said_with_what_helps(message):
+    def batches():
+        raise RuntimeError(f"Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback:\n{message}")
+        yield
+
+    with pytest.raises(RunError) as raised:
+        list(DeviceLoader(batches(), None, torch.device("cpu")))
+    text = str(raised.value)
+    assert text.startswith(f"{message}; ")
+    assert LACKS[message] in text
+    assert "\n" not in text
+
+
+def test_other_errors_of_a_loader_keep_their_traceback():
+    def batches():
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nshapes do not fit")
+        yield
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        list(DeviceLoader(batches(), None, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("size", ["4k", "64k"])  # no room for a semaphore, and none for a batch
+def test_a_full_shared_memory(jpeg_folder, tmp_path, size):
+    alone = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
+    try:
+        refused = subprocess.run([*alone, mount], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("util-linux's unshare is not installed")
+    if refused.returncode:
+        pytest.skip(f"a file system cannot be mounted in a namespace here: {refused.stderr.strip()}")
+    words = pretrain_words(jpeg_folder, "--num_workers", 2, "--output_dir", tmp_path / "out")
+    done = subprocess.run(
+        [*alone, f'{mount} && exec "$0" "$@"', sys.executable, REPOSITORY / "main_pretrain.py", *words],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    reason = "(No space left on device|unable to allocate shared memory)"  # torch 2.11 does not say why
+    assert re.fullmatch(rf"main_pretrain\.py: rank 0: .*{reason}.*; {FULL}.*\n", done.stderr), done.stderr

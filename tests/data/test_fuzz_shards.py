@@ -25,7 +25,7 @@ MAX_SECONDS = 120
 @pytest.fixture(autouse=True)
 def bounded(monkeypatch):
     """End a test that hangs, and fail one that allocates."""
-    monkeypatch.setattr(readers, "ThreadPoolExecutor", lambda: contextlib.nullcontext(SimpleNamespace(map=map)))
+    monkeypatch.setattr(tar_shards, "ThreadPoolExecutor", lambda: contextlib.nullcontext(SimpleNamespace(map=map)))
     # what pytest.fail raises is no Exception, which a reader could take for damage
     before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("the reader hangs"))
     signal.alarm(MAX_SECONDS)

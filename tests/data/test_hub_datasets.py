@@ -1,0 +1,128 @@
+"""Hugging Face datasets: splits, columns, labels, mistakes."""
+
+import sys
+import time
+
+import numpy as np
+import pytest
+from data_helpers import broken
+from PIL import Image
+
+from util.data import decode, readers
+from util.errors import UserError
+
+
+def test_without_hugging_face(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install datasets"):
+        readers.open_source("hfds:name", "train")
+
+
+def test_columns_of_a_hub_dataset(tmp_path):
+    """Columns are found by their kind; of two labels, the one called label."""
+    hub = pytest.importorskip("datasets")
+    features = {
+        "picture": hub.Image(),
+        "coarse": hub.ClassLabel(names=["x"]),
+        "label": hub.ClassLabel(names=["a", "b"]),
+        "caption": hub.Value("string"),
+    }
+    rows = {"picture": [Image.new("RGB", (9, 9))] * 2, "coarse": [0, 0], "label": [1, 0], "caption": ["", ""]}
+    train = hub.Dataset.from_dict(rows, features=hub.Features(features))
+    hub.DatasetDict({"train": train, "test": train}).save_to_disk(tmp_path / "two")
+    source = readers.open_source(f"hfds:{tmp_path / 'two'}", "val")
+    assert (source.labels.tolist(), source.classes, "(test)" in source.root) == ([1, 0], ["a", "b"], True)
+    assert decode.crop_of(source.read(1), lambda h, w: (0, 0, h, w)).shape == (9, 9, 3)
+    hub.DatasetDict({"train": train.rename_column("label", "fine")}).save_to_disk(tmp_path / "other")
+    with pytest.raises(UserError, match="one ClassLabel column or one called 'label'; found: coarse, fine"):
+        readers.open_source(f"hfds:{tmp_path / 'other'}", "train")
+    with pytest.raises(UserError, match="it has the splits train, and no validation"):
+        readers.open_source(f"hfds:{tmp_path / 'other'}", "val")
+
+
+def test_labels_of_a_hub_dataset_are_read_at_once(tmp_path):
+    """Also where rows have been chosen and shuffled before they were saved, and where one has no label."""
+    hub = pytest.importorskip("datasets")
+    labels = np.random.default_rng(0).integers(0, 9, 10**5)
+    features = hub.Features({"image": hub.Image(), "label": hub.ClassLabel(num_classes=9)})
+    rows = {"image": [{"bytes": b"%d" % label, "path": None} for label in labels], "label": labels}
+    train = hub.Dataset.from_dict(rows, features=features)
+    val = train.shuffle(seed=0).select(range(1000, 3000, 2))
+    hub.DatasetDict({"train": train, "val": val}).save_to_disk(tmp_path / "saved")
+    start = time.monotonic()
+    source = readers.open_source(f"hfds:{tmp_path / 'saved'}", "train")
+    assert time.monotonic() - start < 2  # row by row it took 5 seconds
+    assert np.array_equal(source.labels, labels)
+    source = readers.open_source(f"hfds:{tmp_path / 'saved'}", "val")
+    assert len(source.labels) == 1000
+    assert [int(source.read(index)) for index in range(1000)] == source.labels.tolist()
+    some = hub.Dataset.from_dict({"image": rows["image"][:3], "label": [0, None, -1]}, features=features)
+    hub.DatasetDict({"train": some}).save_to_disk(tmp_path / "some")
+    with pytest.raises(UserError, match="2 images have no label"):
+        readers.open_source(f"hfds:{tmp_path / 'some'}", "train")
+
+
+def saved(folder, split=None, **columns):
+    """A dataset with these columns, each a pair of feature and values, that is saved alone."""
+    hub = pytest.importorskip("datasets")
+    features = hub.Features({name: feature for name, (feature, _) in columns.items()})
+    rows = {name: values for name, (_, values) in columns.items()}
+    hub.Dataset.from_dict(rows, features=features, split=split and hub.Split(split)).save_to_disk(folder)
+    return f"hfds:{folder}"
+
+
+def test_one_saved_dataset(tmp_path):
+    hub = pytest.importorskip("datasets")
+    image, label = (hub.Image(), [{"bytes": b"x", "path": None}]), (hub.ClassLabel(names=["a"]), [0])
+    path = saved(tmp_path / "alone", image=image, label=label)
+    source = readers.open_source(path, "train")
+    assert (source.classes, source.labels.tolist(), source.read(0)) == (["a"], [0], b"x")
+    with pytest.raises(UserError, match="the splits train, and no validation; one data set that is saved alone counts"):
+        readers.open_source(path, "val")
+    path = saved(tmp_path / "val", "validation", image=image, label=label)
+    assert readers.open_source(path, "val").labels.tolist() == [0]
+    with pytest.raises(UserError, match="the splits validation, and no train"):
+        readers.open_source(path, "train")
+
+
+@pytest.mark.parametrize("kind", ["int64", "uint8", "uint64"])
+def test_labels_that_are_numbers(tmp_path, kind):
+    hub = pytest.importorskip("datasets")
+    images = (hub.Image(), [{"bytes": b"x", "path": None}, None])
+    path = saved(tmp_path / "data", picture=images, label=(hub.Value(kind), [3, 1]), id=(hub.Value("int64"), [7, 8]))
+    source = readers.open_source(path, "train")
+    assert (source.labels.tolist(), source.labels.dtype, source.classes) == ([3, 1], np.dtype(np.int64), [""] * 4)
+    assert (source.read(0), source.read(1)) == (b"x", b"")
+    assert broken(source, 1) == f"hfds:{tmp_path}/data (train) row 1: no image of a known kind"
+
+
+def test_mistakes_of_hub_datasets(tmp_path):
+    hub = pytest.importorskip("datasets")
+    images = (hub.Image(), [{"bytes": b"x", "path": None}] * 2)
+    name = hub.ClassLabel(names=["a", "b"])
+    cases = {
+        "empty": ({"image": (hub.Image(), []), "label": (name, [])}, "it is damaged or empty: "),
+        "without columns": ({}, "it is damaged or empty: "),
+        "without images": ({"label": (name, [0, 1])}, "it needs one Image column"),
+        "without labels": ({"image": images}, "it needs one ClassLabel column or one called 'label'; found: none$"),
+        "only ids": ({"image": images, "id": (hub.Value("int64"), [0, 1])}, "it needs one ClassLabel column"),
+        "fractions": ({"image": images, "label": (hub.Value("float32"), [0, 1])}, r"'label' holds Value\('float32'\)"),
+        "truths": ({"image": images, "label": (hub.Value("bool"), [0, 1])}, r"'label' holds Value\('bool'\)"),
+        "words": ({"image": images, "label": (hub.Value("string"), ["0", "1"])}, r"'label' holds Value\('string'\)"),
+        "no numbers": ({"image": images, "label": (hub.Value("int64"), [None, None])}, "2 images have no label"),
+        "below 0": ({"image": images, "label": (hub.Value("int32"), [-1, 0])}, "1 images have no label"),
+        "an id": ({"image": images, "label": (hub.Value("int64"), [10**18, 0])}, r"label 10{18} is not below 1000000"),
+    }
+    for case, (columns, message) in cases.items():
+        path = saved(tmp_path / case, **columns)
+        with pytest.raises(UserError, match=message) as error:
+            readers.open_source(path, "train")
+        assert str(error.value).isprintable(), case
+        assert path in str(error.value), case
+    for damage in ("{", "[" * 10**5, "null", "[]", '{"_data_files": [{"filename": "/dev/zero"}]}'):
+        (tmp_path / "damaged").mkdir(exist_ok=True)
+        (tmp_path / "damaged" / "state.json").write_text(damage)
+        (tmp_path / "damaged" / "dataset_info.json").write_text(damage)
+        with pytest.raises(UserError, match="damaged: ") as error:
+            readers.open_source(f"hfds:{tmp_path / 'damaged'}", "train")
+        assert str(error.value).isprintable()

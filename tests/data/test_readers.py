@@ -1,0 +1,298 @@
+"""Images from folders, tar shards and Hugging Face datasets: the same samples from each; mistakes."""
+
+import os
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import broken, contents, denied, put, run_pack, warnings_of, write_shard
+from helpers import TINY_FINETUNE, TINY_PRETRAIN, encoded, finetune_args, loader_args, read_log
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+import main_pretrain
+from Finetuning import main_finetune
+from util.data import datasets, decode, loaders, readers, tar_shards, transforms
+from util.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("kind", ["wds", "hfds"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_every_source_holds_the_same_images(jpeg_folder, request, kind, split):
+    path = request.getfixturevalue({"wds": "shards", "hfds": "hub_folder"}[kind])
+    folder = readers.open_source(str(jpeg_folder), split)
+    source = readers.open_source(f"{kind}:{path}", split)
+    assert source.classes == folder.classes == ["class_0", "class_1", "class_2"]
+    assert len(source.labels) == (24 if split == "train" else 7)
+    assert contents(source) == contents(folder)
+    assert {type(source.read(0)), source.labels.dtype} == {bytes, np.dtype(np.int64)}
+
+
+@pytest.mark.parametrize("kind", ["wds", "hfds"])
+def test_epochs_of_every_source(request, monkeypatch, kind):
+    """Every image once over all processes, the same whatever the number of workers, and from the middle on."""
+    path = f"{kind}:{request.getfixturevalue({'wds': 'shards', 'hfds': 'hub_folder'}[kind])}"
+    transform = transforms.finetune_transform((32, 32), finetune_args())
+
+    def epoch(number, start=0, **changes):
+        dataset = datasets.image_dataset(path, "train", transform, "fast")
+        loader = loaders.train_loader(dataset, loader_args(**changes), CPU)
+        loader.sampler.set_epoch(number, start)
+        return list(loader), [index for _, index in loader.sampler]
+
+    whole, order = epoch(1)
+    assert sorted(order) == list(range(24))
+    assert epoch(2)[1] != order
+    for got in (epoch(1, num_workers=2)[0], epoch(1, start=8, num_workers=1)[0]):
+        for (imgs, labels), (want, want_labels) in zip(got, whole[-len(got) :], strict=True):
+            assert torch.equal(imgs, want)
+            assert torch.equal(labels, want_labels)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    shares = []
+    for rank in "012":
+        monkeypatch.setenv("RANK", rank)
+        shares.append(epoch(1)[1])
+    assert sorted(index for share in shares for index in share) == list(range(24))
+    assert {len(share) for share in shares} == {8}
+
+
+@pytest.mark.parametrize("kind", ["", "wds:", "hfds:"])
+@pytest.mark.parametrize("aa", ["rand-m9-mstd0.5-inc1", "v0"])
+def test_workers_that_are_not_forked(request, jpeg_folder, kind, aa):
+    """Everything that a worker needs can be pickled, as where processes are spawned."""
+    path = request.getfixturevalue({"wds:": "shards", "hfds:": "hub_folder"}[kind]) if kind else jpeg_folder
+    transform = transforms.finetune_transform((32, 32), finetune_args(aa=aa))
+    dataset = datasets.image_dataset(f"{kind}{path}", "train", transform, "fast")
+    samples = datasets.SeededSamples(dataset, seed=3)
+    (want, numbers), _ = samples[0, 5]
+    (got, got_numbers), _ = pickle.loads(pickle.dumps(samples))[0, 5]
+    assert torch.equal(got, want)
+    assert got_numbers == numbers
+
+
+@pytest.mark.parametrize("kind", ["wds", "hfds"])
+def test_whole_runs(request, tmp_path, run_script, kind):
+    path = f"{kind}:{request.getfixturevalue({'wds': 'shards', 'hfds': 'hub_folder'}[kind])}"
+    words = ["--data_path", path, "--batch_size", 8, "--epochs", 1, "--num_workers", 1, "--output_dir"]
+    run_script(main_pretrain, *TINY_PRETRAIN, *words, tmp_path / "pretrain")
+    run_script(main_finetune, *TINY_FINETUNE, *words, tmp_path / "finetune", "--mixup", 0.8, "--cutmix", 1)
+    assert read_log(tmp_path / "finetune")[0]["test_images"] == 7
+
+
+MISTAKES = {
+    "wds:/nowhere": "--data_path wds:/nowhere: no such folder",
+    "wds:EMPTY": r"no train/\*\.tar, and no tar file with train in its name",
+    "wds:UNLABELLED": r"0\.tar: a has no label, in a \.cls or a \.json file",
+    "wds:TRUNCATED": r"0\.tar: unexpected end of data",
+    "wds:TEXT": r"0\.tar: ",
+    "wds:IMAGELESS": "the shards hold no image",
+    "wds:HEADER": r"0\.tar is damaged or incomplete: no file and no proper end at byte 3072$",
+    "wds:CUT": r"0\.tar is damaged or incomplete: no file and no proper end at byte 3072$",
+    "wds:ZEROS": r"0\.tar is damaged or incomplete: no file and no proper end at byte 3072$",
+    "wds:TWO": r"0\.tar is damaged or incomplete: no file and no proper end at byte 6144$",
+    "wds:LIST": r"0\.tar: a\.json holds no label: ",
+    "wds:NUMBER": r"0\.tar: a\.json holds no label: ",
+    "hfds:EMPTY": "--data_path hfds:.*EMPTY: ",
+}
+
+
+@pytest.mark.parametrize("path", MISTAKES)
+def test_mistakes(tmp_path, run_script, capsys, path):
+    if path.startswith("hfds"):
+        pytest.importorskip("datasets")
+    image = encoded(Image.new("RGB", (300, 300), (1, 2, 3)))
+    for name in (path.rpartition(":")[2] for path in MISTAKES):
+        (tmp_path / name.strip("/") / "train").mkdir(parents=True, exist_ok=True)
+    write_shard(tmp_path / "UNLABELLED/train/0.tar", [("a.jpg", image)])
+    write_shard(tmp_path / "IMAGELESS/train/0.tar", [("a.txt", image)])
+    write_shard(tmp_path / "TRUNCATED/train/0.tar", [("a.cls", b"0"), ("a.jpg", image)])
+    os.truncate(tmp_path / "TRUNCATED/train/0.tar", 3000)
+    whole = tmp_path / "whole.tar"
+    write_shard(whole, [(f"{key}.{kind}", b"0") for key in "abc" for kind in ("jpg", "cls")])
+    for name, change in {
+        "HEADER": lambda data: data[:3100] + b"?" + data[3101:],
+        "CUT": lambda data: data[:3072],
+        "ZEROS": lambda data: data[:3072] + bytes(3 * 2**20),
+        "TWO": lambda data: data[: 6 * 1024] + bytes(10240 - 6 * 1024) + data,
+    }.items():
+        (tmp_path / name / "train/0.tar").write_bytes(change(whole.read_bytes()))
+    for name, content in {"LIST": b'{"label": [1]}', "NUMBER": b"3"}.items():
+        write_shard(tmp_path / name / "train/0.tar", [("a.jpg", image), ("a.json", content)])
+    (tmp_path / "TEXT/train/0.tar").write_text("not a tar file" * 100)
+    words = [*TINY_PRETRAIN, "--output_dir", tmp_path / "out", "--data_path"]
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(main_pretrain, *words, path.replace(":", f":{tmp_path}/") if ":/" not in path else path)
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert re.search(MISTAKES[path], error)
+
+
+@pytest.mark.parametrize("change", [str.lower, str.upper, str.title])
+def test_every_suffix_that_is_decoded_is_read(tmp_path, caplog, change):
+    names = [f"{number}.{change(suffix)}" for number, suffix in enumerate(sorted(decode.SUFFIXES))]
+    put(tmp_path / "train" / "a", *names)
+    (tmp_path / "shards").mkdir()
+    members = [(name, b"x") for name in names] + [(f"{number}.cls", b"0") for number in range(len(names))]
+    write_shard(tmp_path / "shards" / "train.tar", members)
+    for path in (str(tmp_path), f"wds:{tmp_path / 'shards'}"):
+        source = readers.open_source(path, "train")
+        assert sorted(Path(source.name(index)).name.split(" ")[-1] for index in range(len(names))) == sorted(names)
+    assert not caplog.records
+
+
+def test_names_that_are_not_utf8(tmp_path, run_script, capsys):
+    """From listing through packing to a whole run: printable in every message, and the bytes on the disk are read."""
+    for split in ("train", "val"):
+        image = encoded(Image.new("RGB", (20, 20)))
+        put(tmp_path / split, b"caf\xe9/0\xff.jpg", b"caf\xe9/1.jpg", b"line\nfeed/2.jpg", "é/3.jpg", content=image)
+    classes = [r"caf\xe9", r"line\nfeed", "é"]
+    folder = readers.Folder(str(tmp_path), "train")
+    assert (folder.classes, folder.labels.tolist(), folder.read(0)) == (classes, [0, 0, 1, 2], image)
+    assert folder.name(0) == rf"{tmp_path}/train/caf\xe9/0\xff.jpg"
+    assert os.fsencode(folder.path(0)) == os.fsencode(tmp_path) + b"/train/caf\xe9/0\xff.jpg"
+    run_pack(tmp_path, tmp_path / "packed")
+    packed = tar_shards.TarShards(str(tmp_path / "packed"), "train")
+    assert packed.classes == classes
+    assert any(packed.name(index).endswith(r"000000.tar: caf\xe9/0_0\xff.jpg") for index in range(4))
+    write_shard(tmp_path / "0-train.tar", [("caf\udce9/\udcff.jpg", image), ("caf\udce9/\udcff.cls", b"0")])
+    shard = tar_shards.TarShards(str(tmp_path), "train")
+    assert shard.classes == [r"caf\xe9"]
+    assert shard.name(0).startswith(f"{tmp_path}/0-train.tar: caf")
+    assert shard.name(0).isprintable()
+    words = ["--data_path", tmp_path, "--batch_size", 2, "--epochs", 1, "--warmup_epochs", 0]
+    run_script(main_pretrain, *TINY_PRETRAIN, *words, "--output_dir", tmp_path / "out")
+    assert len(read_log(tmp_path / "out")) == 1
+    put(tmp_path / "train", r"caf\xe9/0.jpg")
+    with pytest.raises(UserError, match=r"train: 2 class folders would be called caf\\xe9: rename one"):
+        readers.Folder(str(tmp_path), "train")
+
+
+def test_folders_that_cannot_be_listed(tmp_path, monkeypatch):
+    put(tmp_path, "train/a/0.jpg", "train/a/deep/1.jpg", "file")
+    long = tmp_path / ("x" * 300)
+    for path, message in (
+        (tmp_path / "file", "no such folder"),
+        (tmp_path / "file" / "below", "no such folder"),
+        (long, r"\[Errno 36\] File name too long"),
+    ):
+        for prefix in ("", "wds:"):
+            with pytest.raises(UserError, match=rf"^--data_path {prefix}{re.escape(str(path))}: {message}") as error:
+                readers.open_source(f"{prefix}{path}", "train")
+            assert str(error.value).isprintable()
+    for path in ("wds:", "hfds:"):
+        with pytest.raises(UserError, match="nothing follows the colon"):
+            readers.open_source(path, "train")
+    scan = os.scandir
+    # the superuser may read every folder
+    monkeypatch.setattr(
+        tar_shards.os, "scandir", lambda path: denied(path) if str(path).endswith("deep") else scan(path)
+    )
+    with pytest.raises(UserError, match=r"^--data_path .*: \[Errno 13\] Permission denied: '.*/train/a/deep'"):
+        readers.Folder(str(tmp_path), "train")
+
+
+def test_files_that_are_none(tmp_path):
+    """A pipe in a class folder does not hold up a worker, nor does one in the place of a shard or its index."""
+    put(tmp_path / "train", "a/1.jpg")
+    os.mkfifo(tmp_path / "train" / "a" / "0.jpg")
+    (tmp_path / "train" / "a" / "2.jpg").symlink_to("/dev/zero")
+    folder = readers.Folder(str(tmp_path), "train")
+    for index in (0, 2):
+        assert broken(folder, index).startswith(f"{folder.name(index)}: it is no regular file")
+    os.mkfifo(tmp_path / "train-0.tar")
+    with pytest.raises(UserError, match=r"train-0\.tar is no regular file"):
+        tar_shards.TarShards(str(tmp_path), "train")
+    with (tmp_path / "train" / "a" / "1.jpg").open("wb") as file:
+        file.truncate(10**12)
+    assert "an image of 1000000000000 bytes is larger than " in broken(folder, 1)
+
+
+# ---- image folders
+
+
+def test_a_folder_has_the_order_of_torchvision(tmp_path):
+    """Resuming and feature caches depend on it: classes, folders below them, capitals, links."""
+    names = (
+        "b/2.png b/10.JPG a/x/1.jpg a/x-1/1.jpg a/x.y/1.jpg a/z.jpeg a/Z.png a-1/0.webp B/é.tif c/d/e/f/0.bmp c/ü.ppm"
+    )
+    put(tmp_path / "train", *names.split())
+    put(tmp_path / "elsewhere", "deep/1.png", "0.png", "0.pgm")
+    (tmp_path / "train" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "train" / "a" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "train" / "a" / "image.png").symlink_to(tmp_path / "elsewhere" / "0.png")
+    (tmp_path / "train" / "a" / "nowhere.png").symlink_to(tmp_path / "none")
+    (tmp_path / "train" / "a" / "itself.png").symlink_to("itself.png")
+    want, got = ImageFolder(str(tmp_path / "train")), readers.Folder(str(tmp_path), "train")
+    assert len(want.samples) == 20
+    assert [(got.path(index), label) for index, label in enumerate(got.labels.tolist())] == want.samples
+    assert [got.name(index) for index in range(20)] == [path for path, _ in want.samples]
+    assert (got.classes, got.labels.dtype) == (want.classes, np.dtype(np.int64))
+
+
+def test_what_a_folder_leaves_out_is_counted(tmp_path, caplog):
+    train = tmp_path / "train"
+    put(train, "a/0.jpg", "a/1.heic", "a/2", "a/deep/jpg", "b/0.jpg", "note.txt", "loose.jpg")
+    assert warnings_of(caplog, tmp_path)[1] == [
+        f"{train}: 2 files lie beside the class folders and are left out; the first: loose.jpg; "
+        "3 files do not end as images that can be read and are left out; the first: a/1.heic"
+    ]
+    put(train, ".DS_Store", "a/.DS_Store", "a/._0.jpg", ".ipynb_checkpoints/0-checkpoint.jpg", "b/.git/x.jpg")
+    source, (line,) = warnings_of(caplog, tmp_path)
+    assert (source.classes, source.labels.tolist()) == (["a", "b"], [0, 1])
+    assert line.endswith("a/1.heic; 3 images or folders are hidden and are left out; the first: .ipynb_checkpoints")
+    put(train, "c/0.heic")
+    with pytest.raises(UserError, match=r"train: no image in 1 of 3 class folders: c \(2 files lie .* hidden"):
+        readers.open_source(str(tmp_path), "train")
+
+
+LOOPS = {"a/loop": "..", "a/itself": ".", "a/deep/far": "/", "a/deep/near": "../../.."}
+
+
+@pytest.mark.parametrize("link", LOOPS)
+def test_a_link_to_a_folder_that_holds_it_is_refused(tmp_path, caplog, link):
+    """It is not followed, and counted: every image counts once."""
+    put(tmp_path / "train", "a/0.jpg", "a/deep/0.jpg", "b/0.jpg")
+    (tmp_path / "train" / link).symlink_to(LOOPS[link])
+    assert readers.Folder(str(tmp_path), "train").labels.tolist() == [0, 0, 1]
+    (line,) = caplog.messages
+    assert line.endswith(f"1 links lead to folders that hold them and are left out; the first: {link}")
+
+
+def test_a_class_that_links_to_the_folder_of_all_is_refused(tmp_path):
+    put(tmp_path / "train", "a/0.jpg")
+    (tmp_path / "train" / "loop").symlink_to(".")
+    with pytest.raises(UserError, match=r"no image in 1 of 2 class folders: loop \(1 links lead to folders that hold"):
+        readers.Folder(str(tmp_path), "train")
+
+
+TWICE = {"a/twice": "deep", "a/via": "../../outside"}  # which links to a/
+
+
+@pytest.mark.parametrize("link", TWICE)
+def test_a_link_that_repeats_images_is_refused(tmp_path, link):
+    put(tmp_path / "train", "a/0.jpg", "a/deep/0.jpg", "b/0.jpg")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "back").symlink_to(tmp_path / "train" / "a")
+    (tmp_path / "train" / link).symlink_to(TWICE[link])
+    shown = "a/via/back" if link == "a/via" else "a/(twice|deep)"
+    with pytest.raises(UserError, match=f"^{tmp_path}/train/{shown} leads to /.*: its images would count twice"):
+        readers.Folder(str(tmp_path), "train")
+
+
+def test_links_that_double_folders_end(tmp_path):
+    """2^40 ways lead through these folders, without a loop."""
+    put(tmp_path / "train", "a/0.jpg")
+    for depth in range(40):
+        (tmp_path / f"{depth}").mkdir()
+        for name in "xy":
+            (tmp_path / f"{depth}" / name).symlink_to(tmp_path / f"{depth + 1}")
+    (tmp_path / "40").mkdir()
+    (tmp_path / "train" / "a" / "0").symlink_to(tmp_path / "0")
+    with pytest.raises(UserError, match="its images would count twice"):
+        readers.Folder(str(tmp_path), "train")
