@@ -2,9 +2,9 @@
 
     python tools/pack_images.py /path/to/ImageNet /path/to/shards --short_side 256
 
-writes SHARDS/train/*.tar and, as far as there is a val/ folder, SHARDS/val/*.tar in the webdataset layout, which
-`--data_path wds:/path/to/shards` reads. Training images whose shorter side is longer are resized (bicubic) and stored
-as JPEG; all others, and every image of val/, are stored as they are. A run that was stopped goes on where it was.
+writes shards/train/*.tar and, if there is a folder val/, shards/val/*.tar in the webdataset layout, which
+`--data_path wds:/path/to/shards` reads. Training images with a shorter side above 256 are resized (bicubic) and stored
+as JPEG; all others, and all images of val/, are stored unchanged. The same command resumes a run that was stopped.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import os
 import stat
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ from tqdm import tqdm
 from util import arguments, cli
 from util.data import decode
 from util.data.decode import BrokenImage
-from util.data.device_loader import allowed_broken, listed
+from util.data.device_loader import allowed_broken, list_broken, too_many_broken
 from util.data.readers import Folder, Source
 from util.data.tar_shards import TarShards
 from util.errors import RunError, UserError, as_user_error
@@ -43,14 +43,17 @@ from util.lock import lock_folder
 MAX_JPEG_SIDE = 65500  # of libjpeg
 
 
+_encode: Callable[[int], tuple[str, bytes] | str]  # of a worker, see `_start_worker`
+
+
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = cli.Parser("pack_images.py", description=__doc__.splitlines()[0])
     parser.add_argument(
         "source",
         type=arguments.nonempty,
         metavar="SRC",
-        help="folder with train/ and perhaps val/, one folder of images a class",
+        help="folder with train/ and optionally val/, each with one folder of images per class",
     )
     parser.add_argument("target", type=arguments.nonempty, metavar="DST", help="folder for the shards")
     parser.add_argument("--short_side", type=arguments.side, metavar="PX", help="resize larger training images to this")
@@ -58,44 +61,41 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--quality",
         type=arguments.number(int, 1, 100),
         default=90,
-        help="of the JPEGs that are written (default: %(default)s)",
+        help="quality of the JPEGs that are written (default: %(default)s)",
     )
     parser.add_argument(
         "--shard_images",
         type=arguments.positive,
         default=4096,
         metavar="N",
-        help="images a shard (default: %(default)s)",
+        help="images per shard (default: %(default)s)",
     )
     parser.add_argument(
         "--num_workers",
         type=arguments.number(int, 1, 1024),
         default=len(os.sched_getaffinity(0)),
-        help="(default: the number of cores)",
+        help="number of processes (default: the number of cores)",
     )
     parser.add_argument(
         "--max_bad_samples",
         type=arguments.natural,
         metavar="N",
-        help="more broken training images than these end the run (default: 0.1 %% of the images)",
+        help="more broken training images than this end the run (default: 0.1 %% of the images)",
     )
     return parser
 
 
-def encoded(source: Folder, short_side: int | None, quality: int, index: int) -> tuple[str, bytes] | str:
-    """An image as it is stored.
+def encode(source: Folder, short_side: int | None, quality: int, index: int) -> tuple[str, bytes] | str:
+    """Return the suffix and content of the file to store for an image, or the reason why the image is broken.
 
     Args:
-        source: where it comes from.
-        short_side: the most pixels that its shorter side may have; None leaves it as it is, broken or not.
+        source: the images.
+        short_side: largest shorter side, in pixels; None stores the image unchanged, broken or not.
         quality: of a JPEG that is written.
         index: of the image in the source.
 
-    Returns:
-        Suffix and content of its file, or why it is broken.
-
     Raises:
-        RunError: the file cannot be read, which may be another time.
+        RunError: the file cannot be read now, but may be readable later.
     """
     name = source.name(index)
     try:
@@ -103,7 +103,7 @@ def encoded(source: Folder, short_side: int | None, quality: int, index: int) ->
     except OSError as error:
         if error.errno == errno.EFBIG or _never_readable(source.path(index)):
             return f"{name}: {error.strerror}"
-        raise RunError(f"{name}: {error.strerror}; the same command goes on after the last whole shard") from error
+        raise RunError(f"{name}: {error.strerror}; the same command resumes after the last complete shard") from error
     suffix = os.path.splitext(name)[1].removeprefix(".").lower()
     if short_side is None:
         return suffix, data
@@ -120,26 +120,26 @@ def encoded(source: Folder, short_side: int | None, quality: int, index: int) ->
 
 
 def _never_readable(path: str) -> bool:
-    """Return whether a path is a link that leads nowhere, a pipe, a device or the like."""
+    """Return whether a path is a broken link, a pipe, a device or the like."""
     try:
         return not stat.S_ISREG(os.stat(path).st_mode)
     except OSError as error:
         return error.errno in (errno.ENOENT, errno.ELOOP) and os.path.islink(path)
 
 
-def _start_worker(*arguments: object) -> None:
-    global _encoded
+def _start_worker(source: Folder, short_side: int | None, quality: int) -> None:
+    global _encode
     torch.set_num_threads(1)
-    _encoded = partial(encoded, *arguments)
+    _encode = partial(encode, source, short_side, quality)
 
 
 def _in_worker(index: int) -> tuple[str, bytes] | str:
-    return _encoded(index)
+    return _encode(index)
 
 
 def shards_of(count: int, folder: Path, size: int) -> dict[Path, list[int]]:
-    """Return the shards of a split, and the images in each: `size` of `count`, the last one fewer."""
-    order = np.random.default_rng(0).permutation(count)  # classes mixed, for readers that shuffle within a buffer
+    """Return {shard: indices of its images} for `count` images in shards of `size`; the last shard may have fewer."""
+    order = np.random.default_rng(0).permutation(count)  # mixes the classes, for readers that shuffle within a buffer
     return {
         folder / f"{number:06d}.tar": order[start : start + size].tolist()
         for number, start in enumerate(range(0, count, size))
@@ -147,20 +147,20 @@ def shards_of(count: int, folder: Path, size: int) -> dict[Path, list[int]]:
 
 
 def claim(source: Folder, folder: Path, short_side: int | None, args: argparse.Namespace) -> dict[Path, list[str]]:
-    """Make the folder of one split, with what will be packed into it in packed.json, and keep other packers out.
+    """Create and lock the folder of one split, and write the images and settings to be packed to its packed.json.
 
     Args:
         source: the images.
         folder: of the shards.
-        short_side: see `encoded`.
+        short_side: see `encode`.
         args: `quality` and `shard_images`.
 
     Returns:
-        The shards that are there, and the broken images that each leaves out.
+        {finished shard: the broken images that it leaves out}.
 
     Raises:
-        UserError: the folder holds shards of other images or settings, or of unknown ones; a file in it is damaged; it
-            is in use, or cannot be written.
+        UserError: the folder holds shards of other or unknown images or settings; a file in it is damaged; it is in
+            use, or cannot be written.
     """
     names = hashlib.sha256(b"\0".join(source.paths)).hexdigest()
     plan = {"images": len(source.labels), "names": names, "short_side": short_side}
@@ -172,24 +172,24 @@ def claim(source: Folder, folder: Path, short_side: int | None, args: argparse.N
         found = set(folder.glob("*.tar"))
         if not plan_file.exists():
             if found:
-                raise UserError(f"{folder} holds shards, but no packed.json that says of what: choose another folder")
+                raise UserError(f"{folder} holds shards, but no packed.json that describes them: choose another folder")
             write_json(plan_file, plan)
     if read_json(plan_file) != plan:
         raise UserError(f"{folder} holds shards of other images or settings: choose another folder, or remove it")
     foreign = sorted(found - shards_of(len(source.labels), folder, args.shard_images).keys())
     if foreign:
-        raise UserError(f"{printable(foreign[0])} is none of the shards that are packed here: move it elsewhere")
+        raise UserError(f"{printable(foreign[0])} is not one of the shards that are packed here: move it elsewhere")
     return {path: _left_out(path) for path in sorted(found)}
 
 
 def _left_out(shard: Path) -> list[str]:
-    """Return the broken images that a finished shard leaves out, a line for each."""
+    """Return one line for each broken image that a finished shard leaves out."""
     path = _list_of(shard)
     if not path.exists():
         return []
     lines = read_json(path)
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
-        raise UserError(f"{path} is damaged: it is no list of broken images. Remove {shard.name} to pack that again")
+        raise UserError(f"{path} is damaged: it is not a list of lines. Remove {shard.name} to pack it again")
     return [printable(line) for line in lines]
 
 
@@ -199,13 +199,13 @@ def _list_of(shard: Path) -> Path:
 
 @contextmanager
 def _starting_workers() -> Iterator[None]:
-    """Say what helps where the system starts no further process."""
+    """Raise RunError with a remedy if the system cannot start a process."""
     try:
         yield
     except OSError as error:
         raise RunError(
-            f"no worker can be started: {error.strerror}; a smaller --num_workers, a larger /dev/shm (docker run "
-            "--shm-size=8g) or higher limits (ulimit) help"
+            f"no worker can be started: {error.strerror}; use a smaller --num_workers, a larger /dev/shm (docker run "
+            "--shm-size=8g) or higher limits (ulimit)"
         ) from error
 
 
@@ -216,18 +216,18 @@ def pack(
     args: argparse.Namespace,
     finished: dict[Path, list[str]],
 ) -> list[str]:
-    """Write the shards of one split that are not there yet.
+    """Write the missing shards of one split.
 
     Args:
         source: the images.
-        folder: as `claim` leaves it; gets 000000.tar and so on. Each is complete or absent at any moment. The broken
-            images of one are in 000000.broken.json, which counts only beside it.
-        short_side: see `encoded`.
+        folder: of the shards 000000.tar and so on, which are written atomically. The broken images of a shard are
+            listed in 000000.broken.json, which is ignored without its shard.
+        short_side: see `encode`.
         args: `quality`, `shard_images`, `num_workers`, `max_bad_samples`.
-        finished: what `claim` has returned.
+        finished: result of `claim`.
 
     Returns:
-        The images that are broken and left out.
+        One line for each broken image, which is left out.
 
     Raises:
         RunError: too many images are broken, a file cannot be read, or no worker can be started.
@@ -237,7 +237,7 @@ def pack(
     shards = shards_of(count, folder, args.shard_images)
     missing = [path for path in shards if path not in finished]
     broken = {path: finished.get(path, []) for path in shards}
-    for pattern in (".*.tar.*.tmp", ".*.json.*.tmp", "*.partial"):  # of a killed packer; the last of earlier versions
+    for pattern in (".*.tar.*.tmp", ".*.json.*.tmp", "*.partial"):  # left by a killed run; *.partial by older versions
         for unfinished in folder.glob(pattern):
             unfinished.unlink()
     done = count - sum(len(shards[path]) for path in missing)
@@ -258,10 +258,7 @@ def pack(
                     found = [line for lines in broken.values() for line in lines]
                     if len(found) > max_broken:
                         pool.shutdown(wait=False, cancel_futures=True)
-                        raise RunError(
-                            f"{listed(found)}\nthese are more than {max_broken} of {count}: mend or remove them, or "
-                            "raise --max_bad_samples"
-                        )
+                        raise RunError(f"{list_broken(found)}\n{too_many_broken(max_broken, count)}")
                 _list_of(path).unlink(missing_ok=True)
                 if broken[path]:
                     write_json(_list_of(path), broken[path])
@@ -269,7 +266,7 @@ def pack(
 
 
 def add_image(tar: tarfile.TarFile, source: Source, index: int, suffix: str, data: bytes) -> None:
-    """Add an image and its label to a shard, in a folder named by its class."""
+    """Add an image and its label to a shard, in a folder with the name of its class."""
     label = source.labels[index]
     stem = Path(source.name(index)).stem.replace(".", "_")  # a key ends at its first dot
     for kind, content in ((suffix, data), ("cls", b"%d" % label)):
@@ -279,12 +276,12 @@ def add_image(tar: tarfile.TarFile, source: Source, index: int, suffix: str, dat
 
 
 def main(args: argparse.Namespace) -> None:
-    """Pack every split that there is.
+    """Pack every split of the source.
 
     Raises:
-        UserError: there is nothing to pack, or the target holds something else.
-        RunError: too many images are broken, a file cannot be read, a worker was killed, or the shards do not hold what
-            they should.
+        UserError: there is nothing to pack, or the target holds other files.
+        RunError: too many images are broken, a file cannot be read, a worker was killed, or the shards do not hold all
+            images.
     """
     source, target = Path(args.source), Path(args.target)
     splits = [split for split in ("train", "val") if (source / split).is_dir()]
@@ -292,17 +289,17 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"{source}: there is no folder train or val in it")
     with as_user_error(OSError):
         if target.exists() and target.samefile(source):
-            raise UserError(f"DST {printable(args.target)} is SRC: shards among the images would be in their way")
+            raise UserError(f"DST {printable(args.target)} is SRC: choose another folder for the shards")
     sources = {split: Folder(args.source, split) for split in splits}
     short_sides = {"train": args.short_side, "val": None}
-    # all mistakes before the hours that the first one takes
+    # check all splits first, since packing one can take hours
     finished = {split: claim(images, target / split, short_sides[split], args) for split, images in sources.items()}
     for split, images in sources.items():
         try:
             broken = pack(images, target / split, short_sides[split], args, finished[split])
         except BrokenProcessPool as error:
             raise RunError(
-                "a worker was killed; the same command goes on after the last whole shard, if memory ran out with a "
+                "a worker was killed; the same command resumes after the last complete shard; if memory ran out, use a "
                 "smaller --num_workers"
             ) from error
         except OSError as error:
@@ -310,11 +307,11 @@ def main(args: argparse.Namespace) -> None:
         packed = TarShards(args.target, split)
         if len(packed.labels) + len(broken) != len(images.labels):
             raise RunError(
-                f"{target / split}: {len(packed.labels)} of {len(images.labels)} images; remove it and repeat"
+                f"{target / split} has {len(packed.labels)} of {len(images.labels)} images: remove it and repeat"
             )
         print(f"{split}: {len(packed.labels)} images in {len(packed.shards)} shards, {packed.size.sum() / 1e6:.1f} MB")
         if broken:
-            print(f"left out: {listed(broken)}")
+            print(f"left out: {list_broken(broken)}")
 
 
 if __name__ == "__main__":

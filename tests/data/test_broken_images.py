@@ -113,10 +113,10 @@ def test_no_image_reaches_ghostscript(tmp_path, monkeypatch, name):
     (tmp_path / name).write_bytes(encoded(Image.new("RGB", (9, 9)), "EPS"))
     data = (tmp_path / name).read_bytes()
     for read in BOTH:
-        with pytest.raises(decode.BrokenImage, match="no image of a known kind"):
+        with pytest.raises(decode.BrokenImage, match="no image of a known format"):
             read(data)
     for how in ("fast", "pil"):
-        with pytest.raises(decode.BrokenImage, match="no image of a known kind"):
+        with pytest.raises(decode.BrokenImage, match="no image of a known format"):
             datasets.pixels_by(how, transforms.eval_transform((32, 32), "square"))(data)
     assert not shown.exists()
     with contextlib.suppress(OSError), Image.open(tmp_path / name) as image:

@@ -22,7 +22,7 @@ from util.data.class_names import differing, known_names, match_classes, names_b
 from util.errors import UserError
 from util.training.run import fingerprint
 
-RENUMBERED = "val numbers its classes otherwise than train: they are matched by name"
+RENUMBERED = "val numbers its classes differently from train: they are matched by name"
 SYNSETS = ImageNetInfo().label_names()
 
 

@@ -207,9 +207,9 @@ FORGED = {
     "extended header below zero": (member("x", b"", b"x", -1024) + LABEL, "unexpected end of data"),
     "long name of 2^40": (member("x", b"", b"L", 2**40) + LABEL, "unexpected end of data"),
     "long name": (member("x", b"a" * 5000, b"L") + LABEL, "the name at byte 5632 is longer than 4096"),
-    "large header": (member("x", b"a" * 2**21, b"x") + LABEL, "an extended header asks for 2097152 bytes"),
+    "large header": (member("x", b"a" * 2**21, b"x") + LABEL, "the extended header at byte 512 has 2097152 bytes"),
     "chain of headers": (member("x", record("path", "0.cls"), b"x") * 3000 + LABEL, "no image"),
-    "headers and no member": (member("x", record("path", "a.cls"), b"x"), "no proper end at byte 1024"),
+    "headers and no member": (member("x", record("path", "a.cls"), b"x"), "a proper end at byte 1024"),
     "digits": (member("x", b"1" * 2**20, b"x") + LABEL, "an extended header is damaged"),
     "record of length 0": (member("x", b"0 a=b\n", b"x") + LABEL, "an extended header is damaged"),
     "record too long": (member("x", b"99 path=b\n", b"x") + LABEL, "an extended header is damaged"),
@@ -228,7 +228,7 @@ FORGED = {
     "nested": (member("0.jpg", b"x") + member("0.json", b"[" * 10**6), "0.json holds no label: "),
     "nested label": (
         member("0.jpg", b"x") + member("0.json", b'{"label": ' + b"[" * 900 + b"]" * 900 + b"}"),
-        "0.json holds no label: a list is no whole number",
+        "0.json holds no label: a list is not a whole number",
     ),
     "digits of a label": (member("0.jpg", b"x") + member("0.json", b'{"label": ' + b"1" * 10**6 + b"}"), "no label: "),
     "text as it stands in no line": (
@@ -303,9 +303,9 @@ def test_damaged_indices(indexed, caplog):
         caplog.clear()
         assert read_again(path) == want, (number, at)
         lines = [record.getMessage() for record in caplog.records]
-        assert lines[-1].endswith("1 labels have no image of a known kind and are left out; the first: train-0.tar: "
+        assert lines[-1].endswith("1 labels have no image of a known format and are left out; the first: train-0.tar: "
                                   "c0/left (.cls)")  # fmt: skip
-        assert [line.startswith(f"{path} cannot be used, and is made again: ") for line in lines[:-1]] in ([], [True])
+        assert [line.startswith(f"{path} cannot be used and is made again: ") for line in lines[:-1]] in ([], [True])
         said += len(lines) - 1
         assert (len(lines) == 2) == (path.read_bytes() == good != damaged)
     assert said > 200

@@ -77,7 +77,7 @@ def test_one_saved_dataset(tmp_path):
     path = saved(tmp_path / "alone", image=image, label=label)
     source = readers.open_source(path, "train")
     assert (source.classes, source.labels.tolist(), source.read(0)) == (["a"], [0], b"x")
-    with pytest.raises(UserError, match="the splits train, and no validation; one data set that is saved alone counts"):
+    with pytest.raises(UserError, match="the splits train, and no validation; a single saved dataset counts"):
         readers.open_source(path, "val")
     path = saved(tmp_path / "val", "validation", image=image, label=label)
     assert readers.open_source(path, "val").labels.tolist() == [0]
@@ -93,7 +93,7 @@ def test_labels_that_are_numbers(tmp_path, kind):
     source = readers.open_source(path, "train")
     assert (source.labels.tolist(), source.labels.dtype, source.classes) == ([3, 1], np.dtype(np.int64), [""] * 4)
     assert (source.read(0), source.read(1)) == (b"x", b"")
-    assert broken(source, 1) == f"hfds:{tmp_path}/data (train) row 1: no image of a known kind"
+    assert broken(source, 1) == f"hfds:{tmp_path}/data (train) row 1: no image of a known format"
 
 
 def test_mistakes_of_hub_datasets(tmp_path):

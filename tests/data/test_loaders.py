@@ -260,7 +260,7 @@ def test_a_worker_that_is_killed_or_hangs_ends_the_run(jpeg_folder, tmp_path, se
         process.kill()
 
 
-FULL = "/dev/shm is full: a smaller --num_workers or --batch_size needs less of it"
+FULL = "/dev/shm is full: use a smaller --num_workers or --batch_size"
 
 
 LACKS = {
@@ -268,7 +268,7 @@ LACKS = {
     "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ... out of shared memory.": FULL,
     "[Errno 28] No space left on device": FULL,
     "[Errno 24] Too many open files": "raise the limit (ulimit -n)",
-    "DataLoader worker (pid 7) is killed by signal: Killed. ": "if memory has run out",
+    "DataLoader worker (pid 7) is killed by signal: Killed. ": "if memory ran out",
 }
 
 

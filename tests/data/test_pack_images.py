@@ -21,6 +21,7 @@ from helpers import REPOSITORY, encoded
 from PIL import Image
 
 from tools import pack_images
+from util import cli
 from util.data import readers
 from util.errors import RunError, UserError
 from util.files import printable
@@ -161,7 +162,7 @@ def test_a_file_that_cannot_be_read_ends_packing(jpeg_folder, tmp_path, monkeypa
     words = [jpeg_folder, tmp_path / "shards", "--shard_images", 5, "--max_bad_samples", 9, *more]
     with monkeypatch.context() as patch:
         patch.setattr(readers.Folder, "read", failing)
-        with pytest.raises(RunError, match=rf"class_0/5\.jpg: {os.strerror(number)}.*the same command goes on"):
+        with pytest.raises(RunError, match=rf"class_0/5\.jpg: {os.strerror(number)}.*the same command resumes"):
             run_pack(*words)
     run_pack(*words)
     run_pack(jpeg_folder, tmp_path / "whole", "--shard_images", 5, *more)
@@ -199,7 +200,7 @@ def test_packing_mistakes(tmp_path, capsys, monkeypatch):
     for words, message in (([tmp_path, tmp_path / "x"], "no folder train or val in it"), ([], "required: SRC, DST")):
         monkeypatch.setattr(sys, "argv", ["pack_images", *map(str, words)])
         with pytest.raises(SystemExit) as exit_info:
-            pack_images.cli.run(pack_images.main, pack_images.get_args_parser())
+            cli.run_main(pack_images.main, pack_images.get_args_parser())
         assert exit_info.value.code == 2
         assert message in capsys.readouterr().err
 
@@ -265,7 +266,7 @@ def test_shards_without_their_plan_are_refused(data, target):
 def test_a_shard_of_something_else_is_refused(data, target):
     shutil.copy(target / "000000.tar", target / "000009.tar")
     (target / "000001.tar").unlink()
-    with pytest.raises(UserError, match=r"000009\.tar is none of the shards that are packed here"):
+    with pytest.raises(UserError, match=r"000009\.tar is not one of the shards that are packed here"):
         run_pack(data, target.parent, *WORDS)
     assert not (target / "000001.tar").exists()
 
@@ -374,5 +375,5 @@ def test_workers_that_cannot_be_started(data, tmp_path, monkeypatch):
 
 
 def test_packing_among_the_images_is_refused(data):
-    with pytest.raises(UserError, match="is SRC: shards among the images would be in their way"):
+    with pytest.raises(UserError, match="is SRC: choose another folder for the shards"):
         pack_images.main(pack_images.get_args_parser().parse_args([str(data), str(data)]))

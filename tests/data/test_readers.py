@@ -91,10 +91,10 @@ MISTAKES = {
     "wds:TRUNCATED": r"0\.tar: unexpected end of data",
     "wds:TEXT": r"0\.tar: ",
     "wds:IMAGELESS": "the shards hold no image",
-    "wds:HEADER": r"0\.tar is damaged or incomplete: no file and no proper end at byte 3072$",
-    "wds:CUT": r"0\.tar is damaged or incomplete: no file and no proper end at byte 3072$",
-    "wds:ZEROS": r"0\.tar is damaged or incomplete: no file and no proper end at byte 3072$",
-    "wds:TWO": r"0\.tar is damaged or incomplete: no file and no proper end at byte 6144$",
+    "wds:HEADER": r"0\.tar is damaged or incomplete: neither a file nor a proper end at byte 3072$",
+    "wds:CUT": r"0\.tar is damaged or incomplete: neither a file nor a proper end at byte 3072$",
+    "wds:ZEROS": r"0\.tar is damaged or incomplete: neither a file nor a proper end at byte 3072$",
+    "wds:TWO": r"0\.tar is damaged or incomplete: neither a file nor a proper end at byte 6144$",
     "wds:LIST": r"0\.tar: a\.json holds no label: ",
     "wds:NUMBER": r"0\.tar: a\.json holds no label: ",
     "hfds:EMPTY": "--data_path hfds:.*EMPTY: ",
@@ -240,7 +240,7 @@ def test_what_a_folder_leaves_out_is_counted(tmp_path, caplog):
     put(train, "a/0.jpg", "a/1.heic", "a/2", "a/deep/jpg", "b/0.jpg", "note.txt", "loose.jpg")
     assert warnings_of(caplog, tmp_path)[1] == [
         f"{train}: 2 files lie beside the class folders and are left out; the first: loose.jpg; "
-        "3 files do not end as images that can be read and are left out; the first: a/1.heic"
+        "3 files have no suffix of an image format that can be read and are left out; the first: a/1.heic"
     ]
     put(train, ".DS_Store", "a/.DS_Store", "a/._0.jpg", ".ipynb_checkpoints/0-checkpoint.jpg", "b/.git/x.jpg")
     source, (line,) = warnings_of(caplog, tmp_path)
@@ -261,13 +261,13 @@ def test_a_link_to_a_folder_that_holds_it_is_refused(tmp_path, caplog, link):
     (tmp_path / "train" / link).symlink_to(LOOPS[link])
     assert readers.Folder(str(tmp_path), "train").labels.tolist() == [0, 0, 1]
     (line,) = caplog.messages
-    assert line.endswith(f"1 links lead to folders that hold them and are left out; the first: {link}")
+    assert line.endswith(f"1 links lead to folders that contain them and are left out; the first: {link}")
 
 
 def test_a_class_that_links_to_the_folder_of_all_is_refused(tmp_path):
     put(tmp_path / "train", "a/0.jpg")
     (tmp_path / "train" / "loop").symlink_to(".")
-    with pytest.raises(UserError, match=r"no image in 1 of 2 class folders: loop \(1 links lead to folders that hold"):
+    with pytest.raises(UserError, match=r"no image in 1 of 2 class folders: loop \(1 links lead to folders that"):
         readers.Folder(str(tmp_path), "train")
 
 

@@ -73,7 +73,7 @@ def test_labels_without_an_image_are_counted(tmp_path, caplog):
         (record,) = caplog.records
         assert record.levelname == "WARNING"
         assert record.getMessage() == (
-            f"{tmp_path}/train: 3 labels have no image of a known kind and are left out; "
+            f"{tmp_path}/train: 3 labels have no image of a known format and are left out; "
             "the first: 0.tar: a/1 (.heic, .cls)"
         )
     caplog.clear()
@@ -191,7 +191,7 @@ def test_dots_in_keys(tmp_path, caplog):
     source, lines = warnings_of(caplog, one_shard(tmp_path, *members, ("._a.jpg", b""), ("._a.cls", b"\0")))
     assert len(source.labels) == 4
     assert lines == [
-        f"{tmp_path}: 1 labels have no image of a known kind and are left out; the first: "
+        f"{tmp_path}: 1 labels have no image of a known format and are left out; the first: "
         "train-0.tar: a.depth (.cls); 2 images with a dot in their key have no label and are left out; the first: "
         "train-0.tar: a.mask.png; 1 images or folders are hidden and are left out; the first: train-0.tar: ._a.jpg"
     ]
@@ -264,7 +264,7 @@ def test_keys_without_image_and_label_are_counted(tmp_path, caplog):
     )
     assert len(readers.open_source(path, "train").labels) == 1
     (line,) = caplog.messages
-    assert "1 keys have neither an image of a known kind nor a label" in line
+    assert "1 keys have neither an image of a known format nor a label" in line
     assert "train-0.tar: b (.heic)" in line
 
 
@@ -423,7 +423,7 @@ def test_an_index_that_does_not_serve_is_named(tmp_path, caplog):
     path, index = one_shard(tmp_path, ("a.jpg", b"x"), ("a.cls", b"0")), tmp_path / "index-train.npz"
     readers.open_source(path, "train")
     index.write_bytes(b"damaged")
-    assert warnings_of(caplog, path)[1] == [f"{index} cannot be used, and is made again: File is not a zip file"]
+    assert warnings_of(caplog, path)[1] == [f"{index} cannot be used and is made again: File is not a zip file"]
     assert warnings_of(caplog, path)[1] == []
     one_shard(tmp_path, ("a.jpg", b"new"), ("a.cls", b"0"), ("b.jpg", b"x"), ("b.cls", b"0"))
     source, lines = warnings_of(caplog, path)

@@ -149,7 +149,7 @@ def test_white_is_zero_in_some_tiffs(order, bits, values):
 def test_bits_whose_white_is_not_known_are_broken(dtype, kind, most):
     file = encoded(Image.fromarray(np.linspace(0, most, 64).reshape(8, 8).astype(dtype)), kind)
     for read in (decode.with_pillow, lambda data: decode.crop_of(data, whole)):
-        with pytest.raises(decode.BrokenImage, match="which value is white is not known"):
+        with pytest.raises(decode.BrokenImage, match="which value is white is unknown"):
             read(file)
 
 

@@ -163,7 +163,7 @@ def test_mistakes_of_visualize(pretrained, image_folder, tmp_path, run_script, c
         ([tmp_path / "none.pth", image], "no checkpoint file"),
         ([tmp_path / "classifier.pth", image], "classifier.pth is of a classifier: only a pretraining"),
         ([pretrained, tmp_path / "none.png"], "none.png: "),
-        ([pretrained, tmp_path / "text.png"], "text.png: no image of a known kind"),
+        ([pretrained, tmp_path / "text.png"], "text.png: no image of a known format"),
         ([pretrained, image, "--output", tmp_path / "file"], "--output .*file: "),
     ):
         with pytest.raises(SystemExit) as exit_info:

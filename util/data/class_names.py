@@ -1,4 +1,4 @@
-"""Names of classes: a label counts as the name of its class wherever that is known, not as a position."""
+"""Match labels by the names of their classes where the names are known, and by position otherwise."""
 
 from collections.abc import Sequence
 
@@ -11,23 +11,22 @@ from util.files import printable, some
 
 
 def names_by_output(source: Source, outputs: int) -> list[str]:
-    """Return the name of the class that each output of a classifier is trained on, "" for one without a name."""
+    """Return the name of the class that each output of a classifier is trained on, or "" if it has no name."""
     names = [printable(name) for name in source.classes]
     return names + [""] * (outputs - len(names))
 
 
 def known_names(saved: list[str], outputs: int, source: Source, owner: str) -> tuple[list[str], str]:
-    """Find out what the outputs of a classifier are called.
+    """Return the names of a classifier's outputs, and a line to show if the names are assumed.
+
+    1000 outputs without names are assumed to be the classes of ImageNet in the order of their synsets, if the source's
+    classes are synsets as well. In all other cases, unknown names are "".
 
     Args:
-        saved: names from its checkpoint, by output; empty where it has none.
-        outputs: their number.
+        saved: names from the checkpoint, by output; empty if it has none.
+        outputs: number of outputs.
         source: images to evaluate.
-        owner: the checkpoint, for messages.
-
-    Returns:
-        The names, all of them "" where they are unknown, and a line to show where they are assumed: 1000 outputs
-        without names are ImageNet's classes in the order of their synsets, if the source's classes are synsets, too.
+        owner: name of the checkpoint in messages.
     """
     if any(saved):
         return saved, ""
@@ -38,28 +37,28 @@ def known_names(saved: list[str], outputs: int, source: Source, owner: str) -> t
 
 
 def match_classes(source: Source, names: Sequence[str], owner: str) -> list[str]:
-    """Renumber the labels of a source: that of a class becomes the position of its name in `names`.
+    """Renumber the labels of a source: each becomes the position of its class in `names`.
 
-    Where the source or `names` has no names, labels are positions already.
+    If the source or `names` has no names, labels are taken as positions.
 
     Args:
-        source: its `labels` and `classes` change; it may hold fewer classes.
-        names: of the classes by position; "" for one without a name.
-        owner: whose classes these are, for messages.
+        source: its `labels` and `classes` are changed; it may have fewer classes than `names`.
+        names: names of the classes by position; "" for a class without a name.
+        owner: name of the owner of these classes in messages.
 
     Returns:
-        Lines to show: that labels are taken as positions or have changed, and which classes have no images.
+        Lines to show: that labels are taken as positions or were changed, and which classes have no images.
 
     Raises:
-        UserError: images of classes that `names` does not have; or classes with names, where `names` has none and
-            another number of them, so that positions cannot be right.
+        UserError: there are images of classes that are not in `names`; or the source names its classes, and `names` has
+            another number of classes without names, so that positions would be wrong labels.
     """
     names, own = [printable(name) for name in names], [printable(name) for name in source.classes]
     present = np.unique(source.labels).tolist()
     if any(own) and not any(names) and len(own) != len(names):
         raise UserError(
-            f"{source.root} has {len(own)} classes; {owner} has {len(names)} and does not name them, so positions "
-            "among fewer or more would be wrong labels: images of all its classes are needed"
+            f"{source.root} has {len(own)} classes; {owner} has {len(names)} and does not name them, so they cannot be "
+            "matched: images of all its classes are needed"
         )
     lines = []
     if any(names) and all(own[label] for label in present):
@@ -81,7 +80,7 @@ def match_classes(source: Source, names: Sequence[str], owner: str) -> list[str]
     if position:
         places = np.array([position.get(name, -1) for name in own])
         if (places[present] != present).any():
-            lines.append(f"{source.root} numbers its classes otherwise than {owner}: they are matched by name")
+            lines.append(f"{source.root} numbers its classes differently from {owner}: they are matched by name")
         source.classes, source.labels = names, places[source.labels]
     wanted = [place for place, name in enumerate(names) if name or not any(names)]
     present = set(source.labels.tolist())
@@ -93,8 +92,8 @@ def match_classes(source: Source, names: Sequence[str], owner: str) -> list[str]
 
 
 def differing(saved: list[str], names: list[str]) -> list[str]:
-    """Return what two lists of names by output do not share; nothing where they agree, or one of them has no names."""
+    """Return the difference between two lists of names by output; empty if they agree, or one of them has no names."""
     if saved == names or not any(saved) or not any(names):
         return []
-    same = "the same names in another order" if len(saved) == len(names) else "another number of them"
+    same = "the same names in another order" if len(saved) == len(names) else "a different number of classes"
     return sorted((set(saved) ^ set(names)) - {""}) or [same]

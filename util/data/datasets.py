@@ -1,4 +1,4 @@
-"""Transforms of images, and loaders whose samples do not depend on the number of processes or workers."""
+"""Datasets: decoded, transformed and labelled images, and what takes the place of broken ones."""
 
 import math
 from io import BytesIO
@@ -15,13 +15,16 @@ from util.data.uint8_transform import Uint8Transform
 from util.files import printable
 from util.seeding import preserve_generators, seed_sample
 
+Sample = tuple[Tensor, list[float]]  # pixels; the numbers of the transform, followed by the label
+Item = tuple[Sample, dict[int, str]]  # a sample, and {index: reason} of the broken images that were met
+
 
 class ImageDataset(Dataset):
-    """Images of a source: what the transform makes of them, and its numbers followed by the label.
+    """Images of a source after a transform.
 
     Args:
-        source: encoded images.
-        transform: content of an image file -> tensor, numbers; its `finish` makes images of a batch of them.
+        source: encoded images and their labels.
+        transform: content of an image file -> (pixels, numbers); its `finish` turns a batch of both into images.
     """
 
     def __init__(self, source: Source, transform: PillowTransform | Uint8Transform) -> None:
@@ -30,8 +33,8 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.source.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, list[float]]:
-        """Return a sample; raise `BrokenImage` with the name of what cannot be read or decoded."""
+    def __getitem__(self, index: int) -> Sample:
+        """Return a sample; raise `BrokenImage`, which names the image, if it cannot be read or decoded."""
         try:
             pixels, numbers = self.transform(self._read(index))
         except BrokenImage as error:
@@ -44,8 +47,8 @@ class ImageDataset(Dataset):
         except OSError as error:
             raise BrokenImage(error.strerror or printable(str(error))) from error
 
-    def blank(self) -> tuple[Tensor, list[float]]:
-        """A black sample with the label -1, in the place of a broken one."""
+    def blank(self) -> Sample:
+        """Return a black sample with the label -1, in place of a broken one."""
         file = BytesIO()
         Image.new("RGB", (1, 1)).save(file, "PNG")
         pixels, numbers = self.transform(file.getvalue())
@@ -53,30 +56,30 @@ class ImageDataset(Dataset):
 
 
 def image_dataset(data_path: str, split: str, transform: transforms.Compose, loader: str) -> ImageDataset:
-    """The images of `--data_path` as "fast" or "pil" loads them.
+    """Open the images of `--data_path`, with the transform carried out as `--loader` says.
 
     Raises:
-        UserError: the data is not there, or not of the form asked for.
+        UserError: the data is missing or has another layout; see `open_source`.
     """
     return ImageDataset(open_source(data_path, split), pixels_by(loader, transform))
 
 
 def pixels_by(loader: str, transform: transforms.Compose) -> PillowTransform | Uint8Transform:
-    """A transform of the content of image files, carried out as "fast" or "pil" does."""
-    return {"fast": Uint8Transform, "pil": PillowTransform}[loader](transform)
+    """Return a transform of the content of image files, for the loader "fast" or "pil"."""
+    return Uint8Transform(transform) if loader == "fast" else PillowTransform(transform)
 
 
 class SeededSamples(Dataset):
-    """Draws the random transforms of a sample from (seed, epoch, index) alone.
+    """Samples whose random transforms depend on (seed, epoch, index) only.
 
-    A sample then looks the same in whatever process, worker or batch it is drawn, so runs on any number of them see
-    the same images. Items are asked for by (epoch, index), as `EpochSampler` yields them. An item is a sample and the
-    broken images that stood in its place, by index; the next image that is not broken has taken it.
+    A sample looks the same in every process, worker and batch, so runs on any number of them see the same images.
+    Samples are requested by (epoch, index), as `EpochSampler` yields them. In place of a broken image comes the next
+    one that is not broken.
 
     Args:
-        dataset: an `ImageDataset`.
+        dataset: the images.
         seed: of the run.
-        max_broken: after so many and one in a row, a blank sample takes the place.
+        max_broken: a blank sample is returned after more than this number of broken images in a row.
     """
 
     def __init__(self, dataset: ImageDataset, seed: int, max_broken: float = math.inf) -> None:
@@ -85,28 +88,29 @@ class SeededSamples(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, epoch_and_index: tuple[int, int]) -> tuple[tuple, dict[int, str]]:
+    def __getitem__(self, epoch_and_index: tuple[int, int]) -> Item:
         return self.__getitems__([epoch_and_index])[0]
 
-    def __getitems__(self, epochs_and_indices: list[tuple[int, int]]) -> list[tuple[tuple, dict[int, str]]]:
+    def __getitems__(self, epochs_and_indices: list[tuple[int, int]]) -> list[Item]:
         with preserve_generators():
             return [self._sample(epoch, index) for epoch, index in epochs_and_indices]
 
-    def _sample(self, epoch: int, index: int) -> tuple[tuple, dict[int, str]]:
-        broken, place = {}, ()
+    def _sample(self, epoch: int, index: int) -> Item:
+        broken: dict[int, str] = {}
+        first: tuple[int, ...] = ()
         while len(broken) <= min(self.max_broken, len(self) - 1):
-            seed_sample(self.seed, epoch, index, *place)
+            seed_sample(self.seed, epoch, index, *first)
             try:
                 return self.dataset[index], broken
             except BrokenImage as error:
                 broken[index] = str(error)
-                place = place or (index,)  # what takes it looks different from where it has its own
+                first = first or (index,)  # so that a substitute differs from the same image at its own place
                 index = (index + 1) % len(self)
         return self.dataset.blank(), broken
 
 
 class EverySample(Dataset):
-    """Every sample as it is: nothing takes the place of a broken one, which is blank and has the label -1."""
+    """Every sample of a dataset once, without substitutes: a broken image becomes a blank sample with the label -1."""
 
     def __init__(self, dataset: ImageDataset) -> None:
         self.dataset = dataset
@@ -114,7 +118,7 @@ class EverySample(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[tuple, dict[int, str]]:
+    def __getitem__(self, index: int) -> Item:
         try:
             return self.dataset[index], {}
         except BrokenImage as error:

@@ -1,48 +1,51 @@
-"""Batches on the training device: copied ahead on a side stream, finished there, broken images counted."""
+"""Batches on the training device: copied ahead on a side stream, finished there, with broken images counted."""
 
 import logging
 import math
 import re
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from util.distributed.processes import gather
 from util.errors import RunError
 
 LOGGER = logging.getLogger(__name__)
 
-# messages of torch and the system about processes that load images -> what helps
+# error messages of torch and the system about worker processes -> the remedy
 REMEDIES = {
-    "Bus error|shared memory|No space left on device": "/dev/shm is full: a smaller --num_workers or --batch_size "
-    "needs less of it, --num_workers 0 none; or make it larger (docker run --shm-size=8g)",
-    "Too many open files|ancdata": "a smaller --num_workers needs fewer files; or raise the limit (ulimit -n)",
-    "killed by signal: Killed": "if memory has run out, a smaller --num_workers or --batch_size needs less",
+    "Bus error|shared memory|No space left on device": "/dev/shm is full: use a smaller --num_workers or --batch_size, "
+    "or --num_workers 0, which needs none of it; or make it larger (docker run --shm-size=8g)",
+    "Too many open files|ancdata": "use a smaller --num_workers, or raise the limit (ulimit -n)",
+    "killed by signal: Killed": "if memory ran out, use a smaller --num_workers or --batch_size",
 }
+
+Batch = tuple[Tensor, np.ndarray, dict[int, str]]
 
 
 class DeviceLoader:
-    """Passes over a `DataLoader` whose batches are (pixels, numbers, broken images).
+    """Iterate over a `DataLoader` and deliver its batches on the training device.
 
     Args:
-        loader: its batches are a tensor; an array (B, n + 1) float64 of n numbers and the label for each image; and a
-            dict of the broken images that were met, by their index in the data.
-        finish: (tensor, (B, n) float64, device) -> images (B, 3, H, W) float32 on the device.
-        device: where the batches go.
-        max_broken: so many different broken images are left to the caller in one pass; one more ends the run.
-        advice: what a user can do about them.
+        loader: its batches are a tensor; an array (B, n + 1) float64 with n numbers and the label of each image; and
+            {index: reason} of the broken images that were met.
+        finish: (tensor, numbers (B, n) float64, device) -> images (B, 3, H, W) float32 on the device.
+        device: of the batches.
+        max_broken: largest number of different broken images in one pass; one more ends the run.
+        advice: the remedy that the message then names.
     """
 
     def __init__(
         self,
         loader: DataLoader,
-        finish: Callable[..., Tensor],
+        finish: Callable[[Tensor, Tensor, torch.device], Tensor],
         device: torch.device,
         max_broken: float = math.inf,
         advice: str = "",
@@ -55,11 +58,12 @@ class DeviceLoader:
         return len(self.loader)
 
     @property
-    def sampler(self) -> Sampler:
+    def sampler(self) -> Any:
+        """The sampler of the `DataLoader`: an `EpochSampler` in training, a `ShareSampler` in evaluation."""
         return self.loader.sampler
 
     def __iter__(self) -> Iterator[list[Tensor]]:
-        """Batches of images (B, 3, H, W) float32 and labels (B,) int64, on the device.
+        """Yield images (B, 3, H, W) float32 and labels (B,) int64, on the device.
 
         Raises:
             RunError: more than `max_broken` images are broken, or the workers lack memory or open files.
@@ -70,8 +74,8 @@ class DeviceLoader:
         else:
             yield from map(self._to_device, self._loaded())
 
-    def _loaded(self) -> Iterator[tuple[Tensor, np.ndarray, dict[int, str]]]:
-        """Batches of the loader; what its processes lack ends the run with what helps."""
+    def _loaded(self) -> Iterator[Batch]:
+        """Yield the batches of the loader; raise RunError with a remedy if its processes lack a resource."""
         try:
             yield from self.loader
         except (OSError, RuntimeError) as error:
@@ -79,25 +83,25 @@ class DeviceLoader:
             if remedy is None:
                 raise
             for frame, _ in traceback.walk_tb(error.__traceback__):
-                unfinished = frame.f_locals.get("self")
-                if hasattr(unfinished, "_shutdown_workers"):  # torch's iterator: its __del__ would print a traceback
-                    unfinished._shutdown = True
+                iterator: Any = frame.f_locals.get("self")
+                if hasattr(iterator, "_shutdown_workers"):  # torch's iterator: its __del__ would print a traceback
+                    iterator._shutdown = True
             raise RunError(f"{str(error).splitlines()[-1]}; {remedy}") from error
 
-    def _to_device(self, batch: tuple[Tensor, np.ndarray, dict[int, str]]) -> list[Tensor]:
-        pixels, numbers, broken = batch
+    def _to_device(self, batch: Batch) -> list[Tensor]:
+        pixels, rows, broken = batch
         for index in broken.keys() - self.broken.keys():
             LOGGER.error("broken image: %s", broken[index])
         self.broken |= broken
-        self._listed(self.broken)
-        numbers = torch.from_numpy(numbers)
+        self._checked_list(self.broken)
+        numbers = torch.from_numpy(rows)
         if self.device.type == "cuda":
             numbers = numbers.pin_memory()
         labels = numbers.to(self.device, non_blocking=True)[:, -1].long()
         return [self.finish(pixels, numbers[:, :-1], self.device), labels]
 
     def _ahead(self) -> Iterator[list[Tensor]]:
-        """Copy and finish each batch on a side stream, while the device is still at the step before it."""
+        """Copy and finish each batch on a side stream while the device computes the step before it."""
         stream, training = _side_stream(self.device), torch.cuda.current_stream(self.device)
         batches = self._loaded()
         while True:
@@ -107,50 +111,57 @@ class DeviceLoader:
                 return
             training.wait_stream(stream)
             for tensor in batch:
-                tensor.record_stream(training)  # its memory is not given to a later batch before training has read it
+                tensor.record_stream(training)  # its memory is not reused for a later batch before training has read it
             yield batch
 
-    def names(self, places: list[int]) -> list[str]:
-        """Names of the samples at these places of a pass of this process, where the sampler yields indices."""
-        order, source = list(self.sampler), self.loader.dataset.dataset.source
-        return [source.name(order[place]) for place in places]
+    def names(self, places: Sequence[int]) -> list[str]:
+        """Return the names of the samples at these places in a pass of this process; for a `ShareSampler`."""
+        dataset: Any = self.loader.dataset
+        order = list(self.sampler)
+        return [dataset.dataset.source.name(order[place]) for place in places]
 
     def again(self, epoch: int, first: int, count: int) -> list[list[Tensor]]:
-        """Batches of an epoch once more, from the given one on, loaded by this process itself."""
-        self.sampler.set_epoch(epoch, first * self.loader.batch_size)
-        size = self.loader.batch_size
+        """Load `count` batches of an epoch once more, from the given one on, in this process."""
+        loader: Any = self.loader  # torch's types do not tell which dataset it has
+        size = loader.batch_size
+        self.sampler.set_epoch(epoch, first * size)
         indices = list(islice(self.sampler, count * size))
         parts = [indices[start : start + size] for start in range(0, len(indices), size)]
-        return [self._to_device(self.loader.collate_fn(self.loader.dataset.__getitems__(part))) for part in parts]
+        return [self._to_device(loader.collate_fn(loader.dataset.__getitems__(part))) for part in parts]
 
-    def _listed(self, broken: dict[int, str]) -> str:
-        text = listed([broken[index] for index in sorted(broken)])
+    def _checked_list(self, broken: dict[int, str]) -> str:
+        text = list_broken([broken[index] for index in sorted(broken)])
         if len(broken) > self.max_broken:
             raise RunError(f"{text}\n{self.advice}")
         return text
 
     def report(self, say: Callable[[str], None]) -> None:
-        """Say which images the last pass met broken on any process; every process calls it.
+        """Report the broken images that any process met in the last pass; every process must call it.
 
         Raises:
             RunError: together they are more than `max_broken`.
         """
-        broken = {index: name for share in gather(self.broken) for index, name in share.items()}
-        text = self._listed(broken)
+        broken = {index: reason for share in gather(self.broken) for index, reason in share.items()}
+        text = self._checked_list(broken)
         if broken:
             say(f"{text}\nthey were skipped; the image after each took its place")
 
 
 @lru_cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # one for all passes: freed memory is kept for the stream that it was used on
+    return torch.cuda.Stream(device)  # one for all passes: freed memory is kept for the stream that used it
 
 
-def allowed_broken(asked: int | None, images: int) -> int:
-    """How many broken images of so many a run puts up with: `--max_bad_samples`, else 0.1 %."""
-    return images // 1000 if asked is None else asked
+def allowed_broken(limit: int | None, images: int) -> int:
+    """Return how many of the images may be broken: `--max_bad_samples`, by default 0.1 %."""
+    return images // 1000 if limit is None else limit
 
 
-def listed(broken: list[str]) -> str:
-    """The number of broken images and a line for each."""
-    return "\n  ".join([f"{len(broken)} broken images:", *broken])
+def too_many_broken(allowed: int, images: int) -> str:
+    """Return the message for training data with too many broken images."""
+    return f"these are more than {allowed} of {images}: repair or remove them, or raise --max_bad_samples"
+
+
+def list_broken(reasons: list[str]) -> str:
+    """Return the number of broken images and a line for each."""
+    return "\n  ".join([f"{len(reasons)} broken images:", *reasons])

@@ -1,9 +1,10 @@
-"""Images of a Hugging Face dataset."""
+"""Read images and labels from a Hugging Face dataset."""
 
 import errno
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from util.data.readers import MAX_CLASSES, read_at
 from util.errors import UserError, as_user_error
@@ -23,7 +24,7 @@ class HubDataset:
         try:
             saved = any(Path(path, name).is_file() for name in ("dataset_dict.json", "state.json"))
             splits = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
-        except Exception as error:  # of damaged files, the library raises nearly anything
+        except Exception as error:  # the library raises nearly any exception on damaged files
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{about}{'it is damaged or empty: ' * saved}{printable(reason)}") from error
         others = "validation", "val", "test"
@@ -32,7 +33,7 @@ class HubDataset:
         names = ("train",) if split == "train" else others
         name = next((name for name in names if name in splits), None)
         if name is None:
-            reason = "; one data set that is saved alone counts as train unless it says otherwise" if single else ""
+            reason = "; a single saved dataset counts as train unless it names another split" if single else ""
             raise UserError(f"{about}it has the splits {', '.join(splits) or 'none'}, and no {names[0]}{reason}")
         data = splits[name]
         self.root += f" ({name})"
@@ -43,9 +44,9 @@ class HubDataset:
         label = "label" if integers else self._column(features, datasets.ClassLabel, "label")
         if not len(data):
             raise UserError(f"{self.root}: it holds no images")
-        # the whole column at once: row by row, a million take most of a minute
+        # the whole column at once: one by one, a million labels take most of a minute
         column = data.select_columns(label).with_format("arrow")[:].column(label)
-        with as_user_error(ValueError, prefix=f"{self.root}: "):  # an unsigned number of 64 bits
+        with as_user_error(ValueError, prefix=f"{self.root}: "):  # a uint64 above the range of int64
             self.labels = column.cast("int64").fill_null(-1).to_numpy()
         if self.labels.min() < 0:
             raise UserError(f"{self.root}: {(self.labels < 0).sum()} images have no label")
@@ -55,7 +56,8 @@ class HubDataset:
             raise UserError(f"{self.root}: label {largest} is not below {len(self.classes)}")
         self.rows = data.select_columns(self.image).cast_column(self.image, datasets.Image(decode=False))
 
-    def _column(self, features: dict, kind: type, usual: str) -> str:
+    def _column(self, features: dict[str, Any], kind: type, usual: str) -> str:
+        """Return the name of the only column of this type, or of the one that is called `usual`."""
         columns = [name for name, feature in features.items() if isinstance(feature, kind)]
         if len(columns) > 1 and usual in columns:
             return usual
@@ -70,15 +72,15 @@ class HubDataset:
     def read(self, index: int) -> bytes:
         try:
             image = self.rows[int(index)][self.image] or {}
-        except Exception as error:  # of damaged files, pyarrow raises nearly anything
+        except Exception as error:  # pyarrow raises nearly any exception on damaged files
             raise OSError(errno.EIO, printable(str(error))[:200] or type(error).__name__) from error
         if image.get("bytes") is None and image.get("path"):
             with open_regular(image["path"]) as file:
                 return read_at(file, 0, os.fstat(file.fileno()).st_size, image["path"])
-        return image.get("bytes") or b""  # no image at all: broken, as an empty file is
+        return image.get("bytes") or b""  # a missing image is broken, like an empty file
 
     def name(self, index: int) -> str:
         return f"{self.root} row {index}"
 
     def state(self) -> str:
-        return self.rows._fingerprint  # of its content and of all that was done to it
+        return self.rows._fingerprint  # of its content and of all operations on it

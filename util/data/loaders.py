@@ -5,42 +5,41 @@ import math
 import os
 import signal
 import threading
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from util.data.datasets import EverySample, ImageDataset, SeededSamples
-from util.data.device_loader import DeviceLoader, allowed_broken
+from util.data.datasets import EverySample, ImageDataset, Item, SeededSamples
+from util.data.device_loader import Batch, DeviceLoader, allowed_broken, too_many_broken
 from util.data.samplers import EpochSampler, ShareSampler
 from util.distributed.processes import world_size
 from util.distributed.signals import SIGNALS
 from util.errors import UserError
 
-PREFETCH = 2  # batches that each worker makes ahead
+PREFETCH = 2  # batches that each worker prepares ahead
 
 
-class Batches:
-    """Makes a batch of samples, in memory that is shared with the training process and used over and over.
+class SharedMemoryCollate:
+    """Collate samples into a batch in memory that is shared with the training process and reused.
 
-    A page fault for every 4 KiB of fresh shared memory would take a tenth of the time of an image. A worker works
-    ahead by `PREFETCH` batches; the one before those has been finished with when the training process asks for more.
+    The page faults of new shared memory, one per 4 KiB, would take a tenth of the time of an image. A worker is ahead
+    by `PREFETCH` batches; the batch before those is no longer needed when the training process requests another one.
     """
 
     def __init__(self) -> None:
         self.memory: list[Tensor] = []
 
-    def __call__(
-        self, items: list[tuple[tuple[Tensor, list[float]], dict[int, str]]]
-    ) -> tuple[Tensor, np.ndarray, dict[int, str]]:
+    def __call__(self, items: list[Item]) -> Batch:
         samples, broken = zip(*items, strict=True)
         pixels, numbers = zip(*samples, strict=True)
-        # an array of few numbers travels faster from a worker than a tensor, whose memory is shared by a handshake
+        # a small array is sent faster from a worker than a tensor, whose memory is shared by a handshake
         return (
             torch.stack(pixels, out=self._memory(pixels[0], len(pixels))),
             np.array(numbers, dtype=np.float64),
-            {index: name for found in broken for index, name in found.items()},
+            {index: reason for found in broken for index, reason in found.items()},
         )
 
     def _memory(self, sample: Tensor, count: int) -> Tensor | None:
@@ -53,11 +52,11 @@ class Batches:
         return memory[:count]
 
 
-def _leave_signals_to_the_run(_: int) -> None:
-    """A worker that went at a signal to all processes would end the run before it has written its checkpoint."""
+def _ignore_signals(_: int) -> None:
+    """Let a worker survive signals to all processes: its death would end the run before the checkpoint is written."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # for this one it matters who sends it
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # obeyed below if the parent sends it
     parent = os.getppid()
 
     def obey_parent() -> None:
@@ -68,7 +67,7 @@ def _leave_signals_to_the_run(_: int) -> None:
     threading.Thread(target=obey_parent, daemon=True).start()
 
 
-def _loading(args: argparse.Namespace, device: torch.device) -> dict:
+def _loader_options(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     return {
         "batch_size": args.batch_size,
         "num_workers": args.num_workers,
@@ -76,37 +75,37 @@ def _loading(args: argparse.Namespace, device: torch.device) -> dict:
         "pin_memory": args.pin_mem and device.type == "cuda",
         "timeout": args.worker_timeout if args.num_workers > 0 else 0,
         "prefetch_factor": PREFETCH if args.num_workers > 0 else None,
-        "worker_init_fn": _leave_signals_to_the_run,
-        "collate_fn": Batches(),
+        "worker_init_fn": _ignore_signals,
+        "collate_fn": SharedMemoryCollate(),
     }
 
 
 def train_loader(dataset: ImageDataset, args: argparse.Namespace, device: torch.device) -> DeviceLoader:
-    """Shuffled batches of `args.batch_size` a process; the incomplete last one is left out.
+    """Return a loader of shuffled batches, `args.batch_size` images per process, without the incomplete last one.
 
     Raises:
-        UserError: the data does not fill `args.accum_iter` batches on every process.
+        UserError: there are not enough images for `args.accum_iter` batches on every process.
     """
     max_broken = min(allowed_broken(args.max_bad_samples, len(dataset)), len(dataset) - 1)
     samples = SeededSamples(dataset, args.seed, max_broken)
     sampler = EpochSampler(samples, args.seed)
-    loader = DataLoader(samples, sampler=sampler, drop_last=True, **_loading(args, device))
+    loader = DataLoader(samples, sampler=sampler, drop_last=True, **_loader_options(args, device))
     if len(loader) < args.accum_iter:
         raise UserError(
             f"{len(dataset)} training images do not fill one update: batch size {args.batch_size} x {world_size()} "
             f"processes x {args.accum_iter} accumulated batches"
         )
-    advice = f"these are more than {max_broken} of {len(dataset)}: mend or remove them, or raise --max_bad_samples"
+    advice = too_many_broken(max_broken, len(dataset))
     return DeviceLoader(loader, dataset.transform.finish, device, max_broken, advice)
 
 
 def eval_loader(dataset: ImageDataset, args: argparse.Namespace, device: torch.device) -> DeviceLoader:
-    """Batches in order, every sample once, over all processes with `args.dist_eval`, else on each of them.
+    """Return a loader of every sample once, in order: shared by all processes with `args.dist_eval`, else on each.
 
-    The label of a broken image is -1, where `args.eval_bad` does not end the run.
+    The label of a broken image is -1, unless `args.eval_bad` ends the run.
     """
     samples = EverySample(dataset)
-    loader = DataLoader(samples, sampler=ShareSampler(samples, args.dist_eval), **_loading(args, device))
+    loader = DataLoader(samples, sampler=ShareSampler(samples, args.dist_eval), **_loader_options(args, device))
     max_broken = 0 if args.eval_bad == "stop" else math.inf
-    advice = "mend or remove it, or say --eval_bad wrong to count it as wrong"
+    advice = "repair or remove it, or count it as wrong with --eval_bad wrong"
     return DeviceLoader(loader, dataset.transform.finish, device, max_broken, advice)

@@ -1,4 +1,4 @@
-"""The operations of timm's RandAugment on batches of uint8 pixels, equal to Pillow's to the last bit."""
+"""The operations of timm's RandAugment on batches of uint8 pixels, bit-identical to those in Pillow."""
 
 import copy
 import math
@@ -12,13 +12,12 @@ from timm.data import auto_augment as timm_ops
 from timm.data.auto_augment import RandAugment
 from torch import Tensor, nn
 
-NOTE = 3  # numbers of an operation: where it is in `OPERATIONS`, and two parameters
-
+NOTE = 3  # numbers that describe an operation: its index in `OPERATIONS`, and two parameters
 NO_OPERATION = [-1, 0.0, 0.0]
 
 
 def on_device(step: Callable) -> bool:
-    """Whether a step is a RandAugment of which `OPERATIONS` has every operation, bicubic and filled alike."""
+    """Return whether a step is a RandAugment with operations of `OPERATIONS` only, all bicubic with the same fill."""
     if not isinstance(step, RandAugment):
         return False
     kwargs = {"fillcolor": step.ops[0].kwargs["fillcolor"], "resample": Image.Resampling.BICUBIC}
@@ -26,17 +25,17 @@ def on_device(step: Callable) -> bool:
 
 
 def note_taking(step: RandAugment) -> RandAugment:
-    """timm's object, which called with [] returns the `NOTE` numbers of each operation that it draws."""
+    """Return a copy of a RandAugment that, called with [], returns the `NOTE` numbers of each operation it draws."""
     step = copy.deepcopy(step)
     for op in step.ops:
         op.aug_fn = partial(_note, op.aug_fn)
-    step.ops = np.array(step.ops)  # numpy draws from it, and would make an array of a list each time
+    step.ops = np.array(step.ops)  # np.random.choice would convert a list at every draw
     return step
 
 
 def _note(operation: Callable, notes: list[float], magnitude: float = 0.0, **_: object) -> list[float]:
     parameters = magnitude, 0.0
-    if operation is timm_ops.rotate:  # Python's sine is that of Pillow, to the last bit and in every batch
+    if operation is timm_ops.rotate:  # Python's sine is bit-identical to Pillow's, whatever the batch
         angle = -math.radians(magnitude % 360)
         parameters = round(math.cos(angle), 15), round(math.sin(angle), 15)
     return [*notes, list(OPERATIONS).index(operation), *parameters]
@@ -49,14 +48,14 @@ def carry_out_layers(images: Tensor, notes: Tensor, parameters: Tensor, order: T
         images: (B, 3, H, W) uint8, changed in place.
         notes: (B, layers * NOTE) float64 on the CPU, as `note_taking` draws them.
         parameters: the same on the device of the images.
-        order: (B, layers) int64 on that device, which sorts the operations of each layer.
-        fill: (3, 1, 1) uint8, the colour of what a warp finds outside.
+        order: (B, layers) int64 on that device: indices that sort the operations of each layer.
+        fill: (3, 1, 1) uint8, the colour outside the image.
 
     Returns:
         (B, 3, H, W) uint8.
     """
-    for at, rows in zip(range(0, notes.shape[1], NOTE), order.unbind(1), strict=True):
-        carry_out(images, notes[:, at], rows, parameters[:, at + 1 : at + NOTE], fill)
+    for start, rows in zip(range(0, notes.shape[1], NOTE), order.unbind(1), strict=True):
+        carry_out(images, notes[:, start], rows, parameters[:, start + 1 : start + NOTE], fill)
     return images
 
 
@@ -65,18 +64,18 @@ def carry_out(images: Tensor, operations: Tensor, rows: Tensor, parameters: Tens
 
     Args:
         images: (B, 3, H, W) uint8.
-        operations: (B,) on the CPU, where each is in `OPERATIONS`; negative for none.
-        rows: (B,) int64, the order that sorts `operations`; it and the others are on the device of the images.
+        operations: (B,) on the CPU, indices into `OPERATIONS`; negative for no operation.
+        rows: (B,) int64, indices that sort `operations`; on the device of the images, as are the others.
         parameters: (B, 2) float64.
         fill: (3, 1, 1) uint8.
     """
     numbers, counts = operations.unique(return_counts=True)
     functions = list(OPERATIONS.values())
-    at_a_time = 1 if images.is_cpu else 16  # a CPU's caches hold about one; 16 of 224 x 224 take 0.2 GB
-    for number, alike in zip(numbers.int().tolist(), rows.split(counts.tolist()), strict=True):
-        for some in alike.split(at_a_time) if number >= 0 else ():
-            first, second = parameters[some, :, None, None, None].unbind(1)  # (n, 2) -> 2 times (n, 1, 1, 1)
-            images[some] = functions[number](images[some], first, second, fill)
+    chunk_size = 1 if images.is_cpu else 16  # a CPU's caches hold about one image; 16 of 224 x 224 take 0.2 GB
+    for number, same in zip(numbers.int().tolist(), rows.split(counts.tolist()), strict=True):
+        for chunk in same.split(chunk_size) if number >= 0 else ():
+            first, second = parameters[chunk, :, None, None, None].unbind(1)  # (n, 2) -> 2 times (n, 1, 1, 1)
+            images[chunk] = functions[number](images[chunk], first, second, fill)
 
 
 def _bytes(values: Tensor) -> Tensor:
@@ -84,15 +83,19 @@ def _bytes(values: Tensor) -> Tensor:
 
 
 def _look_up(images: Tensor, tables: Tensor) -> Tensor:
-    """Replace every value; `tables` are (n, 3, 256)."""
+    """Replace every value v of a channel by entry v of its table; `tables` are (n, 3, 256)."""
     indices = images.flatten(2).long()  # (n, 3, H, W) -> (n, 3, H W)
     return _bytes(tables).gather(2, indices).view_as(images)
 
 
 def _blend(first: Tensor, images: Tensor, factor: Tensor) -> Tensor:
-    """From `first` at a factor of 0 to the images at 1 and beyond, rounded like Pillow's, which blends in float32."""
+    """Blend from `first` (factor 0) to the images (factor 1) and beyond, in float32 and with Pillow's rounding."""
     first = first.float()
     return _bytes((images.float() - first).mul_(factor.float()).add_(first))
+
+
+# ---- the operations of timm.data.auto_augment: images (n, 3, H, W) uint8, two parameters (n, 1, 1, 1) float64, and the
+# colour (3, 1, 1) uint8 outside the image -> (n, 3, H, W) uint8
 
 
 def _grey(images: Tensor) -> Tensor:
@@ -103,7 +106,9 @@ def _grey(images: Tensor) -> Tensor:
 def auto_contrast(images: Tensor, *_: Tensor) -> Tensor:
     low, high = (f(images.flatten(2), 2, keepdim=True).double() for f in (torch.amin, torch.amax))  # (n, 3, 1)
     levels = torch.arange(256, device=images.device)
-    scale = torch.full_like(low, 255) / (high - low).clamp(min=1)  # 255 / x would be 255 (1 / x), rounded twice
+    scale = torch.full_like(low, 255) / (high - low).clamp(
+        min=1
+    )  # torch computes 255 / x as 255 (1 / x), rounded twice
     return _look_up(images, torch.where(high > low, levels * scale + -low * scale, levels))
 
 
@@ -125,7 +130,7 @@ def posterize(images: Tensor, bits_to_keep: Tensor, *_: Tensor) -> Tensor:
 
 
 def solarize(images: Tensor, threshold: Tensor, *_: Tensor) -> Tensor:
-    return torch.where(images < threshold.short(), images, ~images)  # the threshold may be 256
+    return torch.where(images < threshold.short(), images, ~images)  # the threshold can be 256
 
 
 def solarize_add(images: Tensor, add: Tensor, *_: Tensor) -> Tensor:
@@ -156,47 +161,54 @@ def sharpness(images: Tensor, factor: Tensor, *_: Tensor) -> Tensor:
 
 
 def _cubic(v0: Tensor, v1: Tensor, v2: Tensor, v3: Tensor, d: Tensor) -> Tensor:
-    """Interpolate at d (float64) from v1 (0) to v2 (1) with Keys' kernel for a = -1: float64, in Pillow's order."""
+    """Interpolate at d (float64) from v1 (d = 0) to v2 (d = 1) with Keys' kernel, a = -1, in Pillow's order."""
     left, right = v0 - v1, v2 - v3
     both = left + right
     return (left + both).double().sub_(both * d).mul_(d).add_(v2 - v0).mul_(d).add_(v1)
 
 
 def _warp(images: Tensor, fill: Tensor, x: Tensor | None = None, y: Tensor | None = None) -> Tensor:
-    """Take each pixel from column x and row y, float64 that broadcast to (n, 1, H, W), or from its own where None.
+    """Take each pixel from column x and row y, which are float64 and broadcast to (n, 1, H, W); None keeps its own.
 
-    Coordinates are of the corners of pixels. The image goes on with the pixels of its border, but nothing is taken
-    from points that lie outside.
+    Coordinates refer to the corners of pixels. For interpolation, the pixels of the border are repeated outside the
+    image; pixels from points outside are replaced by `fill`.
     """
     height, width = images.shape[2:]
-    stride, inside, index, fractions = width + 4, True, 0, []
-    for at, size, step in ((x, width, 1), (y, height, stride)):
-        if at is None:
+    stride = width + 4
+    inside: Tensor | bool = True
+    index: Tensor | int = 0
+    fractions: list[Tensor | None] = []
+    for position, size, step in ((x, width, 1), (y, height, stride)):
+        if position is None:
             own = torch.arange(size, device=images.device)
             index = index + (own if step == 1 else own[:, None]) * step
             fractions.append(None)
         else:
-            inside = inside & (at >= 0) & (at < size)
-            before = (at - 0.5).floor()
+            inside = inside & (position >= 0) & (position < size)
+            before = (position - 0.5).floor()
             index = index + before.long().clamp_(-1, size - 1) * step
-            fractions.append(at - 0.5 - before)
+            fractions.append(position - 0.5 - before)
     across, down = fractions
-    index = (index + stride + 1).expand_as(images).flatten(2)  # (n, 1, H, W) -> (n, 3, H W): of the upper left one
+    corner = torch.as_tensor(index + stride + 1)  # index of the upper left one of 4 x 4 pixels
+    corner = corner.expand_as(images).flatten(2)  # (n, 1, H, W) -> (n, 3, H W)
     padded = nn.functional.pad(images.float(), (2, 2, 2, 2), mode="replicate").flatten(2)  # (n, 3, (H + 4) (W + 4))
 
-    def row(number: int) -> Tensor:
-        taps = [
-            padded[:, :, number * stride + column :].gather(2, index).view_as(images)
-            for column in (range(4) if across is not None else (1,))
-        ]
-        return _cubic(*taps, across) if across is not None else taps[0]
+    def pixel(row: int, column: int) -> Tensor:
+        return padded[:, :, row * stride + column :].gather(2, corner).view_as(images)
 
-    values = _cubic(*map(row, range(4)), down) if down is not None else row(1)
-    return torch.where(inside, _bytes(values), fill)
+    def interpolated(row: int) -> Tensor:
+        if across is None:
+            return pixel(row, 1)
+        return _cubic(pixel(row, 0), pixel(row, 1), pixel(row, 2), pixel(row, 3), across)
+
+    values = interpolated(1)
+    if down is not None:
+        values = _cubic(interpolated(0), values, interpolated(2), interpolated(3), down)
+    return torch.where(torch.as_tensor(inside), _bytes(values), fill)
 
 
 def _centres(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns (W,) and rows (H, 1) of the pixels' centres, float64."""
+    """Return the columns (W,) and rows (H, 1) of the centres of the pixels, float64."""
     rows, columns = (torch.arange(n, dtype=torch.float64, device=images.device) + 0.5 for n in images.shape[2:])
     return columns, rows[:, None]
 

@@ -1,8 +1,8 @@
-"""Where encoded images and their labels come from: a folder, tar shards, or a Hugging Face dataset.
+"""Read encoded images and their labels from a folder; find the reader of `--data_path`.
 
-A source gives any image by its number, so that shuffling, sharding and resuming are left to the sampler: exact
-counts, and the same samples whatever the number of processes and workers. Streaming readers (webdataset, timm's)
-read the same shards, but shuffle within a buffer and cannot start in the middle of an epoch.
+A source returns any image by its index, so shuffling, sharding and resuming are left to the sampler: epochs hold each
+image exactly once, and samples do not depend on the number of processes and workers. Streaming readers (webdataset,
+timm's) read the same shards, but shuffle within a buffer and cannot start in the middle of an epoch.
 """
 
 import errno
@@ -24,13 +24,12 @@ from util.errors import UserError, as_user_error
 from util.files import open_regular, printable
 
 LOGGER = logging.getLogger(__name__)
-MAX_CLASSES = 10**6  # far more than any classification has; what is larger is an id
-THREADS = 16  # that ask for the states of files
-MAX_IMAGE = 6 * MAX_PIXELS  # bytes of an image file: 3 x 16 bits for each of the most pixels that are decoded
+MAX_CLASSES = 10**6  # far more than any dataset has; a larger label is an id
+THREADS = 16  # for the states of files
+MAX_IMAGE = 6 * MAX_PIXELS  # bytes of an image file: 3 x 16 bits for each pixel of the largest image
 
-
-# Readers by the prefix of --data_path: the class, imported when it is asked for, and what the help says of it. Without
-# a known prefix, `Folder` reads.
+# {prefix of --data_path: (class of the reader, imported when it is used; text for the help)}. Without one of these
+# prefixes, `Folder` reads.
 READERS = {
     "wds": ("util.data.tar_shards.TarShards", "wds:FOLDER of tar shards"),
     "hfds": ("util.data.hub_dataset.HubDataset", "hfds:NAME or hfds:FOLDER of a Hugging Face dataset"),
@@ -41,8 +40,8 @@ class Source(Protocol):
     """Encoded images with labels.
 
     Attributes:
-        root: what names the source in messages.
-        classes: names of the classes, by label; empty for a label whose class the source does not name.
+        root: name of the source in messages.
+        classes: name of each label's class, or "" if the source does not name it.
         labels: (n,) int64.
     """
 
@@ -51,26 +50,26 @@ class Source(Protocol):
     labels: np.ndarray
 
     def read(self, index: int) -> bytes:
-        """Read the content of an image file; raises OSError."""
+        """Return the content of an image file; raise OSError if it cannot be read."""
 
     def name(self, index: int) -> str:
-        """Return what names the image in messages: printable, and never an exception."""
+        """Return a printable name of the image for messages; never raise."""
 
     def state(self) -> str:
-        """Return a hash that differs once a file that images are read from has changed."""
+        """Return a hash that changes when the content of an image may have changed."""
 
 
 def open_source(data_path: str, split: str) -> Source:
-    """Find the images that `--data_path` names. What is left out of them is counted in one warning.
+    """Open the images of `--data_path`; one warning counts the files that are left out.
 
     Args:
-        data_path: a folder with train/ and val/, one folder of images a class; wds:FOLDER with tar shards in
-            FOLDER/train and FOLDER/val, or with the word train or val in their names; hfds:NAME of a dataset on the
+        data_path: a folder with train/ and val/, each with one folder of images per class; wds:FOLDER with tar shards
+            in FOLDER/train and FOLDER/val, or with the word train or val in their names; hfds:NAME of a dataset on the
             Hugging Face hub or of a folder that `datasets` can load.
         split: "train" or "val".
 
     Raises:
-        UserError: it is not there, or not of this form.
+        UserError: the data is missing or has another layout.
     """
     kind, colon, path = data_path.partition(":")
     if not colon or kind not in READERS:
@@ -82,9 +81,9 @@ def open_source(data_path: str, split: str) -> Source:
 
 
 def read_at(file: BinaryIO, offset: int, size: int, path: str | os.PathLike) -> bytes:
-    """Read an image file, or the part of a file that holds one."""
+    """Read `size` bytes from `offset`: an image file, or one inside a shard; raise OSError."""
     if size > MAX_IMAGE:
-        raise OSError(errno.EFBIG, f"an image of {size} bytes is larger than {MAX_IMAGE}", path)
+        raise OSError(errno.EFBIG, f"an image of {size} bytes is larger than {MAX_IMAGE} bytes", path)
     data = os.pread(file.fileno(), size, offset)
     if len(data) < size:
         raise OSError(errno.EIO, f"{len(data)} of {size} bytes from byte {offset} are left", path)
@@ -92,7 +91,7 @@ def read_at(file: BinaryIO, offset: int, size: int, path: str | os.PathLike) -> 
 
 
 def is_folder(path: str | os.PathLike) -> bool:
-    """Tell whether a folder is there; raises OSError where that cannot be told, as without permission."""
+    """Return whether a path is a folder; raise OSError if that cannot be determined, as without permission."""
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -100,29 +99,28 @@ def is_folder(path: str | os.PathLike) -> bool:
 
 
 def hash_states(paths: Sequence[bytes]) -> str:
-    """Hash the name, size and modification time of every file.
+    """Hash the path, size and modification time of every file.
 
-    A million files take some seconds on a local disk, by threads, since a network's file system answers slowly.
+    A million files take some seconds on a local disk. Threads hide the latency of network file systems.
     """
 
-    def share(numbers: range) -> bytes:
+    def share(indices: np.ndarray) -> bytes:
         digest = hashlib.sha256()
-        for number in numbers:
-            path = paths[number]
+        for path in map(paths.__getitem__, indices):
             try:
-                found = os.stat(path)
-                digest.update(b"%b\0%d\0%d\0" % (path, found.st_size, found.st_mtime_ns))
-            except OSError:  # a broken image, which is told when it is read
+                status = os.stat(path)
+                digest.update(b"%b\0%d\0%d\0" % (path, status.st_size, status.st_mtime_ns))
+            except OSError:  # a broken image, which is reported when it is read
                 digest.update(b"%b\0\0\0" % path)
         return digest.digest()
 
     with ThreadPoolExecutor(THREADS) as pool:
-        shares = [range(len(paths) * i // THREADS, len(paths) * (i + 1) // THREADS) for i in range(THREADS)]
+        shares = np.array_split(np.arange(len(paths)), THREADS)
         return hashlib.sha256(b"".join(pool.map(share, shares))).hexdigest()
 
 
 def count_left_out(found: dict[str, list[str]]) -> str:
-    """One line that counts what is left out, by the reason; empty where nothing is."""
+    """Return one line that counts the names left out for each reason, or "" if there are none."""
     return "; ".join(
         f"{len(names)} {reason} and are left out; the first: {printable(names[0])}"
         for reason, names in found.items()
@@ -133,16 +131,16 @@ def count_left_out(found: dict[str, list[str]]) -> str:
 # ---- folders
 
 LOOSE = "files lie beside the class folders"
-UNKNOWN = "files do not end as images that can be read"
+UNKNOWN = "files have no suffix of an image format that can be read"
 HIDDEN = "images or folders are hidden"
-LOOPS = "links lead to folders that hold them"
+LOOPS = "links lead to folders that contain them"
 
 
 class Folder:
-    """A folder of images a class.
+    """One folder of images per class.
 
-    Classes and images have the order of torchvision's `ImageFolder`. Other than there, hidden files and folders are
-    left out, and all suffixes of `util.data.decode.SUFFIXES` are taken.
+    Classes and images have the order of torchvision's `ImageFolder`. Unlike there, hidden files and folders are left
+    out, and files with any of the suffixes `util.data.decode.SUFFIXES` are read.
 
     Attributes:
         paths: (n,) bytes, below the folder of the split.
@@ -160,20 +158,20 @@ class Folder:
             names, images, left_out = self._list()
         self.classes = [printable(name) for name in names]
         self.labels = np.repeat(np.arange(len(names)), [len(paths) for paths in images])
-        # not a list of strings: counting references to them would copy its memory into every worker
+        # not a list of strings, whose reference counts would make every worker copy its memory
         self.paths = np.array([os.fsencode(path) for paths in images for path in paths])
         if left_out:
             LOGGER.warning("%s: %s", self.root, left_out)
 
     def _list(self) -> tuple[list[str], list[list[str]], str]:
-        """Names of the class folders, paths of the images in each of them, and what is left out."""
+        """Return the names of the class folders, the paths of the images in each, and a line on what is left out."""
         hidden: list[str] = []
         loops: list[str] = []
         unknown: list[str] = []
         names, loose = _split_entries(self.folder, "", hidden)
         if not names:
             raise UserError(f"{self.root}: Couldn't find any class folder in it")
-        (shown, times) = Counter(map(printable, names)).most_common(1)[0]
+        shown, times = Counter(map(printable, names)).most_common(1)[0]
         if times > 1:
             raise UserError(f"{self.root}: {times} class folders would be called {shown}: rename one")
         images = []
@@ -196,7 +194,7 @@ class Folder:
             return read_at(file, 0, os.fstat(file.fileno()).st_size, path)
 
     def path(self, index: int) -> str:
-        """Return the path of an image as the operating system takes it."""
+        """Return the path of an image for the operating system; it may not be printable."""
         return os.path.join(self.folder, os.fsdecode(self.paths[index]))
 
     def name(self, index: int) -> str:
@@ -212,29 +210,30 @@ def _is_image(path: str) -> bool:
 
 
 def _split_entries(root: str, folder: str, hidden: list[str]) -> tuple[list[str], list[str]]:
-    """Sorted paths, below `root`, of the folders and of the files in a folder; hidden ones go into `hidden`."""
-    folders, files = [], []
+    """Return the sorted paths, below `root`, of the folders and the files in a folder; add hidden ones to `hidden`."""
+    folders: list[str] = []
+    files: list[str] = []
     with os.scandir(os.path.join(root, folder)) as entries:
         for entry in entries:
             path = os.path.join(folder, entry.name)
             try:
-                is_folder = entry.is_dir()
-            except OSError:  # a link that leads nowhere: reading it tells why
-                is_folder = False
+                has_entries = entry.is_dir()
+            except OSError:  # a link that leads nowhere; reading it gives the reason
+                has_entries = False
             if not entry.name.startswith("."):
-                (folders if is_folder else files).append(path)
-            elif is_folder or _is_image(path):
+                (folders if has_entries else files).append(path)
+            elif has_entries or _is_image(path):
                 hidden.append(path)
     return sorted(folders), sorted(files)
 
 
 def _files_below(root: str, folder: str, hidden: list[str], loops: list[str]) -> Iterator[str]:
-    """Yield all files below a class folder, through links, in the order of `sorted(os.walk(...))`.
+    """Yield all files below a class folder, in the order of `sorted(os.walk(...))`; links are followed.
 
-    Hidden ones go into `hidden`, and links to a folder that holds them, which are not followed, into `loops`.
+    Hidden files are added to `hidden`. Links to a folder that contains them are added to `loops` and not followed.
 
     Raises:
-        UserError: a link leads to another folder that is read already, which would count its images twice.
+        UserError: a link leads to a folder that was already read, so its images would count twice.
         OSError: a folder cannot be read.
     """
     real = os.path.realpath(root)
@@ -250,7 +249,7 @@ def _files_below(root: str, folder: str, hidden: list[str], loops: list[str]) ->
             continue
         if real in read:
             raise UserError(
-                f"{printable(path)} leads to {printable(real)}, which is read already: its images would count twice. "
+                f"{printable(path)} leads to {printable(real)}, which was already read: its images would count twice. "
                 "Remove the link"
             )
         read.add(real)
@@ -259,9 +258,3 @@ def _files_below(root: str, folder: str, hidden: list[str], loops: list[str]) ->
         pending += [(below, os.path.join(real, os.path.basename(below))) for below in folders]
     for _, files in sorted(found):
         yield from files
-
-
-# ---- tar shards
-
-
-# ---- Hugging Face datasets

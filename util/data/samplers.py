@@ -1,6 +1,6 @@
-"""Which samples each process sees, and in which order."""
+"""Samplers: the samples that each process sees, and their order."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from itertools import islice
 
 from torch.utils.data import Dataset, DistributedSampler, Sampler
@@ -9,14 +9,14 @@ from util.distributed.processes import rank, world_size
 
 
 class EpochSampler(DistributedSampler):
-    """This rank's share of a new permutation each epoch, as pairs (epoch, index); no image is in two shares."""
+    """Yield this rank's share of a new permutation each epoch, as pairs (epoch, index); the shares are disjoint."""
 
     def __init__(self, dataset: Dataset, seed: int) -> None:
         super().__init__(dataset, num_replicas=world_size(), rank=rank(), shuffle=True, seed=seed, drop_last=True)
         self.start = 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the next pass: the epoch, and how many samples of this rank have been seen of it already."""
+        """Choose the epoch, and the number of this rank's samples to skip because they have been seen already."""
         super().set_epoch(epoch)
         self.start = start
 
@@ -25,9 +25,14 @@ class EpochSampler(DistributedSampler):
 
 
 class ShareSampler(Sampler):
-    """Every n-th sample in order, nothing repeated: the shares of all ranks hold each sample exactly once."""
+    """Yield every n-th index in order; together the ranks yield each index exactly once.
 
-    def __init__(self, dataset: Dataset, distributed: bool) -> None:
+    Args:
+        dataset: its length is the number of indices.
+        distributed: share the indices among the ranks; otherwise each rank yields all of them.
+    """
+
+    def __init__(self, dataset: Sized, distributed: bool) -> None:
         self.distributed = distributed
         self.indices = range(rank(), len(dataset), world_size()) if distributed else range(len(dataset))
 

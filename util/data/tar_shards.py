@@ -1,4 +1,4 @@
-"""Images in tar shards of the webdataset layout."""
+"""Read images and labels from tar shards in the webdataset layout."""
 
 import io
 import json
@@ -28,35 +28,26 @@ from util.files import from_json, open_regular, printable, replacing, write_text
 LOGGER = logging.getLogger("arm")
 
 MAX_LABEL = 2**20  # bytes of a .cls or .json file in a shard
-
-MAX_NAME = 4096  # of a file in a shard, as Linux has it
-
+MAX_NAME = 4096  # characters in the name of a file in a shard, as in Linux
 MAX_HEADER = 2**20  # bytes of an extended tar header, which holds a long name or attributes
-
-MAX_NAMES = 2**24  # bytes of shards' and classes' names in a small index
-
-MAX_PADDING = 2**21  # bytes at the end of a tar shard; tar -b 2048 writes up to half as many
+MAX_NAMES = 2**24  # bytes of the names of shards and classes in a small index
+MAX_PADDING = 2**21  # bytes at the end of a tar shard; tar -b 2048 writes up to half of this
 
 SPLIT_WORDS = {"train": {"train"}, "val": {"val", "validation"}}
-
 COLUMNS = "labels", "shard", "offset", "size"  # of the images in an index: (n,) int64 each
-
 INDEX_VERSION = 3
 
-IMAGELESS = "labels have no image of a known kind"
-
-UNUSED = "keys have neither an image of a known kind nor a label"
-
+IMAGELESS = "labels have no image of a known format"
+UNUSED = "keys have neither an image of a known format nor a label"
 LABELLESS = "images with a dot in their key have no label"
-
 ELSEWHERE = "archives are compressed or not beside the other shards"
 
 
 class TarShards:
-    """Tar files of the webdataset layout: KEY.jpg (or another image) and KEY.cls, or KEY.json with a "label".
+    """Tar files in the webdataset layout: KEY.jpg (or another image) and KEY.cls, or KEY.json with a "label".
 
-    The position of every image is found once and kept beside the shards in index-SPLIT.npz, where that can be
-    written. Where every label has a key's folder of its own, that is the name of its class.
+    The positions of the images are found once and stored beside the shards in index-SPLIT.npz if the folder can be
+    written. If each label has its own folder in the keys, the folder's name is the name of the class.
     """
 
     def __init__(self, data_path: str, split: str) -> None:
@@ -69,58 +60,61 @@ class TarShards:
             shards = [path for path in found if path.suffix == ".tar"]
             self.shards = [path for path in shards if path.parent == shards[0].parent]
             if not self.shards:
-                others = f", only {printable(found[0])}" if found else ""
-                raise UserError(f"{about}no {split}/*.tar, and no tar file with {split} in its name, as a word{others}")
+                only = f", only {printable(found[0])}" if found else ""
+                raise UserError(f"{about}no {split}/*.tar, and no tar file with {split} in its name, as a word{only}")
             stats = [(shard, shard.stat()) for shard in self.shards]
         for shard, status in stats:
             if not stat.S_ISREG(status.st_mode):
                 raise UserError(f"{printable(shard)} is no regular file")
         self.root = printable(self.shards[0].parent)
-        self.unreadable: set[Path] = set()  # shards of which an image could not be read
+        self.unreadable: set[Path] = set()  # shards from which an image could not be read
         self.sizes = np.array([status.st_size for _, status in stats])
-        of = json.dumps([INDEX_VERSION, [(shard.name, s.st_size, s.st_mtime_ns) for shard, s in stats]])
-        index = self._index(self.shards[0].parent / f"index-{split}.npz", of)
-        self.labels, self.shard, self.offset, self.size = (index[k] for k in COLUMNS)
+        state = json.dumps([INDEX_VERSION, [(shard.name, s.st_size, s.st_mtime_ns) for shard, s in stats]])
+        index = self._index(self.shards[0].parent / f"index-{split}.npz", state)
+        self.labels, self.shard, self.offset, self.size = (index[name] for name in COLUMNS)
         self.classes = [index["classes"].get(label, "") for label in range(self.labels.max() + 1)]
         others = [str(path) for path in found if path not in set(self.shards)]
         left_out = [line for line in (index["left_out"], count_left_out({ELSEWHERE: others})) if line]
         if left_out:
             LOGGER.warning("%s: %s", self.root, "; ".join(left_out))
 
-    def _index(self, path: Path, of: str) -> dict[str, Any]:
-        """Labels and positions of all images, {label: name of the class}, and the line that counts what is left out."""
+    def _index(self, path: Path, state: str) -> dict[str, Any]:
+        """Return the labels and positions of all images, {label: name of the class}, and a line on what is left out."""
         with suppress(ValueError):
-            if index := self._kept(path, of):
+            if index := self._read_index(path, state):
                 return index
         with _one_at_a_time(path.with_suffix(".lock")):
             try:
-                index = self._kept(path, of)
+                index = self._read_index(path, state)
             except ValueError as error:
                 index = None
-                LOGGER.warning("%s cannot be used, and is made again: %s", printable(path), error)
-            return index or self._made(path, of)
+                LOGGER.warning("%s cannot be used and is made again: %s", printable(path), error)
+            return index or self._make_index(path, state)
 
-    def _kept(self, path: Path, of: str) -> dict[str, Any] | None:
-        """The index in a file, or None where there is none, or one of other shards.
+    def _read_index(self, path: Path, state: str) -> dict[str, Any] | None:
+        """Return the index in a file, or None if there is none, or one for shards in another state.
 
         Raises:
             ValueError: the file is damaged.
         """
         try:
             with open_regular(path) as file:
-                kept = _read_arrays(file, ("of", "classes", "left_out", *COLUMNS), self.sizes.sum())
-            return self._checked(kept) if kept["of"].item() == of else None
+                stored = _read_arrays(file, ("of", "classes", "left_out", *COLUMNS), self.sizes.sum())
+            return self._check_index(stored) if stored["of"].item() == state else None
         except FileNotFoundError:
             return None
-        except Exception as error:  # of a damaged file, numpy and zipfile raise nearly anything
+        except Exception as error:  # numpy and zipfile raise nearly any exception on damaged files
             raise ValueError(printable(str(error) or type(error).__name__)[:200]) from error
 
-    def _checked(self, kept: dict[str, np.ndarray]) -> dict[str, Any]:
-        columns = labels, shard, offset, size = [kept[name] for name in COLUMNS]
+    def _check_index(self, stored: dict[str, np.ndarray]) -> dict[str, Any]:
+        columns = labels, shard, offset, size = [stored[name] for name in COLUMNS]
         if {(column.shape, column.dtype) for column in columns} != {((len(labels),), np.dtype(np.int64))}:
             raise ValueError("its columns differ")
-        classes = {int(label): name for label, name in from_json(kept["classes"].item()).items()}
-        left_out = kept["left_out"].item()
+        names = from_json(stored["classes"].item())
+        if not isinstance(names, dict):
+            raise ValueError("its classes are not a JSON object")
+        classes = {int(label): name for label, name in names.items()}
+        left_out = stored["left_out"].item()
         if not (
             0 <= labels.min() <= labels.max() < MAX_CLASSES
             and 0 <= shard.min() <= shard.max() < len(self.shards)
@@ -128,15 +122,16 @@ class TarShards:
             and size.min() >= 0
             and (size <= self.sizes[shard]).all()
             and (offset <= self.sizes[shard] - size).all()
-            # in the order of the shards, without an overlap
+            # in the order of the shards, without overlap
             and ((np.diff(shard) > 0) | ((np.diff(shard) == 0) & (np.diff(offset) > size[:-1]))).all()
             and len(set(classes.values())) == len(classes)
             and all(printable(text) == text for text in (left_out, *classes.values()))
         ):
-            raise ValueError("what it holds cannot be positions in these shards")
+            raise ValueError("it holds positions that cannot be in these shards")
         return dict(zip(COLUMNS, columns, strict=True)) | {"classes": classes, "left_out": left_out}
 
-    def _made(self, path: Path, of: str) -> dict[str, Any]:
+    def _make_index(self, path: Path, state: str) -> dict[str, Any]:
+        """Read the headers of all shards, and store the index if it can be written."""
         with ThreadPoolExecutor() as pool:
             entries, left_out = zip(*pool.map(_images_of, self.shards), strict=True)
         counted = count_left_out(
@@ -146,14 +141,14 @@ class TarShards:
                 for reason in (IMAGELESS, UNUSED, LABELLESS, HIDDEN)
             }
         )  # fmt: skip
-        labels, offset, size = (np.array([e[k] for shard in entries for e in shard], np.int64) for k in (0, 1, 2))
+        labels, offset, size = (np.array([e[k] for shard in entries for e in shard], np.int64) for k in range(3))
         if not len(labels):
             raise UserError(f"{self.root}: the shards hold no image{counted and f': {counted}'}")
         named = {(label, folder) for shard in entries for label, _, _, folder in shard if folder}
         names, folders = dict(named), {folder for _, folder in named}
-        if not len(named) == len(names) == len(folders):  # folders of something else
+        if not len(named) == len(names) == len(folders):  # the folders are not the classes
             names = {}
-        index = {
+        index: dict[str, Any] = {
             "labels": labels,
             "shard": np.repeat(np.arange(len(entries)), [len(shard) for shard in entries]),
             "offset": offset,
@@ -161,9 +156,9 @@ class TarShards:
             "classes": names,
             "left_out": counted,
         }
-        # in a folder that cannot be written or is full, the next run finds the positions again
+        # if the folder cannot be written or is full, the next run finds the positions again
         with suppress(OSError), replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, **(index | {"of": of, "classes": json.dumps(names)}))
+            np.savez(file, **(index | {"of": state, "classes": json.dumps(names)}))
         return index
 
     def read(self, index: int) -> bytes:
@@ -177,7 +172,7 @@ class TarShards:
     def name(self, index: int) -> str:
         path, offset = self.shards[self.shard[index]], int(self.offset[index])
         name = f"the image at byte {offset}"
-        if path in self.unreadable:  # reading the name may fail as well, or take as long
+        if path in self.unreadable:  # reading the name may also fail, or take as long
             return f"{printable(path)}: {name}"
         with suppress(OSError, tarfile.HeaderError):
             header = os.pread(_opened(str(path)).fileno(), tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE)
@@ -189,15 +184,15 @@ class TarShards:
 
 
 def _archives(folder: Path) -> list[Path]:
-    """Tar shards of a folder in order, and what may have been meant as such."""
+    """Return the tar files and other archives of a folder, sorted."""
     kinds = re.compile(r"[^.].*\.(tar(\.(gz|bz2|xz|zst|lz4))?|tgz|tbz2?|txz|zip)", re.IGNORECASE | re.DOTALL)
     return [folder / name for name in sorted(os.listdir(folder)) if kinds.fullmatch(name)]
 
 
 def _read_arrays(file: BinaryIO, names: Iterable[str], shards: int) -> dict[str, np.ndarray]:
-    """Read arrays of an .npz file, none of which takes more memory than the file; raises nearly anything."""
+    """Read arrays of an .npz file in memory bounded by its size; nearly any exception is raised for a damaged file."""
     size = os.fstat(file.fileno()).st_size
-    # an image takes 32 bytes here, and with its label 1024 or more in its shard; names take the rest
+    # an image takes 32 bytes here and, with its label, at least 1024 in its shard; names take the rest
     if size > shards // 8 + MAX_NAMES:
         raise ValueError(f"{size} bytes are too many for shards of {shards}")
     arrays = {}
@@ -206,13 +201,13 @@ def _read_arrays(file: BinaryIO, names: Iterable[str], shards: int) -> dict[str,
             info = archive.getinfo(f"{name}.npy")
             if info.compress_type != zipfile.ZIP_STORED or not info.compress_size == info.file_size <= size:
                 raise ValueError(f"{name} is compressed, or larger than the file")
-            content = io.BytesIO(archive.read(info))  # all of it, so that its CRC is compared
+            content = io.BytesIO(archive.read(info))  # all of it, so that its CRC is checked
             if np.lib.format.read_magic(content) != (1, 0):
                 raise ValueError(f"{name} is in another format")
             shape, _, dtype = np.lib.format.read_array_header_1_0(content)
-            # before an array is made: a header can ask for any number of bytes
+            # before the array is allocated: a header can request any number of bytes
             if dtype.itemsize * math.prod(shape) != info.file_size - content.tell():
-                raise ValueError(f"{name} has another size than its header says")
+                raise ValueError(f"{name} does not have the size in its header")
             content.seek(0)
             arrays[name] = np.load(content)
     return arrays
@@ -220,27 +215,27 @@ def _read_arrays(file: BinaryIO, names: Iterable[str], shards: int) -> dict[str,
 
 @contextmanager
 def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Let one process in while others wait; all at once where the lock file `path` cannot be written or locked.
+    """Run the block in one process at a time, or in all at once if the lock file `path` cannot be written or locked.
 
     Raises:
-        UserError: raised in the block by the process that this one has waited for.
+        UserError: the error of the process that this one waited for, which is stored beside the lock file.
     """
-    lock, mistake = FileLock(path, fallback_to_soft=False), path.with_suffix(".error")
+    lock, stored_error = FileLock(path, fallback_to_soft=False), path.with_suffix(".error")
     with ExitStack() as stack:
         with suppress(OSError):
             try:
                 stack.enter_context(lock.acquire(blocking=False))
             except Timeout:
                 stack.enter_context(lock)
-                with suppress(FileNotFoundError), open_regular(mistake) as file:
+                with suppress(FileNotFoundError), open_regular(stored_error) as file:
                     raise UserError(file.read(MAX_LABEL).decode()) from None
-            mistake.unlink(missing_ok=True)
+            stored_error.unlink(missing_ok=True)
         try:
             yield
         except UserError as error:
             if lock.is_locked:
                 with suppress(OSError):
-                    write_text(mistake, str(error))
+                    write_text(stored_error, str(error))
             raise
 
 
@@ -250,22 +245,25 @@ def _opened(path: str) -> BinaryIO:
 
 
 def _images_of(shard: Path) -> tuple[list[tuple[int, int, int, str]], dict[str, list[str]]]:
-    """Label, offset, size and folder of every image in a shard, and the names that are left out, by the reason."""
+    """Return (label, offset, size, folder) of every image in a shard, and {reason: names that are left out}."""
     about = f"{printable(shard)}: "
-    images, labels = {}, {"cls": {}, "json": {}}
-    names, suffixes, left_out = {}, defaultdict(list), defaultdict(list)
+    images: dict[str, tuple[int, int, str]] = {}
+    labels: dict[str, dict[str, int | ValueError | None]] = {"cls": {}, "json": {}}
+    names: dict[tuple[str, str], str] = {}
+    suffixes: defaultdict[str, list[str]] = defaultdict(list)
+    left_out: defaultdict[str, list[str]] = defaultdict(list)
     with as_user_error(OSError), open_regular(shard) as file:  # its message names the file
         for member in _members(file, printable(shard)):
             parts = [part for part in member.name.split("/") if part not in ("", ".")]
             name, file_name = "/".join(parts), parts[-1] if parts else ""
-            # the last dot ends the key; where keys have none, as in the webdataset layout, it is the first one, too
+            # the key ends at the last dot, so that keys may have dots; the webdataset layout has none in keys
             stem, dot, suffix = file_name.rpartition(".")
             key, kind = "/".join([*parts[:-1], stem]), suffix.lower() if dot else ""
             if member.isdir():
                 continue
             hidden = any(part.startswith(".") and part.strip(".") for part in parts)
             known = kind in SUFFIXES or kind in labels
-            if kind and not hidden and (known or "." not in stem):  # KEY.mask.npy is a note on KEY
+            if kind and not hidden and (known or "." not in stem):  # KEY.mask.npy belongs to KEY
                 suffixes[key].append(f".{suffix}")
             kind = "image" if kind in SUFFIXES else kind
             if kind not in ("image", *labels):
@@ -294,7 +292,7 @@ def _images_of(shard: Path) -> tuple[list[tuple[int, int, int, str]], dict[str, 
         label = labels[kind].get(key)
         dotted = "." in key.rpartition("/")[2]
         if key not in images:
-            # KEY.meta.json is a note on KEY
+            # KEY.meta.json belongs to KEY
             if label is not None and not (dotted and kind == "json"):
                 left_out[IMAGELESS].append(f"{key} ({', '.join(suffixes[key])})")
         elif isinstance(label, ValueError):
@@ -309,52 +307,52 @@ def _images_of(shard: Path) -> tuple[list[tuple[int, int, int, str]], dict[str, 
 
 
 def _label(file: BinaryIO, member: tarfile.TarInfo, kind: str) -> int | ValueError | None:
-    """The label in a .cls or .json file of a shard, None if it has none, or what is wrong with it."""
+    """Return the label in a .cls or .json file of a shard, None if it has none, or a ValueError with the fault."""
     if member.size > MAX_LABEL:
         return ValueError(f"its {member.size} bytes are more than {MAX_LABEL}")
     content = os.pread(file.fileno(), member.size, member.offset_data)
+    value: object
     if kind == "cls":
         text = content.decode("utf-8", "replace").strip()
         value = int(text) if re.fullmatch("[0-9]{1,18}", text) else text
     else:
         try:
-            value = json.loads(content)  # not strictly: what else it holds may be NaN
+            fields = json.loads(content)  # not strict: other fields may be NaN
         except (ValueError, RecursionError) as error:
             return ValueError(printable(str(error))[:200])
-        if not isinstance(value, dict):
-            return ValueError(f"a {type(value).__name__} in the place of an object with a label")
-        value = value.get("label")
+        if not isinstance(fields, dict):
+            return ValueError(f"a {type(fields).__name__} instead of an object with a label")
+        value = fields.get("label")
     if value is None or (type(value) is int and 0 <= value < MAX_CLASSES):
         return value
     shown = printable(repr(value))[:60] if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
-    return ValueError(f"{shown} is no whole number from 0 to {MAX_CLASSES - 1}")
+    return ValueError(f"{shown} is not a whole number from 0 to {MAX_CLASSES - 1}")
 
 
 LONG_NAMES = tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK
-
-EXTENDED = *LONG_NAMES, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE  # headers that stand before a member
+EXTENDED = *LONG_NAMES, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE  # headers that precede a member
 
 
 def _members(file: BinaryIO, shard: str) -> Iterator[tarfile.TarInfo]:
-    """Yield name, type, size and `offset_data` of everything in a tar file: bounded in memory, and ever forwards.
+    """Yield name, type, size and `offset_data` of each member of a tar file, in bounded memory and time.
 
-    `tarfile` parses the headers, but does not walk over them: it allocates what a header asks for, recurses into chains
-    of headers, takes a damaged header for the end and, before Python 3.14, goes in circles at a negative size.
+    `tarfile` parses each header here, but does not iterate: it allocates the size in a header, recurses into chains of
+    headers, takes a damaged header for the end and, before Python 3.14, loops forever at a negative size.
 
     Raises:
         UserError: the file is damaged, incomplete, or has members that are stored as sparse files.
     """
-    end, at = os.fstat(file.fileno()).st_size, 0
-    always: dict[bytes, bytes] = {}  # records of extended headers: for all members that follow, and for the next one
-    own: dict[bytes, bytes] = {}
+    end, position = os.fstat(file.fileno()).st_size, 0
+    shared: dict[bytes, bytes] = {}  # records of extended headers for all following members
+    own: dict[bytes, bytes] = {}  # and for the next member
     while True:
         try:
-            block = os.pread(file.fileno(), tarfile.BLOCKSIZE, at)
+            block = os.pread(file.fileno(), tarfile.BLOCKSIZE, position)
             member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError:
             break
         extended = member.type in EXTENDED
-        records = {} if extended else always | own
+        records = {} if extended else shared | own
         if b"path" in records:
             member.name = records[b"path"].decode("utf-8", "surrogateescape")
         if b"size" in records:
@@ -362,32 +360,32 @@ def _members(file: BinaryIO, shard: str) -> Iterator[tarfile.TarInfo]:
         if member.type == tarfile.GNUTYPE_SPARSE or any(key.startswith(b"GNU.sparse.") for key in records):
             raise UserError(f"{shard}: {printable(member.name)} is stored as a sparse file: pack it without --sparse")
         if len(member.name) > MAX_NAME:
-            raise UserError(f"{shard}: the name at byte {at} is longer than {MAX_NAME}")
-        member.offset_data = at = at + tarfile.BLOCKSIZE
+            raise UserError(f"{shard}: the name at byte {position} is longer than {MAX_NAME}")
+        member.offset_data = position = position + tarfile.BLOCKSIZE
         if extended or member.isreg() or member.type not in tarfile.SUPPORTED_TYPES:  # all others have no content
-            at += -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        if member.size < 0 or at > end:
+            position += -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        if member.size < 0 or position > end:
             raise UserError(f"{shard}: unexpected end of data in {printable(member.name)}")
         if not extended:
             own = {}
             yield member
             continue
         if member.size > MAX_HEADER:
-            raise UserError(f"{shard}: an extended header asks for {member.size} bytes at byte {member.offset_data}")
+            raise UserError(f"{shard}: the extended header at byte {member.offset_data} has {member.size} bytes")
         content = os.pread(file.fileno(), member.size, member.offset_data)
         if member.type in LONG_NAMES:
             if member.type == tarfile.GNUTYPE_LONGNAME:
                 own[b"path"] = content.partition(b"\0")[0]
             continue
         with as_user_error(ValueError, prefix=f"{shard}: "):
-            (always if member.type == tarfile.XGLTYPE else own).update(_records(content))
-    # a header that is no header looks like the end of the archive, which is zeros
-    rest = os.pread(file.fileno(), MAX_PADDING + 1, at)
+            (shared if member.type == tarfile.XGLTYPE else own).update(_records(content))
+    # the loop also ends at a damaged header; the end of an archive is zeros
+    rest = os.pread(file.fileno(), MAX_PADDING + 1, position)
     if own or not 0 < len(rest) <= MAX_PADDING or rest.strip(b"\0"):
         raise UserError(
-            f"{shard} is damaged or incomplete: no file and no proper end at byte {at}"
-            if at
-            else f"{shard}: no uncompressed tar file"
+            f"{shard} is damaged or incomplete: neither a file nor a proper end at byte {position}"
+            if position
+            else f"{shard}: not an uncompressed tar file"
         )
 
 
@@ -395,13 +393,13 @@ RECORD = re.compile(rb"([0-9]{1,7}) ([^=]+)=")
 
 
 def _records(content: bytes) -> dict[bytes, bytes]:
-    """Parse an extended header, whose records are "LENGTH KEY=VALUE" and a line feed; raises ValueError."""
-    records, at = {}, 0
-    while at < len(content):
-        match = RECORD.match(content, at)
-        after = at + int(match[1]) if match else 0
-        if not match or not match.end() < after <= len(content) or content[after - 1 : after] != b"\n":
+    """Parse an extended header, whose records are "LENGTH KEY=VALUE" and a line feed; raise ValueError."""
+    records, start = {}, 0
+    while start < len(content):
+        match = RECORD.match(content, start)
+        end = start + int(match[1]) if match else 0
+        if not match or not match.end() < end <= len(content) or content[end - 1 : end] != b"\n":
             raise ValueError("an extended header is damaged")
-        records[match[2]] = content[match.end() : after - 1]
-        at = after
+        records[match[2]] = content[match.end() : end - 1]
+        start = end
     return records

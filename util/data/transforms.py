@@ -1,4 +1,4 @@
-"""Transforms of images for pretraining, finetuning and evaluation, carried out in Pillow."""
+"""Image transforms for pretraining, finetuning and evaluation, and their execution in Pillow."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -17,8 +17,8 @@ NORMALIZE = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 BICUBIC = transforms.InterpolationMode.BICUBIC
 
 
-def pretrain_transform(size: tuple[int, int], args: argparse.Namespace) -> Callable:
-    """Random resized crop, bicubic, and horizontal flip: image -> (3, H, W) float32."""
+def pretrain_transform(size: tuple[int, int], args: argparse.Namespace) -> transforms.Compose:
+    """Return a bicubic random resized crop and a horizontal flip: image -> (3, H, W) float32."""
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(size, scale=args.scale, interpolation=BICUBIC),
@@ -29,8 +29,8 @@ def pretrain_transform(size: tuple[int, int], args: argparse.Namespace) -> Calla
     )
 
 
-def finetune_transform(size: tuple[int, int], args: argparse.Namespace) -> Callable:
-    """timm's training transform with RandAugment, colour jitter and random erasing: image -> (3, H, W) float32."""
+def finetune_transform(size: tuple[int, int], args: argparse.Namespace) -> transforms.Compose:
+    """Return timm's transform with RandAugment, colour jitter and random erasing: image -> (3, H, W) float32."""
     return create_transform(
         input_size=(3, *size),
         is_training=True,
@@ -48,31 +48,30 @@ def finetune_transform(size: tuple[int, int], args: argparse.Namespace) -> Calla
 
 
 def crop_ratio(size: tuple[int, int]) -> float:
-    """Which part of the sides of a resized image is evaluated, by height and width of the input."""
+    """Return the side of the crop divided by that of the resized image, for the height and width of the input."""
     return 224 / 256 if max(size) <= 224 else 1.0
 
 
-def eval_transform(size: tuple[int, int], resize: str, ratio: float | None = None) -> Callable:
-    """Resize and centre crop, bicubic: image -> (3, H, W) float32.
+def eval_transform(size: tuple[int, int], resize: str, ratio: float | None = None) -> transforms.Compose:
+    """Return a bicubic resize and a centre crop: image -> (3, H, W) float32.
 
     Args:
         size: height and width of the input. Up to 224 pixels the crop is 0.875 of the resized image; larger inputs
             are not cropped.
-        resize: "square" resizes to (H, W) / 0.875 whatever the aspect ratio, as the released finetuning code does;
+        resize: "square" resizes to (H, W) / 0.875 and ignores the aspect ratio, as the released finetuning code does;
             "shorter" keeps the aspect ratio and resizes the shorter side, as MAE does.
-        ratio: of crop and resized image, where it is not `crop_ratio`.
+        ratio: of crop and resized image; by default `crop_ratio`.
     """
-    resized = [int(side / (ratio or crop_ratio(size))) for side in size]
-    if resize == "shorter":
-        # the shorter side of an image is laid onto the longer side of the input, so that the crop always fits
-        resized = max(resized)
+    sides = [int(side / (ratio or crop_ratio(size))) for side in size]
+    # with "shorter", the shorter side of an image becomes the longer side of the input, so that the crop always fits
+    resized = max(sides) if resize == "shorter" else sides
     return transforms.Compose(
         [BoundedResize(resized, BICUBIC), transforms.CenterCrop(size), transforms.ToTensor(), NORMALIZE]
     )
 
 
 class BoundedResize(transforms.Resize):
-    """Resize, but refuse an image that would become too large; see `check_resized`."""
+    """Resize an image unless it would become too large; see `check_resized`."""
 
     def forward(self, image: Image.Image) -> Image.Image:
         check_resized(image.height, image.width, self.size)
@@ -80,7 +79,7 @@ class BoundedResize(transforms.Resize):
 
 
 class PillowTransform:
-    """The released path: a transform of Pillow images, all of it in the worker.
+    """Carry out a transform of Pillow images in the worker, as the released code does.
 
     Args:
         transform: image -> (3, H, W) float32.
@@ -90,23 +89,25 @@ class PillowTransform:
         self.transform = transform
 
     def __call__(self, data: bytes) -> tuple[Tensor, list[float]]:
+        """Return the image (3, H, W) float32 of an image file, and no numbers; raise `BrokenImage`."""
         return self.transform(decode.with_pillow(data)), []
 
     def finish(self, images: Tensor, _: Tensor, device: torch.device) -> Tensor:
-        # a copy also on the CPU: the memory of the batch is used again
+        """Copy a batch to the device."""
+        # a copy on the CPU as well, because the memory of the batch is reused
         return images.to(device, non_blocking=True, copy=True)
 
 
 def check_resized(height: int, width: int, size: int | Sequence[int]) -> None:
-    """Refuse an image so narrow that it would fill memory once its shorter side has been resized.
+    """Check that resizing the shorter side of a narrow image does not fill memory.
 
     Args:
-        height: in pixels.
-        width: in pixels.
-        size: of the shorter side, as `transforms.Resize` takes it; height and width bound themselves.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        size: of the shorter side, as `transforms.Resize` takes it; a pair of height and width is always accepted.
 
     Raises:
-        BrokenImage: more than `MAX_PIXELS` would come out.
+        BrokenImage: the result would have more than `MAX_PIXELS` pixels.
     """
     if isinstance(size, int) and size * size * max(height, width) > MAX_PIXELS * min(height, width):
         raise BrokenImage(f"{width} x {height} pixels with {size} on the shorter side are more than {MAX_PIXELS}")

@@ -1,11 +1,12 @@
-"""Training and evaluation transforms on uint8 pixels: what the transforms in Pillow do, several times faster.
+"""Carry out training and evaluation transforms on uint8 pixels, several times faster than in Pillow.
 
-A worker decodes and crops, and lets timm draw RandAugment's operations, their magnitudes and the boxes to erase; the
-training device carries them out, a batch at a time, and flips and normalises.
+A worker decodes and crops, and lets timm draw RandAugment's operations, their magnitudes and the boxes to erase. The
+training device carries these out on whole batches, flips and normalises.
 """
 
 import copy
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,18 +27,24 @@ CONVERSIONS = transforms.ToTensor, MaybeToTensor
 
 
 class Uint8Transform:
-    """A transform of Pillow images, carried out on uint8 pixels with the same random numbers.
+    """Carry out a transform of Pillow images on uint8 pixels, with the same random numbers.
 
     Args:
-        transform: `transforms.Compose` of a random resized crop, or of a resize and a centre crop; then any of flip,
-            RandAugment or another transform of images, conversion, normalisation, random erasing.
+        transform: a random resized crop, or a resize and a centre crop; then any of flip, RandAugment or other
+            transforms of images, conversion, normalisation, random erasing.
     """
 
-    carry_out = staticmethod(carry_out_layers)  # another implementation may take its place: `kernels.fuse_augmentation`
+    carry_out = staticmethod(carry_out_layers)  # `kernels.fuse_augmentation` may replace it
+    crop: Any = None  # the steps of the transform, which torchvision and timm do not type
+    resize: Any = None
+    centre: Any = None
+    erase: Any = None
+    normalize: Any = None
+    draw: Any = None  # see `note_taking`
 
     def __init__(self, transform: transforms.Compose) -> None:
-        self.crop, self.resize, self.centre, self.draw, self.fill = None, None, None, None, (0, 0, 0)
-        self.flip_rate, self.augment, self.erase, self.normalize = 0.0, [], None, None
+        self.fill, self.flip_rate = (0, 0, 0), 0.0
+        self.augment: list[Any] = []  # transforms of Pillow images
         for step in transform.transforms:
             if isinstance(step, RANDOM_CROPS):
                 self.crop = step
@@ -60,67 +67,65 @@ class Uint8Transform:
             self.draw = note_taking(self.augment.pop())
 
     def __call__(self, data: bytes) -> tuple[Tensor, list[float]]:
-        """What a worker does with an image.
-
-        Args:
-            data: content of an image file.
+        """Do the worker's part for the content of an image file.
 
         Returns:
-            pixels (H, W, 3) uint8 and the numbers that `finish` needs: whether to flip, the `NOTE` numbers of each
-            operation of RandAugment, a seed, and top, bottom, left and right of each box to erase.
+            pixels (H, W, 3) uint8, and the numbers for `finish`: whether to flip, and those of `drawn`.
 
         Raises:
-            BrokenImage: says why.
+            BrokenImage: with the reason.
         """
         pixels = self._cropped(data)
-        todo = [int(torch.rand(1) < self.flip_rate) if self.flip_rate else 0]
+        flip = int(torch.rand(1) < self.flip_rate) if self.flip_rate else 0
         for step in self.augment:
             pixels = np.array(step(Image.fromarray(pixels)))
-        return torch.from_numpy(pixels), todo + self.drawn(*pixels.shape[:2])
+        height, width, _ = pixels.shape
+        return torch.from_numpy(pixels), [flip, *self.drawn(height, width)]
 
     def drawn(self, height: int, width: int) -> list[float]:
-        """Draw what the device will do with an image of this size, its flip aside.
+        """Draw the device's part for an image of this size, except its flip.
 
         Returns:
-            The `NOTE` numbers of each operation of RandAugment, a seed, and the sides of each box to erase.
+            The `NOTE` numbers of each operation of RandAugment, a seed, and top, bottom, left and right of each box to
+            erase.
         """
-        todo = []
+        todo: list[float] = []
         if self.draw is not None:
             notes = self.draw([])
             todo += notes + NO_OPERATION * (self.draw.num_layers - len(notes) // NOTE)
         if self.erase is not None:
-            notes = _Notes(height, width)
-            self.draw_boxes(notes)
-            boxes = notes.boxes + [0, 0, 0, 0] * (self.erase.max_count - len(notes.boxes) // 4)
+            recorder = _BoxRecorder(height, width)
+            self.draw_boxes(recorder)
+            boxes = recorder.boxes + [0, 0, 0, 0] * (self.erase.max_count - len(recorder.boxes) // 4)
             todo += [random.getrandbits(52), *boxes]
         return todo
 
     def _cropped(self, data: bytes) -> Array:
         if self.crop is None:
 
-            def everything(height: int, width: int) -> tuple[int, int, int, int]:
+            def whole(height: int, width: int) -> tuple[int, int, int, int]:
                 check_resized(height, width, self.resize.size)
                 return 0, 0, height, width
 
-            pixels = decode.crop_of(data, everything)
+            pixels = decode.crop_of(data, whole)
             image = F.resize(_as_image(pixels), self.resize.size, self.resize.interpolation)
             return F.center_crop(image, self.centre.size).permute(1, 2, 0).numpy()  # (3, H, W) -> (H, W, 3)
 
         def draw(height: int, width: int) -> tuple[int, int, int, int]:
-            image = torch.empty(1).expand(3, height, width)  # torchvision and timm ask an image for its size
+            image = torch.empty(1).expand(3, height, width)  # torchvision and timm read only its size
             top, left, h, w = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
-            return min(top, height - 1), min(left, width - 1), max(h, 1), max(w, 1)  # timm's rounds to none at times
+            return min(top, height - 1), min(left, width - 1), max(h, 1), max(w, 1)  # timm's crop can be empty
 
         pixels = np.ascontiguousarray(decode.crop_of(data, draw, self.crop.size))
         image = F.resize_image(_as_image(pixels), self.crop.size, self.crop.interpolation)
         return image.permute(1, 2, 0).numpy()  # (3, H, W) -> (H, W, 3)
 
     def finish(self, pixels: Tensor, todo: Tensor, device: torch.device) -> Tensor:
-        """What the training device does with a batch.
+        """Do the device's part for a batch.
 
         Args:
             pixels: (B, H, W, 3) uint8, on the CPU.
-            todo: (B, n) float64 on the CPU, as the workers returned it.
+            todo: (B, n) float64 on the CPU: the numbers of each image, from the worker.
             device: of the result.
 
         Returns:
@@ -130,7 +135,7 @@ class Uint8Transform:
         fill = torch.tensor(self.fill, dtype=torch.uint8)[:, None, None].to(device)
         noted = range(1, 1 + NOTE * (0 if self.draw is None else self.draw.num_layers), NOTE)
         notes, erasures = todo[:, : noted.stop], todo[:, noted.stop :]
-        order = notes[:, 1::NOTE].argsort(dim=0, stable=True)  # (B, layers), on the CPU: the device is not waited for
+        order = notes[:, 1::NOTE].argsort(dim=0, stable=True)  # (B, layers); on the CPU, so that the host does not wait
         sent = torch.cat([notes, order], dim=1).to(device, non_blocking=True)
         images = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
         images = images.clone(memory_format=torch.contiguous_format)
@@ -149,7 +154,7 @@ class Uint8Transform:
         return images
 
     def _fill(self, box: Tensor, generator: torch.Generator) -> None:
-        """Erase a box (3, h, w) as timm does: noise per pixel, one normal colour, or the mean colour."""
+        """Erase a box (3, h, w) as timm does: with noise per pixel, a single random colour, or the mean colour."""
         if self.erase.per_pixel or self.erase.rand_color:
             shape = box.shape if self.erase.per_pixel else (3, 1, 1)
             box.copy_(torch.randn(shape, device=box.device, generator=generator))
@@ -161,13 +166,14 @@ def _as_image(pixels: Array) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W), channels last
 
 
-class _Notes:
-    """An image for timm's `RandomErasing` that takes down the boxes instead of erasing them."""
+class _BoxRecorder:
+    """Stand in for an image in timm's `RandomErasing`, and record the boxes instead of erasing them."""
 
     dtype = torch.float32
 
     def __init__(self, height: int, width: int) -> None:
-        self.shape, self.boxes = (3, height, width), []
+        self.shape = (3, height, width)
+        self.boxes: list[int] = []
 
     def size(self) -> tuple[int, int, int]:
         return self.shape
@@ -175,7 +181,3 @@ class _Notes:
     def __setitem__(self, where: tuple[slice, slice, slice], colour: Tensor) -> None:
         _, rows, columns = where
         self.boxes += [rows.start, rows.stop, columns.start, columns.stop]
-
-
-# ---- the operations of timm.data.auto_augment: images (n, 3, H, W) uint8, two parameters (n, 1, 1, 1) float64, and the
-# colour (3, 1, 1) uint8 of what a warp finds outside -> (n, 3, H, W) uint8
