@@ -71,7 +71,7 @@ def broken_files(photographs):
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_neither_decoder_takes_a_broken_file(broken_files, name):
+def test_both_decoders_refuse_broken_files(broken_files, name):
     with pytest.raises(decode.BrokenImage):
         decode.with_pillow(broken_files[name])
     with pytest.raises(decode.BrokenImage):
@@ -81,7 +81,7 @@ def test_neither_decoder_takes_a_broken_file(broken_files, name):
 BOTH = (decode.with_pillow, lambda data: decode.crop_of(data, lambda height, width: (0, 0, height, width)))
 
 
-def test_more_pixels_than_a_worker_can_hold():
+def test_images_with_too_many_pixels_are_broken():
     most = encoded(Image.new("1", (9459, 9459)), "PNG")
     assert 9459 * 9459 < decode.MAX_PIXELS < 9460 * 9460
     assert decode.with_pillow(most).size == (9459, 9459)
@@ -90,7 +90,7 @@ def test_more_pixels_than_a_worker_can_hold():
             read(encoded(Image.new("1", (9460, 9460)), "PNG"))
 
 
-def test_an_image_too_narrow_to_be_resized():
+def test_images_too_narrow_to_be_resized_are_broken():
     """256 pixels on the shorter side of these 5,000 would be 1,280,000 on the longer one."""
     transform = transforms.eval_transform((224, 224), "shorter")
     for how in ("fast", "pil"):
@@ -103,7 +103,7 @@ def test_an_image_too_narrow_to_be_resized():
 
 
 @pytest.mark.parametrize("name", ["image.eps", "image.jpg"])
-def test_no_image_reaches_ghostscript(tmp_path, monkeypatch, name):
+def test_ghostscript_is_never_started(tmp_path, monkeypatch, name):
     """Pillow alone would run it."""
     shown = tmp_path / "gs has run"
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch '{shown}'\n")
@@ -124,7 +124,7 @@ def test_no_image_reaches_ghostscript(tmp_path, monkeypatch, name):
     assert shown.exists()
 
 
-def test_every_format_is_read(tmp_path):
+def test_every_format_is_decoded(tmp_path):
     """Each suffix belongs to a format of the installed Pillow, and to what it writes under it."""
     Image.init()
     assert set(decode.FORMATS) - set(decode.KNOWN) <= {"AVIF"}  # Pillow before 11.3
@@ -138,7 +138,7 @@ def test_every_format_is_read(tmp_path):
         assert np.abs(pixels.astype(int) - (200, 30, 40)).max() < 12 or suffix in ("pgm", "pbm")
 
 
-def test_what_the_installed_pillow_does_not_read_is_named(monkeypatch):
+def test_formats_missing_in_pillow_are_named(monkeypatch):
     data = b"\0\0\0\x20ftypavif" + bytes(100)
     monkeypatch.setattr(decode.features, "check", lambda library: library != "avif")
     monkeypatch.setattr(decode, "KNOWN", tuple(name for name in decode.FORMATS if name != "AVIF"))
@@ -147,7 +147,7 @@ def test_what_the_installed_pillow_does_not_read_is_named(monkeypatch):
             read(data)
 
 
-def test_decoders_without_memory(photographs, monkeypatch):
+def test_decoders_that_run_out_of_memory(photographs, monkeypatch):
     def exhausted(*_, **__):
         raise MemoryError
 
@@ -159,7 +159,7 @@ def test_decoders_without_memory(photographs, monkeypatch):
             read(data)
 
 
-def test_headers_that_contradict_each_other(photographs, monkeypatch):
+def test_contradictory_headers_are_broken(photographs, monkeypatch):
     """A part drawn for one size is not cut out of an image of another."""
     monkeypatch.setattr(simplejpeg, "decode_jpeg_header", lambda data: (500, 400, "CMYK", "444"))
     data = encoded(photographs[0].resize((90, 60)).convert("CMYK"))
@@ -184,7 +184,7 @@ class Unreadable:
 
 
 @pytest.mark.parametrize("how", ["fast", "pil"])
-def test_a_read_that_fails_is_a_broken_image(how):
+def test_a_failed_read_is_a_broken_image(how):
     error = OSError(errno.EIO, os.strerror(errno.EIO), b"caf\xe9")
     source = Unreadable(error)
     dataset = datasets.ImageDataset(source, datasets.pixels_by(how, transforms.eval_transform((32, 32), "square")))
@@ -199,7 +199,7 @@ def test_a_read_that_fails_is_a_broken_image(how):
 
 
 @pytest.mark.parametrize("error", [OSError("a bug"), KeyError("a bug"), RuntimeError("a bug")])
-def test_a_bug_in_a_transform_is_no_broken_image(jpeg_folder, error):
+def test_a_bug_in_a_transform_is_not_a_broken_image(jpeg_folder, error):
     def transform(image):
         raise error
 
@@ -256,7 +256,7 @@ def names_of(path, split, files):
 
 @pytest.mark.parametrize("how", ["fast", "pil"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_next_image_takes_the_place_of_a_broken_one(broken_folder, how, workers):
+def test_the_next_image_replaces_a_broken_one(broken_folder, how, workers):
     """Batches stay full, and are the same whatever the number of workers; every broken file is named once."""
     dataset = datasets.image_dataset(
         str(broken_folder), "train", transforms.finetune_transform((32, 32), finetune_args()), how
@@ -281,7 +281,7 @@ def test_the_next_image_takes_the_place_of_a_broken_one(broken_folder, how, work
         assert torch.equal(image, want)
 
 
-def test_nothing_but_broken_images(tmp_path):
+def test_training_on_broken_images_only(tmp_path):
     for label in ("a", "b"):
         (tmp_path / "train" / label).mkdir(parents=True)
         for number in range(4):
@@ -294,7 +294,7 @@ def test_nothing_but_broken_images(tmp_path):
             list(loader)
 
 
-def test_a_substitute_looks_different_from_where_it_has_its_own_place(jpeg_folder, tmp_path):
+def test_a_substitute_differs_from_the_same_image_at_its_own_place(jpeg_folder, tmp_path):
     shutil.copytree(jpeg_folder, tmp_path / "data")
     transform = transforms.pretrain_transform((32, 32), finetune_args())
     dataset = datasets.image_dataset(str(tmp_path / "data"), "train", transform, "fast")
@@ -308,7 +308,7 @@ def test_a_substitute_looks_different_from_where_it_has_its_own_place(jpeg_folde
 
 
 @pytest.mark.parametrize(("kind", "how"), [("", "fast"), ("", "pil"), ("wds:", "fast"), ("hfds:", "fast")])
-def test_training_names_and_counts_broken_images(broken_folder, broken_files, tmp_path, run_script, capsys, kind, how):
+def test_training_lists_broken_images(broken_folder, broken_files, tmp_path, run_script, capsys, kind, how):
     out, path = tmp_path / "out", as_source(kind, broken_folder, tmp_path)
     names = names_of(path, "train", broken_files.values())
     assert len(names) == 10
@@ -334,7 +334,7 @@ def test_too_many_broken_images_end_the_run(broken_folder, tmp_path, run_script,
     assert not (out / "checkpoint-last.pth").exists()
 
 
-def test_broken_images_of_two_processes(broken_folder, tmp_path):
+def test_broken_images_of_two_processes_are_counted_together(broken_folder, tmp_path):
     """Each process meets some of them; the report has them all, and together they may be too many."""
     words = pretrain_words(broken_folder, "--num_workers", 1, "--output_dir", tmp_path / "out")
     output = torchrun("main_pretrain.py", *words, "--max_bad_samples", 10)
@@ -365,7 +365,7 @@ def evaluation(checkpoint, folder, *more):
     return [str(word) for word in words]
 
 
-def test_evaluation_stops_or_counts_as_wrong(
+def test_evaluation_stops_at_broken_images_or_counts_them_as_wrong(
     finetuned, jpeg_folder, broken_files, tmp_path, run_script, capsys, caplog
 ):
     folder = tmp_path / "data"
@@ -397,7 +397,7 @@ def test_evaluation_stops_or_counts_as_wrong(
 
 
 @pytest.mark.parametrize("kind", ["wds:", "hfds:"])
-def test_evaluation_of_broken_images_of_other_sources(
+def test_evaluation_of_broken_images_in_shards_and_hub_datasets(
     finetuned, jpeg_folder, broken_files, tmp_path, run_script, capsys, caplog, kind
 ):
     folder = tmp_path / "data"
@@ -422,7 +422,7 @@ def test_evaluation_of_broken_images_of_other_sources(
         assert sum(message.startswith(f"broken image: {name}: ") for message in messages) == 1
 
 
-def test_evaluation_of_nothing_but_broken_images(finetuned, jpeg_folder, tmp_path, run_script, capsys):
+def test_evaluation_of_broken_images_only(finetuned, jpeg_folder, tmp_path, run_script, capsys):
     folder = tmp_path / "data"
     shutil.copytree(jpeg_folder, folder)
     for file in (folder / "val").rglob("*.jpg"):

@@ -49,7 +49,7 @@ def source(classes, labels):
           "val has images of 1 of 2 classes, none of a"]),
     ],
 )  # fmt: skip
-def test_labels_follow_names(classes, labels, names, want, lines):
+def test_labels_are_matched_by_class_name(classes, labels, names, want, lines):
     val = source(classes, labels)
     assert match_classes(val, list(names), "train") == lines
     assert val.labels.tolist() == want
@@ -65,20 +65,20 @@ def test_labels_follow_names(classes, labels, names, want, lines):
         (["x", ""], [0, 1], "ab", "images of 1 classes that train does not have: x"),  # one name is not known
     ],
 )
-def test_classes_that_are_unknown_are_refused(classes, labels, names, message):
+def test_unknown_classes_are_refused(classes, labels, names, message):
     val = source(classes, list(labels))
     with pytest.raises(UserError, match=message):
         match_classes(val, list(names), "train")
     assert (val.classes, val.labels.tolist()) == (list(classes), list(labels))
 
 
-def test_a_class_without_images_does_not_count():
+def test_a_class_without_images_is_ignored():
     """A dataset may list more classes than it has images of."""
     val = source("abx", [1, 0])
     assert match_classes(val, list("ab"), "train") == []
 
 
-def test_a_thousand_outputs_without_names_are_those_of_imagenet():
+def test_1000_outputs_without_names_are_those_of_imagenet():
     names, line = known_names([], 1000, source(SYNSETS[5:8], [0, 1, 2]), "released.pth")
     assert (names, "ImageNet's in the order of their synsets are assumed" in line) == (SYNSETS, True)
     val = source(SYNSETS[5:8], [0, 1, 2])
@@ -89,13 +89,13 @@ def test_a_thousand_outputs_without_names_are_those_of_imagenet():
     assert known_names(["a", "b"], 2, source("ab", [0]), "own.pth") == (["a", "b"], "")
 
 
-def test_what_two_lists_of_names_do_not_share():
+def test_difference_of_two_lists_of_names():
     assert differing(["a", "b"], ["a", "b"]) == differing([], ["a"]) == differing(["", ""], ["a", "b"]) == []
     assert differing(["a", "b", ""], ["a", "c", "d"]) == ["b", "c", "d"]
     assert differing(["a", "b"], ["b", "a"]) == ["the same names in another order"]
 
 
-def test_names_that_are_not_utf_8():
+def test_class_names_that_are_not_utf8():
     latin = source(["caf\udce9"], [0])
     assert names_by_output(latin, 2) == ["caf\\xe9", ""]
     assert len(fingerprint(latin)) == 16
@@ -111,7 +111,7 @@ def test_names_that_are_not_utf_8():
         (["a"], "it has 1 class_names"),
     ],
 )
-def test_damaged_names_in_a_checkpoint(names, message):
+def test_damaged_class_names_in_a_checkpoint(names, message):
     model = models_arm.create_classifier(
         "arm_tiny_pz16", img_size=16, patch_size=8, embed_dim=32, depth=1, num_classes=3
     )
@@ -158,7 +158,7 @@ def evaluated(run_script, capsys):
     return evaluate
 
 
-def test_a_val_without_some_classes(run, image_folder, tmp_path, evaluated):
+def test_val_without_some_classes(run, image_folder, tmp_path, evaluated):
     """Its parts add up to the whole."""
     assert checkpoint_file.read(run)["class_names"] == ["class_0", "class_1", "class_2"]
     whole = evaluated(run, image_folder)
@@ -172,7 +172,7 @@ def test_a_val_without_some_classes(run, image_folder, tmp_path, evaluated):
     assert "4 images of 2 classes" in others[3]
 
 
-def test_a_class_that_the_checkpoint_does_not_have(run, image_folder, tmp_path, evaluated, capsys):
+def test_a_class_missing_in_the_checkpoint(run, image_folder, tmp_path, evaluated, capsys):
     data = part(image_folder, tmp_path, "class_0", "class_1", "class_2", class_1="dog")
     with pytest.raises(SystemExit) as exit_info:
         evaluated(run, data)
@@ -181,7 +181,7 @@ def test_a_class_that_the_checkpoint_does_not_have(run, image_folder, tmp_path, 
     assert line.endswith(f"val has images of 1 classes that {run} does not have: dog")
 
 
-def test_a_checkpoint_without_names(run, image_folder, tmp_path, evaluated, capsys):
+def test_a_checkpoint_without_class_names(run, image_folder, tmp_path, evaluated, capsys):
     """Positions are right if all classes are there, and are no labels otherwise."""
     content = checkpoint_file.read(run)
     whole = evaluated(run, image_folder)
@@ -196,7 +196,7 @@ def test_a_checkpoint_without_names(run, image_folder, tmp_path, evaluated, caps
     assert "val has 2 classes; " in capsys.readouterr().err
 
 
-def test_what_a_bare_state_dict_does_not_say(run, image_folder, tmp_path, evaluated, caplog):
+def test_options_guessed_for_a_bare_state_dict(run, image_folder, tmp_path, evaluated, caplog):
     state = checkpoint_file.read(run)["model"]
     torch.save(state, tmp_path / "bare.pth")
     with pytest.raises(SystemExit):  # 24 patches are no square
@@ -220,7 +220,7 @@ def test_finetuning_matches_val_by_name(run_script, image_folder, tmp_path, eval
 
 
 @pytest.mark.parametrize("kind", ["the same", "others", "number", "unnamed", "order"])
-def test_a_head_is_kept_for_the_same_classes_only(run, run_script, image_folder, tmp_path, capsys, kind):
+def test_the_head_is_kept_only_for_the_same_classes(run, run_script, image_folder, tmp_path, capsys, kind):
     words = [*WORDS, "--lr", 0, "--min_lr", 0, "--finetune", tmp_path / "from.pth", "--output_dir", tmp_path / "out"]
     content = checkpoint_file.read(run)
     content["model"]["head.bias"] += 1
@@ -262,7 +262,7 @@ def test_a_run_is_not_resumed_with_other_classes(run, run_script, image_folder, 
         assert re.search(message, capsys.readouterr().err)
 
 
-def test_a_name_that_two_outputs_have_is_refused():
+def test_a_class_name_of_two_outputs_is_refused():
     model = models_arm.create_classifier(
         "arm_tiny_pz16", img_size=16, patch_size=8, embed_dim=32, depth=1, num_classes=3
     )
@@ -271,7 +271,7 @@ def test_a_name_that_two_outputs_have_is_refused():
     assert inspection.class_names({"model": model.state_dict(), "class_names": ["", "b", ""]}) == ["", "b", ""]
 
 
-def test_an_accuracy_that_cannot_be_shown_is_no_success(run, image_folder):
+def test_an_accuracy_that_cannot_be_printed_is_an_error(run, image_folder):
     """It is all that an evaluation gives: a full disk behind stdout is an error."""
     words = ["--eval", "--resume", run, "--data_path", image_folder, "--device", "cpu", "--num_workers", 0]
     command = [sys.executable, REPOSITORY / "Finetuning" / "main_finetune.py", *words]

@@ -147,7 +147,7 @@ def test_damaged_images(kind, monkeypatch, capfd, caplog):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_half_of_a_file_is_broken(kind):
+def test_half_files_are_broken(kind):
     data = file_of(kind)
     if "of pages" in kind or "animated" in kind or kind in ("MPO", "APNG"):  # the first frame is whole
         data = data[: len(data) // 2 if kind == "TIFF of pages" else len(data) // 8]
@@ -161,7 +161,7 @@ def test_the_first_frame_is_read(kind):
         assert np.abs(pixels.astype(int) - np.array(picture())).mean() < 12
 
 
-def test_each_chunk_of_a_png_is_compared_with_its_checksum():
+def test_checksums_of_png_chunks_are_checked():
     """Pillow alone reads pixels of a PNG whose checksum says that they are others."""
     pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3)).astype(np.uint8)
     data = encoded(Image.fromarray(pixels), "PNG", compress_level=0)  # stored bytes: nothing else would tell
@@ -281,7 +281,7 @@ print(most() - before)
 """
 
 
-def test_what_a_header_asks_for_is_not_allocated(tmp_path):
+def test_sizes_in_a_header_are_not_allocated(tmp_path):
     """The pixels, texts or values would take 144 MB or more each."""
     paths = []
     for kind, make in BOMBS.items():

@@ -71,7 +71,7 @@ def saved(folder, split=None, **columns):
     return f"hfds:{folder}"
 
 
-def test_one_saved_dataset(tmp_path):
+def test_a_single_saved_dataset(tmp_path):
     hub = pytest.importorskip("datasets")
     image, label = (hub.Image(), [{"bytes": b"x", "path": None}]), (hub.ClassLabel(names=["a"]), [0])
     path = saved(tmp_path / "alone", image=image, label=label)
@@ -86,7 +86,7 @@ def test_one_saved_dataset(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["int64", "uint8", "uint64"])
-def test_labels_that_are_numbers(tmp_path, kind):
+def test_labels_in_integer_columns(tmp_path, kind):
     hub = pytest.importorskip("datasets")
     images = (hub.Image(), [{"bytes": b"x", "path": None}, None])
     path = saved(tmp_path / "data", picture=images, label=(hub.Value(kind), [3, 1]), id=(hub.Value("int64"), [7, 8]))

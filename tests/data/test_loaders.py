@@ -98,7 +98,7 @@ def pixels(sample):
     return image
 
 
-def test_samples_depend_on_seed_epoch_and_index_only(seeded):
+def test_samples_depend_only_on_seed_epoch_and_index(seeded):
     first = pixels(seeded[0, 5])
     torch.manual_seed(99)
     np.random.seed(99)
@@ -134,7 +134,7 @@ def test_epochs_differ_and_hold_every_image_once(seeded):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_can_start_in_its_middle(seeded, workers):
+def test_an_epoch_can_start_in_the_middle(seeded, workers):
     whole = batches(seeded, 2)
     rest = batches(seeded, 2, start=3 * 4, num_workers=workers)
     assert len(rest) == len(whole) - 3
@@ -144,7 +144,7 @@ def test_an_epoch_can_start_in_its_middle(seeded, workers):
 
 
 @pytest.mark.parametrize("processes", [2, 5])
-def test_no_image_is_in_two_shares_of_an_epoch(seeded, monkeypatch, processes):
+def test_the_shares_of_an_epoch_are_disjoint(seeded, monkeypatch, processes):
     """24 images on 5 processes: DistributedSampler's default would give one of them twice."""
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     seen = []
@@ -156,7 +156,7 @@ def test_no_image_is_in_two_shares_of_an_epoch(seeded, monkeypatch, processes):
     assert len(set(seen)) == len(seen)
 
 
-def test_pil_loads_what_the_released_code_loads(image_folder):
+def test_pil_loads_the_same_samples_as_the_released_code(image_folder):
     """`--loader pil` against torchvision's ImageFolder with the transform in Pillow, bitwise."""
     transform = transforms.finetune_transform((32, 32), finetune_args())
     seeded = datasets.SeededSamples(datasets.image_dataset(str(image_folder), "train", transform, "pil"), seed=3)
@@ -186,7 +186,7 @@ def labels_and_pixels(batch):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
-def test_evaluation_shares_hold_each_image_once(processes, monkeypatch):
+def test_shares_of_an_evaluation_hold_each_image_once(processes, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     seen = []
     for rank in range(processes):
@@ -198,7 +198,7 @@ def test_evaluation_shares_hold_each_image_once(processes, monkeypatch):
     assert sorted(seen) == list(range(7))
 
 
-def test_prefetching_loses_and_repeats_nothing(seeded, monkeypatch):
+def test_prefetching_keeps_all_batches_in_order(seeded, monkeypatch):
     """What runs on a GPU, without its streams: waited for before it is given out, the next one fetched after it."""
     events = []
     stream = argparse.Namespace(wait_stream=lambda other: events.append("wait"))
@@ -273,7 +273,7 @@ LACKS = {
 
 
 @pytest.mark.parametrize("message", LACKS)
-def test_what_workers_lack_is_said_with_what_helps(message):
+def test_resources_that_workers_lack_are_named_with_a_remedy(message):
     def batches():
         raise RuntimeError(f"Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback:\n{message}")
         yield

@@ -52,7 +52,7 @@ def test_packed_images(photographs, tmp_path, capsys):
     assert contents(val) == contents(folder)
 
 
-def test_packing_goes_on_where_it_was(jpeg_folder, tmp_path):
+def test_packing_resumes(jpeg_folder, tmp_path):
     """Killed in the middle, it writes what is missing; the shards are those of an uninterrupted run."""
     words = ["--short_side", "64", "--shard_images", "2"]
     run_pack(jpeg_folder, tmp_path / "whole", *words)
@@ -101,7 +101,7 @@ def files_of(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
 
 
-def test_packing_killed_at_any_moment(jpeg_folder, tmp_path, capsys):
+def test_packing_resumes_after_a_kill_at_any_moment(jpeg_folder, tmp_path, capsys):
     """The same command then ends as an uninterrupted run does: the same files, the same broken images."""
     data = tmp_path / "data"
     for label in (0, 1):
@@ -132,7 +132,7 @@ def test_packing_killed_at_any_moment(jpeg_folder, tmp_path, capsys):
     assert moment > 10
 
 
-def test_packing_again_after_an_image_was_mended(jpeg_folder, tmp_path, capsys):
+def test_packing_again_after_an_image_was_repaired(jpeg_folder, tmp_path, capsys):
     """A shard that was not finished takes nothing over from before."""
     data, good = tmp_path / "data", (jpeg_folder / "train" / "class_0" / "0.jpg").read_bytes()
     shutil.copytree(jpeg_folder, data)
@@ -150,7 +150,7 @@ def test_packing_again_after_an_image_was_mended(jpeg_folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE, errno.ENOENT])
 @pytest.mark.parametrize("more", [[], ["--short_side", 64]])
-def test_a_file_that_cannot_be_read_ends_packing(jpeg_folder, tmp_path, monkeypatch, number, more):
+def test_an_unreadable_file_ends_packing(jpeg_folder, tmp_path, monkeypatch, number, more):
     """It may be there the next time: it is not left out, and the same command goes on."""
     read = readers.Folder.read
 
@@ -170,7 +170,7 @@ def test_a_file_that_cannot_be_read_ends_packing(jpeg_folder, tmp_path, monkeypa
         assert (tmp_path / "shards" / shard.relative_to(tmp_path / "whole")).read_bytes() == shard.read_bytes()
 
 
-def test_a_link_that_leads_nowhere_is_broken(jpeg_folder, tmp_path, capsys):
+def test_broken_links_are_broken_images(jpeg_folder, tmp_path, capsys):
     data = tmp_path / "data"
     shutil.copytree(jpeg_folder / "train", data / "train")
     (data / "train" / "class_0" / "a.jpg").symlink_to(tmp_path / "nowhere")
@@ -196,7 +196,7 @@ def test_packing_leaves_broken_images_out(jpeg_folder, tmp_path, capsys):
         assert "val: 8 images" in out  # evaluation finds it and says so
 
 
-def test_packing_mistakes(tmp_path, capsys, monkeypatch):
+def test_user_mistakes_in_packing(tmp_path, capsys, monkeypatch):
     for words, message in (([tmp_path, tmp_path / "x"], "no folder train or val in it"), ([], "required: SRC, DST")):
         monkeypatch.setattr(sys, "argv", ["pack_images", *map(str, words)])
         with pytest.raises(SystemExit) as exit_info:
@@ -230,7 +230,7 @@ def test_a_second_packer_is_refused(jpeg_folder, tmp_path):
     assert re.search(rf"error: DST {tmp_path}/train is in use by process {os.getpid()} on ", done.stderr)
 
 
-def test_plan_of_a_packed_folder_is_readable(shards):
+def test_packed_json_holds_the_settings(shards):
     plan = json.loads((shards / "train" / "packed.json").read_text())
     assert (plan["images"], plan["short_side"], plan["shard_images"]) == (24, None, 5)
 
@@ -254,7 +254,7 @@ def target(data, tmp_path):
 WORDS = "--short_side", 64, "--shard_images", 5, "--max_bad_samples", 3
 
 
-def test_shards_without_their_plan_are_refused(data, target):
+def test_shards_without_packed_json_are_refused(data, target):
     (target / "packed.json").unlink()
     (target / "000003.tar").unlink()
     before = {path.name: path.stat().st_mtime_ns for path in target.glob("*.tar")}
@@ -263,7 +263,7 @@ def test_shards_without_their_plan_are_refused(data, target):
     assert {path.name: path.stat().st_mtime_ns for path in target.glob("*.tar")} == before
 
 
-def test_a_shard_of_something_else_is_refused(data, target):
+def test_a_foreign_shard_is_refused(data, target):
     shutil.copy(target / "000000.tar", target / "000009.tar")
     (target / "000001.tar").unlink()
     with pytest.raises(UserError, match=r"000009\.tar is not one of the shards that are packed here"):
@@ -273,7 +273,7 @@ def test_a_shard_of_something_else_is_refused(data, target):
 
 @pytest.mark.parametrize("name", ["packed.json", "broken.json"])
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 10**5, b'{"images": NaN}', b"[1]", b'"text"'])
-def test_damaged_files_of_a_target(data, target, name, content):
+def test_damaged_files_in_the_target(data, target, name, content):
     if name == "broken.json":
         (path,) = target.glob("*.broken.json")
     else:
@@ -285,7 +285,7 @@ def test_damaged_files_of_a_target(data, target, name, content):
     assert str(target) in str(raised.value)
 
 
-def test_a_damaged_list_of_val_ends_packing_before_train(data, tmp_path):
+def test_a_damaged_list_in_val_ends_packing_before_train(data, tmp_path):
     shutil.copytree(data / "train", data / "val")
     run_pack(data, tmp_path / "shards")
     (tmp_path / "shards" / "train" / "000000.tar").unlink()
@@ -311,7 +311,7 @@ def test_links_are_replaced_and_not_followed(data, tmp_path):
     assert not [path for path in folder.rglob("*") if path.is_symlink()]
 
 
-def test_names_that_are_not_utf_8(data, tmp_path, capsys):
+def test_class_names_that_are_not_utf8(data, tmp_path, capsys):
     """Members of the shards are printable, and classes are called as they are in the folder."""
     train = os.fsencode(data / "train")
     os.rename(train + b"/class_0", train + b"/caf\xe9")
@@ -338,7 +338,7 @@ def test_names_that_are_not_utf_8(data, tmp_path, capsys):
     assert line in capsys.readouterr().out
 
 
-def test_classes_of_one_printed_name_are_refused(data, tmp_path):
+def test_classes_with_the_same_printed_name_are_refused(data, tmp_path):
     shutil.copytree(data / "train" / "class_0", os.fsdecode(os.fsencode(data / "train") + b"/caf\xe9"))
     shutil.copytree(data / "train" / "class_0", data / "train" / r"caf\xe9")
     with pytest.raises(UserError, match=r"2 class folders would be called caf\\xe9"):
@@ -374,6 +374,6 @@ def test_workers_that_cannot_be_started(data, tmp_path, monkeypatch):
         run_pack(data, tmp_path / "shards")
 
 
-def test_packing_among_the_images_is_refused(data):
+def test_packing_into_the_source_is_refused(data):
     with pytest.raises(UserError, match="is SRC: choose another folder for the shards"):
         pack_images.main(pack_images.get_args_parser().parse_args([str(data), str(data)]))

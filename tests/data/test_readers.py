@@ -1,8 +1,11 @@
 """Images from folders, tar shards and Hugging Face datasets: the same samples from each; mistakes."""
 
+import importlib
 import os
 import pickle
 import re
+import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +66,7 @@ def test_epochs_of_every_source(request, monkeypatch, kind):
 
 @pytest.mark.parametrize("kind", ["", "wds:", "hfds:"])
 @pytest.mark.parametrize("aa", ["rand-m9-mstd0.5-inc1", "v0"])
-def test_workers_that_are_not_forked(request, jpeg_folder, kind, aa):
+def test_samples_can_be_pickled_for_spawned_workers(request, jpeg_folder, kind, aa):
     """Everything that a worker needs can be pickled, as where processes are spawned."""
     path = request.getfixturevalue({"wds:": "shards", "hfds:": "hub_folder"}[kind]) if kind else jpeg_folder
     transform = transforms.finetune_transform((32, 32), finetune_args(aa=aa))
@@ -76,12 +79,87 @@ def test_workers_that_are_not_forked(request, jpeg_folder, kind, aa):
 
 
 @pytest.mark.parametrize("kind", ["wds", "hfds"])
-def test_whole_runs(request, tmp_path, run_script, kind):
+def test_runs_from_every_source(request, tmp_path, run_script, kind):
     path = f"{kind}:{request.getfixturevalue({'wds': 'shards', 'hfds': 'hub_folder'}[kind])}"
     words = ["--data_path", path, "--batch_size", 8, "--epochs", 1, "--num_workers", 1, "--output_dir"]
     run_script(main_pretrain, *TINY_PRETRAIN, *words, tmp_path / "pretrain")
     run_script(main_finetune, *TINY_FINETUNE, *words, tmp_path / "finetune", "--mixup", 0.8, "--cutmix", 1)
     assert read_log(tmp_path / "finetune")[0]["test_images"] == 7
+
+
+READER = """
+from io import BytesIO
+
+import numpy as np
+from PIL import Image
+
+
+class Colours:
+    def __init__(self, path, split):
+        self.root, self.classes = f"colours:{path} ({split})", ["red", "green", "blue"]
+        self.labels = np.arange(int(path)) % 3
+
+    def read(self, index):
+        file = BytesIO()
+        colour = np.eye(3, dtype=int)[self.labels[index]] * 200 + index
+        Image.new("RGB", (40, 30), tuple(colour.tolist())).save(file, "PNG")
+        return file.getvalue()
+
+    def name(self, index):
+        return f"{self.root} image {index}"
+
+    def state(self):
+        return self.root
+"""
+
+
+def test_a_new_reader_is_one_file_and_one_line(tmp_path, monkeypatch, run_script):
+    """It pretrains, finetunes and evaluates, and is in the help."""
+    (tmp_path / "colour_reader.py").write_text(READER)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(readers.READERS, "colours", ("colour_reader.Colours", "colours:N images of three colours"))
+    words = ["--data_path", "colours:18", "--batch_size", 6, "--epochs", 1, "--warmup_epochs", 0, "--output_dir"]
+    run_script(main_pretrain, *TINY_PRETRAIN, *words, tmp_path / "pretrain")
+    run_script(main_finetune, *TINY_FINETUNE, *words, tmp_path / "finetune", "--mixup", 0, "--cutmix", 0)
+    assert len(read_log(tmp_path / "pretrain")) == 1
+    assert read_log(tmp_path / "finetune")[0]["test_images"] == 18
+    assert "colours:N images of three colours" in " ".join(main_pretrain.get_args_parser().format_help().split())
+
+
+@pytest.mark.parametrize("kind", ["", "wds:", "hfds:"])
+def test_the_state_of_a_source_changes_with_its_content(request, tmp_path, jpeg_folder, kind):
+    path = tmp_path / "data"
+    shutil.copytree(
+        request.getfixturevalue({"wds:": "shards", "hfds:": "hub_folder"}[kind]) if kind else jpeg_folder, path
+    )
+    first = readers.open_source(f"{kind}{path}", "train").state()
+    assert readers.open_source(f"{kind}{path}", "train").state() == first
+    assert readers.open_source(f"{kind}{path}", "val").state() != first
+    if kind == "hfds:":
+        saved = importlib.import_module("datasets").load_from_disk(path)
+        saved["train"] = saved["train"].select(range(20))
+        saved.save_to_disk(tmp_path / "other")
+        path = tmp_path / "other"
+    else:
+        os.utime(next((path / "train").rglob("*.tar" if kind else "*.jpg")), ns=(0, 0))
+    assert readers.open_source(f"{kind}{path}", "train").state() != first
+
+
+def test_states_of_files_are_hashed_as_in_earlier_versions(tmp_path):
+    """Caches of features stay valid; a missing file counts too."""
+    paths = [os.fsencode(tmp_path / f"{number:02d}") for number in range(37)]
+    digests = []
+    for share in np.array_split(np.arange(37), 16):
+        digest = sha256()
+        for number in share:
+            if number == 20:
+                digest.update(b"%b\0\0\0" % paths[number])
+                continue
+            Path(os.fsdecode(paths[number])).write_bytes(b"x" * number)
+            os.utime(paths[number], ns=(0, 10**18 + int(number)))
+            digest.update(b"%b\0%d\0%d\0" % (paths[number], number, 10**18 + number))
+        digests.append(digest.digest())
+    assert readers.hash_states(paths) == sha256(b"".join(digests)).hexdigest()
 
 
 MISTAKES = {
@@ -102,7 +180,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("path", MISTAKES)
-def test_mistakes(tmp_path, run_script, capsys, path):
+def test_user_mistakes_in_data_paths(tmp_path, run_script, capsys, path):
     if path.startswith("hfds"):
         pytest.importorskip("datasets")
     image = encoded(Image.new("RGB", (300, 300), (1, 2, 3)))
@@ -134,7 +212,7 @@ def test_mistakes(tmp_path, run_script, capsys, path):
 
 
 @pytest.mark.parametrize("change", [str.lower, str.upper, str.title])
-def test_every_suffix_that_is_decoded_is_read(tmp_path, caplog, change):
+def test_files_with_any_decoded_suffix_are_read(tmp_path, caplog, change):
     names = [f"{number}.{change(suffix)}" for number, suffix in enumerate(sorted(decode.SUFFIXES))]
     put(tmp_path / "train" / "a", *names)
     (tmp_path / "shards").mkdir()
@@ -173,7 +251,7 @@ def test_names_that_are_not_utf8(tmp_path, run_script, capsys):
         readers.Folder(str(tmp_path), "train")
 
 
-def test_folders_that_cannot_be_listed(tmp_path, monkeypatch):
+def test_unreadable_folders(tmp_path, monkeypatch):
     put(tmp_path, "train/a/0.jpg", "train/a/deep/1.jpg", "file")
     long = tmp_path / ("x" * 300)
     for path, message in (
@@ -197,7 +275,7 @@ def test_folders_that_cannot_be_listed(tmp_path, monkeypatch):
         readers.Folder(str(tmp_path), "train")
 
 
-def test_files_that_are_none(tmp_path):
+def test_files_that_are_not_regular(tmp_path):
     """A pipe in a class folder does not hold up a worker, nor does one in the place of a shard or its index."""
     put(tmp_path / "train", "a/1.jpg")
     os.mkfifo(tmp_path / "train" / "a" / "0.jpg")
@@ -235,7 +313,7 @@ def test_a_folder_has_the_order_of_torchvision(tmp_path):
     assert (got.classes, got.labels.dtype) == (want.classes, np.dtype(np.int64))
 
 
-def test_what_a_folder_leaves_out_is_counted(tmp_path, caplog):
+def test_files_left_out_of_a_folder_are_counted(tmp_path, caplog):
     train = tmp_path / "train"
     put(train, "a/0.jpg", "a/1.heic", "a/2", "a/deep/jpg", "b/0.jpg", "note.txt", "loose.jpg")
     assert warnings_of(caplog, tmp_path)[1] == [
@@ -255,7 +333,7 @@ LOOPS = {"a/loop": "..", "a/itself": ".", "a/deep/far": "/", "a/deep/near": "../
 
 
 @pytest.mark.parametrize("link", LOOPS)
-def test_a_link_to_a_folder_that_holds_it_is_refused(tmp_path, caplog, link):
+def test_a_link_to_a_folder_that_contains_it_is_counted(tmp_path, caplog, link):
     """It is not followed, and counted: every image counts once."""
     put(tmp_path / "train", "a/0.jpg", "a/deep/0.jpg", "b/0.jpg")
     (tmp_path / "train" / link).symlink_to(LOOPS[link])
@@ -264,7 +342,7 @@ def test_a_link_to_a_folder_that_holds_it_is_refused(tmp_path, caplog, link):
     assert line.endswith(f"1 links lead to folders that contain them and are left out; the first: {link}")
 
 
-def test_a_class_that_links_to_the_folder_of_all_is_refused(tmp_path):
+def test_a_class_that_links_to_the_data_folder_is_refused(tmp_path):
     put(tmp_path / "train", "a/0.jpg")
     (tmp_path / "train" / "loop").symlink_to(".")
     with pytest.raises(UserError, match=r"no image in 1 of 2 class folders: loop \(1 links lead to folders that"):
@@ -285,7 +363,7 @@ def test_a_link_that_repeats_images_is_refused(tmp_path, link):
         readers.Folder(str(tmp_path), "train")
 
 
-def test_links_that_double_folders_end(tmp_path):
+def test_exponentially_many_links_are_refused(tmp_path):
     """2^40 ways lead through these folders, without a loop."""
     put(tmp_path / "train", "a/0.jpg")
     for depth in range(40):

@@ -52,7 +52,7 @@ def test_shards_of_other_tools(tmp_path):
         ("val", "imagenet1k-validation-00.tar", True),
     ],
 )
-def test_a_split_is_a_word_of_a_file_s_name(tmp_path, split, name, belongs):
+def test_splits_are_words_in_the_names_of_shards(tmp_path, split, name, belongs):
     write_labelled(tmp_path / name, "a=0")
     if belongs:
         assert len(tar_shards.TarShards(str(tmp_path), split).labels) == 1
@@ -61,7 +61,7 @@ def test_a_split_is_a_word_of_a_file_s_name(tmp_path, split, name, belongs):
             tar_shards.TarShards(str(tmp_path), split)
 
 
-def test_labels_without_an_image_are_counted(tmp_path, caplog):
+def test_labels_without_image_are_counted(tmp_path, caplog):
     image = encoded(Image.new("RGB", (20, 20)))
     members = [("a/0.jpg", image), ("a/0.cls", b"0"), ("a/1.heic", image), ("a/1.cls", b"0"), ("a/2.cls", b"0")]
     members += [("a/3.json", b'{"label": 0}'), ("a/4.json", b'{"caption": ""}'), ("a/5.cls", b"0"), ("a/5.png", image)]
@@ -171,7 +171,7 @@ def test_a_cls_file_comes_before_a_json_file(tmp_path):
         (("k.json", "k.json"), "json: k.json and k.json"),
     ],
 )
-def test_a_key_names_one_image_and_one_label(tmp_path, names, shown, first):
+def test_a_key_has_one_image_and_one_label(tmp_path, names, shown, first):
     members = [("k.jpg", b"x"), ("k.cls", b"0"), ("a/k.cls", b"0")][: 1 if names[0] == "k.json" else 3]
     members = [member for member in members if member[0] not in names]
     both = [(names[first], b'{"label": 0}'), (names[1 - first], b'{"label": 0}')]
@@ -199,7 +199,7 @@ def test_dots_in_keys(tmp_path, caplog):
         readers.open_source(one_shard(tmp_path, *members, ("e.jpg", b"e")), "train")
 
 
-def test_archives_that_are_not_read_are_counted(tmp_path, caplog):
+def test_ignored_archives_are_counted(tmp_path, caplog):
     write_labelled(tmp_path / "train" / "0.tar", "a=0")
     write_labelled(tmp_path / "in1k-train-1.tar", "b=0")
     put(tmp_path, "train/1.tar.gz", "train/2.TAR", "train/._0.tar", "train/packed.json")
@@ -236,7 +236,7 @@ def unreadable(path, monkeypatch):
 
 
 @pytest.mark.parametrize("how", [gone, shrunk, replaced, unreadable])
-def test_a_shard_that_cannot_be_read_any_more(tmp_path, monkeypatch, how):
+def test_a_shard_that_becomes_unreadable(tmp_path, monkeypatch, how):
     """Its images are broken ones like others, named by the shard; finding the name raises nothing."""
     path = one_shard(tmp_path, ("a.jpg", b"x" * 900), ("a.cls", b"0"))
     source = readers.open_source(path, "train")
@@ -271,7 +271,7 @@ def test_keys_without_image_and_label_are_counted(tmp_path, caplog):
 # ---- the index
 
 
-def test_positions_in_shards_are_found_once(shards, monkeypatch):
+def test_the_index_is_reused(shards, monkeypatch):
     want = contents(tar_shards.TarShards(str(shards), "train"))
     with monkeypatch.context() as patch:
         patch.setattr(tar_shards, "_images_of", None)  # not needed: they are kept beside the shards
@@ -320,7 +320,7 @@ def test_a_damaged_index_is_made_again(shards, damage):
     assert set(index.parent.iterdir()) == files
 
 
-def test_an_index_that_cannot_be_written_leaves_nothing_behind(shards, monkeypatch):
+def test_an_index_that_cannot_be_written_leaves_no_files(shards, monkeypatch):
     def full(file):
         Path(file).write_bytes(b"half")
         raise OSError(28, "No space left on device")
@@ -333,14 +333,14 @@ def test_an_index_that_cannot_be_written_leaves_nothing_behind(shards, monkeypat
     assert set(index.parent.iterdir()) - {index.with_suffix(".lock")} == files - {index.with_suffix(".lock")}
 
 
-def test_an_index_can_be_read_by_others(shards):
+def test_the_index_is_readable_by_others(shards):
     """As the umask has it, not for its writer alone."""
     index, other = shards / "train" / "index-train.npz", shards / "other"
     other.write_text("")
     assert index.stat().st_mode == other.stat().st_mode
 
 
-def test_a_folder_that_cannot_be_written(shards, monkeypatch):
+def test_a_read_only_folder(shards, monkeypatch):
     (shards / "train" / "index-train.npz").unlink()
     for error in (OSError(errno.ENOLCK, "No locks available"), OSError(errno.ENOSYS, "Function not implemented")):
         monkeypatch.setattr("fcntl.flock", Mock(side_effect=error))
@@ -383,14 +383,14 @@ def started(shards, tmp_path, count=4):
     return scans, [(tmp_path / f"rank.{rank.pid}").read_text() for rank in ranks]
 
 
-def test_one_process_of_a_machine_makes_the_index(shards, tmp_path):
+def test_one_process_makes_the_index(shards, tmp_path):
     (shards / "train" / "index-train.npz").unlink()
     scans, results = started(shards, tmp_path)
     assert sorted(scans) == [f"00000{number}.tar" for number in range(5)]
     assert results == ["24"] * 4
 
 
-def test_all_processes_state_what_one_of_them_found(shards, tmp_path):
+def test_all_processes_report_the_error_of_one(shards, tmp_path):
     """And none takes as long again, so that the first one has the time to say it."""
     (shards / "train" / "index-train.npz").unlink()
     (shards / "train" / "000003.tar").write_text("not a tar file" * 100)
@@ -404,7 +404,7 @@ def test_all_processes_state_what_one_of_them_found(shards, tmp_path):
     assert not (shards / "train" / "index-train.error").exists()
 
 
-def test_locks_and_indices_do_not_follow_links(tmp_path):
+def test_locks_and_index_do_not_follow_links(tmp_path):
     """Nothing is written, or emptied, through a link in the folder of the data."""
     path, precious = one_shard(tmp_path, ("a.jpg", b"x"), ("a.cls", b"0")), tmp_path / "precious"
     for name in ("index-train.lock", "index-train.npz"):
@@ -418,7 +418,7 @@ def test_locks_and_indices_do_not_follow_links(tmp_path):
         assert not (tmp_path / "index-train.npz").is_symlink()
 
 
-def test_an_index_that_does_not_serve_is_named(tmp_path, caplog):
+def test_a_damaged_index_is_named(tmp_path, caplog):
     """One of other shards is no fault."""
     path, index = one_shard(tmp_path, ("a.jpg", b"x"), ("a.cls", b"0")), tmp_path / "index-train.npz"
     readers.open_source(path, "train")

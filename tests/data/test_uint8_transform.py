@@ -67,7 +67,7 @@ def alpha(photo):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_images_of_every_kind_are_those_of_pillow(photographs, tmp_path, mode):
+def test_images_of_every_mode_are_those_of_pillow(photographs, tmp_path, mode):
     (tmp_path / "image").write_bytes(MODES[mode](photographs[0].resize((90, 60))))
     data = (tmp_path / "image").read_bytes()
     with Image.open(tmp_path / "image") as image:
@@ -89,7 +89,7 @@ GREY_16 = {
 
 
 @pytest.mark.parametrize("kind", GREY_16)
-def test_16_bits_keep_their_upper_8(kind):
+def test_16_bit_grey_keeps_the_upper_8_bits(kind):
     """Pillow's own conversion saturates: all that is brighter than 255 of 65535 would be white."""
     pixels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1021
     file = GREY_16[kind](pixels)
@@ -98,12 +98,12 @@ def test_16_bits_keep_their_upper_8(kind):
 
 
 @pytest.mark.parametrize("white", [1023, 4095, 65535])
-def test_bits_of_a_pgm_are_those_below_its_white(white):
+def test_pgm_values_are_scaled_to_their_maximum(white):
     file = b"P5 3 1 %d\n" % white + np.array([0, white // 2, white], ">u2").tobytes()
     assert np.array(decode.with_pillow(file))[0, :, 0].tolist() == [0, 127, 255]
 
 
-def test_12_bits_of_a_tiff_keep_their_upper_8():
+def test_12_bit_tiffs_keep_the_upper_8_bits():
     grey = np.arange(2, dtype=np.uint16)[None]
     file = encoded(Image.fromarray(grey), "TIFF", compression=None)  # 2 pixels of 16 bits, where 12 are written now
     depth = file.index(bytes([2, 1, 3, 0, 1, 0, 0, 0, 16, 0]))
@@ -115,7 +115,7 @@ def test_12_bits_of_a_tiff_keep_their_upper_8():
 @pytest.mark.parametrize(
     ("bits", "values"), [(1, [0, 1]), (4, [0, 5, 15]), (8, [0, 100, 255]), (16, [0, 25700, 65535])]
 )
-def test_white_is_zero_in_some_tiffs(order, bits, values):
+def test_tiffs_with_white_as_zero(order, bits, values):
     """Pillow inverts them up to 8 bits; of 16 bits in big-endian order it reads none, which is said."""
     stored = "".join(f"{value:0{bits}b}" for value in values).ljust(48, "0")
     pixels = int(stored, 2).to_bytes(6, "big")
@@ -146,7 +146,7 @@ def test_white_is_zero_in_some_tiffs(order, bits, values):
 
 @pytest.mark.parametrize(("dtype", "kind"), [(np.int32, "TIFF"), (np.float32, "TIFF"), (np.float32, "PPM")])
 @pytest.mark.parametrize("most", [1, 255, 65535, 10**6])
-def test_bits_whose_white_is_not_known_are_broken(dtype, kind, most):
+def test_grey_with_unknown_white_is_broken(dtype, kind, most):
     file = encoded(Image.fromarray(np.linspace(0, most, 64).reshape(8, 8).astype(dtype)), kind)
     for read in (decode.with_pillow, lambda data: decode.crop_of(data, whole)):
         with pytest.raises(decode.BrokenImage, match="which value is white is unknown"):
@@ -155,7 +155,7 @@ def test_bits_whose_white_is_not_known_are_broken(dtype, kind, most):
 
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}, {"optimize": True}])
-def test_crops_are_those_of_the_whole_image(photographs, subsampling, options):
+def test_crops_equal_those_of_the_decoded_image(photographs, subsampling, options):
     """Rows below a crop are not decoded, and the colours of its last rows do not show it."""
     rng = random.Random(0)
     for _ in range(20):
@@ -178,7 +178,7 @@ def test_rows_below_a_crop_are_not_decoded(photographs, monkeypatch):
 
 
 @pytest.mark.parametrize("crop", [(96, 200, 608, 600), (0, 0, 1200, 1200), (8, 0, 1192, 1800), (40, 80, 580, 580)])
-def test_a_crop_much_larger_than_the_input_is_decoded_smaller(photographs, crop):
+def test_large_crops_are_decoded_at_a_lower_resolution(photographs, crop):
     """The bound that `crop_of` states."""
     for photo in photographs:
         data = encoded(photo.resize((1800, 1203), Image.Resampling.BICUBIC), quality=93)
@@ -203,7 +203,7 @@ def finished(transform, data, seed):
 
 
 @pytest.mark.parametrize("recipe", ["pretrain", "finetune"])
-def test_crops_and_flips_are_those_of_the_released_path(photographs, recipe):
+def test_crops_and_flips_equal_those_of_the_released_code(photographs, recipe):
     """The same random numbers give the same crop and flip: pixels differ by rounding only."""
     make = our_transforms.pretrain_transform if recipe == "pretrain" else our_transforms.finetune_transform
     args = PRETRAIN if recipe == "pretrain" else finetune_args(aa="none", reprob=0.0)
@@ -216,7 +216,7 @@ def test_crops_and_flips_are_those_of_the_released_path(photographs, recipe):
 
 
 @pytest.mark.parametrize("how", [our_transforms.PillowTransform, Uint8Transform])
-def test_crops_have_the_recipe_s_area_ratio_and_flip_rate(how):
+def test_areas_ratios_and_flip_rate_of_crops(how):
     """Crops of an image whose pixels are their own coordinates show where they were taken."""
     side = 256
     row, column = np.mgrid[0:side, 0:side].astype(np.uint8)
@@ -239,7 +239,7 @@ def test_crops_have_the_recipe_s_area_ratio_and_flip_rate(how):
     assert flips / 400 == pytest.approx(0.5, abs=0.08)
 
 
-def test_crops_of_the_smallest_images_hold_a_pixel():
+def test_crops_of_the_smallest_images_are_not_empty():
     """timm's, of 8 % of an image of one pixel, holds none, which in Pillow makes a black image."""
     transform = Uint8Transform(our_transforms.finetune_transform((8, 8), finetune_args(aa="none", reprob=0.0)))
     data = encoded(Image.new("RGB", (1, 1), (10, 200, 30)), "PNG")
@@ -264,7 +264,7 @@ IN_PILLOW = ["rand-m9-t3a", "rand-m9-t3aw", "v0", "3a", "augmix-m3-w2"]  # opera
 
 
 @pytest.mark.parametrize("aa", ["none", *POLICIES, *IN_PILLOW])
-def test_policies_and_colour_jitter_are_those_of_the_released_path(photographs, aa):
+def test_policies_and_colour_jitter_equal_those_of_the_released_code(photographs, aa):
     """The same random numbers give the same images, but for the pixels of the crop, which are rounded."""
     changes = {"aa": aa, "color_jitter": 0.4 if aa == "none" else None}
     released, fast = pair(our_transforms.finetune_transform((64, 64), finetune_args(hflip=0.0, reprob=0.0, **changes)))
@@ -281,7 +281,7 @@ def test_policies_and_colour_jitter_are_those_of_the_released_path(photographs, 
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_operation_against_timm(photographs, name):
+def test_operation_equals_timm(photographs, name):
     """Each operation at 30 drawn magnitudes, also on dark and bright photographs of little contrast: the same bytes."""
     images = [np.array(photographs[seed % 2].resize((224, 200))) for seed in range(30)]
     images = [(image, image // 3 + 40, image // 3 + 170)[seed % 3] for seed, image in enumerate(images)]
@@ -292,7 +292,7 @@ def test_operation_against_timm(photographs, name):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (2, 2), (2, 7), (3, 3), (31, 64)])
-def test_operation_on_small_images(name, size):
+def test_operation_on_small_images_equals_timm(name, size):
     rng = np.random.default_rng(0)
     images = list(rng.integers(0, 256, (8, *size, 3), dtype=np.uint8))
     images += [np.full((*size, 3), (3, 200, 255), np.uint8)] * 4  # of one colour
@@ -310,7 +310,7 @@ def test_autocontrast_of_every_range():
 
 
 @pytest.mark.parametrize("aa", POLICIES)
-def test_randaugment_as_a_whole(photographs, aa):
+def test_randaugment_equals_timm(photographs, aa):
     """The same seeds give the same operations in the same order, and leave the generators in the same state."""
     step = policy(aa)
     transform = uint8_transform(step)
@@ -328,7 +328,7 @@ def test_randaugment_as_a_whole(photographs, aa):
     assert np.array_equal(carried_out(transform, images, notes), np.stack(want))
 
 
-def test_randaugment_draws_what_timm_draws():
+def test_randaugment_draws_the_same_as_timm():
     """The recipe's operations, their magnitudes and their rates, which are timm's."""
     released = our_transforms.finetune_transform((224, 224), finetune_args())
     (step,) = (t for t in released.transforms if isinstance(t, auto_augment.RandAugment))
@@ -371,7 +371,7 @@ def test_an_image_does_not_depend_on_its_batch(photographs):
     assert all(torch.equal(group, batch[i::3]) for i, group in enumerate(groups))
 
 
-def test_images_at_a_time_do_not_matter(photographs):
+def test_the_number_of_images_per_operation_does_not_matter(photographs):
     """A GPU carries an operation out on several images at once, a CPU on one."""
     images = [np.array(photographs[seed % 2].resize((224, 200))) for seed in range(5)]
     batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # (n, H, W, 3) -> (n, 3, H, W)
@@ -388,7 +388,7 @@ def test_images_at_a_time_do_not_matter(photographs):
         assert np.array_equal(got.permute(0, 2, 3, 1).numpy(), want), name
 
 
-def test_what_the_device_cannot_do_alike_is_left_to_pillow():
+def test_unsupported_policies_are_left_to_pillow():
     jitter, bilinear = transforms.ColorJitter(0.4), Image.Resampling.BILINEAR
     assert uint8_transform(jitter, policy("rand-m9")).draw is not None
     for steps in (
@@ -405,7 +405,7 @@ def test_what_the_device_cannot_do_alike_is_left_to_pillow():
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_boxes_are_those_of_timm(photographs, count):
+def test_erased_boxes_are_those_of_timm(photographs, count):
     """Without colours, which each path draws for itself."""
     args = finetune_args(aa="none", hflip=0.0, reprob=0.5, remode="const", recount=count)
     released, fast = pair(our_transforms.finetune_transform((64, 48), args))
