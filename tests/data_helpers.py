@@ -1,4 +1,4 @@
-"""Write images in folders and tar shards, and read them through the readers."""
+"""Helpers of the tests of data: write image folders and shards, open and read them."""
 
 import io
 import os
@@ -21,7 +21,7 @@ def write_shard(path, members):
 
 
 def write_labelled(path, *keys):
-    """A shard with an image for every KEY=LABEL."""
+    """Write a shard with an image for every KEY=LABEL."""
     image = encoded(Image.new("RGB", (20, 20)))
     path.parent.mkdir(parents=True, exist_ok=True)
     pairs = [key.split("=") for key in keys]
@@ -33,7 +33,7 @@ def run_pack(*words):
 
 
 def put(root, *paths, content=b"x"):
-    """Write files, in folders that are made."""
+    """Write files and create their folders; names may be bytes."""
     for path in paths:
         path = os.path.join(os.fsencode(root), os.fsencode(path))
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -46,13 +46,13 @@ def contents(source):
 
 
 def warnings_of(caplog, path, split="train"):
-    """The source and the lines that opening it gives."""
+    """Open a source; return it and the messages that it logs."""
     caplog.clear()
     return readers.open_source(str(path), split), [record.getMessage() for record in caplog.records]
 
 
 def broken(source, index=0):
-    """Why an image cannot be read, as training says it."""
+    """Return the reason why an image is broken, as training reports it."""
     with pytest.raises(decode.BrokenImage) as error:
         dataset_of(source)[index]
     return str(error.value)

@@ -1,4 +1,4 @@
-"""RandAugment as timm carries it out, and as our transform does."""
+"""Run RandAugment and its single operations in timm and in our transform."""
 
 import copy
 
@@ -14,7 +14,7 @@ from util.data.uint8_transform import Uint8Transform
 CPU = torch.device("cpu")
 
 
-POLICIES = ["rand-m9-mstd0.5-inc1", "rand-m7-n3-p0.8-mstd101", "rand-n4-mstd1-inc1-tweights"]  # of the device
+POLICIES = ["rand-m9-mstd0.5-inc1", "rand-m7-n3-p0.8-mstd101", "rand-n4-mstd1-inc1-tweights"]  # supported on the device
 
 
 def policy(aa, **hparams):
@@ -22,28 +22,28 @@ def policy(aa, **hparams):
     return auto_augment.rand_augment_transform(aa, hparams)
 
 
-# of any magnitude from 0 to 10, which is more than the recipe draws
+# of all magnitudes from 0 to 10, more than the recipe draws
 OPERATIONS = {op.name: op for aa in ("rand-m10-mstd101", "rand-m10-mstd101-inc1") for op in policy(aa).ops}
 
 
 def uint8_transform(*steps):
-    """A transform whose crop and resize change nothing in an image of 224 x 200, and which does not normalise."""
+    """Return a transform that keeps the size of an image of 224 x 200 and does not normalise."""
     normalize = transforms.Normalize([0.0] * 3, [1 / 255] * 3)
     return Uint8Transform(transforms.Compose([transforms.Resize((200, 224)), *steps, normalize]))
 
 
 def carried_out(transform, images, notes, device=CPU):
-    """What the device makes of arrays (H, W, 3) uint8 and the numbers that the worker noted."""
+    """Return the device's result for arrays (H, W, 3) uint8 and the numbers from the worker."""
     todo = torch.tensor([[0, *numbers] for numbers in notes], dtype=torch.float64)
     pixels = torch.from_numpy(np.stack(images))
     kept = pixels.clone()
     got = transform.finish(pixels, todo, device).cpu()
-    assert torch.equal(pixels, kept)  # the batch itself is left alone
+    assert torch.equal(pixels, kept)  # the batch is unchanged
     return got.permute(0, 2, 3, 1).round().byte().numpy()  # (B, 3, H, W) -> (B, H, W, 3)
 
 
 def alone(name):
-    """One operation, always carried out, as timm's policy and as a transform of it."""
+    """Return one operation with probability 1, as timm's operation and as our transform."""
     op = copy.deepcopy(OPERATIONS[name])
     op.prob = 1
     step = auto_augment.RandAugment([op], num_layers=1)
@@ -51,7 +51,7 @@ def alone(name):
 
 
 def against_timm(name, images, device=CPU):
-    """The operation on each image with a drawn magnitude: timm's result and ours."""
+    """Return the results of timm and of our transform for each image, at random magnitudes."""
     op, transform = alone(name)
     want, notes = [], []
     for seed, image in enumerate(images):

@@ -1,4 +1,4 @@
-"""Real broken files, killed and hanging workers: what training and evaluation do about them."""
+"""Broken image files: decoders refuse them, training replaces them, evaluation stops or counts them as wrong."""
 
 import contextlib
 import errno
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def large_jpeg(photo):
-    """A small file whose header says 65,500 x 65,500."""
+    """A small file with a size of 65,500 x 65,500 in its header."""
     data = bytearray(encoded(photo))
     frame = data.index(b"\xff\xc0")
     data[frame + 5 : frame + 9] = 2 * (65500).to_bytes(2, "big")
@@ -36,7 +36,7 @@ def large_jpeg(photo):
 
 
 def large_png():
-    """A real image of 20,000 x 20,000 black pixels in 50 kB."""
+    """A valid image of 20,000 x 20,000 black pixels in 50 kB."""
     return encoded(Image.new("1", (20000, 20000)), "PNG")
 
 
@@ -91,7 +91,7 @@ def test_images_with_too_many_pixels_are_broken():
 
 
 def test_images_too_narrow_to_be_resized_are_broken():
-    """256 pixels on the shorter side of these 5,000 would be 1,280,000 on the longer one."""
+    """With 256 pixels on the shorter side, the longer side of these images would have 1,280,000."""
     transform = transforms.eval_transform((224, 224), "shorter")
     for how in ("fast", "pil"):
         for size in ((1, 5000), (5000, 1)):
@@ -104,12 +104,12 @@ def test_images_too_narrow_to_be_resized_are_broken():
 
 @pytest.mark.parametrize("name", ["image.eps", "image.jpg"])
 def test_ghostscript_is_never_started(tmp_path, monkeypatch, name):
-    """Pillow alone would run it."""
+    """Pillow without our list of formats starts it."""
     shown = tmp_path / "gs has run"
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch '{shown}'\n")
     (tmp_path / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # look for it again
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # search for it again
     (tmp_path / name).write_bytes(encoded(Image.new("RGB", (9, 9)), "EPS"))
     data = (tmp_path / name).read_bytes()
     for read in BOTH:
@@ -125,7 +125,7 @@ def test_ghostscript_is_never_started(tmp_path, monkeypatch, name):
 
 
 def test_every_format_is_decoded(tmp_path):
-    """Each suffix belongs to a format of the installed Pillow, and to what it writes under it."""
+    """The installed Pillow knows each format, and images that it writes with each suffix are decoded."""
     Image.init()
     assert set(decode.FORMATS) - set(decode.KNOWN) <= {"AVIF"}  # Pillow before 11.3
     written = Image.registered_extensions()
@@ -160,7 +160,7 @@ def test_decoders_that_run_out_of_memory(photographs, monkeypatch):
 
 
 def test_contradictory_headers_are_broken(photographs, monkeypatch):
-    """A part drawn for one size is not cut out of an image of another."""
+    """A crop drawn for one size must not be cut from an image of another size."""
     monkeypatch.setattr(simplejpeg, "decode_jpeg_header", lambda data: (500, 400, "CMYK", "444"))
     data = encoded(photographs[0].resize((90, 60)).convert("CMYK"))
     with pytest.raises(decode.BrokenImage, match="its headers contradict each other"):
@@ -168,7 +168,7 @@ def test_contradictory_headers_are_broken(photographs, monkeypatch):
 
 
 class Unreadable:
-    """A source whose storage is gone; a name costs no read."""
+    """A source whose storage is gone; it counts the reads."""
 
     root, classes, labels = "somewhere", ["a"], np.zeros(5, np.int64)
 
@@ -221,7 +221,7 @@ def test_a_pipe_among_the_images(jpeg_folder, tmp_path):
 
 @pytest.fixture
 def broken_folder(jpeg_folder, broken_files, tmp_path):
-    """24 readable and 10 broken images to train, 7 readable ones to validate."""
+    """24 readable and 10 broken training images, 7 readable validation images."""
     folder = tmp_path / "data"
     shutil.copytree(jpeg_folder, folder)
     for name, data in broken_files.items():
@@ -230,7 +230,7 @@ def broken_folder(jpeg_folder, broken_files, tmp_path):
 
 
 def as_source(kind, folder, tmp_path):
-    """What `--data_path` names the images of a folder by, once they are in shards or in a Hugging Face dataset."""
+    """Return the `--data_path` of a folder's images, after converting them to shards or a Hugging Face dataset."""
     if kind == "wds:":
         pack_images.main(pack_images.get_args_parser().parse_args([str(folder), str(tmp_path / "shards")]))
         return f"wds:{tmp_path / 'shards'}"
@@ -249,7 +249,7 @@ def as_source(kind, folder, tmp_path):
 
 
 def names_of(path, split, files):
-    """How messages name the images with these contents."""
+    """Return the names, in messages, of the images with these contents."""
     source = readers.open_source(path, split)
     return [source.name(i) for i in range(len(source.labels)) if source.read(i) in files]
 
@@ -257,7 +257,7 @@ def names_of(path, split, files):
 @pytest.mark.parametrize("how", ["fast", "pil"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_next_image_replaces_a_broken_one(broken_folder, how, workers):
-    """Batches stay full, and are the same whatever the number of workers; every broken file is named once."""
+    """Batches are full and do not depend on the number of workers; every broken file is named once."""
     dataset = datasets.image_dataset(
         str(broken_folder), "train", transforms.finetune_transform((32, 32), finetune_args()), how
     )
@@ -290,7 +290,9 @@ def test_training_on_broken_images_only(tmp_path):
     for limit in (3, 100):
         dataset = datasets.image_dataset(str(tmp_path), "train", transform, "fast")
         loader = loaders.train_loader(dataset, loader_args(max_bad_samples=limit), CPU)
-        with pytest.raises(RunError, match="broken images:"):  # whatever is allowed: a blank image is not trained on
+        with pytest.raises(
+            RunError, match="broken images:"
+        ):  # whatever the limit: training on blank images is never allowed
             list(loader)
 
 
@@ -335,7 +337,7 @@ def test_too_many_broken_images_end_the_run(broken_folder, tmp_path, run_script,
 
 
 def test_broken_images_of_two_processes_are_counted_together(broken_folder, tmp_path):
-    """Each process meets some of them; the report has them all, and together they may be too many."""
+    """Each process meets some of them; the report lists all, and the limit applies to their sum."""
     words = pretrain_words(broken_folder, "--num_workers", 1, "--output_dir", tmp_path / "out")
     output = torchrun("main_pretrain.py", *words, "--max_bad_samples", 10)
     report = output.partition("10 broken images:\n")[2]

@@ -1,4 +1,4 @@
-"""Labels by the names of their classes: in evaluation, finetuning, resuming; what is said where names are unknown."""
+"""Labels are matched by class name in evaluation, finetuning and resuming; messages where names are unknown."""
 
 import logging
 import re
@@ -62,7 +62,7 @@ def test_labels_are_matched_by_class_name(classes, labels, names, want, lines):
         ("uvwxyz", range(6), "abc", "images of 6 classes that train does not have: u, v, w, x, y and 1 more"),
         ([""] * 4, [0, 3], "abc", "images of 1 classes that train does not have: 3"),
         ("ab", [0, 1], [""] * 3, "val has 2 classes; train has 3 and does not name them"),
-        (["x", ""], [0, 1], "ab", "images of 1 classes that train does not have: x"),  # one name is not known
+        (["x", ""], [0, 1], "ab", "images of 1 classes that train does not have: x"),  # one name is unknown
     ],
 )
 def test_unknown_classes_are_refused(classes, labels, names, message):
@@ -73,7 +73,7 @@ def test_unknown_classes_are_refused(classes, labels, names, message):
 
 
 def test_a_class_without_images_is_ignored():
-    """A dataset may list more classes than it has images of."""
+    """A dataset may list classes of which it has no images."""
     val = source("abx", [1, 0])
     assert match_classes(val, list("ab"), "train") == []
 
@@ -99,7 +99,7 @@ def test_class_names_that_are_not_utf8():
     latin = source(["caf\udce9"], [0])
     assert names_by_output(latin, 2) == ["caf\\xe9", ""]
     assert len(fingerprint(latin)) == 16
-    # checkpoints hold it: it must not change
+    # checkpoints store it, so it must not change
     assert fingerprint(source("ab", [0, 1])) == sha256(b"a\0b" + np.array([0, 1]).tobytes()).hexdigest()[:16]
 
 
@@ -121,7 +121,7 @@ def test_damaged_class_names_in_a_checkpoint(names, message):
     assert inspection.class_names(model.state_dict()) == []
 
 
-# ---- whole runs
+# ---- runs
 
 WORDS = [*TINY_FINETUNE, *"--epochs 1 --batch_size 8 --lr 0.01 --warmup_epochs 0 --reprob 0".split()]
 
@@ -136,7 +136,7 @@ def run(image_folder, tmp_path_factory):
 
 
 def part(image_folder, folder, *classes, **renamed):
-    """A folder with these classes in val, some under another name, and all in train."""
+    """Return a folder with these classes in val, some of them renamed, and all classes in train."""
     for name in classes:
         shutil.copytree(image_folder / "val" / name, folder / "val" / renamed.get(name, name))
     (folder / "train").symlink_to(image_folder / "train")
@@ -145,7 +145,7 @@ def part(image_folder, folder, *classes, **renamed):
 
 @pytest.fixture
 def evaluated(run_script, capsys):
-    """Evaluate a checkpoint; return number of images, of right ones, sum of losses, and what was printed."""
+    """Evaluate a checkpoint; return the numbers of images and of correct ones, the sum of losses, and the output."""
 
     def evaluate(path, data, *more):
         capsys.readouterr()
@@ -159,7 +159,7 @@ def evaluated(run_script, capsys):
 
 
 def test_val_without_some_classes(run, image_folder, tmp_path, evaluated):
-    """Its parts add up to the whole."""
+    """Evaluations of the parts add up to that of the whole."""
     assert checkpoint_file.read(run)["class_names"] == ["class_0", "class_1", "class_2"]
     whole = evaluated(run, image_folder)
     assert "7 images of 3 classes" in whole[3]
@@ -182,7 +182,7 @@ def test_a_class_missing_in_the_checkpoint(run, image_folder, tmp_path, evaluate
 
 
 def test_a_checkpoint_without_class_names(run, image_folder, tmp_path, evaluated, capsys):
-    """Positions are right if all classes are there, and are no labels otherwise."""
+    """Positions are valid labels only if all classes are there."""
     content = checkpoint_file.read(run)
     whole = evaluated(run, image_folder)
     del content["class_names"]
@@ -199,7 +199,7 @@ def test_a_checkpoint_without_class_names(run, image_folder, tmp_path, evaluated
 def test_options_guessed_for_a_bare_state_dict(run, image_folder, tmp_path, evaluated, caplog):
     state = checkpoint_file.read(run)["model"]
     torch.save(state, tmp_path / "bare.pth")
-    with pytest.raises(SystemExit):  # 24 patches are no square
+    with pytest.raises(SystemExit):  # 24 patches do not form a square
         evaluated(tmp_path / "bare.pth", image_folder)
     for more, guessed in (([], "guessed: global_pool (mean of the patches)"), (["--cls_token"], None)):
         say_once.cache_clear()
@@ -272,7 +272,7 @@ def test_a_class_name_of_two_outputs_is_refused():
 
 
 def test_an_accuracy_that_cannot_be_printed_is_an_error(run, image_folder):
-    """It is all that an evaluation gives: a full disk behind stdout is an error."""
+    """The printed accuracy is the only result of an evaluation, so a full disk behind stdout is an error."""
     words = ["--eval", "--resume", run, "--data_path", image_folder, "--device", "cpu", "--num_workers", 0]
     command = [sys.executable, REPOSITORY / "Finetuning" / "main_finetune.py", *words]
     with open("/dev/full", "w") as full:
@@ -282,7 +282,7 @@ def test_an_accuracy_that_cannot_be_printed_is_an_error(run, image_folder):
 
 
 def test_a_position_beyond_the_epoch_is_refused(run, image_folder, run_script, tmp_path, capsys):
-    """Training would end at once and call itself done."""
+    """Otherwise training would end at once and report success."""
     content = torch.load(run, weights_only=False)
     torch.save(content | {"samples": 10**12 * 8}, tmp_path / "far.pth")
     words = [*WORDS, "--epochs", 2, "--data_path", image_folder, "--output_dir", tmp_path / "out"]

@@ -1,4 +1,4 @@
-"""Prefetching to a GPU on a side stream, and RandAugment there: the batches are those of the CPU."""
+"""Prefetching to a GPU on a side stream, and RandAugment on it, give the batches of the CPU."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ pytestmark = [
 def test_batches_on_a_gpu_are_those_on_the_cpu(jpeg_folder, how, form, workers, monkeypatch):
     if how == "fast":
         pytest.importorskip("simplejpeg")
-    # noise is drawn on the device, and differs there; a busy stream shows a batch that is read before it is there
+    # no noise, which depends on the device; a busy stream reveals batches that are read before they have arrived
     transform = transforms.finetune_transform((64, 64), finetune_args(remode="const"))
     dataset = datasets.image_dataset(str(jpeg_folder), "train", transform, how)
     want = list(loaders.train_loader(dataset, loader_args(), torch.device("cpu")))
@@ -45,7 +45,7 @@ def test_batches_on_a_gpu_are_those_on_the_cpu(jpeg_folder, how, form, workers, 
 
 @pytest.mark.parametrize("aa", POLICIES)
 def test_randaugment_on_a_gpu_is_that_on_the_cpu(photographs, aa):
-    """To the last bit, though a GPU takes several images at once; and the host never waits for the device."""
+    """Bit-identical, although a GPU processes several images at once; the host never waits for the device."""
     transform = uint8_transform.Uint8Transform(transforms.finetune_transform((224, 192), finetune_args(aa=aa)))
     draw, device = transform.draw, torch.device("cuda", 0)
     pixels, notes = [], []

@@ -1,4 +1,4 @@
-"""Damaged images of every format that is read: an array or `BrokenImage`, within bounds of memory and time."""
+"""Damaged images of every format give an array or `BrokenImage`, in bounded memory and time."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ from util.data import decode
 
 SIZE = 40, 30  # columns and rows
 DAMAGED = 300  # of each kind
-pytestmark = pytest.mark.filterwarnings("ignore")  # pytest puts aside the filter of util.data.decode
+pytestmark = pytest.mark.filterwarnings("ignore")  # pytest resets the filter of util.data.decode
 
 
 def whole(height, width):
@@ -31,7 +31,7 @@ def picture():
 
 
 def tiled_tiff(side=16):
-    """One tile of zeros for an image of 16 x 16; Pillow writes no tiles."""
+    """A TIFF with one tile of zeros for an image of 16 x 16; Pillow cannot write tiles."""
     data = zlib.compress(b"\0" * side**2)
     tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: 8, 325: len(data)}
     directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
@@ -86,7 +86,7 @@ def file_of(kind):
 
 
 def mutations(data, rng):
-    """Flipped bits, overwritten headers, cut, repeated and lengthened parts."""
+    """Yield files with flipped bits, overwritten headers, and parts that are cut, repeated or inserted."""
     for _ in range(DAMAGED):
         damaged = bytearray(data)
         how = rng.randrange(6)
@@ -106,7 +106,7 @@ def mutations(data, rng):
 
 
 def decoded(data):
-    """Decode an image with both decoders: an array (h, w, 3) uint8, or None where it is broken."""
+    """Return the arrays (h, w, 3) uint8 of both decoders, or None where the image is broken."""
     found, reasons = [], []
     for read in (decode.with_pillow, lambda d: decode.crop_of(d, whole), lambda d: decode.crop_of(d, half, (4, 4))):
         try:
@@ -129,9 +129,9 @@ def half(height, width):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_images(kind, monkeypatch, capfd, caplog):
-    """Nothing but `BrokenImage` is raised, nothing printed, and no other image of a PNG whose checksums tell."""
+    """Only `BrokenImage` is raised, nothing is printed, and the checksums of a PNG rule out other pixels."""
     monkeypatch.setattr(decode, "MAX_PIXELS", 10**6)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**6 // 2)  # what a header asks for must not take this long
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**6 // 2)  # so that decoding sizes from damaged headers is fast
     data = file_of(kind)
     right = decoded(data)
     assert right[0] is not None
@@ -142,14 +142,16 @@ def test_damaged_images(kind, monkeypatch, capfd, caplog):
                 assert np.array_equal(pixels, wanted), number
     out, error = capfd.readouterr()
     assert out == ""
-    assert error == "" or "TIFF" in kind  # libtiff itself prints what is wrong with a strip
+    assert error == "" or "TIFF" in kind  # libtiff prints errors itself
     assert not caplog.records
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_files_are_broken(kind):
     data = file_of(kind)
-    if "of pages" in kind or "animated" in kind or kind in ("MPO", "APNG"):  # the first frame is whole
+    if (
+        "of pages" in kind or "animated" in kind or kind in ("MPO", "APNG")
+    ):  # the first frame is complete in half the file
         data = data[: len(data) // 2 if kind == "TIFF of pages" else len(data) // 8]
     assert decoded(data[: len(data) // 2]) == [None, None]
 
@@ -162,25 +164,25 @@ def test_the_first_frame_is_read(kind):
 
 
 def test_checksums_of_png_chunks_are_checked():
-    """Pillow alone reads pixels of a PNG whose checksum says that they are others."""
+    """Pillow alone does not check the checksum of the pixels."""
     pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3)).astype(np.uint8)
-    data = encoded(Image.fromarray(pixels), "PNG", compress_level=0)  # stored bytes: nothing else would tell
+    data = encoded(Image.fromarray(pixels), "PNG", compress_level=0)  # stored bytes: only the checksum shows the damage
     at = data.index(b"IDAT") + 300
     damaged = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
     with Image.open(io.BytesIO(damaged)) as image, contextlib.suppress(OSError):
-        assert not np.array_equal(np.array(image), pixels)  # once this raises, Pillow compares, too
+        assert not np.array_equal(np.array(image), pixels)  # if this raises, Pillow has begun to check
     for read in (decode.with_pillow, lambda d: decode.crop_of(d, whole)):
         with pytest.raises(decode.BrokenImage, match="chunk IDAT is damaged"):
             read(damaged)
     end = data.index(b"IEND") - 4
-    assert np.array_equal(np.array(decode.with_pillow(data[:end])), pixels)  # only the end mark is missing
+    assert np.array_equal(np.array(decode.with_pillow(data[:end])), pixels)  # only the end marker is missing
 
 
 @pytest.mark.parametrize("marker", [b"\xff\xd0", b"\xff\xd7", b"\xff\x01", b"\x00\x00", b"\xff\xff\xff"])
 def test_odd_markers_in_a_header(photographs, marker):
-    """Between two segments: what Pillow reads is read, and neither decoder fails but by saying so."""
+    """Both decoders read the file or raise `BrokenImage`, and `crop_of` reads all that Pillow reads."""
     data = encoded(photographs[0].resize((40, 30)))
-    at = 4 + int.from_bytes(data[4:6], "big")  # behind the first segment
+    at = 4 + int.from_bytes(data[4:6], "big")  # after the first segment
     odd = data[:at] + marker + data[at:]
     found = []
     for read in (decode.with_pillow, lambda d: decode.crop_of(d, lambda height, width: (0, 0, height, width))):
@@ -205,7 +207,7 @@ def test_damaged_headers_are_broken_or_read(photographs):
 
 
 def changed(data, *places):
-    """A file with other bytes at some places."""
+    """Return a file with other bytes at some positions."""
     data = bytearray(data)
     for at, new in places:
         data[at : at + len(new)] = new

@@ -1,4 +1,4 @@
-"""Damaged and forged shards and indices: the right content or one line, in bounded time and memory."""
+"""Damaged and forged shards and indices give the right content or one line, in bounded time and memory."""
 
 import contextlib
 import io
@@ -24,9 +24,9 @@ MAX_SECONDS = 120
 
 @pytest.fixture(autouse=True)
 def bounded(monkeypatch):
-    """End a test that hangs, and fail one that allocates."""
+    """End a test that hangs, and fail one that allocates too much."""
     monkeypatch.setattr(tar_shards, "ThreadPoolExecutor", lambda: contextlib.nullcontext(SimpleNamespace(map=map)))
-    # what pytest.fail raises is no Exception, which a reader could take for damage
+    # pytest.fail raises no Exception, so a reader cannot take it for damage
     before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("the reader hangs"))
     signal.alarm(MAX_SECONDS)
     tracemalloc.start()
@@ -42,7 +42,7 @@ FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarf
 
 
 def make_shard(kind, extra=()):
-    """Six images with labels, one with a name that takes an extended header where the format has one."""
+    """A shard of six images with labels, with names that need an extended header if the format has them."""
     file, rng = io.BytesIO(), random.Random(0)
     long = "" if kind == "ustar" else "é" * 100
     with tarfile.open(fileobj=file, mode="w", format=FORMATS[kind]) as tar:
@@ -57,7 +57,7 @@ def make_shard(kind, extra=()):
 
 
 def layout(data):
-    """Where headers, content of extended headers, images and labels of an undamaged shard are: (kind, start, end)."""
+    """Return (kind, start, end) of the headers, extended headers, images and labels of an undamaged shard."""
     parts, at = [], 0
     while data[at : at + BLOCK].strip(b"\0"):
         info = tarfile.TarInfo.frombuf(data[at : at + BLOCK], "utf-8", "surrogateescape")
@@ -70,7 +70,7 @@ def layout(data):
 
 
 def opened(folder):
-    """The shards of a folder, or why they are refused."""
+    """Return the shards of a folder, or the message that refuses them."""
     try:
         return tar_shards.TarShards(str(folder), "train")
     except UserError as error:
@@ -78,7 +78,7 @@ def opened(folder):
 
 
 def open_shard(folder, data):
-    """Labels and images, by their order, or None where the shard is refused in one line."""
+    """Return labels and images in order, or None if the shard is refused in one line."""
     folder.mkdir(exist_ok=True)
     tar_shards._opened.cache_clear()
     for path in folder.iterdir():
@@ -96,7 +96,7 @@ def open_shard(folder, data):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_flipped_bits_of_a_shard(tmp_path, kind):
-    """A flipped bit of a header changes nothing or is noticed; one elsewhere changes what it is in, and no other."""
+    """A flipped bit in a header is noticed or has no effect; one elsewhere changes only the file that it is in."""
     data = make_shard(kind)
     want, parts, rng = open_shard(tmp_path / "s", data), layout(data), random.Random(1)
     assert [label for label, _ in want] == [0, 1, 2] * 2
@@ -122,7 +122,7 @@ def test_flipped_bits_of_a_shard(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_truncated_shards(tmp_path, kind):
-    """Whatever is cut off is noticed, unless it is part of the zeros at the end."""
+    """Truncation is noticed, except among the zeros at the end."""
     data = make_shard(kind)
     want, rng = open_shard(tmp_path / "s", data), random.Random(2)
     content = len(data.rstrip(b"\0"))
@@ -133,7 +133,7 @@ def test_truncated_shards(tmp_path, kind):
 
 
 def with_checksum(header):
-    """A forged header whose checksum is right."""
+    """Return the header with a valid checksum."""
     header = header[:148] + b" " * 8 + header[156:]
     return header[:148] + b"%06o\0 " % sum(header) + header[156:]
 
@@ -155,7 +155,7 @@ def number_field(number, length, rng):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_forged_headers(tmp_path, kind):
-    """Numbers, types and names with a right checksum: refused, or read from within the shard."""
+    """Forged numbers, types and names with a valid checksum are refused, or read from inside the shard."""
     data = make_shard(kind)
     headers, rng = [start for part, start, _ in layout(data) if part == "header"], random.Random(3)
     refused = 0
@@ -179,7 +179,7 @@ def test_forged_headers(tmp_path, kind):
 
 
 def member(name, content=b"", kind=b"0", size=None):
-    """A member of any type and any stated size, with a right checksum."""
+    """A member of any type and any size in its header, with a valid checksum."""
     info = tarfile.TarInfo(name)
     info.size, info.type = len(content), kind
     header = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
@@ -250,7 +250,7 @@ def test_forged_members(tmp_path, case):
 
 
 def test_random_members(tmp_path):
-    """Hundreds of shards of members that nobody would write."""
+    """Shards of random members are read or refused."""
     rng = random.Random(4)
     names = "0.jpg 0.cls 0.json 1.a.jpg 1.a.cls a/0.png a/0.cls ./a/1.gif a/1.cls .b/0.jpg x/ README ../0.jpg".split()
     contents = [b"", b"0", b"1", b"1.7", b"-1", b"{}", b'{"label": 1}', b"null", b'{"label": 1e400}', b"\0" * 700]
@@ -273,7 +273,7 @@ def test_random_members(tmp_path):
 
 @pytest.fixture
 def indexed(tmp_path):
-    """A shard with its index, and what they hold."""
+    """The index of a shard, and their content."""
     data = make_shard("ustar", extra=[("c0/left.cls", b"0")])
     want = open_shard(tmp_path / "s", data)
     source = tar_shards.TarShards(str(tmp_path / "s"), "train")
@@ -286,7 +286,7 @@ def read_again(path):
 
 
 def test_damaged_indices(indexed, caplog):
-    """A damaged index is made again, which one line says; its content is right in any case."""
+    """A damaged index is made again with one line in the log; its content is always right."""
     path, want = indexed
     good, rng = path.read_bytes(), random.Random(5)
     said = 0
@@ -312,7 +312,7 @@ def test_damaged_indices(indexed, caplog):
 
 
 def array_bytes(array, shape=None):
-    """A .npy file; its header may say another shape."""
+    """Return a .npy file, whose header may have another shape."""
     file, dtype = io.BytesIO(), np.lib.format.dtype_to_descr(array.dtype)
     header = {"descr": dtype, "fortran_order": False, "shape": shape or array.shape}
     np.lib.format.write_array_header_1_0(file, header)
@@ -320,7 +320,7 @@ def array_bytes(array, shape=None):
 
 
 def forge(path, compression=zipfile.ZIP_STORED, shape=None, **arrays):
-    """Other arrays in an index, with the CRCs that belong to them."""
+    """Replace arrays in an index, with matching CRCs."""
     with np.load(path) as file:
         kept = dict(file) | {name: np.array(array) for name, array in arrays.items()}
     with zipfile.ZipFile(path, "w", compression) as archive:
@@ -382,4 +382,4 @@ def test_forged_indices(indexed, caplog, case):
     caplog.clear()
     if case != "a folder":
         assert read_again(path) == want
-        assert len(caplog.records) == 1  # now it serves
+        assert len(caplog.records) == 1  # the new one is used

@@ -19,7 +19,7 @@ def test_without_hugging_face(monkeypatch):
 
 
 def test_columns_of_a_hub_dataset(tmp_path):
-    """Columns are found by their kind; of two labels, the one called label."""
+    """Columns are found by their type; of two label columns, the one called label is used."""
     hub = pytest.importorskip("datasets")
     features = {
         "picture": hub.Image(),
@@ -41,7 +41,7 @@ def test_columns_of_a_hub_dataset(tmp_path):
 
 
 def test_labels_of_a_hub_dataset_are_read_at_once(tmp_path):
-    """Also where rows have been chosen and shuffled before they were saved, and where one has no label."""
+    """Even if rows were selected and shuffled before saving; rows without a label are refused."""
     hub = pytest.importorskip("datasets")
     labels = np.random.default_rng(0).integers(0, 9, 10**5)
     features = hub.Features({"image": hub.Image(), "label": hub.ClassLabel(num_classes=9)})
@@ -63,7 +63,7 @@ def test_labels_of_a_hub_dataset_are_read_at_once(tmp_path):
 
 
 def saved(folder, split=None, **columns):
-    """A dataset with these columns, each a pair of feature and values, that is saved alone."""
+    """Save a single dataset with these columns of (feature, values); return its `--data_path`."""
     hub = pytest.importorskip("datasets")
     features = hub.Features({name: feature for name, (feature, _) in columns.items()})
     rows = {name: values for name, (_, values) in columns.items()}

@@ -1,4 +1,4 @@
-"""Transforms, samplers and the determinism of samples."""
+"""Transforms, samplers, the determinism of samples, and faults of worker processes."""
 
 import argparse
 import contextlib
@@ -72,7 +72,7 @@ def test_finetuning_transform_erases_at_its_rate():
 
 
 def test_finetuning_transform_applies_randaugment():
-    """Every operation at every magnitude works with the installed Pillow (posterize keeps 0 bits at times)."""
+    """Every operation at every magnitude works with the installed Pillow (posterize sometimes keeps 0 bits)."""
     transform = transforms.finetune_transform((32, 32), finetune_args(reprob=0.0))
     plain = transforms.finetune_transform((32, 32), finetune_args(aa="none", reprob=0.0))
     image = photograph(80, 60)
@@ -104,7 +104,7 @@ def test_samples_depend_only_on_seed_epoch_and_index(seeded):
     np.random.seed(99)
     state = torch.get_rng_state(), np.random.get_state()[1].copy()
     assert torch.equal(pixels(seeded[0, 5]), first)
-    assert torch.equal(torch.get_rng_state(), state[0])  # the generators of the caller are left alone
+    assert torch.equal(torch.get_rng_state(), state[0])  # the caller's generators are unchanged
     assert (np.random.get_state()[1] == state[1]).all()
     assert not torch.equal(pixels(seeded[1, 5]), first)
     assert not torch.equal(pixels(datasets.SeededSamples(seeded.dataset, seed=4)[0, 5]), first)
@@ -145,7 +145,7 @@ def test_an_epoch_can_start_in_the_middle(seeded, workers):
 
 @pytest.mark.parametrize("processes", [2, 5])
 def test_the_shares_of_an_epoch_are_disjoint(seeded, monkeypatch, processes):
-    """24 images on 5 processes: DistributedSampler's default would give one of them twice."""
+    """With 24 images on 5 processes, DistributedSampler's default would repeat one."""
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     seen = []
     for rank in range(processes):
@@ -157,7 +157,7 @@ def test_the_shares_of_an_epoch_are_disjoint(seeded, monkeypatch, processes):
 
 
 def test_pil_loads_the_same_samples_as_the_released_code(image_folder):
-    """`--loader pil` against torchvision's ImageFolder with the transform in Pillow, bitwise."""
+    """`--loader pil` equals torchvision's ImageFolder with the transform in Pillow, bit for bit."""
     transform = transforms.finetune_transform((32, 32), finetune_args())
     seeded = datasets.SeededSamples(datasets.image_dataset(str(image_folder), "train", transform, "pil"), seed=3)
     released = ImageFolder(str(image_folder / "train"), transform)
@@ -170,7 +170,7 @@ def test_pil_loads_the_same_samples_as_the_released_code(image_folder):
 
 
 def test_two_processes_share_each_batch_of_one(seeded, monkeypatch):
-    """The batches of rank 0 and 1 together are the batch of twice their size that one process would draw."""
+    """The batches of ranks 0 and 1 together are the batch of twice their size on one process."""
     whole = [set(labels_and_pixels(b)) for b in batches(seeded, 0, batch_size=8)]
     monkeypatch.setenv("WORLD_SIZE", "2")
     halves = []
@@ -199,7 +199,7 @@ def test_shares_of_an_evaluation_hold_each_image_once(processes, monkeypatch):
 
 
 def test_prefetching_keeps_all_batches_in_order(seeded, monkeypatch):
-    """What runs on a GPU, without its streams: waited for before it is given out, the next one fetched after it."""
+    """The code for a GPU, without its streams: each batch is waited for, and the next one is fetched after its use."""
     events = []
     stream = argparse.Namespace(wait_stream=lambda other: events.append("wait"))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: "side")
@@ -295,7 +295,7 @@ def test_other_errors_of_a_loader_keep_their_traceback():
         list(DeviceLoader(batches(), None, torch.device("cpu")))
 
 
-@pytest.mark.parametrize("size", ["4k", "64k"])  # no room for a semaphore, and none for a batch
+@pytest.mark.parametrize("size", ["4k", "64k"])  # no space for a semaphore, or for a batch
 def test_a_full_shared_memory(jpeg_folder, tmp_path, size):
     alone = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
@@ -311,5 +311,5 @@ def test_a_full_shared_memory(jpeg_folder, tmp_path, size):
         capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 1
-    reason = "(No space left on device|unable to allocate shared memory)"  # torch 2.11 does not say why
+    reason = "(No space left on device|unable to allocate shared memory)"  # torch 2.11 does not name the reason
     assert re.fullmatch(rf"main_pretrain\.py: rank 0: .*{reason}.*; {FULL}.*\n", done.stderr), done.stderr

@@ -29,7 +29,7 @@ from util.lock import lock_folder
 
 
 def test_packed_images(photographs, tmp_path, capsys):
-    """Larger training images are resized and re-encoded, all others and all of val keep their bytes."""
+    """Larger training images are resized and re-encoded; all other images, and all of val, keep their bytes."""
     for split in ("train", "val"):
         folder = tmp_path / "data" / split / "a.class"
         folder.mkdir(parents=True)
@@ -53,7 +53,7 @@ def test_packed_images(photographs, tmp_path, capsys):
 
 
 def test_packing_resumes(jpeg_folder, tmp_path):
-    """Killed in the middle, it writes what is missing; the shards are those of an uninterrupted run."""
+    """After a kill, the missing shards are written, and equal those of an uninterrupted run."""
     words = ["--short_side", "64", "--shard_images", "2"]
     run_pack(jpeg_folder, tmp_path / "whole", *words)
     command = [sys.executable, REPOSITORY / "tools" / "pack_images.py", jpeg_folder, tmp_path / "shards", *words]
@@ -80,7 +80,7 @@ def test_packing_resumes(jpeg_folder, tmp_path):
 
 
 def _killed_at(moment, folder, words):
-    """Pack in this process; SIGKILL ends it before it opens, renames or removes its so many-th file in `folder`."""
+    """Pack in this process; kill it before file operation number `moment` in `folder` (open, rename or remove)."""
     os.setsid()
     left = moment
 
@@ -96,13 +96,13 @@ def _killed_at(moment, folder, words):
 
 
 def files_of(folder):
-    """Content of all files but the index, whose times differ, and the lock, which names a process."""
+    """Return the content of all files except the index, whose times differ, and the lock, which names a process."""
     kept = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(("index-", "run.lock")))
     return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
 
 
 def test_packing_resumes_after_a_kill_at_any_moment(jpeg_folder, tmp_path, capsys):
-    """The same command then ends as an uninterrupted run does: the same files, the same broken images."""
+    """The same command then gives the files and the broken images of an uninterrupted run."""
     data = tmp_path / "data"
     for label in (0, 1):
         shutil.copytree(jpeg_folder / "train" / f"class_{label}", data / "train" / f"class_{label}")
@@ -119,7 +119,7 @@ def test_packing_resumes_after_a_kill_at_any_moment(jpeg_folder, tmp_path, capsy
         folder = tmp_path / f"killed_{moment}"
         process = fork.Process(target=_killed_at, args=(moment, folder, (data, folder, *words)))
         process.start()
-        process.join()  # with a limit it would wait for the workers, too
+        process.join()  # with a timeout, it would also wait for the workers
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # its workers
         capsys.readouterr()
@@ -133,7 +133,7 @@ def test_packing_resumes_after_a_kill_at_any_moment(jpeg_folder, tmp_path, capsy
 
 
 def test_packing_again_after_an_image_was_repaired(jpeg_folder, tmp_path, capsys):
-    """A shard that was not finished takes nothing over from before."""
+    """The list of broken images of a removed shard is not reused."""
     data, good = tmp_path / "data", (jpeg_folder / "train" / "class_0" / "0.jpg").read_bytes()
     shutil.copytree(jpeg_folder, data)
     (data / "train" / "class_0" / "0.jpg").write_bytes(b"nothing")
@@ -151,7 +151,7 @@ def test_packing_again_after_an_image_was_repaired(jpeg_folder, tmp_path, capsys
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE, errno.ENOENT])
 @pytest.mark.parametrize("more", [[], ["--short_side", 64]])
 def test_an_unreadable_file_ends_packing(jpeg_folder, tmp_path, monkeypatch, number, more):
-    """It may be there the next time: it is not left out, and the same command goes on."""
+    """It may be readable later, so it is not left out, and the same command resumes."""
     read = readers.Folder.read
 
     def failing(source, index):
@@ -187,13 +187,13 @@ def test_packing_leaves_broken_images_out(jpeg_folder, tmp_path, capsys):
     with pytest.raises(RunError, match=r"1 broken images:\n  .*broken\.jpg: .*\n.*more than 0 of 25"):
         run_pack(folder, tmp_path / "stopped", "--short_side", 64)
     words = [folder, tmp_path / "shards", "--short_side", 64, "--max_bad_samples", 1]
-    for _ in range(2):  # the second time there is nothing left to do
+    for _ in range(2):  # the second run has nothing to do
         capsys.readouterr()
         run_pack(*words)
         out = capsys.readouterr().out
         assert "train: 24 images" in out
         assert "left out: 1 broken images:\n  " in out
-        assert "val: 8 images" in out  # evaluation finds it and says so
+        assert "val: 8 images" in out  # evaluation reports it
 
 
 def test_user_mistakes_in_packing(tmp_path, capsys, monkeypatch):
@@ -206,7 +206,7 @@ def test_user_mistakes_in_packing(tmp_path, capsys, monkeypatch):
 
 
 def test_a_mistake_in_val_ends_packing_before_train(jpeg_folder, tmp_path):
-    """Unsorted images, and shards of something else."""
+    """Images without class folders, and shards of other images."""
     shutil.copytree(jpeg_folder / "train", tmp_path / "data" / "train")
     (tmp_path / "data" / "val").mkdir()
     with pytest.raises(UserError, match="any class folder"):
@@ -237,7 +237,7 @@ def test_packed_json_holds_the_settings(shards):
 
 @pytest.fixture
 def data(jpeg_folder, tmp_path):
-    """Two classes of 8 images to train."""
+    """Two classes of 8 training images."""
     for label in (0, 1):
         shutil.copytree(jpeg_folder / "train" / f"class_{label}", tmp_path / "data" / "train" / f"class_{label}")
     return tmp_path / "data"
@@ -245,7 +245,7 @@ def data(jpeg_folder, tmp_path):
 
 @pytest.fixture
 def target(data, tmp_path):
-    """Its shards, of 5 images each; one image is left out."""
+    """Shards of 5 images; one broken image is left out."""
     (data / "train" / "class_0" / "x.jpg").write_bytes(b"nothing")
     run_pack(data, tmp_path / "shards", *WORDS)
     return tmp_path / "shards" / "train"
@@ -296,7 +296,7 @@ def test_a_damaged_list_in_val_ends_packing_before_train(data, tmp_path):
 
 
 def test_links_are_replaced_and_not_followed(data, tmp_path):
-    """A name that will be written may be a link to another file already, which stays as it is."""
+    """If an output file is already a link, its target stays unchanged."""
     folder = tmp_path / "shards" / "train"
     folder.mkdir(parents=True)
     other = tmp_path / "other"
@@ -312,7 +312,7 @@ def test_links_are_replaced_and_not_followed(data, tmp_path):
 
 
 def test_class_names_that_are_not_utf8(data, tmp_path, capsys):
-    """Members of the shards are printable, and classes are called as they are in the folder."""
+    """Names of members are printable, and classes have the same names as in the folder."""
     train = os.fsencode(data / "train")
     os.rename(train + b"/class_0", train + b"/caf\xe9")
     for name in (b"\xe9.jpg", b"\xe8.jpg", b"two\nlines.jpg"):
@@ -334,7 +334,7 @@ def test_class_names_that_are_not_utf8(data, tmp_path, capsys):
     (line,) = json.loads(found.read_text())
     assert r"train/caf\xe9/broken\xe9.jpg: " in line
     assert line in capsys.readouterr().out
-    run_pack(data, tmp_path / "shards", *WORDS)  # nothing is left to do
+    run_pack(data, tmp_path / "shards", *WORDS)  # nothing to do
     assert line in capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""Images from folders, tar shards and Hugging Face datasets: the same samples from each; mistakes."""
+"""Folders, tar shards and Hugging Face datasets give the same samples; new readers; user mistakes; image folders."""
 
 import importlib
 import os
@@ -38,7 +38,7 @@ def test_every_source_holds_the_same_images(jpeg_folder, request, kind, split):
 
 @pytest.mark.parametrize("kind", ["wds", "hfds"])
 def test_epochs_of_every_source(request, monkeypatch, kind):
-    """Every image once over all processes, the same whatever the number of workers, and from the middle on."""
+    """All processes together see every image once; samples do not depend on workers, nor on a start in the middle."""
     path = f"{kind}:{request.getfixturevalue({'wds': 'shards', 'hfds': 'hub_folder'}[kind])}"
     transform = transforms.finetune_transform((32, 32), finetune_args())
 
@@ -67,7 +67,7 @@ def test_epochs_of_every_source(request, monkeypatch, kind):
 @pytest.mark.parametrize("kind", ["", "wds:", "hfds:"])
 @pytest.mark.parametrize("aa", ["rand-m9-mstd0.5-inc1", "v0"])
 def test_samples_can_be_pickled_for_spawned_workers(request, jpeg_folder, kind, aa):
-    """Everything that a worker needs can be pickled, as where processes are spawned."""
+    """A worker that is spawned instead of forked gives the same samples."""
     path = request.getfixturevalue({"wds:": "shards", "hfds:": "hub_folder"}[kind]) if kind else jpeg_folder
     transform = transforms.finetune_transform((32, 32), finetune_args(aa=aa))
     dataset = datasets.image_dataset(f"{kind}{path}", "train", transform, "fast")
@@ -225,7 +225,7 @@ def test_files_with_any_decoded_suffix_are_read(tmp_path, caplog, change):
 
 
 def test_names_that_are_not_utf8(tmp_path, run_script, capsys):
-    """From listing through packing to a whole run: printable in every message, and the bytes on the disk are read."""
+    """In folders, shards, packing and a run: messages are printable, and the files are read."""
     for split in ("train", "val"):
         image = encoded(Image.new("RGB", (20, 20)))
         put(tmp_path / split, b"caf\xe9/0\xff.jpg", b"caf\xe9/1.jpg", b"line\nfeed/2.jpg", "é/3.jpg", content=image)
@@ -267,7 +267,7 @@ def test_unreadable_folders(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="nothing follows the colon"):
             readers.open_source(path, "train")
     scan = os.scandir
-    # the superuser may read every folder
+    # root can read every folder
     monkeypatch.setattr(
         tar_shards.os, "scandir", lambda path: denied(path) if str(path).endswith("deep") else scan(path)
     )
@@ -276,7 +276,7 @@ def test_unreadable_folders(tmp_path, monkeypatch):
 
 
 def test_files_that_are_not_regular(tmp_path):
-    """A pipe in a class folder does not hold up a worker, nor does one in the place of a shard or its index."""
+    """Pipes and devices among images and shards do not block a worker; a huge file is a broken image."""
     put(tmp_path / "train", "a/1.jpg")
     os.mkfifo(tmp_path / "train" / "a" / "0.jpg")
     (tmp_path / "train" / "a" / "2.jpg").symlink_to("/dev/zero")
@@ -295,7 +295,7 @@ def test_files_that_are_not_regular(tmp_path):
 
 
 def test_a_folder_has_the_order_of_torchvision(tmp_path):
-    """Resuming and feature caches depend on it: classes, folders below them, capitals, links."""
+    """Resuming and caches of features depend on the order, with nested folders, capitals and links."""
     names = (
         "b/2.png b/10.JPG a/x/1.jpg a/x-1/1.jpg a/x.y/1.jpg a/z.jpeg a/Z.png a-1/0.webp B/é.tif c/d/e/f/0.bmp c/ü.ppm"
     )
@@ -334,7 +334,7 @@ LOOPS = {"a/loop": "..", "a/itself": ".", "a/deep/far": "/", "a/deep/near": "../
 
 @pytest.mark.parametrize("link", LOOPS)
 def test_a_link_to_a_folder_that_contains_it_is_counted(tmp_path, caplog, link):
-    """It is not followed, and counted: every image counts once."""
+    """The link is not followed, so every image counts once."""
     put(tmp_path / "train", "a/0.jpg", "a/deep/0.jpg", "b/0.jpg")
     (tmp_path / "train" / link).symlink_to(LOOPS[link])
     assert readers.Folder(str(tmp_path), "train").labels.tolist() == [0, 0, 1]
@@ -349,7 +349,7 @@ def test_a_class_that_links_to_the_data_folder_is_refused(tmp_path):
         readers.Folder(str(tmp_path), "train")
 
 
-TWICE = {"a/twice": "deep", "a/via": "../../outside"}  # which links to a/
+TWICE = {"a/twice": "deep", "a/via": "../../outside"}  # outside links back to a/
 
 
 @pytest.mark.parametrize("link", TWICE)
@@ -364,7 +364,7 @@ def test_a_link_that_repeats_images_is_refused(tmp_path, link):
 
 
 def test_exponentially_many_links_are_refused(tmp_path):
-    """2^40 ways lead through these folders, without a loop."""
+    """There are 2^40 paths through these folders, without a loop."""
     put(tmp_path / "train", "a/0.jpg")
     for depth in range(40):
         (tmp_path / f"{depth}").mkdir()

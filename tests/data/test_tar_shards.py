@@ -26,7 +26,7 @@ def one_shard(folder, *members):
 
 
 def test_shards_of_other_tools(tmp_path):
-    """Names as the hub's ImageNet has them: splits in file names, keys without a folder, labels in .cls or .json."""
+    """Shards as on the hub: splits in file names, keys without a folder, labels in .cls or .json."""
     image = encoded(Image.new("RGB", (20, 20)))
     write_shard(tmp_path / "in1k-train-0000.tar", [("a.jpg", image), ("a.json", b'{"label": 2}'), ("a.txt", b"note")])
     write_shard(tmp_path / "in1k-train-0001.tar", [("b.cls", b"1\n"), ("b.JPEG", image)])
@@ -67,7 +67,7 @@ def test_labels_without_image_are_counted(tmp_path, caplog):
     members += [("a/3.json", b'{"label": 0}'), ("a/4.json", b'{"caption": ""}'), ("a/5.cls", b"0"), ("a/5.png", image)]
     (tmp_path / "train").mkdir()
     write_shard(tmp_path / "train" / "0.tar", members)
-    for _ in range(2):  # also where the index is read
+    for _ in range(2):  # found anew, and read from the index
         caplog.clear()
         assert len(tar_shards.TarShards(str(tmp_path), "train").labels) == 2
         (record,) = caplog.records
@@ -86,7 +86,7 @@ def test_labels_without_image_are_counted(tmp_path, caplog):
 
 
 CLASSES = {
-    # train, val -> the message, or None where labels stand for the same classes
+    # train, val, and the error message or None
     "the same": (["a/0=0", "b/1=1", "c/2=2"], ["c/0=2", "a/1=0", "b/2=1"], None),
     "fewer at the end": (["a/0=0", "b/1=1", "c/2=2"], ["a/0=0", "b/1=1"], None),
     "fewer in the middle": (["a/0=0", "b/1=1", "c/2=2"], ["a/0=0", "c/1=2"], None),
@@ -105,7 +105,7 @@ CLASSES = {
 
 @pytest.mark.parametrize("case", CLASSES)
 def test_classes_of_train_and_val(tmp_path, run_script, capsys, case):
-    """Names are what pairs, else labels."""
+    """Classes are matched by name, otherwise by label."""
     train, val, differing = CLASSES[case]
     write_labelled(tmp_path / "train" / "0.tar", *train)
     write_labelled(tmp_path / "val" / "0.tar", *val)
@@ -180,7 +180,7 @@ def test_a_key_has_one_image_and_one_label(tmp_path, names, shown, first):
 
 
 def test_dots_in_keys(tmp_path, caplog):
-    """A key with dots that has an image and a label is read; what belongs to the sample of another key is not."""
+    """A key with dots is read if it has an image and a label; extra files of another key are not."""
     members = [("a.jpg", b"a"), ("a.cls", b"0"), ("img_1.5x.jpg", b"b"), ("img_1.5x.cls", b"1")]
     members += [("n.v2.PNG", b"c"), ("n.v2.json", b'{"label": 2}'), ("x.y/d.jpg", b"d"), ("x.y/d.cls", b"3")]
     path = one_shard(tmp_path, *members)
@@ -237,7 +237,7 @@ def unreadable(path, monkeypatch):
 
 @pytest.mark.parametrize("how", [gone, shrunk, replaced, unreadable])
 def test_a_shard_that_becomes_unreadable(tmp_path, monkeypatch, how):
-    """Its images are broken ones like others, named by the shard; finding the name raises nothing."""
+    """Its images are broken images, with the name of the shard; reading the name never raises."""
     path = one_shard(tmp_path, ("a.jpg", b"x" * 900), ("a.cls", b"0"))
     source = readers.open_source(path, "train")
     tar_shards._opened.cache_clear()
@@ -252,7 +252,7 @@ def test_a_shard_that_becomes_unreadable(tmp_path, monkeypatch, how):
 
 
 def test_keys_without_image_and_label_are_counted(tmp_path, caplog):
-    """An image of an unknown kind, without its label; notes on an image that is read are none."""
+    """A key with an image of an unknown format only is counted; extra files of an image that is read are not."""
     path = one_shard(
         tmp_path,
         ("a.jpg", b"x"),
@@ -274,7 +274,7 @@ def test_keys_without_image_and_label_are_counted(tmp_path, caplog):
 def test_the_index_is_reused(shards, monkeypatch):
     want = contents(tar_shards.TarShards(str(shards), "train"))
     with monkeypatch.context() as patch:
-        patch.setattr(tar_shards, "_images_of", None)  # not needed: they are kept beside the shards
+        patch.setattr(tar_shards, "_images_of", None)  # must not be needed
         assert contents(tar_shards.TarShards(str(shards), "train")) == want
     first = sorted((shards / "train").glob("*.tar"))[0]
     write_shard(first, [("class_0/new.jpg", b"new"), ("class_0/new.cls", b"0")])
@@ -334,7 +334,7 @@ def test_an_index_that_cannot_be_written_leaves_no_files(shards, monkeypatch):
 
 
 def test_the_index_is_readable_by_others(shards):
-    """As the umask has it, not for its writer alone."""
+    """Its mode follows the umask."""
     index, other = shards / "train" / "index-train.npz", shards / "other"
     other.write_text("")
     assert index.stat().st_mode == other.stat().st_mode
@@ -353,7 +353,7 @@ def test_a_read_only_folder(shards, monkeypatch):
 
 
 def _start(path, barrier, slow, results):
-    """A rank that opens the shards; writes down every shard of which it reads the headers."""
+    """Open the shards as one rank; log every shard whose headers it reads."""
     read = tar_shards._images_of
 
     def counted(shard):
@@ -391,7 +391,7 @@ def test_one_process_makes_the_index(shards, tmp_path):
 
 
 def test_all_processes_report_the_error_of_one(shards, tmp_path):
-    """And none takes as long again, so that the first one has the time to say it."""
+    """The others do not scan again, which would delay the message."""
     (shards / "train" / "index-train.npz").unlink()
     (shards / "train" / "000003.tar").write_text("not a tar file" * 100)
     scans, results = started(shards, tmp_path)
@@ -399,13 +399,13 @@ def test_all_processes_report_the_error_of_one(shards, tmp_path):
     assert len(set(results)) == 1
     assert "000003.tar: " in results[0]
     assert (shards / "train" / "index-train.error").read_text() == results[0]
-    write_labelled(shards / "train" / "000003.tar", "class_0/new=0")  # mended: what was found is forgotten
+    write_labelled(shards / "train" / "000003.tar", "class_0/new=0")  # repaired: the stored error is removed
     assert len(tar_shards.TarShards(str(shards), "train").labels) == 20
     assert not (shards / "train" / "index-train.error").exists()
 
 
 def test_locks_and_index_do_not_follow_links(tmp_path):
-    """Nothing is written, or emptied, through a link in the folder of the data."""
+    """Nothing is written or truncated through a link in the data folder."""
     path, precious = one_shard(tmp_path, ("a.jpg", b"x"), ("a.cls", b"0")), tmp_path / "precious"
     for name in ("index-train.lock", "index-train.npz"):
         precious.write_text("precious")
@@ -419,7 +419,7 @@ def test_locks_and_index_do_not_follow_links(tmp_path):
 
 
 def test_a_damaged_index_is_named(tmp_path, caplog):
-    """One of other shards is no fault."""
+    """An index of other shards gives no warning."""
     path, index = one_shard(tmp_path, ("a.jpg", b"x"), ("a.cls", b"0")), tmp_path / "index-train.npz"
     readers.open_source(path, "train")
     index.write_bytes(b"damaged")

@@ -1,4 +1,4 @@
-"""The fast path against Pillow, torchvision and timm: decoding, crops, each operation of RandAugment, erasing."""
+"""`--loader fast` equals Pillow, torchvision and timm: decoding, crops, operations of RandAugment, erasing."""
 
 import argparse
 import copy
@@ -28,7 +28,7 @@ def whole(height, width):
 
 
 def levels(images):
-    """Normalised images (B, 3, H, W) as values from 0 to 255."""
+    """Return normalised images (B, 3, H, W) as values from 0 to 255."""
     return (images * STD + MEAN) * 255
 
 
@@ -72,7 +72,7 @@ def test_images_of_every_mode_are_those_of_pillow(photographs, tmp_path, mode):
     data = (tmp_path / "image").read_bytes()
     with Image.open(tmp_path / "image") as image:
         want = np.array(image.convert("RGB"))
-    assert want.shape == ((60, 90, 3) if "1 x 1" not in mode else (1, 1, 3))  # nothing is rotated
+    assert want.shape == ((60, 90, 3) if "1 x 1" not in mode else (1, 1, 3))  # EXIF's rotation is not applied
     assert np.array_equal(decode.crop_of(data, whole), want)
     assert np.array_equal(np.array(decode.with_pillow(data)), want)
 
@@ -90,7 +90,7 @@ GREY_16 = {
 
 @pytest.mark.parametrize("kind", GREY_16)
 def test_16_bit_grey_keeps_the_upper_8_bits(kind):
-    """Pillow's own conversion saturates: all that is brighter than 255 of 65535 would be white."""
+    """Pillow's own conversion saturates: all values above 255 of 65535 would be white."""
     pixels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1021
     file = GREY_16[kind](pixels)
     for got in (decode.crop_of(file, whole), np.array(decode.with_pillow(file))):
@@ -105,7 +105,7 @@ def test_pgm_values_are_scaled_to_their_maximum(white):
 
 def test_12_bit_tiffs_keep_the_upper_8_bits():
     grey = np.arange(2, dtype=np.uint16)[None]
-    file = encoded(Image.fromarray(grey), "TIFF", compression=None)  # 2 pixels of 16 bits, where 12 are written now
+    file = encoded(Image.fromarray(grey), "TIFF", compression=None)  # 2 pixels of 16 bits; the next lines make it 12
     depth = file.index(bytes([2, 1, 3, 0, 1, 0, 0, 0, 16, 0]))
     file = file[: depth + 8] + bytes([12, 0]) + file[depth + 10 : -4] + bytes([0xFF, 0xF8, 0x00])
     assert np.array(decode.with_pillow(file))[0, :, 0].tolist() == [255, 128]
@@ -116,7 +116,7 @@ def test_12_bit_tiffs_keep_the_upper_8_bits():
     ("bits", "values"), [(1, [0, 1]), (4, [0, 5, 15]), (8, [0, 100, 255]), (16, [0, 25700, 65535])]
 )
 def test_tiffs_with_white_as_zero(order, bits, values):
-    """Pillow inverts them up to 8 bits; of 16 bits in big-endian order it reads none, which is said."""
+    """Pillow inverts up to 8 bits; it cannot read 16 bits in big-endian order, which are broken images."""
     stored = "".join(f"{value:0{bits}b}" for value in values).ljust(48, "0")
     pixels = int(stored, 2).to_bytes(6, "big")
     if bits == 16:
@@ -156,7 +156,7 @@ def test_grey_with_unknown_white_is_broken(dtype, kind, most):
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}, {"optimize": True}])
 def test_crops_equal_those_of_the_decoded_image(photographs, subsampling, options):
-    """Rows below a crop are not decoded, and the colours of its last rows do not show it."""
+    """Although rows below a crop are not decoded, the colours of its last rows are right."""
     rng = random.Random(0)
     for _ in range(20):
         width, height = rng.randint(1, 200), rng.randint(1, 200)
@@ -179,7 +179,7 @@ def test_rows_below_a_crop_are_not_decoded(photographs, monkeypatch):
 
 @pytest.mark.parametrize("crop", [(96, 200, 608, 600), (0, 0, 1200, 1200), (8, 0, 1192, 1800), (40, 80, 580, 580)])
 def test_large_crops_are_decoded_at_a_lower_resolution(photographs, crop):
-    """The bound that `crop_of` states."""
+    """The difference is within the bound in the docstring of `crop_of`."""
     for photo in photographs:
         data = encoded(photo.resize((1800, 1203), Image.Resampling.BICUBIC), quality=93)
         small, full = (decode.crop_of(data, lambda *_: crop, size) for size in ((192, 192), None))
@@ -196,7 +196,7 @@ def pair(transform):
 
 
 def finished(transform, data, seed):
-    """An image (3, H, W) as it reaches the model."""
+    """Return the image (3, H, W) that the model gets."""
     seeding.seed_sample(seed)
     pixels, todo = transform(data)
     return transform.finish(pixels[None], torch.tensor([todo], dtype=torch.float64), CPU)[0]
@@ -204,7 +204,7 @@ def finished(transform, data, seed):
 
 @pytest.mark.parametrize("recipe", ["pretrain", "finetune"])
 def test_crops_and_flips_equal_those_of_the_released_code(photographs, recipe):
-    """The same random numbers give the same crop and flip: pixels differ by rounding only."""
+    """The same random numbers give the same crop and flip; pixels differ only by rounding."""
     make = our_transforms.pretrain_transform if recipe == "pretrain" else our_transforms.finetune_transform
     args = PRETRAIN if recipe == "pretrain" else finetune_args(aa="none", reprob=0.0)
     released, fast = pair(make((96, 64), args))
@@ -217,7 +217,7 @@ def test_crops_and_flips_equal_those_of_the_released_code(photographs, recipe):
 
 @pytest.mark.parametrize("how", [our_transforms.PillowTransform, Uint8Transform])
 def test_areas_ratios_and_flip_rate_of_crops(how):
-    """Crops of an image whose pixels are their own coordinates show where they were taken."""
+    """The pixels of this image are their own coordinates, so a crop shows its position."""
     side = 256
     row, column = np.mgrid[0:side, 0:side].astype(np.uint8)
     data = encoded(Image.fromarray(np.stack([row, column, row], axis=2)), "PNG")
@@ -232,7 +232,7 @@ def test_areas_ratios_and_flip_rate_of_crops(how):
         flips += width < 0
     assert 0.18 < min(areas) < 0.25
     assert 0.9 < max(areas) < 1.02
-    assert np.mean(areas) == pytest.approx(0.541, abs=0.03)  # 0.6, less the large crops that do not fit their ratio
+    assert np.mean(areas) == pytest.approx(0.541, abs=0.03)  # 0.6, minus large crops whose ratio does not fit
     assert 0.72 < min(ratios) < 0.8
     assert 1.25 < max(ratios) < 1.38
     assert np.mean(np.log(ratios)) == pytest.approx(0, abs=0.03)
@@ -240,7 +240,7 @@ def test_areas_ratios_and_flip_rate_of_crops(how):
 
 
 def test_crops_of_the_smallest_images_are_not_empty():
-    """timm's, of 8 % of an image of one pixel, holds none, which in Pillow makes a black image."""
+    """timm's crop of 8 % of one pixel is empty, which gives a black image in Pillow."""
     transform = Uint8Transform(our_transforms.finetune_transform((8, 8), finetune_args(aa="none", reprob=0.0)))
     data = encoded(Image.new("RGB", (1, 1), (10, 200, 30)), "PNG")
     for seed in range(20):
@@ -260,12 +260,12 @@ def test_evaluation_transforms_agree(photographs, size, resize):
         assert difference.mean() < 0.2
 
 
-IN_PILLOW = ["rand-m9-t3a", "rand-m9-t3aw", "v0", "3a", "augmix-m3-w2"]  # operations or policies that it lacks
+IN_PILLOW = ["rand-m9-t3a", "rand-m9-t3aw", "v0", "3a", "augmix-m3-w2"]  # policies that the device does not support
 
 
 @pytest.mark.parametrize("aa", ["none", *POLICIES, *IN_PILLOW])
 def test_policies_and_colour_jitter_equal_those_of_the_released_code(photographs, aa):
-    """The same random numbers give the same images, but for the pixels of the crop, which are rounded."""
+    """The same random numbers give the same images, except for rounding in the crop."""
     changes = {"aa": aa, "color_jitter": 0.4 if aa == "none" else None}
     released, fast = pair(our_transforms.finetune_transform((64, 64), finetune_args(hflip=0.0, reprob=0.0, **changes)))
     assert (fast.draw is not None) == (aa in POLICIES)
@@ -282,7 +282,7 @@ def test_policies_and_colour_jitter_equal_those_of_the_released_code(photographs
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operation_equals_timm(photographs, name):
-    """Each operation at 30 drawn magnitudes, also on dark and bright photographs of little contrast: the same bytes."""
+    """Bit-identical at 30 random magnitudes, also on dark and bright photographs of low contrast."""
     images = [np.array(photographs[seed % 2].resize((224, 200))) for seed in range(30)]
     images = [(image, image // 3 + 40, image // 3 + 170)[seed % 3] for seed, image in enumerate(images)]
     want, got = against_timm(name, images)
@@ -301,7 +301,7 @@ def test_operation_on_small_images_equals_timm(name, size):
 
 
 def test_autocontrast_of_every_range():
-    """Ramps between every two levels, three to an image."""
+    """Ramps between all pairs of levels, one per channel."""
     low, high = np.triu_indices(256, 1)  # 32,640 pairs
     ramps = np.clip(np.arange(256)[:, None], low, high).astype(np.uint8)
     images = list(ramps.T.reshape(-1, 3, 1, 256).transpose(0, 2, 3, 1))  # (256, 3 n) -> n times (1, 256, 3)
@@ -311,7 +311,7 @@ def test_autocontrast_of_every_range():
 
 @pytest.mark.parametrize("aa", POLICIES)
 def test_randaugment_equals_timm(photographs, aa):
-    """The same seeds give the same operations in the same order, and leave the generators in the same state."""
+    """The same seeds give the same operations in the same order, and the same state of the generators."""
     step = policy(aa)
     transform = uint8_transform(step)
     images, want, notes = [], [], []
@@ -329,7 +329,7 @@ def test_randaugment_equals_timm(photographs, aa):
 
 
 def test_randaugment_draws_the_same_as_timm():
-    """The recipe's operations, their magnitudes and their rates, which are timm's."""
+    """Operations, magnitudes and rates are those of timm's recipe."""
     released = our_transforms.finetune_transform((224, 224), finetune_args())
     (step,) = (t for t in released.transforms if isinstance(t, auto_augment.RandAugment))
     draw, functions, drawn = Uint8Transform(released).draw, list(randaugment.OPERATIONS), []
@@ -372,7 +372,7 @@ def test_an_image_does_not_depend_on_its_batch(photographs):
 
 
 def test_the_number_of_images_per_operation_does_not_matter(photographs):
-    """A GPU carries an operation out on several images at once, a CPU on one."""
+    """A GPU processes several images per operation, a CPU one."""
     images = [np.array(photographs[seed % 2].resize((224, 200))) for seed in range(5)]
     batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # (n, H, W, 3) -> (n, 3, H, W)
     fill = torch.tensor((124, 116, 104), dtype=torch.uint8)[:, None, None]
@@ -393,7 +393,7 @@ def test_unsupported_policies_are_left_to_pillow():
     assert uint8_transform(jitter, policy("rand-m9")).draw is not None
     for steps in (
         [policy("rand-m9"), jitter],  # the order is kept
-        [policy("rand-m9", interpolation=(bilinear, Image.Resampling.BICUBIC))],  # drawn from for every image
+        [policy("rand-m9", interpolation=(bilinear, Image.Resampling.BICUBIC))],  # drawn for each image
         [policy("rand-m9", interpolation=bilinear)],
     ):
         transform = uint8_transform(*steps)
@@ -406,7 +406,7 @@ def test_unsupported_policies_are_left_to_pillow():
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_erased_boxes_are_those_of_timm(photographs, count):
-    """Without colours, which each path draws for itself."""
+    """Boxes only: each loader draws its own colours."""
     args = finetune_args(aa="none", hflip=0.0, reprob=0.5, remode="const", recount=count)
     released, fast = pair(our_transforms.finetune_transform((64, 48), args))
     erased = 0
@@ -430,6 +430,6 @@ def test_colours_of_erased_boxes(mode, deviation, within):
     assert boxes.std().item() == pytest.approx(deviation, abs=0.1)
     assert boxes.std(dim=(2, 3)).mean().item() == pytest.approx(within, abs=0.02)
     images[:, :, 8:40, 16:48] = (200 / 255 - 0.5) / 0.25
-    assert images.std() < 1e-6  # nothing else is touched; values are copies of one number, summed in float32
+    assert images.std() < 1e-6  # nothing else has changed; up to the rounding of float32 sums
     alone = transform.finish(torch.full((1, 64, 64, 3), 200, dtype=torch.uint8), todo[5:6], CPU)
-    assert torch.equal(alone[0, :, 8:40, 16:48], boxes[5])  # whatever the batch
+    assert torch.equal(alone[0, :, 8:40, 16:48], boxes[5])  # independent of the batch
