@@ -265,8 +265,8 @@ def compute(
         with np.errstate(over="ignore"):  # what float16 does not hold becomes infinite
             found = (found if tokens else pool(model, found)).cpu().numpy().astype(rows["feature"].dtype)
         if not np.isfinite(found).all():
-            first = share[int(np.isfinite(found).reshape(len(found), -1).all(axis=1).argmin())]  # (B, ...) -> (B, n)
-            name = printable(loader.loader.dataset.dataset.source.name(first))
+            first = int(np.isfinite(found).reshape(len(found), -1).all(axis=1).argmin())  # (B, ...) -> (B, n)
+            (name,) = loader.names([seen + first])
             raise RunError(f"features of {title} are not finite" + " in float16" * tokens + f"; the first: {name}")
         rows["feature"][share], rows["label"][share] = found, labels.cpu()
         seen += len(labels)

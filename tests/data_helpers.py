@@ -54,7 +54,7 @@ def warnings_of(caplog, path, split="train"):
 def broken(source, index=0):
     """Return the reason why an image is broken, as training reports it."""
     with pytest.raises(decode.BrokenImage) as error:
-        dataset_of(source)[index]
+        dataset_of(source).sample(index)
     return str(error.value)
 
 

@@ -188,7 +188,7 @@ def test_a_failed_read_is_a_broken_image(how):
     error = OSError(errno.EIO, os.strerror(errno.EIO), b"caf\xe9")
     source = Unreadable(error)
     dataset = datasets.ImageDataset(source, datasets.pixels_by(how, transforms.eval_transform((32, 32), "square")))
-    (pixels, numbers), broken = datasets.EverySample(dataset)[3]
+    (pixels, numbers), broken = dataset[3]
     assert broken == {3: "image 3: Input/output error"}
     assert numbers[-1] == -1
     assert 32 in pixels.shape
@@ -205,7 +205,7 @@ def test_a_bug_in_a_transform_is_not_a_broken_image(jpeg_folder, error):
 
     dataset = datasets.ImageDataset(readers.Folder(str(jpeg_folder), "train"), transforms.PillowTransform(transform))
     with pytest.raises(type(error), match="a bug"):
-        datasets.EverySample(dataset)[0]
+        dataset[0]
 
 
 def test_a_pipe_among_the_images(jpeg_folder, tmp_path):

@@ -54,21 +54,17 @@ def test_randaugment_on_a_gpu_is_that_on_the_cpu(photographs, aa):
         numbers = draw([])
         notes.append(numbers + randaugment.NO_OPERATION * (draw.num_layers - len(numbers) // randaugment.NOTE))
         pixels.append(torch.from_numpy(np.array(photographs[seed % 2].resize((192, 224)))))
-    # (B, H, W, 3) -> (B, 3, H, W), and (B, 3 layers) -> (layers, B, 3)
-    images = torch.stack(pixels).permute(0, 3, 1, 2).contiguous()
-    notes = torch.tensor(notes, dtype=torch.float64).unflatten(1, (-1, randaugment.NOTE)).transpose(0, 1)
+    images = torch.stack(pixels).permute(0, 3, 1, 2).contiguous()  # (B, H, W, 3) -> (B, 3, H, W)
+    notes = torch.tensor(notes, dtype=torch.float64)  # (B, 3 layers)
     fill = torch.tensor(transform.fill, dtype=torch.uint8)[:, None, None]
-    order = notes[..., 0].argsort(dim=1)
-    got, on_gpu, fill_on_gpu, rows = (tensor.to(device) for tensor in (images, notes, fill, order))
-    by_image = on_gpu.transpose(0, 1).flatten(1)  # (layers, B, 3) -> (B, 3 layers)
+    order = notes[:, :: randaugment.NOTE].argsort(dim=0)  # (B, layers)
+    got, notes_on_gpu, fill_on_gpu, order_on_gpu = (tensor.to(device) for tensor in (images, notes, fill, order))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        by_kernels = triton_randaugment.carry_out(got, by_image, fill_on_gpu)
-        for layer in range(draw.num_layers):
-            randaugment.carry_out(got, notes[layer, :, 0], rows[layer], on_gpu[layer, :, 1:], fill_on_gpu)
+        by_kernels = triton_randaugment.carry_out(got, notes_on_gpu, fill_on_gpu)
+        randaugment.carry_out_layers(got, notes, notes_on_gpu, order_on_gpu, fill_on_gpu)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for layer in range(draw.num_layers):
-        randaugment.carry_out(images, notes[layer, :, 0], order[layer], notes[layer, :, 1:], fill)
+    randaugment.carry_out_layers(images, notes, notes, order, fill)
     assert torch.equal(got.cpu(), images)
     assert torch.equal(by_kernels.cpu(), images)

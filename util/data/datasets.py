@@ -20,7 +20,7 @@ Item = tuple[Sample, dict[int, str]]  # a sample, and {index: reason} of the bro
 
 
 class ImageDataset(Dataset):
-    """Images of a source after a transform.
+    """Images of a source after a transform; a broken image becomes a blank sample with the label -1.
 
     Args:
         source: encoded images and their labels.
@@ -33,7 +33,13 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.source.labels)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> Item:
+        try:
+            return self.sample(index), {}
+        except BrokenImage as error:
+            return self.blank(), {index: str(error)}
+
+    def sample(self, index: int) -> Sample:
         """Return a sample; raise `BrokenImage`, which names the image, if it cannot be read or decoded."""
         try:
             pixels, numbers = self.transform(self._read(index))
@@ -101,25 +107,9 @@ class SeededSamples(Dataset):
         while len(broken) <= min(self.max_broken, len(self) - 1):
             seed_sample(self.seed, epoch, index, *first)
             try:
-                return self.dataset[index], broken
+                return self.dataset.sample(index), broken
             except BrokenImage as error:
                 broken[index] = str(error)
                 first = first or (index,)  # so that a substitute differs from the same image at its own place
                 index = (index + 1) % len(self)
         return self.dataset.blank(), broken
-
-
-class EverySample(Dataset):
-    """Every sample of a dataset once, without substitutes: a broken image becomes a blank sample with the label -1."""
-
-    def __init__(self, dataset: ImageDataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Item:
-        try:
-            return self.dataset[index], {}
-        except BrokenImage as error:
-            return self.dataset.blank(), {index: str(error)}

@@ -118,7 +118,7 @@ class DeviceLoader:
         """Return the names of the samples at these places in a pass of this process; for a `ShareSampler`."""
         dataset: Any = self.loader.dataset
         order = list(self.sampler)
-        return [dataset.dataset.source.name(order[place]) for place in places]
+        return [dataset.source.name(order[place]) for place in places]
 
     def again(self, epoch: int, first: int, count: int) -> list[list[Tensor]]:
         """Load `count` batches of an epoch once more, from the given one on, in this process."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from util.data.datasets import EverySample, ImageDataset, Item, SeededSamples
+from util.data.datasets import ImageDataset, Item, SeededSamples
 from util.data.device_loader import Batch, DeviceLoader, allowed_broken, too_many_broken
 from util.data.samplers import EpochSampler, ShareSampler
 from util.distributed.processes import world_size
@@ -104,8 +104,7 @@ def eval_loader(dataset: ImageDataset, args: argparse.Namespace, device: torch.d
 
     The label of a broken image is -1, unless `args.eval_bad` ends the run.
     """
-    samples = EverySample(dataset)
-    loader = DataLoader(samples, sampler=ShareSampler(samples, args.dist_eval), **_loader_options(args, device))
+    loader = DataLoader(dataset, sampler=ShareSampler(dataset, args.dist_eval), **_loader_options(args, device))
     max_broken = 0 if args.eval_bad == "stop" else math.inf
     advice = "repair or remove it, or count it as wrong with --eval_bad wrong"
     return DeviceLoader(loader, dataset.transform.finish, device, max_broken, advice)

@@ -46,7 +46,7 @@ def carry_out_layers(images: Tensor, notes: Tensor, parameters: Tensor, order: T
 
     Args:
         images: (B, 3, H, W) uint8, changed in place.
-        notes: (B, layers * NOTE) float64 on the CPU, as `note_taking` draws them.
+        notes: (B, layers * NOTE) float64 on the CPU, as `note_taking` draws them; a negative index is no operation.
         parameters: the same on the device of the images.
         order: (B, layers) int64 on that device: indices that sort the operations of each layer.
         fill: (3, 1, 1) uint8, the colour outside the image.
@@ -54,28 +54,16 @@ def carry_out_layers(images: Tensor, notes: Tensor, parameters: Tensor, order: T
     Returns:
         (B, 3, H, W) uint8.
     """
-    for start, rows in zip(range(0, notes.shape[1], NOTE), order.unbind(1), strict=True):
-        carry_out(images, notes[:, start], rows, parameters[:, start + 1 : start + NOTE], fill)
-    return images
-
-
-def carry_out(images: Tensor, operations: Tensor, rows: Tensor, parameters: Tensor, fill: Tensor) -> None:
-    """Carry out one operation on each image, in place.
-
-    Args:
-        images: (B, 3, H, W) uint8.
-        operations: (B,) on the CPU, indices into `OPERATIONS`; negative for no operation.
-        rows: (B,) int64, indices that sort `operations`; on the device of the images, as are the others.
-        parameters: (B, 2) float64.
-        fill: (3, 1, 1) uint8.
-    """
-    numbers, counts = operations.unique(return_counts=True)
     functions = list(OPERATIONS.values())
     chunk_size = 1 if images.is_cpu else 16  # a CPU's caches hold about one image; 16 of 224 x 224 take 0.2 GB
-    for number, same in zip(numbers.int().tolist(), rows.split(counts.tolist()), strict=True):
-        for chunk in same.split(chunk_size) if number >= 0 else ():
-            first, second = parameters[chunk, :, None, None, None].unbind(1)  # (n, 2) -> 2 times (n, 1, 1, 1)
-            images[chunk] = functions[number](images[chunk], first, second, fill)
+    for start, rows in zip(range(0, notes.shape[1], NOTE), order.unbind(1), strict=True):
+        numbers, counts = notes[:, start].unique(return_counts=True)
+        for number, same in zip(numbers.int().tolist(), rows.split(counts.tolist()), strict=True):
+            for chunk in same.split(chunk_size) if number >= 0 else ():
+                # (n, 2) -> 2 times (n, 1, 1, 1)
+                first, second = parameters[chunk, start + 1 : start + NOTE, None, None, None].unbind(1)
+                images[chunk] = functions[number](images[chunk], first, second, fill)
+    return images
 
 
 def _bytes(values: Tensor) -> Tensor:

@@ -35,14 +35,10 @@ class Uint8Transform:
     """
 
     carry_out = staticmethod(carry_out_layers)  # `kernels.fuse_augmentation` may replace it
-    crop: Any = None  # the steps of the transform, which torchvision and timm do not type
-    resize: Any = None
-    centre: Any = None
-    erase: Any = None
-    normalize: Any = None
-    draw: Any = None  # see `note_taking`
 
     def __init__(self, transform: transforms.Compose) -> None:
+        missing: Any = None  # torchvision and timm do not type their steps
+        self.crop = self.resize = self.centre = self.erase = self.normalize = self.draw = missing
         self.fill, self.flip_rate = (0, 0, 0), 0.0
         self.augment: list[Any] = []  # transforms of Pillow images
         for step in transform.transforms:
