@@ -108,7 +108,7 @@ def encode(source: Folder, short_side: int | None, quality: int, index: int) -> 
     if short_side is None:
         return suffix, data
     try:
-        pixels = decode.crop_of(data, lambda height, width: (0, 0, height, width))
+        pixels = decode.crop_of(data)
     except BrokenImage as error:
         return f"{name}: {error}"
     height, width, _ = pixels.shape

@@ -21,10 +21,6 @@ DAMAGED = 300  # of each kind
 pytestmark = pytest.mark.filterwarnings("ignore")  # pytest resets the filter of util.data.decode
 
 
-def whole(height, width):
-    return 0, 0, height, width
-
-
 def picture():
     rows, columns = np.mgrid[0:30, 0:40].astype(np.uint8)
     return Image.fromarray(np.stack([columns * 6, rows * 8, rows ^ columns], axis=2))
@@ -108,7 +104,7 @@ def mutations(data, rng):
 def decoded(data):
     """Return the arrays (h, w, 3) uint8 of both decoders, or None where the image is broken."""
     found, reasons = [], []
-    for read in (decode.with_pillow, lambda d: decode.crop_of(d, whole), lambda d: decode.crop_of(d, half, (4, 4))):
+    for read in (decode.with_pillow, decode.crop_of, lambda d: decode.crop_of(d, half, (4, 4))):
         try:
             pixels = np.asarray(read(data))
             assert pixels.ndim == 3
@@ -171,7 +167,7 @@ def test_checksums_of_png_chunks_are_checked():
     damaged = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
     with Image.open(io.BytesIO(damaged)) as image, contextlib.suppress(OSError):
         assert not np.array_equal(np.array(image), pixels)  # if this raises, Pillow has begun to check
-    for read in (decode.with_pillow, lambda d: decode.crop_of(d, whole)):
+    for read in (decode.with_pillow, decode.crop_of):
         with pytest.raises(decode.BrokenImage, match="chunk IDAT is damaged"):
             read(damaged)
     end = data.index(b"IEND") - 4
@@ -185,7 +181,7 @@ def test_odd_markers_in_a_header(photographs, marker):
     at = 4 + int.from_bytes(data[4:6], "big")  # after the first segment
     odd = data[:at] + marker + data[at:]
     found = []
-    for read in (decode.with_pillow, lambda d: decode.crop_of(d, lambda height, width: (0, 0, height, width))):
+    for read in (decode.with_pillow, decode.crop_of):
         try:
             found.append(np.asarray(read(odd)).shape)
         except decode.BrokenImage:
@@ -200,7 +196,7 @@ def test_damaged_headers_are_broken_or_read(photographs):
         damaged = bytearray(data)
         damaged[rng.integers(2, 400)] = rng.integers(256)
         with contextlib.suppress(decode.BrokenImage):
-            assert decode.crop_of(bytes(damaged), lambda height, width: (0, 0, height, width)).ndim == 3
+            assert decode.crop_of(bytes(damaged)).ndim == 3
 
 
 # ---- bounds
@@ -274,7 +270,7 @@ before = most()
 for path in sys.argv[1:]:
     with open(path, "rb") as file:
         data = file.read()
-    for read in (decode.with_pillow, lambda data: decode.crop_of(data, lambda height, width: (0, 0, height, width))):
+    for read in (decode.with_pillow, decode.crop_of):
         try:
             print("read", path, read(data).size)
         except decode.BrokenImage as error:

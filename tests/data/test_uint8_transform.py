@@ -23,10 +23,6 @@ from util.data.uint8_transform import Uint8Transform
 PRETRAIN = argparse.Namespace(scale=[0.2, 1.0], hflip=0.5)
 
 
-def whole(height, width):
-    return 0, 0, height, width
-
-
 def levels(images):
     """Return normalised images (B, 3, H, W) as values from 0 to 255."""
     return (images * STD + MEAN) * 255
@@ -73,7 +69,7 @@ def test_images_of_every_mode_are_those_of_pillow(photographs, tmp_path, mode):
     with Image.open(tmp_path / "image") as image:
         want = np.array(image.convert("RGB"))
     assert want.shape == ((60, 90, 3) if "1 x 1" not in mode else (1, 1, 3))  # EXIF's rotation is not applied
-    assert np.array_equal(decode.crop_of(data, whole), want)
+    assert np.array_equal(decode.crop_of(data), want)
     assert np.array_equal(np.array(decode.with_pillow(data)), want)
 
 
@@ -93,7 +89,7 @@ def test_16_bit_grey_keeps_the_upper_8_bits(kind):
     """Pillow's own conversion saturates: all values above 255 of 65535 would be white."""
     pixels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1021
     file = GREY_16[kind](pixels)
-    for got in (decode.crop_of(file, whole), np.array(decode.with_pillow(file))):
+    for got in (decode.crop_of(file), np.array(decode.with_pillow(file))):
         assert np.array_equal(got, np.repeat((pixels >> 8)[:, :, None], 3, axis=2))
 
 
@@ -135,7 +131,7 @@ def test_tiffs_with_white_as_zero(order, bits, values):
     entries = (struct.pack(f"{order}HHI", tag, 4, 1) + struct.pack(f"{order}I", value) for tag, value in tags.items())
     header = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 14)
     file = header + pixels + struct.pack(f"{order}H", len(tags)) + b"".join(entries) + bytes(4)
-    for read in (decode.with_pillow, lambda data: decode.crop_of(data, whole)):
+    for read in (decode.with_pillow, decode.crop_of):
         if (order, bits) == (">", 16):
             with pytest.raises(decode.BrokenImage):
                 read(file)
@@ -148,7 +144,7 @@ def test_tiffs_with_white_as_zero(order, bits, values):
 @pytest.mark.parametrize("most", [1, 255, 65535, 10**6])
 def test_grey_with_unknown_white_is_broken(dtype, kind, most):
     file = encoded(Image.fromarray(np.linspace(0, most, 64).reshape(8, 8).astype(dtype)), kind)
-    for read in (decode.with_pillow, lambda data: decode.crop_of(data, whole)):
+    for read in (decode.with_pillow, decode.crop_of):
         with pytest.raises(decode.BrokenImage, match="which value is white is unknown"):
             read(file)
 

@@ -129,7 +129,9 @@ def _grey8(image: Image.Image) -> Image.Image:
     return Image.fromarray(255 - grey if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else grey)
 
 
-def crop_of(data: bytes, crop: Crop, size: tuple[int, int] | None = None) -> np.ndarray:
+def crop_of(
+    data: bytes, crop: Crop = lambda height, width: (0, 0, height, width), size: tuple[int, int] | None = None
+) -> np.ndarray:
     """Decode a crop of an image, and little more than the crop.
 
     The rows of a JPEG below the crop are not decoded. If the crop is at least 3, 6 or 12 times as large as `size`, the
@@ -139,7 +141,7 @@ def crop_of(data: bytes, crop: Crop, size: tuple[int, int] | None = None) -> np.
 
     Args:
         data: content of an image file.
-        crop: returns the crop for the height and width of the image.
+        crop: returns the crop for the height and width of the image; by default the whole image.
         size: height and width to which the crop will be resized; None decodes at full resolution.
 
     Returns:

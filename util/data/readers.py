@@ -29,7 +29,8 @@ THREADS = 16  # for the states of files
 MAX_IMAGE = 6 * MAX_PIXELS  # bytes of an image file: 3 x 16 bits for each pixel of the largest image
 
 # {prefix of --data_path: (class of the reader, imported when it is used; text for the help)}. Without one of these
-# prefixes, `Folder` reads.
+# prefixes, `Folder` reads. A new reader is a file with a class `Reader(path, split)` that has the members of `Source`,
+# and a line here.
 READERS = {
     "wds": ("util.data.tar_shards.TarShards", "wds:FOLDER of tar shards"),
     "hfds": ("util.data.hub_dataset.HubDataset", "hfds:NAME or hfds:FOLDER of a Hugging Face dataset"),
@@ -37,7 +38,7 @@ READERS = {
 
 
 class Source(Protocol):
-    """Encoded images with labels.
+    """Encoded images with labels: the members of every reader.
 
     Attributes:
         root: name of the source in messages.

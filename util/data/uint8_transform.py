@@ -99,11 +99,11 @@ class Uint8Transform:
     def _cropped(self, data: bytes) -> Array:
         if self.crop is None:
 
-            def whole(height: int, width: int) -> tuple[int, int, int, int]:
+            def checked(height: int, width: int) -> tuple[int, int, int, int]:
                 check_resized(height, width, self.resize.size)
                 return 0, 0, height, width
 
-            pixels = decode.crop_of(data, whole)
+            pixels = decode.crop_of(data, checked)
             image = F.resize(_as_image(pixels), self.resize.size, self.resize.interpolation)
             return F.center_crop(image, self.centre.size).permute(1, 2, 0).numpy()  # (3, H, W) -> (H, W, 3)
 
