@@ -42,7 +42,7 @@ def carried_out(transform, images, notes, device=CPU):
     return got.permute(0, 2, 3, 1).round().byte().numpy()  # (B, 3, H, W) -> (B, H, W, 3)
 
 
-def alone(name):
+def single_operation(name):
     """Return one operation with probability 1, as timm's operation and as our transform."""
     op = copy.deepcopy(OPERATIONS[name])
     op.prob = 1
@@ -52,7 +52,7 @@ def alone(name):
 
 def against_timm(name, images, device=CPU):
     """Return the results of timm and of our transform for each image, at random magnitudes."""
-    op, transform = alone(name)
+    op, transform = single_operation(name)
     want, notes = [], []
     for seed, image in enumerate(images):
         seeding.seed_sample(seed)

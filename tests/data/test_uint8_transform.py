@@ -10,7 +10,16 @@ import pytest
 import torch
 from helpers import MEAN, STD, encoded, finetune_args
 from PIL import Image
-from randaugment_helpers import CPU, OPERATIONS, POLICIES, against_timm, alone, carried_out, policy, uint8_transform
+from randaugment_helpers import (
+    CPU,
+    OPERATIONS,
+    POLICIES,
+    against_timm,
+    carried_out,
+    policy,
+    single_operation,
+    uint8_transform,
+)
 from timm.data import auto_augment
 from timm.data.random_erasing import RandomErasing
 from torchvision import transforms
@@ -373,7 +382,7 @@ def test_the_number_of_images_per_operation_does_not_matter(photographs):
     batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # (n, H, W, 3) -> (n, 3, H, W)
     fill = torch.tensor((124, 116, 104), dtype=torch.uint8)[:, None, None]
     for name, op in OPERATIONS.items():
-        _, transform = alone(name)
+        _, transform = single_operation(name)
         notes = []
         for seed in range(5):
             seeding.seed_sample(seed)

@@ -12,7 +12,15 @@ import pytest
 import torch
 from helpers import REPOSITORY
 from PIL import Image
-from randaugment_helpers import OPERATIONS, POLICIES, against_timm, alone, carried_out, policy, uint8_transform
+from randaugment_helpers import (
+    OPERATIONS,
+    POLICIES,
+    against_timm,
+    carried_out,
+    policy,
+    single_operation,
+    uint8_transform,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
@@ -107,7 +115,7 @@ ON_THE_GRID = {
 
 @pytest.mark.parametrize("name", ON_THE_GRID)
 def test_points_on_the_grid(name):
-    op, transform = alone(name)
+    op, transform = single_operation(name)
     images = list(np.random.default_rng(0).integers(0, 256, (len(ON_THE_GRID[name]), 16, 16, 3), dtype=np.uint8))
     want = [
         np.array(op.aug_fn(Image.fromarray(image), value, **op.kwargs))

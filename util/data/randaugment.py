@@ -16,7 +16,7 @@ NOTE = 3  # numbers that describe an operation: its index in `OPERATIONS`, and t
 NO_OPERATION = [-1, 0.0, 0.0]
 
 
-def on_device(step: Callable) -> bool:
+def runs_on_device(step: Callable) -> bool:
     """Return whether a step is a RandAugment with operations of `OPERATIONS` only, all bicubic with the same fill."""
     if not isinstance(step, RandAugment):
         return False
@@ -24,7 +24,7 @@ def on_device(step: Callable) -> bool:
     return all(op.aug_fn in OPERATIONS and op.kwargs == kwargs for op in step.ops)
 
 
-def note_taking(step: RandAugment) -> RandAugment:
+def recording_copy(step: RandAugment) -> RandAugment:
     """Return a copy of a RandAugment that, called with [], returns the `NOTE` numbers of each operation it draws."""
     step = copy.deepcopy(step)
     for op in step.ops:
@@ -46,7 +46,7 @@ def carry_out_layers(images: Tensor, notes: Tensor, parameters: Tensor, order: T
 
     Args:
         images: (B, 3, H, W) uint8, changed in place.
-        notes: (B, layers * NOTE) float64 on the CPU, as `note_taking` draws them; a negative index is no operation.
+        notes: (B, layers * NOTE) float64 on the CPU, as a `recording_copy` draws them; index -1 is no operation.
         parameters: the same on the device of the images.
         order: (B, layers) int64 on that device: indices that sort the operations of each layer.
         fill: (3, 1, 1) uint8, the colour outside the image.

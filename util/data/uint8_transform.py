@@ -18,7 +18,7 @@ from torchvision import transforms
 from torchvision.transforms.v2 import functional as F
 
 from util.data import decode
-from util.data.randaugment import NO_OPERATION, NOTE, carry_out_layers, note_taking, on_device
+from util.data.randaugment import NO_OPERATION, NOTE, carry_out_layers, recording_copy, runs_on_device
 from util.data.transforms import check_resized
 
 Array = np.ndarray  # (H, W, 3) uint8
@@ -58,9 +58,9 @@ class Uint8Transform:
                 self.normalize = step
             elif not isinstance(step, CONVERSIONS):
                 self.augment.append(step)
-        if self.augment and on_device(self.augment[-1]):
+        if self.augment and runs_on_device(self.augment[-1]):
             self.fill = self.augment[-1].ops[0].kwargs["fillcolor"]
-            self.draw = note_taking(self.augment.pop())
+            self.draw = recording_copy(self.augment.pop())
 
     def __call__(self, data: bytes) -> tuple[Tensor, list[float]]:
         """Do the worker's part for the content of an image file.
