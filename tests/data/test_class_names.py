@@ -196,7 +196,7 @@ def test_a_checkpoint_without_class_names(run, image_folder, tmp_path, evaluated
     assert "val has 2 classes; " in capsys.readouterr().err
 
 
-def test_options_guessed_for_a_bare_state_dict(run, image_folder, tmp_path, evaluated, caplog):
+def test_options_assumed_for_a_bare_state_dict(run, image_folder, tmp_path, evaluated, caplog):
     state = checkpoint_file.read(run)["model"]
     torch.save(state, tmp_path / "bare.pth")
     with pytest.raises(SystemExit):  # 24 patches do not form a square
