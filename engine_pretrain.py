@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from util.data.device_loader import DeviceLoader
-from util.tracking.run_log import RunLog, SilentLog
+from util.tracking.run_log import Log
 from util.training.loop import train_epoch
 from util.training.run import Run
 
 
 def train_one_epoch(
-    model: nn.Module, loader: DeviceLoader, run: Run, device: torch.device, log: RunLog | SilentLog
+    model: nn.Module, loader: DeviceLoader, run: Run, device: torch.device, log: Log
 ) -> dict[str, float]:
     """Train on the model's own objective: autoregressive, or masked prediction; labels are not used.
 

@@ -120,7 +120,7 @@ def main(args: argparse.Namespace) -> None:
     arguments.check_arguments(args)
     device = init_device(args.device, args.dist_timeout, args.deterministic)
     folders = arguments.output_folders(args)
-    log = open_log(*folders, tracker=args.tracker)
+    log = open_log(folders, tracker=args.tracker)
     content = starting_point(args, folders[0], log.say)
     dataset = image_dataset(args.data_path, "train", pretrain_transform(arguments.image_size(args), args), args.loader)
     args.data = fingerprint(dataset.source)

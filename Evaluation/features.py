@@ -25,7 +25,7 @@ from util.data.loaders import eval_loader
 from util.distributed.processes import barrier, gather_late, on_main, rank, world_size
 from util.errors import RunError, UserError, as_user_error
 from util.files import printable
-from util.tracking.run_log import LOG_EVERY, ScreenLog, SilentLog
+from util.tracking.run_log import LOG_EVERY, Log
 from util.training.precision import activation_dtype, autocast
 from util.training.run import fingerprint
 
@@ -115,7 +115,7 @@ def features(
     blocks: range,
     tokens: bool,
     device: torch.device,
-    log: ScreenLog | SilentLog,
+    log: Log,
 ) -> tuple[Tensor, Tensor]:
     """What the frozen model makes of every image: from the cache, or computed, each process a share, and kept there.
 
@@ -253,7 +253,7 @@ def compute(
     blocks: range,
     tokens: bool,
     device: torch.device,
-    log: ScreenLog | SilentLog,
+    log: Log,
     title: str,
 ) -> None:
     """Fill this process's share of the rows (n,) of features and labels; for the rest see `features`."""

@@ -32,7 +32,7 @@ from util.distributed.processes import gather_late, init_device, rank, reduce_su
 from util.errors import UserError
 from util.files import printable
 from util.seeding import seed_everything
-from util.tracking.run_log import ScreenLog, SilentLog, open_log
+from util.tracking.run_log import Log, open_log
 from util.training.run import fingerprint
 
 
@@ -178,7 +178,7 @@ def evaluate_knn(
     val: tuple[Tensor, Tensor],
     args: argparse.Namespace,
     classes: int,
-    log: ScreenLog | SilentLog,
+    log: Log,
 ) -> list[dict]:
     """A row of results for each of `--k` that the training images suffice for; each process asks a share of `val`.
 
@@ -210,7 +210,7 @@ def train_seeds(
     val: tuple[Tensor, Tensor],
     args: argparse.Namespace,
     device: torch.device,
-    log: ScreenLog | SilentLog,
+    log: Log,
 ) -> dict:
     """A row of results of `--seeds` probes, their mean and its deviation; each process trains some of them."""
     shares = gather_late(

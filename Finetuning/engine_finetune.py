@@ -8,7 +8,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from util.data.device_loader import DeviceLoader
-from util.tracking.run_log import RunLog, SilentLog
+from util.tracking.run_log import Log
 from util.training.loop import train_epoch
 from util.training.run import Run
 
@@ -19,7 +19,7 @@ def train_one_epoch(
     loader: DeviceLoader,
     run: Run,
     device: torch.device,
-    log: RunLog | SilentLog,
+    log: Log,
     mixup: Mixup | None = None,
 ) -> dict[str, float]:
     """Train the classifier on labelled images; the EMA of `run` follows every update.

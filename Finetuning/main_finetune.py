@@ -47,7 +47,7 @@ from util.errors import UserError, as_user_error
 from util.files import some
 from util.lr_decay import param_groups_layer_decay
 from util.seeding import seed_everything
-from util.tracking.run_log import RunLog, ScreenLog, SilentLog, clock, open_log
+from util.tracking.run_log import Log, clock, open_log
 from util.training.evaluation import describe_result, evaluate
 from util.training.run import Run, fingerprint, starting_point
 
@@ -207,7 +207,7 @@ def main(args: argparse.Namespace) -> None:
         log, resumed = open_log(), checkpoint_file.read(args.resume, args.ignore_keys) if args.resume else None
     else:
         folders = arguments.output_folders(args)
-        log = open_log(*folders, tracker=args.tracker)
+        log = open_log(folders, tracker=args.tracker)
         resumed = starting_point(args, folders[0], log.say)
     content = checkpoint_file.read(args.finetune, args.ignore_keys) if resumed is None and args.finetune else resumed
     found = None
@@ -251,7 +251,7 @@ def evaluate_checkpoint(
     model: models_arm.ARMClassifier,
     val: ImageDataset,
     device: torch.device,
-    log: ScreenLog | SilentLog,
+    log: Log,
 ) -> None:
     """Print the accuracy of a checkpoint's weights and of its EMA weights, or of `args.model_key`.
 
@@ -285,7 +285,7 @@ def finetune(
     model: models_arm.ARMClassifier,
     val: ImageDataset,
     device: torch.device,
-    log: RunLog | SilentLog,
+    log: Log,
 ) -> None:
     """Train, evaluate after every epoch, keep the best.
 
@@ -353,7 +353,7 @@ def start_from(
     found: Checkpoint,
     model: models_arm.ARMClassifier,
     names: list[str],
-    log: RunLog | SilentLog,
+    log: Log,
 ) -> None:
     """Load the weights of `--finetune`, and say whether a head among them is kept: its classes must be the run's.
 

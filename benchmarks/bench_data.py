@@ -41,7 +41,7 @@ from tools import pack_images
 from util import arguments, cli, hardware
 from util.data import datasets, decode, loaders, transforms
 from util.data.device_loader import DeviceLoader
-from util.tracking.run_log import SilentLog
+from util.tracking.run_log import Log
 from util.training.run import Run
 
 CORES = sorted(os.sched_getaffinity(0))
@@ -279,7 +279,7 @@ def training(model: str, shards: Path, batch_size: int, rounds: int) -> dict[str
     def epochs(batches: DeviceLoader | RandomBatches) -> Epoch:
         def epoch() -> int:
             run.samples = 0
-            train_one_epoch(network, batches, run, device, SilentLog())
+            train_one_epoch(network, batches, run, device, Log())
             return len(batches) * batch_size
 
         return epoch

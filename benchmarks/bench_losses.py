@@ -21,7 +21,7 @@ from benchmarks.bench_train import CASES, KERNELS, Case, Composition, add_withou
 from util import arguments, cli, hardware
 from util.distributed.processes import init_device
 from util.errors import RunError
-from util.tracking.run_log import SilentLog
+from util.tracking.run_log import Log
 from util.training import loop
 
 FORMS = ("none", "again", "eager", *KERNELS, "all")
@@ -30,16 +30,16 @@ FLOOR = 1e-6  # where "eager" is no other form: on a CPU
 LR = 1e-4
 
 
-class Losses(SilentLog):
-    """The log of a run that keeps what is said of each update."""
+class Losses(Log):
+    """A log that keeps the loss and the gradient norm of each update."""
 
     def __init__(self) -> None:
         self.loss: list[float] = []
         self.grad_norm: list[float] = []
 
-    def scalars(self, step: int, train_loss: float, lr: float, grad_norm: float) -> None:
-        self.loss.append(train_loss)
-        self.grad_norm.append(grad_norm)
+    def scalars(self, step: int, **values: float) -> None:
+        self.loss.append(values["train_loss"])
+        self.grad_norm.append(values["grad_norm"])
 
 
 def losses_of(case: Case, how: Composition, steps: int, device: torch.device) -> dict[str, list[float]]:

@@ -28,7 +28,7 @@ from util import arguments, cli, hardware
 from util.checkpoints.checkpoint_folder import LAST, CheckpointFolder
 from util.distributed.parallel import distribute
 from util.distributed.processes import init_device, is_main, on_main, world_size
-from util.tracking.run_log import SilentLog
+from util.tracking.run_log import Log
 from util.training.precision import autocast
 from util.training.run import Run
 
@@ -63,7 +63,7 @@ def step_times(args: argparse.Namespace, device: torch.device) -> dict[str, floa
 
     def watched() -> None:
         run.samples = 0
-        train_one_epoch(model, batches, run, device, SilentLog())
+        train_one_epoch(model, batches, run, device, Log())
 
     def unwatched() -> None:
         model.train()

@@ -58,7 +58,7 @@ from util.distributed.processes import init_device
 from util.errors import RunError, as_user_error
 from util.files import output_file, write_text
 from util.lr_decay import param_groups_layer_decay
-from util.tracking.run_log import RunLog, SilentLog
+from util.tracking.run_log import Log
 from util.training.run import Run
 
 PEAK = {"H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "A100": 312e12, "B200": 2250e12}  # bf16, dense
@@ -154,7 +154,7 @@ def epoch_runner(
     steps: int,
     device: torch.device,
     lr: float = 1e-5,
-    log: RunLog | SilentLog = SilentLog(),  # noqa: B008 (it holds nothing)
+    log: Log = Log(),  # noqa: B008 (it holds nothing)
 ) -> Callable[[], object]:
     """Return what trains `steps` updates when it is called; `log` is told of what our loop logs."""
     torch._dynamo.reset()

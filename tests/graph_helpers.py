@@ -12,7 +12,7 @@ import engine_pretrain
 import models_arm
 from Finetuning import engine_finetune
 from ops import cuda_graph
-from util.tracking.run_log import SilentLog
+from util.tracking.run_log import Log
 from util.training.run import Run
 
 CPU, COPY = torch.device("cpu"), torch.Tensor.copy_
@@ -105,10 +105,10 @@ class Trained:
 
     def epoch(self, kind, loader):
         if kind == "pretrain":
-            engine_pretrain.train_one_epoch(self.wrapped, loader, self.run, self.device, SilentLog())
+            engine_pretrain.train_one_epoch(self.wrapped, loader, self.run, self.device, Log())
         else:
             mixup, criterion = Mixup(mixup_alpha=0.8, num_classes=3), SoftTargetCrossEntropy()
-            common = (loader, self.run, self.device, SilentLog(), mixup)
+            common = (loader, self.run, self.device, Log(), mixup)
             engine_finetune.train_one_epoch(self.wrapped, criterion, *common)
         self.seen.append({"losses": self.run.loss})
 

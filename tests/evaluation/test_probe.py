@@ -22,7 +22,7 @@ from util.data.datasets import image_dataset
 from util.data.loaders import eval_loader
 from util.data.transforms import eval_transform
 from util.errors import RunError, UserError
-from util.tracking.run_log import SilentLog, open_log
+from util.tracking.run_log import Log, open_log
 
 SIZES = {"img_size": (48, 32), "patch_size": 8, "embed_dim": 32, "depth": 4}
 QUIET = ["--device", "cpu", "--num_workers", 0, "--probe_epochs", 30]
@@ -244,7 +244,7 @@ def test_features_beyond_float16_are_named(models, image_folder, monkeypatch):
     rows = np.zeros(7, [("label", np.int64), ("feature", np.float16, (24, 32))])
     loader = eval_loader(dataset, args, CPU)
     with pytest.raises(RunError, match=r"val are not finite in float16; the first: .*class_0/2\.png"):
-        features.compute(models["pretrain"], loader, rows, range(4, 5), True, CPU, SilentLog(), "val")
+        features.compute(models["pretrain"], loader, rows, range(4, 5), True, CPU, Log(), "val")
 
 
 def cli_args(*words):

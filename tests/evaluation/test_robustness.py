@@ -18,7 +18,7 @@ import models_arm
 from Evaluation import robustness
 from Evaluation.tables import wilson
 from util.data.transforms import BICUBIC, NORMALIZE
-from util.tracking.run_log import SilentLog
+from util.tracking.run_log import Log
 from util.training.evaluation import evaluate
 
 SYNSETS = ImageNetInfo().label_names()
@@ -217,7 +217,7 @@ def test_an_image_counts_once_among_five():
     loader = Batches([torch.tensor([[5.0, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5]]), torch.tensor([0, 1])])
     loader.sampler.distributed = False
     score = partial(robustness.score_sets, torch.tensor([[1, 2, 4], [0, -1, -1]]))
-    result = evaluate(torch.nn.Identity(), loader, torch.device("cpu"), SilentLog(), score=score)
+    result = evaluate(torch.nn.Identity(), loader, torch.device("cpu"), Log(), score=score)
     assert (result["acc1"], result["acc5"], result["images"]) == (0, 50, 2)
 
 

@@ -145,6 +145,6 @@ def test_a_second_signal_leaves_at_once(start, tmp_path):
     time.sleep(2.5)
     assert running.process.poll() is None
     assert running.signal(signal.SIGTERM).status(10) == 128 + signal.SIGTERM
-    assert "SIGTERM again: left at once" in running.text
+    assert "SIGTERM again: the process ends at once" in running.text
     for worker in workers:
         os.kill(worker, signal.SIGKILL)

@@ -18,9 +18,9 @@ import models_arm
 import ops
 from Finetuning import engine_finetune
 from mamba import FOUR_DIRECTIONS, Block, scan_orders
-from ops import fused, measured, naive
+from ops import cuda_backend, fused, measured, naive
 from ops.backends import cuda_backend
-from util.tracking.run_log import SilentLog
+from util.tracking.run_log import Log
 from util.training.precision import autocast
 from util.training.run import Run
 
@@ -314,7 +314,7 @@ def test_training_does_not_wait_between_log_lines(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "tolist", read)
     try:
-        criterion, common = Criterion(), (loader, run, imgs.device, SilentLog(), mixup)
+        criterion, common = Criterion(), (loader, run, imgs.device, Log(), mixup)
         for criterion.mode in ("default", "error"):  # what is compiled and allocated at first use may wait
             run.samples = 0
             engine_finetune.train_one_epoch(model, criterion, *common)

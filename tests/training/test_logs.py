@@ -91,7 +91,7 @@ def test_a_later_start_keeps_what_is_logged(tmp_path, capsys):
     log.start_at(0, 0)  # of a later epoch's loop: only where the process starts counts
     assert [row["epoch"] for row in plot_log.read(tmp_path)] == [0, 1, 2]
     assert not (tmp_path / "log.replaced.txt").exists()
-    assert "anew" not in capsys.readouterr().out
+    assert "logged again" not in capsys.readouterr().out
 
 
 def test_log_txt_is_strict_json(tmp_path):
@@ -143,7 +143,7 @@ def test_a_log_that_is_no_file_is_said_once(tmp_path, capsys):
         log.start_at(0, 0)
         log.epoch(epoch=0, train_loss=1.0)
         (line,) = capsys.readouterr().out.splitlines()
-        assert re.fullmatch("the log cannot be written: .*log.txt'; training goes on without it", line)
+        assert re.fullmatch("the log cannot be written: .*log.txt'; training continues without it", line)
     other, log = tmp_path / "other", RunLog(tmp_path, tmp_path)
     other.write_text("precious")
     (tmp_path / "log.replaced.txt").symlink_to(other)
@@ -217,6 +217,6 @@ def test_a_full_disk_behind_stdout_does_not_end_a_run(image_folder, tmp_path):
     with open("/dev/full", "w") as full:
         done = subprocess.run(list(map(str, command)), stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 0
-    assert re.fullmatch("what the run says cannot be written: No space left on device; .*\n", done.stderr)
+    assert re.fullmatch("stdout cannot be written: No space left on device; .*\n", done.stderr)
     assert [row["epoch"] for row in plot_log.read(tmp_path / "out")] == [0, 1, 2]
     assert (tmp_path / "out" / "checkpoint-2.pth").is_file()

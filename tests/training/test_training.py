@@ -27,7 +27,7 @@ from util.data import datasets, loaders, transforms
 from util.distributed.parallel import distribute
 from util.distributed.processes import end_groups
 from util.errors import RunError
-from util.tracking.run_log import Progress, SilentLog
+from util.tracking.run_log import Log, Progress
 from util.training import evaluation, loop
 from util.training.loop import train_epoch
 from util.training.run import Run
@@ -302,7 +302,7 @@ def test_ema_is_the_recursion_over_updates(monkeypatch):
     loader = Batches(*([torch.randn(2, 3), torch.randint(2, (2,))] for _ in range(4)))
     args = loop_args(lr=0.1, min_lr=0, accum_iter=2, batch_size=2)
     run = Run(args, model, torch.optim.AdamW(model.parameters(), fused=True), ema)
-    engine_finetune.train_one_epoch(model, torch.nn.CrossEntropyLoss(), loader, run, torch.device("cpu"), SilentLog())
+    engine_finetune.train_one_epoch(model, torch.nn.CrossEntropyLoss(), loader, run, torch.device("cpu"), Log())
     assert len(history) == 3
     want = 0.9 * (0.9 * history[0] + 0.1 * history[1]) + 0.1 * history[2]
     assert torch.allclose(ema.module.weight, want, rtol=1e-6)
@@ -330,7 +330,7 @@ def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is():
     run = Run(loop_args(), model, plain_sgd(model.parameters()))
     loader = Batches(*([torch.tensor([[sample]])] for sample in (5.0, 2.0, 3.0)))
     losses = iter([0.0, math.inf, 0.0])
-    train_epoch(model, loader, lambda x: model(x).mean() + next(losses), run, torch.device("cpu"), SilentLog())
+    train_epoch(model, loader, lambda x: model(x).mean() + next(losses), run, torch.device("cpu"), Log())
     assert model.weight.item() == 1 - 5 - 3
 
 
@@ -344,7 +344,7 @@ def one_weight_run(samples, log=None, make_optimizer=plain_sgd, **changes):
     torch.nn.init.ones_(model.weight)
     loader = Batches(*([torch.tensor([[sample]], dtype=torch.float32)] for sample in samples))
     run = Run(loop_args(**changes), model, make_optimizer(model.parameters()))
-    log = SilentLog() if log is None else log
+    log = Log() if log is None else log
     stats = train_epoch(model, loader, lambda x: model(x).mean(), run, torch.device("cpu"), log)
     return model.weight.item(), stats
 
@@ -372,7 +372,7 @@ def test_windows_longer_than_the_log_interval():
     assert stats["train_loss"] == pytest.approx(2)
 
 
-class NotedLog(SilentLog):
+class NotedLog(Log):
     """A silent log that remembers what it was told."""
 
     def __init__(self):
@@ -409,7 +409,7 @@ import math, torch
 from helpers import Batches, loop_args
 from util.distributed.parallel import distribute
 from util.distributed.processes import end_groups, init_device, rank
-from util.tracking.run_log import SilentLog
+from util.tracking.run_log import Log
 from util.training.run import Run
 from util.training.loop import train_epoch
 
@@ -421,7 +421,7 @@ loader = Batches(*([torch.tensor([[sample]])] for sample in samples))
 model = distribute(bare, device)
 run = Run(loop_args(), bare, torch.optim.SGD(bare.parameters(), fused=True))
 with run:
-    stats = train_epoch(model, loader, lambda x: model(x).mean(), run, device, SilentLog())
+    stats = train_epoch(model, loader, lambda x: model(x).mean(), run, device, Log())
 loss = stats["train_loss"]
 print(f"rank {rank()}: weight {bare.weight.item()}, loss {loss}\\n", end="")
 end_groups()
@@ -566,7 +566,7 @@ def test_logits_that_are_not_finite_are_wrong_and_named(image_folder, caplog):
 
     def evaluated(**places):
         model = BreaksSome(labels, {int(place[1:]): value for place, value in places.items()})
-        return evaluation.evaluate(model, loader, torch.device("cpu"), SilentLog())
+        return evaluation.evaluate(model, loader, torch.device("cpu"), Log())
 
     whole = evaluated()
     assert (whole["acc1"], whole["images"], "nonfinite" in whole) == (100, 7, False)
@@ -637,7 +637,7 @@ def test_gradients_travel_once_an_update(monkeypatch):
         travels.append(model.require_backward_grad_sync)
         return model(x).mean()
 
-    train_epoch(model, loader, compute_loss, run, torch.device("cpu"), SilentLog())
+    train_epoch(model, loader, compute_loss, run, torch.device("cpu"), Log())
     assert travels == [False, False, True] * 2
 
 

@@ -1,4 +1,4 @@
-"""Processes: started by torchrun or alone, one device each."""
+"""The processes of a run, alone or started by torchrun, one device each, and how they communicate."""
 
 import datetime
 import os
@@ -6,7 +6,7 @@ import pickle
 import re
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,28 +18,47 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", 0))
+    """Return the number of this process among all of the run; raises UserError."""
+    return _from_environment("RANK", 0)
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """Return the number of processes of the run; raises UserError."""
+    return _from_environment("WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", 0))
+    """Return the number of this process among those of this machine; raises UserError."""
+    return _from_environment("LOCAL_RANK", 0)
 
 
 def is_main() -> bool:
+    """Return whether this process is rank 0; raises UserError."""
     return rank() == 0
 
 
+def _from_environment(variable: str, least: int) -> int:
+    """Read a number that torchrun sets; without torchrun, it is the least one.
+
+    Raises:
+        UserError: the variable is set to something else; the message names it.
+    """
+    text = os.environ.get(variable, str(least))
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
+        raise UserError(
+            f"the environment variable {variable} is {text!r}, not an integer of at least {least}: unset it, or start "
+            "with torchrun, which sets it"
+        )
+    return int(text)
+
+
 def init_device(name: str | None, timeout: float = 600, deterministic: bool = False) -> torch.device:
-    """The device of this process, and the process group when torchrun started several.
+    """Return the device of this process; create the process groups if torchrun started several processes.
 
     Args:
-        name: "cuda", "cpu" or, for a single process, "cuda:i"; None takes CUDA where there is a GPU, else the CPU.
-        timeout: seconds that a process waits for the others before it ends the run.
-        deterministic: take algorithms that give equal results in every run, at the cost of speed.
+        name: "cuda", "cpu" or, for a single process, "cuda:i"; None takes CUDA if there is a GPU, else the CPU.
+        timeout: of collectives, in seconds.
+        deterministic: use deterministic algorithms, which are slower.
 
     Raises:
         UserError: no such device, or fewer GPUs than processes on this machine.
@@ -54,7 +73,7 @@ def init_device(name: str | None, timeout: float = 600, deterministic: bool = Fa
     kind, _, index = name.partition(":")
     device = torch.device(kind)
     if kind == "cuda":
-        gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        gpus, processes = torch.cuda.device_count(), _from_environment("LOCAL_WORLD_SIZE", 1)
         if not torch.cuda.is_available():
             raise UserError(f"--device {name}: this torch finds no GPU; leave --device out to train on the CPU")
         if processes > gpus:
@@ -75,36 +94,37 @@ _CONTROL: dist.ProcessGroup | None = None
 
 
 def _init_groups(backend: str, timeout: datetime.timedelta) -> None:
-    """The group that trains, and one on the CPUs for what must not wait for a GPU."""
+    """Create the group for training, and one on the CPUs for messages that must not wait for a GPU."""
     global _STORE, _CONTROL
     with as_user_error(ValueError, prefix="WORLD_SIZE is set, but not all that torchrun sets: "):
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     _STORE = dist.PrefixStore(_meet(store, time.monotonic() + timeout.total_seconds()), store)
-    # the CPUs' group finds a process that is stuck; it has to do so before NCCL's watchdog ends the others wordlessly
+    # The CPUs' group must time out first, and say which process is stuck: NCCL's watchdog ends processes silently.
     later = timeout + datetime.timedelta(seconds=60 if backend == "nccl" else 0)
     dist.init_process_group(backend, store=_STORE, rank=rank(), world_size=world_size(), timeout=later)
-    _CONTROL = dist.new_group(backend="gloo", timeout=timeout)
+    _CONTROL = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))  # every rank is a member
 
 
 def end_groups() -> None:
-    """Leave the other processes; not after an error, since it waits for some that may be gone.
+    """Destroy the process groups. Not for use after an error: it waits for processes that may have ended.
 
-    Every process has to before Python ends: a thread of gloo that gives back a tensor after that aborts it.
+    Every process must call it before Python ends: a thread of gloo that frees a tensor later aborts the process.
     """
     global _STORE, _CONTROL
     if dist.is_initialized():
-        _STORE = _CONTROL = None  # a group's threads end with the last that knows it
+        _STORE = _CONTROL = None  # a group's threads end with the last reference to it
         dist.destroy_process_group()
 
 
 def _meet(store: dist.Store, deadline: float) -> str:
-    """A prefix that the processes of this start alone have.
+    """Return a prefix for keys of the store that only the processes of this start use.
 
-    torchrun's store outlives the processes that it restarts, and what they have left there are dead addresses. So rank
-    0 opens a new round, and when all have joined it, says so; who joined an older one goes on to the next.
+    torchrun's store outlives the processes that torchrun restarts, and still holds their dead addresses. So rank 0
+    opens a new round, and announces it as complete once all processes have joined. A process that joined an older
+    round moves to the new one.
 
     Raises:
-        RuntimeError: they have not all come by the deadline, of `time.monotonic`.
+        RuntimeError: not all processes have joined by the deadline, a time of `time.monotonic`.
     """
     joined = 0
     while time.monotonic() < deadline:
@@ -114,7 +134,7 @@ def _meet(store: dist.Store, deadline: float) -> str:
         elif not is_main() and store.add("rounds", 0) > joined:
             joined = store.add("rounds", 0)
             store.add(f"round {joined}", 1)
-        if joined and store.add(f"round {joined}", 0) == world_size():  # and not more: an old one that was complete
+        if joined and store.add(f"round {joined}", 0) == world_size():  # a round of an earlier start has more
             if is_main():
                 store.set(f"round {joined} is complete", "")
             if store.check([f"round {joined} is complete"]):
@@ -123,24 +143,30 @@ def _meet(store: dist.Store, deadline: float) -> str:
     raise RuntimeError(f"timed out: {store.add(f'round {joined}', 0)} of {world_size()} processes have come")
 
 
-def control_group() -> dist.ProcessGroup:
-    """The group of all processes on their CPUs."""
+def control_group() -> dist.ProcessGroup | None:
+    """Return the group of all processes on their CPUs; None stands for torch's default group."""
     return _CONTROL
 
 
+def _store() -> dist.Store:
+    if _STORE is None:
+        raise RuntimeError("call init_device first")
+    return _STORE
+
+
 def missing_ranks(wait: float = 5) -> list[int]:
-    """The processes that do not say within `wait` seconds that they, too, have given up waiting; all that have ask."""
-    _STORE.set(f"gave up/{rank()}", "")
-    end = time.monotonic() + wait
+    """Return the ranks that reported no timeout within `wait` seconds. Every rank that met a timeout calls it."""
+    store, end = _store(), time.monotonic() + wait
+    store.set(f"gave up/{rank()}", "")
     while True:
-        missing = [r for r in range(world_size()) if not _STORE.check([f"gave up/{r}"])]
+        missing = [r for r in range(world_size()) if not store.check([f"gave up/{r}"])]
         if not missing or time.monotonic() > end:
             return missing
         time.sleep(0.2)
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """Call a function on rank 0 alone; every rank returns what it returned, or raises its `UserError`."""
+    """Call a function on rank 0 only; every rank returns its result, or raises its `UserError`."""
     if world_size() == 1:
         return function()
     outcome: list = [None, None]
@@ -162,28 +188,29 @@ def barrier() -> None:
 
 
 def reduce_sum(values: Tensor) -> Tensor:
-    """Element-wise sum over all processes, in place."""
+    """Sum a tensor over all processes, element by element and in place, and return it."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def gather_late(value: T) -> list[T]:
-    """The values of all processes, by rank, where some come long after the others: nobody is missed meanwhile.
+    """Return the values of all ranks, in order: an all-gather without timeout, for ranks that finish far apart.
 
-    All call it, as often as each other. A process that dies ends the others through torchrun.
+    All processes must call it equally often. If one dies, torchrun ends the others. Values are pickled.
     """
     if world_size() == 1:
         return [value]
-    key = f"late {_STORE.add(f'calls of {rank()}', 1)} of "
-    _STORE.set(f"{key}{rank()}", pickle.dumps(value))
-    while not _STORE.check([f"{key}{r}" for r in range(world_size())]):
+    store = _store()
+    key = f"late {store.add(f'calls of {rank()}', 1)} of "
+    store.set(f"{key}{rank()}", pickle.dumps(value))  # type: ignore[arg-type]  # it takes bytes, too
+    while not store.check([f"{key}{r}" for r in range(world_size())]):
         time.sleep(0.1)
-    return [pickle.loads(_STORE.get(f"{key}{r}")) for r in range(world_size())]
+    return [pickle.loads(store.get(f"{key}{r}")) for r in range(world_size())]
 
 
-def gather(value: object) -> list:
-    """The values of all processes, by rank; they are pickled."""
+def gather(value: T) -> list[T]:
+    """Return the values of all ranks, in order; values are pickled."""
     values = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value, group=_CONTROL)

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from util.distributed.processes import control_group, is_main, world_size
 
 SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
-# torchrun and Slurm send a signal to all processes of a group, and torchrun passes on the one that it got: what comes
-# again within this time is the same wish
-SAME_WISH = 2.0  # seconds
+# torchrun and Slurm send a signal to all processes of a group, and torchrun also forwards the one that it received:
+# signals within this time count once
+SAME_SIGNAL = 2.0  # seconds
 
 
 class StopRequest:
-    """Notices signals while it is entered; a second one, a while after the first, ends the process at once."""
+    """Context in which a signal asks the run to stop; a second one, `SAME_SIGNAL` later, ends the process at once."""
 
     def __init__(self) -> None:
         self.asked_at: float | None = None
@@ -31,7 +31,7 @@ class StopRequest:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None and self.pending is not None:
-            self.pending[0].wait()  # a process that ended meanwhile would break it off for the others
+            self.pending[0].wait()  # if this process ended earlier, the others' all-reduce would fail
         self.pending = None
         for number, handler in self.before.items():
             signal.signal(number, handler)
@@ -40,23 +40,24 @@ class StopRequest:
         name, now = signal.Signals(number).name, time.monotonic()
         if self.asked_at is None:
             self.asked_at = now
-            if is_main():  # not print, which may be what the signal has interrupted
-                with suppress(OSError):  # of an output that is closed or full
+            if is_main():  # os.write, since the signal may have interrupted a print
+                with suppress(OSError):  # the output may be closed or full
                     os.write(1, f"\n{name}: the run stops after this update and writes a checkpoint\n".encode())
-        elif now - self.asked_at > SAME_WISH:
+        elif now - self.asked_at > SAME_SIGNAL:
             with suppress(OSError):
-                os.write(2, f"\n{name} again: left at once\n".encode())
+                os.write(2, f"\n{name} again: the process ends at once, without a checkpoint\n".encode())
             os._exit(128 + number)
 
     @property
     def asked(self) -> bool:
-        """Whether this process was."""
+        """Return whether this process was asked to stop."""
         return self.asked_at is not None
 
     def agreed(self) -> bool:
-        """Whether any process was asked, the same answer on all of them, one update late; all call it every update.
+        """Return whether any process was asked to stop, the same on all processes. All call it after every update.
 
-        The answer to the update before has travelled on the CPU meanwhile: nobody waits, unless a process is stuck.
+        The result is that of the update before, whose all-reduce ran on the CPU in the meantime: no process waits,
+        unless another one is stuck.
 
         Raises:
             RuntimeError: a process did not answer within `--dist_timeout`.

@@ -1,47 +1,59 @@
-"""What a pretraining model sees and predicts of an image, on one sheet: for visualize.py and for the log of a run."""
+"""Draw what a pretraining model sees and predicts of an image, for visualize.py and for the log of a run."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import Tensor, nn
+from torch import Tensor
 
 from util.data.decode import BrokenImage, with_pillow
 from util.data.readers import open_source
 from util.data.transforms import eval_transform
 from util.errors import UserError
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 SIDE = 3.3  # inches, the longer side of a panel
 GIVEN = "tab:orange"
 
+# Functions import matplotlib themselves: that takes a second, which --help and a user's mistake need not.
+
+
+class Predicts(Protocol):
+    """Attributes of `models_arm.PretrainModel` that the figures need."""
+
+    cluster_size: int
+    patch_size: int
+
+    def predicted_images(self, imgs: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return predicted images, loss of each patch, and places of the clusters in the order of prediction."""
+
 
 def input_transform(size: tuple[int, int]) -> Callable[[bytes], Tensor]:
-    """Content of an image file, of any size and mode -> (3, H, W) float32, normalised; see `eval_transform`."""
+    """Return a function from the content of an image file to (3, H, W) float32, normalised; see `eval_transform`."""
     transform = eval_transform(size, "shorter")
     return lambda data: transform(with_pillow(data))
 
 
 def fixed_images(data_path: str, size: tuple[int, int], count: int = 4) -> Tensor | None:
-    """Images of val/ at equal distances, or of train/ where there is no usable val/: the same in every run on the data.
+    """Read evenly spaced images of val/, or of train/ if there is no usable val/; every run gets the same.
 
     Args:
         data_path: see `open_source`.
         size: height and width of the input.
-        count: how many; fewer where images are broken.
+        count: number of images; broken ones are left out.
 
     Returns:
-        (count, 3, H, W) float32, normalised; None where no image can be decoded.
+        (count, 3, H, W) float32, normalised; None if no image can be decoded.
 
     Raises:
         UserError: there is neither a usable val/ nor train/.
     """
     try:
         source = open_source(data_path, "val")
-    except UserError:  # its classes may lie there unsorted: no reason to refuse a run that trains without them
+    except UserError:  # pretraining needs no val/, so an unusable one must not end the run
         source = open_source(data_path, "train")
     transform, images = input_transform(size), []
     for index in range(0, len(source.labels), -(-len(source.labels) // count)):
@@ -52,13 +64,15 @@ def fixed_images(data_path: str, size: tuple[int, int], count: int = 4) -> Tenso
     return torch.stack(images) if images else None
 
 
-def draw_sheets(model: nn.Module, imgs: Tensor) -> list[Figure]:
-    """Input, what is predicted and in which order, prediction and loss of each patch: one figure an image.
+def draw_sheets(model: Predicts, imgs: Tensor) -> "list[Figure]":
+    """Draw one figure per image: input, order of prediction, prediction, and loss of each patch.
 
     Args:
         model: a `PretrainModel`; compiled blocks run eagerly here, so that drawing compiles nothing.
         imgs: (B, 3, H, W), normalised, on the model's device.
     """
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
     with torch.compiler.set_stance("force_eager"):
         predicted, losses, places = model.predicted_images(imgs)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
@@ -67,12 +81,15 @@ def draw_sheets(model: nn.Module, imgs: Tensor) -> list[Figure]:
         for batch in (imgs, predicted)
     ]
     side = model.cluster_size * model.patch_size
-    places = [None] * len(imgs) if places is None else places.tolist()
-    return [_sheet(*panels, side) for panels in zip(*shown, losses.float().cpu().numpy(), places, strict=True)]
+    orders = [None] * len(imgs) if places is None else places.tolist()
+    panels = zip(shown[0], shown[1], losses.float().cpu().numpy(), orders, strict=True)
+    return [_sheet(image, prediction, loss, order, side) for image, prediction, loss, order in panels]
 
 
-def pixels(figure: Figure) -> np.ndarray:
-    """A figure as (h, w, 3) uint8."""
+def pixels(figure: "Figure") -> np.ndarray:
+    """Return a figure as pixels, (h, w, 3) uint8."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
@@ -80,16 +97,20 @@ def pixels(figure: Figure) -> np.ndarray:
 
 def _sheet(
     image: np.ndarray, predicted: np.ndarray, losses: np.ndarray, places: list[list[int]] | None, side: int
-) -> Figure:
-    """One sheet.
+) -> "Figure":
+    """Draw the figure of one image.
 
     Args:
         image: (H, W, 3), from 0 to 1.
-        predicted: the same, given and predicted patches.
-        losses: (rows, columns) of the patches; nan where they are given.
-        places: (rows, columns) of the clusters in the order of prediction; None where all are predicted at once.
-        side: pixels a side of a cluster.
+        predicted: the same, with given and predicted patches.
+        losses: (rows, columns) of the patches; NaN where a patch is given.
+        places: (rows, columns) of the clusters, their place in the order of prediction, 0 for a given one; None if all
+            are predicted at once.
+        side: side of a cluster in pixels.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
     height, width = image.shape[:2]
     inch = SIDE / max(height, width)
     panel = max(width * inch, 2.3) + 0.15  # no narrower than the titles

@@ -1,4 +1,4 @@
-"""What a run tells: a live bar on a terminal or plain lines elsewhere, log.txt and TensorBoard or another tracker."""
+"""Log a run: a progress bar on a terminal or lines elsewhere, log.txt, and curves in TensorBoard or another tracker."""
 
 import datetime
 import errno
@@ -16,17 +16,20 @@ from itertools import compress
 from operator import not_
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from util.distributed.processes import is_main
 from util.errors import RunError, UserError
 from util.files import open_lock, open_regular, replacing, to_json, write_text
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 TRACKER_ID = "tracker-id"  # file in the output folder
-LOG_EVERY = 20  # steps between two looks at what the device has computed: plain lines, points in TensorBoard
+LOG_EVERY = 20  # steps between two log points, at which the host waits for results of the device
 
 
 def show(text: str) -> None:
@@ -36,36 +39,43 @@ def show(text: str) -> None:
 
 
 def show_if_possible(text: str) -> None:
-    """Print a line; a full disk behind stdout does not end a run, which keeps what it finds in files."""
+    """Print a line; a full disk behind stdout does not end a run, whose results are in files."""
     try:
         show(text)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _complain(f"what the run says cannot be written: {error.strerror}; it continues, and log.txt tells the epochs")
+        _warn_once(f"stdout cannot be written: {error.strerror}; the run continues, and log.txt has its results")
 
 
 @cache
-def _complain(text: str) -> None:
+def _warn_once(text: str) -> None:
     """Print a line on stderr, once."""
     print(text, file=sys.stderr, flush=True)
 
 
 class Progress:
-    """One pass over data as rank 0 shows it: a bar on a terminal, plain lines elsewhere."""
+    """Show the progress of one pass over data: a bar on a terminal, lines elsewhere.
 
-    def __init__(self, title: str, steps: int, done: int = 0, show: Callable[[str], None] = show) -> None:
+    Args:
+        title: of the pass.
+        steps: number of steps of the whole pass.
+        done: steps made by an earlier process.
+        show: prints a line; None shows nothing.
+    """
+
+    def __init__(self, title: str, steps: int, done: int = 0, show: Callable[[str], None] | None = show) -> None:
         self.show = show
         self.title, self.steps, self.done, self.step, self.images = title, steps, done, done, 0
         self.start, self.bar = time.monotonic(), None
-        if sys.stderr.isatty():
+        if show is not None and sys.stderr.isatty():
             self.bar = tqdm(total=steps, initial=done, desc=title, dynamic_ncols=True, leave=True)
 
     def update(self, images: int, quiet: bool = False, **values: float) -> None:
-        """Count one step of `images` images (all processes together); unless `quiet`, show `values` and the speed."""
+        """Count a step of `images` images, of all processes together; unless `quiet`, show `values` and throughput."""
         self.step += 1
         self.images += images
-        if not quiet:
+        if self.show is not None and not quiet:
             seconds = time.monotonic() - self.start
             shown = {name: f"{value:.4g}" for name, value in values.items()}
             shown["img/s"] = f"{self.images / seconds:.0f}"
@@ -73,9 +83,10 @@ class Progress:
                 self.bar.set_postfix(shown, refresh=False)
             else:
                 left = seconds / (self.step - self.done) * (self.steps - self.step)
-                left = datetime.timedelta(seconds=round(left))
                 text = "  ".join(f"{name} {value}" for name, value in shown.items())
-                self.show(f"{self.title}  [{self.step}/{self.steps}]  {text}  left {left}")
+                self.show(
+                    f"{self.title}  [{self.step}/{self.steps}]  {text}  left {datetime.timedelta(seconds=round(left))}"
+                )
         if self.bar is not None:
             self.bar.update()
 
@@ -84,7 +95,30 @@ class Progress:
             self.bar.close()
 
 
-class ScreenLog:
+class Log:
+    """The log of all ranks but 0, which shows and keeps nothing; base of the other logs."""
+
+    def progress(self, title: str, steps: int, done: int = 0) -> Progress:
+        """Return the display of one pass over data; see `Progress`."""
+        return Progress(title, steps, done, None)
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+
+    def start_at(self, epoch: int, step: int) -> None:
+        """Remove values logged later than this position; see `RunLog.start_at`."""
+
+    def scalars(self, step: int, **values: float) -> None:
+        """Add one point to each curve."""
+
+    def images(self, epoch: int, **images: np.ndarray) -> None:
+        """Show images, (h, w, 3) uint8 each, as they are after an epoch."""
+
+    def epoch(self, **values: float) -> None:
+        """Append one line to log.txt, and a point to the curve of each evaluated value; `epoch` is among them."""
+
+
+class ScreenLog(Log):
     """The log of rank 0 without files."""
 
     show = staticmethod(show)
@@ -97,11 +131,11 @@ class ScreenLog:
 
 
 class Tracker:
-    """wandb or trackio with the calls of TensorBoard's `SummaryWriter` that a run uses.
+    """Give wandb or trackio the methods of TensorBoard's `SummaryWriter` that a run calls.
 
     Args:
         module: wandb or trackio.
-        output_dir: of the run, which is named by it and by a number kept there: one that goes on goes on with its
+        output_dir: of the run. The folder's name and an id kept in it name the run, so a resumed run continues its
             curves.
 
     Raises:
@@ -114,12 +148,12 @@ class Tracker:
             name = f"{output_dir.resolve().name}-{self._id_in(output_dir)}"
             more = {"id": name, "dir": str(output_dir)} if module.__name__ == "wandb" else {}
             module.init(project="arm", name=name, resume="allow", **more)
-        except Exception as error:  # network, account, disk: whatever it may be, it is not ours
+        except Exception as error:  # trackers raise exceptions of many kinds: network, account, disk
             raise RunError(f"--tracker {module.__name__}: {error}") from error
 
     @staticmethod
     def _id_in(output_dir: Path) -> str:
-        """Return the id of the run, drawn once and kept in its folder, so that another run there has its own."""
+        """Return the id of the run in this folder; draw it if the folder has none."""
         kept = output_dir / TRACKER_ID
         with suppress(OSError), open_regular(kept) as file:
             known = file.read(100).strip()
@@ -130,7 +164,7 @@ class Tracker:
 
     @staticmethod
     def forget(output_dir: Path) -> None:
-        """Let the next process in the folder begin a run of its own."""
+        """Delete the id, so that the next process in the folder starts a new run."""
         (output_dir / TRACKER_ID).unlink(missing_ok=True)
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
@@ -140,39 +174,42 @@ class Tracker:
         self.module.log({name: self.module.Image(pixels)}, step=step)
 
     def flush(self) -> None:
-        """They send in the background, and the rest when the process ends."""
+        """Do nothing: trackers send in the background, and the rest when the process ends."""
 
 
 class RunLog(ScreenLog):
-    """What rank 0 shows and keeps: log.txt (one JSON object a line, as MAE's tools read it), curves and images.
+    """The log of rank 0 with files: log.txt (one JSON object per line, as MAE's tools read it), curves and images.
 
     Args:
-        output_dir: where log.txt grows; it is appended to.
-        log_dir: where the TensorBoard files go, once there are values.
-        tracker: what takes curves and images instead of TensorBoard.
+        output_dir: folder of log.txt, which is appended to.
+        log_dir: folder of the TensorBoard files.
+        tracker: module that gets curves and images instead of TensorBoard.
     """
 
     show = staticmethod(show_if_possible)
 
     def __init__(self, output_dir: Path, log_dir: Path, tracker: ModuleType | None = None) -> None:
         self.path, self.log_dir, self.tracker = output_dir / "log.txt", log_dir, tracker
-        self.complained = False
+        self.failed = False
         self.first_step: int | None = None  # of this process, in curves
 
     @cached_property
-    def writer(self) -> SummaryWriter | Tracker:
+    def writer(self) -> "SummaryWriter | Tracker":
+        """The experiment tracker, started when the first value is logged."""
         if self.tracker is not None:
             return Tracker(self.tracker, self.path.parent)
+        from torch.utils.tensorboard import SummaryWriter  # takes a quarter of a second, and only rank 0 needs it
+
         return SummaryWriter(log_dir=str(self.log_dir), purge_step=self.first_step)
 
     def start_at(self, epoch: int, step: int) -> None:
-        """Take back what is logged of the epochs and steps that follow: each is shown once. The first call counts.
+        """Remove what is logged of this epoch, step and later ones, so that each appears once. Later calls do nothing.
 
-        Lines of log.txt move to log.replaced.txt. TensorBoard leaves the points out when it reads its files. A tracker
-        can take nothing back: where whole epochs are repeated, a new run begins there.
+        Lines of log.txt move to log.replaced.txt. TensorBoard drops the points when it reads its files. Other trackers
+        cannot remove points: where whole epochs are repeated, a new run begins in them.
 
         Args:
-            epoch: the one under way.
+            epoch: the current epoch.
             step: in curves, the first that is not logged yet.
         """
         if self.first_step is not None:
@@ -189,49 +226,48 @@ class RunLog(ScreenLog):
             if not replaced:
                 return
             aside = self.path.with_name("log.replaced.txt")
-            with open_lock(aside) as file:  # never through a link
+            with open_lock(aside) as file:  # does not follow a link
                 file.buffer.seek(0, os.SEEK_END)
                 file.buffer.writelines(replaced)
             with replacing(self.path) as temporary:
                 temporary.write_bytes(b"".join(compress(lines, map(not_, is_replaced))))
-            self.say(f"{self.path}: {len(replaced)} epochs from {epoch} on are logged anew; their lines are in {aside}")
+            self.say(
+                f"{self.path}: {len(replaced)} epochs from {epoch} on are logged again; their old lines are in {aside}"
+            )
             if self.tracker is not None:
                 Tracker.forget(self.path.parent)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """What cannot be logged, on a full disk for example, does not end a run: it is said, once."""
-        # a tracker fails in its own ways
-        failures = (OSError,) if self.tracker is None else (Exception,)
+        """Warn once instead of ending the run when something cannot be logged, on a full disk for example."""
+        # trackers raise exceptions of many kinds
+        failures: tuple[type[Exception], ...] = (OSError,) if self.tracker is None else (Exception,)
         try:
             yield
-        except RunError:  # it could not start
+        except RunError:  # the tracker could not start
             raise
         except failures as error:
-            if not self.complained:
-                self.say(f"the log cannot be written: {error}; training goes on without it")
-            self.complained = True
+            if not self.failed:
+                self.say(f"the log cannot be written: {error}; training continues without it")
+            self.failed = True
 
     def scalars(self, step: int, **values: float) -> None:
-        """Add one point to each curve."""
         with self._writing():
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
 
     def images(self, epoch: int, **images: np.ndarray) -> None:
-        """Show images, (h, w, 3) uint8 each, as they are after an epoch."""
         with self._writing():
             for name, pixels in images.items():
                 self.writer.add_image(name, pixels, 1000 * (epoch + 1), dataformats="HWC")
-            self.writer.flush()  # those of the last epoch would be lost: a thread writes them that ends with Python
+            self.writer.flush()  # the thread that writes ends with Python, and would lose those of the last epoch
 
     def epoch(self, **values: float) -> None:
-        """Append one line to log.txt, and a point to the curve of each evaluated value."""
         evaluated = {name: value for name, value in values.items() if "test_" in name}
-        self.scalars(1000 * (values["epoch"] + 1), **evaluated)
+        self.scalars(1000 * (int(values["epoch"]) + 1), **evaluated)
         with self._writing():
             if self.path.exists():
-                open_regular(self.path).close()  # a pipe that nobody reads would stop the run
+                open_regular(self.path).close()  # raises for a pipe, which would block the run
             with self.path.open("ab+") as file:
                 if file.tell():
                     file.seek(-1, os.SEEK_END)
@@ -241,7 +277,7 @@ class RunLog(ScreenLog):
 
 
 def _epoch_of(line: bytes) -> int | None:
-    """Return the epoch that a line of log.txt is of; None for half a line."""
+    """Return the epoch of a line of log.txt; None for an incomplete line."""
     try:
         epoch = json.loads(line)["epoch"]
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -249,18 +285,12 @@ def _epoch_of(line: bytes) -> int | None:
     return epoch if type(epoch) is int else None
 
 
-class SilentLog:
-    """Takes every call of a log and says nothing: the log of the other ranks."""
+def open_log(folders: tuple[Path, Path] | None = None, tracker: str = "tensorboard") -> Log:
+    """Return the log of this rank: silent except on rank 0.
 
-    def progress(self, title: str, steps: int, done: int = 0) -> "SilentLog":
-        return self
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
-
-
-def open_log(*folders: Path, tracker: str = "tensorboard") -> ScreenLog | SilentLog:
-    """The log of this rank: a `RunLog` for the two folders given, a `ScreenLog` without them, silent beyond rank 0.
+    Args:
+        folders: output folder and folder of the TensorBoard files; None logs to the screen only.
+        tracker: tensorboard, wandb or trackio.
 
     Raises:
         UserError: the tracker is not installed.
@@ -270,12 +300,12 @@ def open_log(*folders: Path, tracker: str = "tensorboard") -> ScreenLog | Silent
     except ImportError as error:
         raise UserError(f"--tracker {tracker}: it is not installed: pip install {tracker}") from error
     if not is_main():
-        return SilentLog()
+        return Log()
     return RunLog(*folders, module) if folders else ScreenLog()
 
 
 def clock(start: float, done: int, total: int) -> str:
-    """Time since `start` (of `time.monotonic`) and what is left of `total` epochs after `done` of them."""
+    """Return the time since `start` (of `time.monotonic`) and the time left of `total` epochs, `done` of them made."""
     seconds = time.monotonic() - start
     left = datetime.timedelta(seconds=round(seconds / done * (total - done)))
     return f"{seconds:.0f} s since the start, {left} left"

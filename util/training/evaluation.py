@@ -12,7 +12,7 @@ from util.distributed.parallel import unsharded
 from util.distributed.processes import gather, reduce_sum, world_size
 from util.distributed.signals import StopRequest
 from util.errors import Interrupted, RunError
-from util.tracking.run_log import LOG_EVERY, ScreenLog, SilentLog
+from util.tracking.run_log import LOG_EVERY, Log
 from util.training.precision import autocast
 
 LOGGER = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def evaluate(
     model: nn.Module,
     loader: DeviceLoader,
     device: torch.device,
-    log: ScreenLog | SilentLog,
+    log: Log,
     title: str = "eval",
     stop: StopRequest | None = None,
     score: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = score_labels,

@@ -17,7 +17,7 @@ from util.distributed.parallel import full_tensor, no_sync
 from util.distributed.processes import reduce_sum, world_size
 from util.lr_sched import lr_at, set_lr
 from util.seeding import seed_everything
-from util.tracking.run_log import LOG_EVERY, RunLog, SilentLog
+from util.tracking.run_log import LOG_EVERY, Log
 from util.training.nonfinite import dump_nonfinite
 from util.training.precision import autocast
 from util.training.run import Run
@@ -31,7 +31,7 @@ def train_epoch(
     compute_loss: Callable[..., Tensor],
     run: Run,
     device: torch.device,
-    log: RunLog | SilentLog,
+    log: Log,
     after_update: Callable[[Tensor], None] = lambda unfit: None,
 ) -> dict[str, float]:
     """Train for what is left of the epoch, `accum_iter` batches an update; batches that fill no update are left out.
