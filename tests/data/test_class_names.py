@@ -289,4 +289,4 @@ def test_a_position_beyond_the_epoch_is_refused(run, image_folder, run_script, t
     with pytest.raises(SystemExit) as ended:
         run_script(main_finetune, *words, "--resume", tmp_path / "far.pth", "--allow_changed_args")
     assert ended.value.code == 2
-    assert "stands at image 8000000000000 of its epoch, and there are 24" in capsys.readouterr().err
+    assert "was written after 8000000000000 images of its epoch, but --data_path has only 24" in capsys.readouterr().err

@@ -91,7 +91,7 @@ def test_two_processes(start, tmp_path):
     running.until(lambda: written(out / "checkpoint-last.pth") > begun)
     os.kill(running.ranks()[1], signal.SIGKILL)
     assert running.status() == 0, running.text
-    assert running.text.count("going on from") == 2
+    assert running.text.count("resuming from") == 2
     assert_same_end(out, tmp_path / "whole")
 
 

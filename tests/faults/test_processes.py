@@ -144,7 +144,7 @@ def test_a_folder_of_another_run(start, tmp_path):
     before = (tmp_path / "out" / "checkpoint-last.pth").read_bytes()
     again = start(*argv)
     assert again.status() == 2
-    assert "out holds checkpoint-0.pth of another run: --resume auto goes on with it, or choose" in again.text
+    assert "out holds checkpoint-0.pth of another run: --resume auto continues that run, or choose" in again.text
     assert (tmp_path / "out" / "checkpoint-last.pth").read_bytes() == before
 
 

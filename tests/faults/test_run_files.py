@@ -190,7 +190,7 @@ def test_the_newest_file_is_damaged(start, tmp_path):
         r"checkpoint-last\.pth is damaged, or .* another hash; renamed to \*\.damaged$", running.text, re.M
     )
     assert (out / "checkpoint-last.pth.damaged").exists()
-    assert f"going on from {out}/checkpoint-last-1.pth" in running.text
+    assert f"resuming from {out}/checkpoint-last-1.pth" in running.text
     flip_a_bit(tmp_path / "whole" / "checkpoint-last.pth")  # the same file: back to what it was
     assert_same_end(out, tmp_path / "whole")
 

@@ -79,7 +79,7 @@ def test_a_job_on_two_nodes_that_runs_out_of_time(job, tmp_path):
     running = job(*argv, "--epochs", epoch + 2, "--allow_changed_args")
     assert running.status() == 0, running.text
     assert "2 x cpu" in running.text
-    assert f"going on from {out}/checkpoint-last.pth" in running.text
+    assert f"resuming from {out}/checkpoint-last.pth" in running.text
     assert [row["epoch"] for row in read_log(out)] == [*range(epoch + 2)]
     assert requeued.read_text().count("requeue") == 1
 

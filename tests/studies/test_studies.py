@@ -205,7 +205,7 @@ def test_a_killed_study_resumes(clothes, tmp_path, run_script, capsys):
     run_script(run, *argv)  # while the run of the first runner may still be stopping
     assert not alive(pid)
     (folder,) = tmp_path.glob("runs/pretrain-*")
-    stopped, _, resumed = (folder / "output.txt").read_text().partition("going on from")
+    stopped, _, resumed = (folder / "output.txt").read_text().partition("resuming from")
     assert "main_pretrain.py: stopped in epoch" in stopped  # because its runner was killed
     assert "epoch 1: loss" in resumed
     results = json.loads((tmp_path / "pretrain_vs_scratch-smoke" / "results.json").read_text())

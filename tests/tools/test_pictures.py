@@ -326,7 +326,7 @@ def test_a_tracker_that_fails_later(tracker, image_folder, tmp_path, run_script,
     argv = [*TINY_PRETRAIN, *ONE_EPOCH, "--data_path", image_folder, "--output_dir", tmp_path / "out"]
     argv += ["--tracker", tracker.__name__, "--resume", "auto", "--allow_changed_args"]
     run_script(main_pretrain, *argv)
-    assert capsys.readouterr().out.count("the log cannot be written: quota exceeded; training goes on") == 1
+    assert capsys.readouterr().out.count("the log cannot be written: quota exceeded; training continues") == 1
     assert len(plot_log.read(tmp_path / "out")) == 1
     run_script(main_pretrain, *argv, "--epochs", 2)
     shutil.rmtree(tmp_path / "out")

@@ -254,10 +254,10 @@ def test_resume_does_not_drop_or_invent_an_ema(image_folder, tmp_path, run_scrip
     changed = [*common, "--output_dir", tmp_path, "--allow_changed_args"]
     with pytest.raises(SystemExit):
         run_script(main_finetune, *changed, "--resume", tmp_path / "with" / "checkpoint-0.pth")
-    assert "holds an EMA: say --ema_decay to go on with it" in capsys.readouterr().err
+    assert "holds an EMA: resume with --ema_decay" in capsys.readouterr().err
     more = ["--resume", tmp_path / "without" / "checkpoint-0.pth", "--ema_decay", 0.9]
     run_script(main_finetune, *changed, *more)
-    assert "holds no EMA: it starts from the weights" in capsys.readouterr().out
+    assert "holds no EMA: the EMA starts from the weights" in capsys.readouterr().out
     assert "model_ema" in checkpoint_file.read(tmp_path / "checkpoint-last.pth")
 
 
@@ -391,7 +391,7 @@ def test_an_update_that_is_not_finite_is_skipped(broken):
     weight, stats = one_weight_run([5.0, broken, 3.0, broken], log=log)
     assert weight == 1 - 5 - 3
     assert stats["train_loss"] == (5 * 1 + 3 * (1 - 5)) / 2  # of those that were finite
-    assert log.said == ["epoch 0, batch 3: updates skipped, their gradient was not finite: 2"]
+    assert log.said == ["epoch 0, batch 3: skipped updates with a non-finite gradient: 2"]
     assert log.points[0]["train_loss"] == stats["train_loss"]
 
 
@@ -400,7 +400,7 @@ def test_every_log_line_tells_of_its_own_batches():
     samples = [1.0] * 19 + [math.nan] + [2.0] * 20 + [3.0] * 5
     _, stats = one_weight_run(samples, log=log, lr=0.0, min_lr=0.0)
     assert [point["train_loss"] for point in log.points] == [1, 2, 3]
-    assert log.said == ["epoch 0, batch 19: updates skipped, their gradient was not finite: 1"]
+    assert log.said == ["epoch 0, batch 19: skipped updates with a non-finite gradient: 1"]
     assert stats["train_loss"] == pytest.approx((19 + 40 + 15) / 44)
 
 
@@ -449,7 +449,7 @@ def test_all_processes_skip_together(tmp_path, monkeypatch):
 )
 def test_three_in_a_row_stop_the_run(tmp_path, samples, first, weight):
     """With the weights of before, the batch and the position."""
-    message = f"not finite in 3 updates in a row, from batch {first} of epoch 0; none of them was made.*--resume "
+    message = f"not finite in 3 updates in a row, from batch {first} of epoch 0; all of them were skipped.*--resume "
     with pytest.raises(RunError, match=message):
         one_weight_run(samples, output_dir=str(tmp_path))
     folder = tmp_path / f"nonfinite-epoch0-batch{first}"
@@ -625,7 +625,7 @@ def alone_in_a_group(tmp_path):
 
 @pytest.mark.usefixtures("alone_in_a_group")
 def test_gradients_travel_once_an_update(monkeypatch):
-    monkeypatch.setattr("util.distributed.processes.world_size", lambda: 2)
+    monkeypatch.setattr("util.distributed.parallel.world_size", lambda: 2)
     model = distribute(torch.nn.Linear(1, 1), torch.device("cpu"))
     monkeypatch.undo()
     assert model.gradient_as_bucket_view

@@ -11,6 +11,7 @@ import logging
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -159,32 +160,34 @@ def _blocks(state_dict: StateDict, name: str) -> list[dict[str, torch.Size]]:
     return [blocks[index] for index in range(len(blocks))]
 
 
-def _is_count(value: object, most: int = 2**31) -> bool:
-    return type(value) is int and 1 <= value <= most
+def is_integer(value: object, least: int = 0, most: int = 2**63 - 1) -> bool:
+    """Return whether a value is an int, and no bool, within bounds."""
+    return type(value) is int and least <= value <= most
 
 
 def _is_size(value: object) -> bool:
     sides = value if isinstance(value, (list, tuple)) else [value]
-    return 1 <= len(sides) <= 2 and all(_is_count(side, _MAX_SIDE) for side in sides)
+    return 1 <= len(sides) <= 2 and all(is_integer(side, 1, _MAX_SIDE) for side in sides)
 
 
 def _is_plain(value: object) -> bool:
-    """Whether a saved argument can be compared and shown: a scalar, or a list of scalars."""
+    """Return whether a saved argument can be compared and shown: a scalar, or a list of scalars."""
     if isinstance(value, (list, tuple)):
         return all(_is_plain(part) and not isinstance(part, (list, tuple)) for part in value)
-    return isinstance(value, (str, float, bool)) or value is None or (type(value) is int and abs(value) < 2**63)
+    return isinstance(value, (str, float, bool)) or value is None or is_integer(value, 1 - 2**63)
 
 
-# of the saved arguments that code reads: which values they can have
-_POSSIBLE = {
+# the saved arguments that code reads, and which values are possible
+_POSSIBLE: dict[str, Callable[[object], bool]] = {
     "input_size": _is_size,
     "global_pool": lambda value: isinstance(value, (bool, str)),
     "norm_pix_loss": lambda value: isinstance(value, bool),
-    "directions": lambda value: _is_count(value, 4),
-    "start_epoch": lambda value: value == 0 or _is_count(value),
-    "cluster_size": lambda value: _is_count(value, _MAX_SIDE),
-} | dict.fromkeys(("objective", "order", "taps"), lambda value: isinstance(value, str))
-_POSSIBLE |= dict.fromkeys(("batch_size", "accum_iter", "world_size"), _is_count)
+    "directions": lambda value: is_integer(value, 1, 4),
+    "start_epoch": lambda value: is_integer(value, 0, 2**31),
+    "cluster_size": lambda value: is_integer(value, 1, _MAX_SIDE),
+}
+_POSSIBLE |= dict.fromkeys(("objective", "order", "taps"), lambda value: isinstance(value, str))
+_POSSIBLE |= dict.fromkeys(("batch_size", "accum_iter", "world_size"), lambda value: is_integer(value, 1, 2**31))
 
 
 def saved_arguments(content: dict, *needed: str) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Accuracy of a classifier over every image once."""
+"""Evaluate a classifier on every image once."""
 
 import logging
 from collections.abc import Callable
@@ -20,7 +20,7 @@ SHOWN = 5  # images that are named
 
 
 def score_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Compare with one label an image; see `evaluate`. The loss is the cross-entropy."""
+    """Compare logits with one label per image, and sum the cross-entropies; see `evaluate`."""
     hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
     return hits, F.cross_entropy(logits, labels, reduction="sum", ignore_index=-1)
 
@@ -35,35 +35,37 @@ def evaluate(
     stop: StopRequest | None = None,
     score: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = score_labels,
 ) -> dict[str, float]:
-    """Accuracy over every image once.
+    """Return accuracy and loss over every image once.
 
     Args:
         model: the bare classifier, or a sharded one; processes may have unequal shares.
-        loader: its sampler has `distributed`, which says whether each process has a share or all of the images.
+        loader: its sampler has `distributed`: whether each process reads a share of the images, or all of them.
         device: of the model.
         log: of this rank.
-        title: of the progress.
-        stop: what may ask all processes to leave; nothing of an evaluation is kept then.
+        title: of the progress display.
+        stop: may end the evaluation on all processes, without a result.
         score: logits (B, num_classes) float32 and labels (B,) -> which of the five best are right (B, up to 5) bool,
             and the sum of the losses; the label -1 has neither.
 
     Returns:
-        `acc1`, `acc5` in percent, `loss` (cross-entropy, mean) and `images`, their exact number. Broken images, which
-        have the label -1, and images with logits that are not finite, which are logged by name, count as wrong and have
-        no loss; `broken` and `nonfinite` are their numbers where there are any.
+        `acc1` and `acc5` in percent, `loss` (mean cross-entropy) and `images`, their exact number. Broken images (label
+        -1) and images with non-finite logits (logged by name) count as wrong and have no loss; `broken` and `nonfinite`
+        are their numbers, if not 0.
 
     Raises:
-        RunError: an image is broken and the loader does not let it count as wrong; or no image is left with a loss.
-        Interrupted: `stop` was asked.
+        RunError: an image is broken and the loader does not count it as wrong; or no image has a loss.
+        Interrupted: `stop` received a signal.
     """
     model.eval()
     progress = log.progress(title, len(loader))
     # correct, correct among five, loss, broken, not finite
     sums = torch.zeros(5, dtype=torch.float64, device=device)
-    bad = [torch.zeros(0, dtype=torch.bool, device=device)]  # of each image in order whether its logits are not finite
-    seen = 0  # counted by the host, which does not wait for the device
+    bad = [
+        torch.zeros(0, dtype=torch.bool, device=device)
+    ]  # for each image in order, whether its logits are not finite
+    seen = 0  # counted on the host, without waiting for the device
     processes = world_size() if loader.sampler.distributed else 1
-    common = min(gather(len(loader)))  # batches that every process has: a last one may be of some only
+    common = min(gather(len(loader)))  # number of batches that every process has
     with unsharded(model):
         for step, (imgs, labels) in enumerate(loader, start=1):
             with autocast(device):
@@ -75,7 +77,7 @@ def evaluate(
             sums += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum(), loss, broken.sum(), bad[-1].sum()])
             progress.update(len(labels) * processes, quiet=step % LOG_EVERY != 0 and step != len(loader))
             if stop is not None and step <= common and stop.agreed():
-                raise Interrupted("stopped during an evaluation, which --resume auto begins again")
+                raise Interrupted("stopped during an evaluation, which --resume auto repeats from its start")
     progress.close()
     sums = torch.cat([sums, sums.new_tensor([seen])])
     if loader.sampler.distributed:
@@ -103,7 +105,7 @@ def evaluate(
 
 
 def describe_result(result: dict[str, float]) -> str:
-    """What `evaluate` found, as a line."""
+    """Return a result of `evaluate` as one line."""
     wrong = f", {result['broken']} of them broken and counted as wrong" if "broken" in result else ""
     if "nonfinite" in result:
         wrong += f", {result['nonfinite']} of them with logits that are not finite, counted as wrong"

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,51 +33,52 @@ def train_epoch(
     run: Run,
     device: torch.device,
     log: Log,
-    after_update: Callable[[Tensor], None] = lambda unfit: None,
+    after_update: Callable[[Tensor], None] = lambda skip: None,
 ) -> dict[str, float]:
-    """Train for what is left of the epoch, `accum_iter` batches an update; batches that fill no update are left out.
+    """Train for the rest of the epoch, `accum_iter` batches per update; batches that fill no update are left out.
 
-    The host queues work for the device and looks at results only where it logs, every `LOG_EVERY` batches, or saves. An
-    update whose gradient is not finite is skipped on the device itself: gradients are averaged over all processes
-    before their norm is taken, so that all of them skip it together. After `max_nonfinite` in a row none is made any
-    more, until the host looks and ends the run.
+    The host queues work for the device and reads results only at log points, every `LOG_EVERY` batches, and at saves.
+    An update with a non-finite gradient is skipped on the device: the norm is that of the all-reduced gradients, so all
+    processes skip it together. After `max_nonfinite` skipped updates in a row, all further updates are skipped until
+    the next log point ends the run.
 
     Args:
         model: bare or distributed.
         loader: batches of tensors on `device`; its sampler has `set_epoch`.
         compute_loss: of the tensors of one batch; called under autocast.
         run: its optimizer is a fused one, which can skip updates, and its groups may have an `lr_scale`; of its args
-            count `seed`, `lr`, `min_lr`, `warmup_epochs`, `epochs`, `batch_size`, `accum_iter`, `clip_grad`,
+            the loop reads `seed`, `lr`, `min_lr`, `warmup_epochs`, `epochs`, `batch_size`, `accum_iter`, `clip_grad`,
             `max_nonfinite`, `save_every_steps` and `output_dir`.
         device: of the model.
         log: of this rank.
-        after_update: called after every update with 1 if it was skipped and 0 if not, float32 on the device.
+        after_update: called after every update with 1 if it was skipped, else 0, a float32 scalar on the device.
 
     Returns:
-        `train_loss`, the mean over all batches of all processes where it is finite, `train_lr` of the last update, and
-        `images_per_second` of all processes in what was left of the epoch.
+        `train_loss`, the mean of the finite losses over all batches of all processes; `train_lr` of the last update;
+        `images_per_second`, the throughput of all processes in this call.
 
     Raises:
         RunError: `max_nonfinite` updates in a row were skipped; the weights are those before the first of them.
         Interrupted: the run was asked to stop; a checkpoint is written.
     """
-    args, optimizer, epoch, accum_iter = run.args, run.optimizer, run.epoch, run.args.accum_iter
+    args, epoch, accum_iter = run.args, run.epoch, run.args.accum_iter
+    optimizer: Any = run.optimizer  # `found_inf` is an attribute that torch's own GradScaler sets, too
     model.train()
     images = args.batch_size * world_size()  # of a batch, on all processes
-    done = run.samples // images  # batches, before this process began
+    done = run.samples // images  # batches, before this process started
     loader.sampler.set_epoch(epoch, done * args.batch_size)
     steps = len(loader) // accum_iter * accum_iter
     parameters = [p for p in model.parameters() if p.requires_grad]
     progress = log.progress(f"epoch {epoch}", steps, done)
-    window = torch.zeros(2, dtype=torch.float64, device=device)  # sum and number of finite losses since the host looked
+    window = torch.zeros(2, dtype=torch.float64, device=device)  # sum and number of finite losses since the log point
     skipped, in_a_row = torch.tensor([0.0, run.skipped_in_a_row], device=device).unbind()
     unlogged, start = 0, time.monotonic()
 
     def abscissa_of(step: int) -> int:
-        """MAE's: epochs times 1000, so that runs of any batch size compare. `step` batches end with the update.
+        """Return the position in curves of the update that ends after `step` batches: MAE's, epochs times 1000.
 
-        The number where an epoch begins belongs to what was evaluated before it, so that a run that resumes there can
-        take back all points after it.
+        The position at which an epoch begins belongs to the evaluation before it, so that a run that resumes there can
+        remove all later points.
         """
         position = int(1000 * (epoch + max(0, step - accum_iter) / len(loader)))
         return max(position, 1000 * epoch + 1) if epoch else position
@@ -87,21 +89,22 @@ def train_epoch(
 
     log.start_at(epoch, abscissa_of(done) + 1 if done else abscissa_of(0))
     for step, batch in enumerate(islice(loader, max(0, steps - done)), done):
-        seed_everything(args.seed, epoch, step)  # a run that goes on here draws the same numbers
+        seed_everything(args.seed, epoch, step)  # a run that resumes here draws the same numbers
         if step % accum_iter == 0:
             lr = lr_of(step)
             set_lr(optimizer, lr)
         updates = (step + 1) % accum_iter == 0
 
-        with no_sync(model, not updates):  # they travel once an update
+        with no_sync(model, not updates):  # gradients are all-reduced once per update
             with autocast(device):
                 loss = compute_loss(*batch)
-            fit = loss.detach().isfinite()
-            (loss / accum_iter * torch.where(fit, 1.0, math.nan)).backward()  # its gradient may well be finite
+            finite = loss.detach().isfinite()
+            # a non-finite loss can have finite gradients; NaN forces the skip
+            (loss / accum_iter * torch.where(finite, 1.0, math.nan)).backward()
         loss = loss.detach()
         if run.graphs is not None:
             run.graphs.capture()
-        window += torch.stack([loss.nan_to_num(0, 0, 0), fit])
+        window += torch.stack([loss.nan_to_num(0, 0, 0), finite])
         unlogged += 1
         if not updates:
             progress.update(images, quiet=True)
@@ -110,13 +113,13 @@ def train_epoch(
         norm = full_tensor(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         if args.clip_grad:
             nn.utils.clip_grads_with_norm_(parameters, args.clip_grad, norm)
-        unfit = ~norm.isfinite() | (in_a_row >= args.max_nonfinite)
-        optimizer.found_inf = unfit.float()  # a fused optimizer then leaves weights and moments alone
+        skip = (~norm.isfinite() | (in_a_row >= args.max_nonfinite)).float()
+        optimizer.found_inf = skip  # where it is 1, a fused optimizer changes neither weights nor moments
         optimizer.step()
         optimizer.zero_grad()
-        after_update(optimizer.found_inf)
-        skipped += optimizer.found_inf
-        in_a_row.add_(1).mul_(optimizer.found_inf)
+        after_update(skip)
+        skipped += skip
+        in_a_row.add_(1).mul_(skip)
 
         update = (epoch * steps + step + 1) // accum_iter  # of the run, from 1
         stops = run.stop.agreed()
@@ -128,20 +131,21 @@ def train_epoch(
         total, count, grad_norm, now_skipped, row = torch.cat(
             [window, torch.stack([norm, skipped, in_a_row]).double()]
         ).tolist()  # the one place where the host waits for the device
-        before, run.loss = run.loss, run.loss + args.batch_size * torch.tensor([total, count], dtype=torch.float64)
+        loss_before = run.loss
+        run.loss = run.loss + args.batch_size * torch.tensor([total, count], dtype=torch.float64)
         run.samples, run.skipped_in_a_row = (step + 1) * images, int(row)
         mean = total / count if count else math.nan
         progress.update(images, loss=mean, lr=lr)
         log.scalars(abscissa_of(step + 1), train_loss=mean, lr=lr, grad_norm=grad_norm)
         if row >= args.max_nonfinite:
-            first, run.loss = max(0, step + 1 - int(row) * accum_iter), before
+            first, run.loss = max(0, step + 1 - int(row) * accum_iter), loss_before
             dump_nonfinite(run, loader, first, Path(args.output_dir))
         if now_skipped:
-            log.say(f"epoch {epoch}, batch {step}: updates skipped, their gradient was not finite: {now_skipped:.0f}")
+            log.say(f"epoch {epoch}, batch {step}: skipped updates with a non-finite gradient: {now_skipped:.0f}")
         if count:
             if spikes(run.recent, mean):
-                before = statistics.mean(run.recent)
-                log.say(f"epoch {epoch}, batch {step}: the loss rose to {mean:.4g}, from {before:.4g}")
+                earlier = statistics.mean(run.recent)
+                log.say(f"epoch {epoch}, batch {step}: the loss rose to {mean:.4g}, from {earlier:.4g}")
             run.recent.append(mean)
         window.zero_()
         skipped.zero_()
@@ -160,8 +164,8 @@ def train_epoch(
 
 
 def spikes(recent: deque[float], loss: float) -> bool:
-    """Whether a loss is far above those before it: 5 standard deviations and 5 %."""
-    if len(recent) < recent.maxlen:
+    """Return whether a loss is above the mean of those before it by 5 standard deviations and by 5 %."""
+    if len(recent) < (recent.maxlen or 0):
         return False
     mean, deviation = statistics.mean(recent), statistics.stdev(recent)
     return loss > mean + max(5 * deviation, 0.05 * abs(mean))

@@ -1,4 +1,4 @@
-"""What is kept of an update whose gradient is not finite, for `replay_nonfinite.py` to look into."""
+"""Write the batches and the checkpoint of an update with a non-finite gradient, for `tools/replay_nonfinite.py`."""
 
 import os
 import re
@@ -18,7 +18,7 @@ STATE = "state.pth"
 
 
 def batch_file(folder: Path, of_rank: int) -> Path:
-    """Where the batches of a rank are."""
+    """Return the file of a rank's batches."""
     return folder / f"batches-rank{of_rank}.pth"
 
 
@@ -30,16 +30,16 @@ def ranks_in(folder: Path) -> list[int]:
 
 
 def dump_nonfinite(run: Run, loader: DeviceLoader, first: int, output_dir: Path) -> NoReturn:
-    """Write what reproduces an update, and end the run. All processes call it.
+    """Write a checkpoint from before an update and each rank's batches of it, and end the run. All processes call it.
 
     Args:
-        run: its weights are still those before the update.
+        run: its weights are those before the update.
         loader: of the epoch; the batches are loaded again.
         first: first batch of the update in the epoch.
-        output_dir: gets a folder with a checkpoint from before the update, and each rank's batches.
+        output_dir: gets a folder with these files.
 
     Raises:
-        RunError: says where it is; or that the weights were not finite before, so that nothing reproduces it.
+        RunError: always; says where the files are, or that the weights were not finite before the update.
     """
     run.check_finite()
     folder = output_dir / f"nonfinite-epoch{run.epoch}-batch{first}"
@@ -47,7 +47,7 @@ def dump_nonfinite(run: Run, loader: DeviceLoader, first: int, output_dir: Path)
     run.samples, run.skipped_in_a_row = first * run.args.batch_size * world_size(), 0
     message = (
         f"the gradient was not finite in {run.args.max_nonfinite} updates in a row, from batch {first} of epoch "
-        f"{run.epoch}; none of them was made. "
+        f"{run.epoch}; all of them were skipped. "
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,9 +57,9 @@ def dump_nonfinite(run: Run, loader: DeviceLoader, first: int, output_dir: Path)
         else:
             join_gather(run.content())
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise RunError(f"{message}What reproduces them could not be written to {folder}: {error}") from error
+        raise RunError(f"{message}Their batches could not be written to {folder}: {error}") from error
     barrier()
     raise RunError(
-        f"{message}What reproduces the first is in {folder}: python tools/replay_nonfinite.py "
-        f"{folder} shows where it breaks. --resume {folder / STATE} with a lower --blr and --allow_changed_args goes on"
+        f"{message}Weights and batches of the first are in {folder}: python tools/replay_nonfinite.py {folder} shows "
+        f"where it breaks. --resume {folder / STATE} with a lower --blr and --allow_changed_args resumes before it"
     )

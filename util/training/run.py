@@ -1,4 +1,4 @@
-"""A training run: where it stands, its checkpoints, and how it goes on after whatever ended its processes."""
+"""Run state, checkpointing and resuming."""
 
 import argparse
 import hashlib
@@ -6,10 +6,9 @@ import math
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
@@ -27,8 +26,11 @@ from util.files import some
 from util.lock import lock_folder
 from util.training import resume
 
-# Arguments that do not change what a run computes, but for rounding and for what each process draws; some count by what
-# follows from them: lr, data and the effective batch.
+if TYPE_CHECKING:
+    from timm.utils import ModelEmaV3
+
+# Arguments that do not change a run's result, except for rounding and the random numbers of each process. Some change it
+# through what is derived from them, which is compared instead: lr, data and the effective batch size.
 FREE = {
     "output_dir", "log_dir", "data_path", "resume", "finetune", "model_key", "ignore_keys", "start_epoch",
     "allow_changed_args", "save_freq", "save_every_steps", "keep", "blr", "batch_size", "accum_iter", "world_size",
@@ -46,17 +48,17 @@ class Graphs(Protocol):
 
 
 class Run:
-    """Everything of a training run that outlives its processes. Entered, it listens to signals and owns its folder.
+    """The state of a training run that its checkpoints keep. As a context, it handles signals and writes checkpoints.
 
-    Whatever is random is drawn from the seed and the position in the run, so no generator's state belongs to it, and
-    `samples` instead of batches say where an epoch stands, so the number of processes does not either.
+    Random numbers depend only on the seed and the position in the run, so checkpoints hold no generator state. The
+    position inside an epoch is counted in images, so a run can resume with another number of processes.
 
     Attributes:
-        epoch: the one under way, from 0.
-        samples: images of it, of all processes, that have been trained on.
-        loss: (2,) float64, sum of the finite losses over these images, and their number.
-        skipped_in_a_row: updates up to now that were skipped.
-        best: what a finetuning run saves beside the weights: `max_accuracy`, `ema_max_accuracy`.
+        epoch: the current epoch, from 0.
+        samples: images of it trained on so far, by all processes.
+        loss: (2,) float64, sum and number of the finite losses of these images.
+        skipped_in_a_row: number of updates skipped since the last one that was made.
+        best: best accuracies of a finetuning run: `max_accuracy`, `ema_max_accuracy`.
 
     Args:
         args: of the script.
@@ -65,8 +67,8 @@ class Run:
         ema: the moving average of its weights; it starts from the weights unless `content` has one.
         class_names: of a classifier, by output; "" for an output without a name.
         content: checkpoint to resume from, as `starting_point` returns it.
-        images: number of training images, which a resumed position must lie within.
-        folder: where checkpoints go; without one, none are kept.
+        images: number of training images; a resumed position must not exceed it.
+        folder: of the checkpoints; without one, none are written.
         say: shows a line to the user.
         graphs: captures blocks after the first batch.
 
@@ -79,7 +81,7 @@ class Run:
         args: argparse.Namespace,
         model: nn.Module,
         optimizer: Optimizer,
-        ema: ModelEmaV3 | None = None,
+        ema: "ModelEmaV3 | None" = None,
         class_names: list[str] | None = None,
         content: dict | None = None,
         images: int = 0,
@@ -93,7 +95,7 @@ class Run:
         self.loss = torch.zeros(2, dtype=torch.float64)
         self.skipped_in_a_row = 0
         self.best: dict[str, float] = {}
-        self.recent: deque[float] = deque(maxlen=20)  # losses that were logged last
+        self.recent: deque[float] = deque(maxlen=20)  # the losses logged last
         self.stop = StopRequest()
         self.graphs = graphs
         if content is not None:
@@ -101,7 +103,7 @@ class Run:
         if ema is not None and not (content is not None and "model_ema" in weight_keys(content)):
             ema.set(model)
             if content is not None:
-                say(f"{args.resume} holds no EMA: it starts from the weights")
+                say(f"{args.resume} holds no EMA: the EMA starts from the weights")
         self.folder = CheckpointFolder(folder, args.keep, say) if folder is not None and is_main() else None
 
     def __enter__(self) -> "Run":
@@ -116,20 +118,21 @@ class Run:
                 self.folder.close() if kind is Interrupted else self.folder.wait()
         finally:
             if kind is Interrupted:
-                barrier()  # the end of any process would end the one that writes
+                barrier()  # when one process ends, torchrun ends all, also the one that writes
             self.stop.__exit__(kind, *exception)
 
     def _restore(self, content: dict, images: int) -> None:
-        """Take over weights, optimizer, EMA and position from a checkpoint of this run.
+        """Restore weights, optimizer, EMA and position from a checkpoint of this run.
 
         Raises:
-            UserError: see `resume.resume`; or arguments have changed, or it holds an EMA and this run keeps none.
+            UserError: see `resume.resume`; or arguments or classes have changed, or the checkpoint holds an EMA and
+                this run keeps none.
         """
         changed = changed_arguments(self.args, content)
         if changed and not self.args.allow_changed_args:
             raise UserError(
-                f"{self.args.resume} is of a run with other arguments: {', '.join(changed)}; --allow_changed_args goes "
-                "on with those of now"
+                f"{self.args.resume} is of a run with other arguments: {', '.join(changed)}; --allow_changed_args "
+                "resumes with the new ones"
             )
         others = differing(inspection.class_names(content), self.class_names or [])
         if others:
@@ -140,29 +143,28 @@ class Run:
         self.epoch, self.samples = resume.resume(self.args, content, self.model, self.optimizer)
         if self.samples > images:
             raise UserError(
-                f"{self.args.resume} stands at image {self.samples} of its epoch, and there are {images}: "
-                f"--start_epoch {self.epoch} begins the epoch again"
+                f"{self.args.resume} was written after {self.samples} images of its epoch, but --data_path has only "
+                f"{images}: --start_epoch {self.epoch} restarts the epoch"
             )
-        whole_batches = effective_batch_size(self.args)
-        if self.samples % whole_batches:
+        per_update = effective_batch_size(self.args)
+        if self.samples % per_update:
             if self.args.start_epoch != self.epoch:
                 raise UserError(
-                    f"{self.args.resume} stands at image {self.samples} of its epoch, which is no multiple of the "
-                    f"{whole_batches} of an update: --start_epoch {self.epoch} begins the epoch again"
+                    f"{self.args.resume} was written after {self.samples} images of its epoch, which is no multiple of "
+                    f"the effective batch size {per_update}: --start_epoch {self.epoch} restarts the epoch"
                 )
             self.samples = 0
         if self.samples:
             self.loss = torch.tensor(content.get("loss", [0.0, 0.0]), dtype=torch.float64)
         self.skipped_in_a_row = content.get("skipped_in_a_row", 0)
         self.best = {key: content[key] for key in ("max_accuracy", "ema_max_accuracy") if key in content}
-        averaged = "model_ema" in weight_keys(content)
-        if averaged and self.ema is None:
-            raise UserError(f"{self.args.resume} holds an EMA: say --ema_decay to go on with it")
-        if averaged:
+        if "model_ema" in weight_keys(content):
+            if self.ema is None:
+                raise UserError(f"{self.args.resume} holds an EMA: resume with --ema_decay")
             convert.load(self.ema.module, inspection.weights(content, "model_ema"))
 
     def content(self) -> dict:
-        """What a checkpoint holds; see `util.checkpoints.inspection`. With --fsdp, tensors are still sharded."""
+        """Return the content of a checkpoint, see `util.checkpoints.inspection`; with --fsdp, tensors are sharded."""
         content = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -170,7 +172,7 @@ class Run:
             "samples": self.samples,
             "loss": self.loss.tolist(),
             "skipped_in_a_row": self.skipped_in_a_row,
-            # bf16 needs no loss scaling; tools of the MAE line expect a loadable state all the same
+            # bf16 needs no loss scaling, but tools based on MAE expect a scaler to load
             "scaler": torch.amp.GradScaler("cpu").state_dict(),
             "args": self.args,
             **self.best,
@@ -182,26 +184,26 @@ class Run:
         return content
 
     def check_finite(self) -> None:
-        """Make sure that the weights and their EMA are finite on all processes, which all call it.
+        """Check that weights and EMA are finite on all processes. All processes call it.
 
         Raises:
-            RunError: they are not; names some of them.
+            RunError: they are not; the message names some parameters.
         """
         models = {"": self.model} | ({} if self.ema is None else {"EMA of ": self.ema.module})
         shares = {f"{kind}{n}": local_share(p.detach()) for kind, m in models.items() for n, p in m.named_parameters()}
         finite = torch.stack([share.isfinite().all() for share in shares.values()]).tolist()
-        broken = gather([name for name, fits in zip(shares, finite, strict=True) if not fits])
+        broken = gather([name for name, is_good in zip(shares, finite, strict=True) if not is_good])
         if any(broken):
             names = list(dict.fromkeys(name for share in broken for name in share))
-            epoch = max(0, self.epoch - (self.samples == 0))  # `end_epoch` has gone on to the next one
+            epoch = max(0, self.epoch - (self.samples == 0))  # `end_epoch` has counted it already
             raise RunError(
                 f"an update of epoch {epoch} has made weights that are not finite: {some(names)}. They are not "
                 "saved, and older checkpoints are untouched: --resume auto with a lower --blr and --allow_changed_args "
-                "goes on from the newest"
+                "resumes from the newest"
             )
 
     def save(self, *names: str) -> None:
-        """Write a checkpoint in the background: checkpoint-last.pth and further names; all processes call it.
+        """Write checkpoint-last.pth and further names in the background. All processes call it.
 
         Raises:
             RunError: weights or EMA are not finite; nothing is written then.
@@ -213,7 +215,7 @@ class Run:
             join_gather(self.content())
 
     def end_epoch(self, *names: str) -> None:
-        """Go to the next epoch and `save`, also as checkpoint-{epoch}.pth where one is due."""
+        """Count the epoch as done and `save`, also as checkpoint-{epoch}.pth every `save_freq` epochs and at the end."""
         ended = self.epoch
         self.epoch, self.samples = self.epoch + 1, 0
         self.loss = torch.zeros(2, dtype=torch.float64)
@@ -222,25 +224,25 @@ class Run:
         self.save(*names)
 
     def improved(self, name: str, accuracy: float) -> bool:
-        """Note an accuracy; whether it is the best so far."""
+        """Record an accuracy; return whether it is the best so far."""
         better = accuracy > self.best.get(name, -math.inf)
         self.best[name] = max(accuracy, self.best.get(name, -math.inf))
         return better
 
     def leave(self) -> NoReturn:
-        """Write a checkpoint and end the process; all processes call it.
+        """Write a checkpoint and end the run. All processes call it.
 
         Raises:
-            Interrupted: which waits at the end of the run's context until it is written.
+            Interrupted: always; the run's context waits for the file before the process ends.
         """
         self.save()
-        raise Interrupted(f"stopped in epoch {self.epoch} after {self.samples} images; --resume auto goes on")
+        raise Interrupted(f"stopped in epoch {self.epoch} after {self.samples} images; --resume auto resumes there")
 
     def _close(self) -> None:
-        """Wait until everything is written.
+        """Wait until all checkpoints are written.
 
         Raises:
-            RunError: the last checkpoint could not be, or the best one, or one that was to be kept.
+            RunError: one could not be written: the last, the best, or one to be kept.
         """
         if self.folder is not None:
             self.folder.close()
@@ -250,37 +252,38 @@ class Run:
 
 
 def starting_point(args: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> dict | None:
-    """Take the output folder, and read the checkpoint that the run goes on from.
+    """Lock the output folder, and read the checkpoint to resume from, if any.
 
-    What counts: `--resume FILE`, else with `--resume auto` the newest checkpoint of the folder that is not damaged,
-    else `--finetune`, else random weights. With a checkpoint to resume, `--finetune` is left behind, and
-    `--start_epoch` begins that epoch instead of where the checkpoint stands, unless that is where it has led to.
+    `--resume FILE` takes that file; `--resume auto` takes the newest undamaged checkpoint of the folder, if it has one.
 
     Args:
-        args: of the script; its `resume` becomes the path of what was found, or None.
+        args: of the script; its `resume` becomes the path of the checkpoint, or None.
         folder: of the run.
         say: shows a line to the user.
 
+    Returns:
+        The checkpoint's content, or None.
+
     Raises:
-        UserError: another run has the folder, it holds checkpoints that this run would replace, or the file is no
+        UserError: another run uses the folder, it holds checkpoints that this run would replace, or the file is no
             checkpoint.
     """
 
     def choose() -> str | None:
-        left_behind = lock_folder(folder)
-        if left_behind:
-            say(f"{left_behind} ended without releasing {folder}")
+        last_owner = lock_folder(folder)
+        if last_owner:
+            say(f"{last_owner} ended without releasing {folder}")
         kept = sorted(folder.glob("checkpoint-*.pth"))
         if args.resume == "auto":
             newest, damaged = CheckpointFolder(folder, args.keep, say).newest()
             for reason in damaged:
                 say(f"{reason}; renamed to *.damaged")
             if newest is not None:
-                say(f"going on from {newest}")
-            return newest and str(newest)
+                say(f"resuming from {newest}")
+            return None if newest is None else str(newest)
         if kept and not (args.resume and folder.resolve() in Path(args.resume).resolve().parents):
             raise UserError(
-                f"--output_dir {folder} holds {kept[0].name} of another run: --resume auto goes on with it, or "
+                f"--output_dir {folder} holds {kept[0].name} of another run: --resume auto continues that run, or "
                 "choose another folder"
             )
         return args.resume
@@ -290,23 +293,24 @@ def starting_point(args: argparse.Namespace, folder: Path, say: Callable[[str], 
 
 
 def fingerprint(source: Source) -> str:
-    """What identifies training data wherever they lie: classes, and the label of every image in its order."""
+    """Return a hash of a dataset's classes and the labels of its images in order, independent of its path."""
     digest = hashlib.sha256("\0".join(source.classes).encode(errors="surrogateescape"))
     digest.update(source.labels.astype("int64").tobytes())
     return digest.hexdigest()[:16]
 
 
 def changed_arguments(args: argparse.Namespace, content: dict) -> list[str]:
-    """What this command line asks for otherwise than the run that wrote a checkpoint, and would change its result.
+    """Return the arguments that differ from the checkpoint's and would change the run's result.
 
-    Files of the released code and of our first versions do not tell enough: nothing is found in them.
+    Checkpoints of the released code and of our first versions do not record enough: the list is empty for them.
     """
     if "samples" not in content:
         return []
     counts = ("batch_size", "accum_iter", "world_size")
-    saved, now = inspection.PUBLISHED | inspection.saved_arguments(content, *counts), vars(args)
+    saved: dict[str, Any] = inspection.PUBLISHED | inspection.saved_arguments(content, *counts)
+    now = vars(args)
     changed = [f"{k} {saved[k]} -> {now[k]}" for k in sorted(saved.keys() & now.keys() - FREE) if saved[k] != now[k]]
-    batches = [math.prod(values[name] for name in counts) for values in (saved, now)]
-    if batches[0] != batches[1]:
-        changed.append(f"effective batch {batches[0]} -> {batches[1]}")
+    before, after = (math.prod(values[name] for name in counts) for values in (saved, now))
+    if before != after:
+        changed.append(f"effective batch {before} -> {after}")
     return changed
