@@ -1,0 +1,166 @@
+"""One epoch of training: gradients, updates, EMA, log points."""
+
+import math
+import re
+import sys
+
+import pytest
+import torch
+from helpers import Batches, loop_args
+from timm.utils import ModelEmaV3
+from torch.utils._python_dispatch import TorchDispatchMode
+from training_helpers import NotedLog, one_weight_run, plain_sgd
+
+from Finetuning import engine_finetune
+from util.distributed.parallel import distribute
+from util.distributed.processes import end_groups
+from util.tracking.run_log import Log, Progress
+from util.training.loop import train_epoch
+from util.training.run import Run
+
+
+def test_ema_is_the_recursion_over_updates(monkeypatch):
+    """Two updates of two accumulated batches each, against the formula on the weights after each update."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    history = [model.weight.detach().clone()]
+    ema = ModelEmaV3(model, decay=0.9)
+    follow = engine_finetune.follow
+    monkeypatch.setattr(
+        engine_finetune,
+        "follow",
+        lambda e, m, skipped: (history.append(m.weight.detach().clone()), follow(e, m, skipped)),
+    )
+    loader = Batches(*([torch.randn(2, 3), torch.randint(2, (2,))] for _ in range(4)))
+    args = loop_args(lr=0.1, min_lr=0, accum_iter=2, batch_size=2)
+    run = Run(args, model, torch.optim.AdamW(model.parameters(), fused=True), ema)
+    engine_finetune.train_one_epoch(model, torch.nn.CrossEntropyLoss(), loader, run, torch.device("cpu"), Log())
+    assert len(history) == 3
+    want = 0.9 * (0.9 * history[0] + 0.1 * history[1]) + 0.1 * history[2]
+    assert torch.allclose(ema.module.weight, want, rtol=1e-6)
+    assert not torch.equal(ema.module.weight, history[2])
+
+
+def test_ema_is_that_of_timm_and_stays_at_skipped_updates():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(30, 20)
+    ours, theirs = ModelEmaV3(model, decay=0.9), ModelEmaV3(model, decay=0.9)
+    for skipped in (0.0, 1.0, 0.0):
+        torch.nn.init.normal_(model.weight)
+        before = ours.module.weight.clone()
+        engine_finetune.follow(ours, model, torch.tensor(skipped))
+        if skipped:
+            assert torch.equal(ours.module.weight, before)
+        else:
+            theirs.update(model)
+        assert torch.allclose(ours.module.weight, theirs.module.weight, rtol=1e-6)
+
+
+def test_gradients_are_neither_scaled_nor_clipped_by_default():
+    weight, stats = one_weight_run([5.0, 3.0])
+    assert weight == 1 - 5 - 3
+    assert stats["train_loss"] == (5 * 1 + 3 * (1 - 5)) / 2
+
+
+def test_gradient_clipping():
+    assert one_weight_run([5.0, -0.25], clip_grad=2.0)[0] == pytest.approx(1 - 2 + 0.25, abs=1e-5)
+
+
+def test_batches_that_fill_no_update_are_left_out():
+    weight, stats = one_weight_run([5.0, 3.0, 100.0], accum_iter=2)
+    assert weight == 1 - (5 + 3) / 2
+    assert stats["train_loss"] == (5 + 3) / 2
+
+
+def test_windows_longer_than_the_log_interval():
+    """More accumulated batches than there are between two log points."""
+    weight, stats = one_weight_run([1.0, 3.0] * 25, accum_iter=50)
+    assert weight == pytest.approx(1 - 2, abs=1e-5)
+    assert stats["train_loss"] == pytest.approx(2)
+
+
+def test_every_log_line_tells_of_its_own_batches():
+    log = NotedLog()
+    samples = [1.0] * 19 + [math.nan] + [2.0] * 20 + [3.0] * 5
+    _, stats = one_weight_run(samples, log=log, lr=0.0, min_lr=0.0)
+    assert [point["train_loss"] for point in log.points] == [1, 2, 3]
+    assert log.said == ["epoch 0, batch 19: skipped updates with a non-finite gradient: 1"]
+    assert stats["train_loss"] == pytest.approx((19 + 40 + 15) / 44)
+
+
+def test_loss_spikes_are_said():
+    log = NotedLog()
+    one_weight_run([1.0] * 460 + [7.0] * 20 + [1.0] * 20, log=log, lr=0.0, min_lr=0.0)
+    assert log.said == ["epoch 0, batch 479: the loss rose to 7, from 1"]
+
+
+def test_losses_that_are_not_finite_are_no_part_of_what_was_before():
+    """Of a whole window, here of one update, too."""
+    log = NotedLog()
+    samples = [1.0] * 5 + [math.nan] + [1.0] * 24
+    weight, stats = one_weight_run([*samples, 7.0], log=log, lr=0.0, min_lr=0.0, save_every_steps=1)
+    assert (weight, stats["train_loss"]) == (1, (29 + 7) / 30)
+    assert log.said[-1] == "epoch 0, batch 30: the loss rose to 7, from 1"
+
+
+@pytest.fixture
+def alone_in_a_group(tmp_path):
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    end_groups()
+
+
+@pytest.mark.usefixtures("alone_in_a_group")
+def test_gradients_travel_once_an_update(monkeypatch):
+    monkeypatch.setattr("util.distributed.parallel.world_size", lambda: 2)
+    model = distribute(torch.nn.Linear(1, 1), torch.device("cpu"))
+    monkeypatch.undo()
+    assert model.gradient_as_bucket_view
+    loader = Batches(*([torch.ones(1, 1)] for _ in range(6)))
+    run = Run(loop_args(accum_iter=3), model.module, plain_sgd(model.parameters()))
+    travels = []
+
+    def compute_loss(x):
+        travels.append(model.require_backward_grad_sync)
+        return model(x).mean()
+
+    train_epoch(model, loader, compute_loss, run, torch.device("cpu"), Log())
+    assert travels == [False, False, True] * 2
+
+
+class CountReads(TorchDispatchMode):
+    """Count how often the host asks for a number on the device, which on a GPU makes it wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.reads += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("accum_iter", [1, 3])
+def test_the_host_reads_only_where_it_logs(accum_iter, monkeypatch):
+    lists = []
+    to_list = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: lists.append(self.shape) or to_list(self))
+    reads = []
+    for batches in (3, 45):
+        log = NotedLog()
+        with CountReads() as mode:
+            one_weight_run([0.5] * batches, log=log, accum_iter=accum_iter, clip_grad=1.0, lr=1e-3, min_lr=1e-3)
+        reads.append(mode.reads)
+    assert reads[0] == reads[1] == 1  # this test's own look at the weight
+    assert len(log.points) == 3  # batches 20 or 21, 40 or 42, 45
+    assert lists.count(torch.Size([5])) == 1 + 3
+
+
+def test_quiet_steps_count_and_say_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    progress = Progress("epoch 7", 3)
+    progress.update(8, quiet=True)
+    assert capsys.readouterr().out == ""
+    progress.update(8, loss=0.25)
+    assert re.fullmatch(r"epoch 7  \[2/3\]  loss 0.25  img/s \d+  left 0:00:0\d\n", capsys.readouterr().out)
