@@ -118,7 +118,7 @@ def test_files_of_timms_train(tmp_path):
     assert inspection.saved_arguments(content) == {"input_size": [48, 32], "model": "x", "resume": None}
 
 
-def test_keys_that_are_ignored(tmp_path, caplog):
+def test_ignored_keys(tmp_path, caplog):
     """As RoMA's: ARM's architecture and one parameter more."""
     state = pretrained().state_dict()
     extra = {"angle_embed": torch.ones(1, 24, 32), "layers.0.mixer.angle": torch.ones(2)}

@@ -103,7 +103,7 @@ def test_incomplete_pretraining_checkpoint_is_refused():
         Checkpoint("c.pth", content).load_into(classifier(), keep_head=False)
 
 
-def test_a_model_of_another_size_is_answered_with_both():
+def test_a_model_of_another_size_is_refused_with_both_sizes():
     large = models_arm.create_classifier(
         "arm_tiny_pz16", img_size=(48, 32), num_classes=3, **{**SIZES, "embed_dim": 64, "depth": 3}
     )

@@ -178,7 +178,7 @@ class Viewed:
 @pytest.mark.parametrize(
     ("size", "stride"), [((10**12,), (0,)), ((10**10,), (1,)), ((3, 3), (1, 1)), ((10**6, 10**6), (0, 0))]
 )
-def test_tensors_larger_than_what_is_stored(tmp_path, zipped, size, stride):
+def test_tensors_larger_than_their_storage(tmp_path, zipped, size, stride):
     """Copying one would allocate what its shape says."""
     torch.save({"x": Viewed(size, stride)}, tmp_path / "c.pth", _use_new_zipfile_serialization=zipped)
     with pytest.raises(checkpoint_file.DamagedCheckpoint, match=r"larger than what is stored of it|not resizable"):
@@ -221,7 +221,7 @@ def test_files_without_crcs(tmp_path, caplog):
         ("safetensors", "it has no checksums: nothing vouches for its content"),
     ],
 )
-def test_what_vouches_is_said_once(tmp_path, caplog, form, line):
+def test_how_a_file_was_verified_is_logged_once(tmp_path, caplog, form, line):
     say_once.cache_clear()
     path = tmp_path / ("c.safetensors" if form == "safetensors" else "c.pth")
     path.write_bytes(saved(form))

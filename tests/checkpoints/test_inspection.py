@@ -90,7 +90,7 @@ def test_sizes_are_read_off_the_shapes():
     ids=lambda value: str(value)[:40],
 )
 @pytest.mark.parametrize("form", [argparse.Namespace, dict])
-def test_saved_arguments_that_cannot_be(value, form):
+def test_impossible_saved_arguments_are_refused(value, form):
     with pytest.raises(UserError, match=rf"^the checkpoint is damaged: its args say {next(iter(value))} ") as caught:
         inspection.saved_arguments({"args": form(**value)})
     assert len(str(caught.value)) < 200
@@ -107,7 +107,7 @@ def test_arguments_that_are_no_namespace(args):
         Run(argparse.Namespace(start_epoch=None), None, None, content={**content, "samples": 0}, images=10**6)
 
 
-def test_what_is_guessed_is_said(caplog):
+def test_guesses_are_logged(caplog):
     state, args = classifier((48, 48)).state_dict(), argparse.Namespace(input_size=48, global_pool=False)
     assert Checkpoint("c.pth", {"model": state, "args": args}).guesses() == {}
     assert Checkpoint("c.pth", {"model": state, "args": args}).options == {"global_pool": False}
@@ -144,7 +144,7 @@ def changed(**shapes):
         (changed(head__weight=(3,)), r"its head has shape \(3,\)"),
     ],
 )
-def test_sizes_are_bounded_by_what_is_there(change, message):
+def test_sizes_are_bounded_by_the_tensors(change, message):
     """A model of sizes that a file names is not built before they are known to fit together."""
     state = inspection.weights(change(classifier().state_dict()))
     with pytest.raises(UserError, match=message) as caught:

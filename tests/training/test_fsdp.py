@@ -219,7 +219,7 @@ def test_drawn_before_it_is_trained():
 
 
 @pytest.mark.usefixtures("_alone_in_a_group")
-def test_gradients_travel_once_an_update():
+def test_gradients_are_all_reduced_once_per_update():
     model = torch.nn.Linear(2, 1)
     shard(model, torch.device("cpu"))
     for wait in (True, True, False):

@@ -41,7 +41,7 @@ def parsed(image_folder, folder, *more):
     return main_pretrain.get_args_parser().parse_args([str(word) for word in words])
 
 
-def test_each_update_is_shown_once_after_going_back(image_folder, tmp_path):
+def test_each_update_is_logged_once_after_going_back(image_folder, tmp_path):
     """The first update of an epoch, too, where each is logged: its place is not that of the evaluation before it."""
     words = ["--save_every_steps", 1, "--output_dir", tmp_path / "run"]
     main_pretrain.main(parsed(image_folder, tmp_path, *words))
@@ -52,7 +52,7 @@ def test_each_update_is_shown_once_after_going_back(image_folder, tmp_path):
 
 
 @pytest.mark.parametrize("more", [["--resume", "checkpoint-0.pth"], ["--start_epoch", 1]])
-def test_each_step_is_shown_once_after_going_back(more, three_epochs, image_folder, tmp_path):
+def test_each_step_is_logged_once_after_going_back(more, three_epochs, image_folder, tmp_path):
     folder = shutil.copytree(three_epochs, tmp_path / "run")
     before = (folder / "log.txt").read_text().splitlines()
     shown = curves(folder)
@@ -66,7 +66,7 @@ def test_each_step_is_shown_once_after_going_back(more, three_epochs, image_fold
     assert shown[0]["train_loss"] == sorted(set(shown[0]["train_loss"]))
 
 
-def test_a_run_that_is_killed_inside_an_epoch_shows_each_step_once(image_folder, tmp_path):
+def test_a_run_killed_inside_an_epoch_logs_each_step_once(image_folder, tmp_path):
     """Points that were logged after the checkpoint of one update stand in the files twice."""
     main_pretrain.main(parsed(image_folder, tmp_path / "whole"))
     words = ["--save_every_steps", 1, "--epochs", 3]
@@ -79,7 +79,7 @@ def test_a_run_that_is_killed_inside_an_epoch_shows_each_step_once(image_folder,
     assert [row["epoch"] for row in plot_log.read(tmp_path / "run")] == [0, 1, 2]
 
 
-def test_a_later_start_keeps_what_is_logged(tmp_path, capsys):
+def test_a_later_start_keeps_earlier_lines(tmp_path, capsys):
     log = RunLog(tmp_path, tmp_path)
     log.start_at(0, 0)
     for epoch in range(3):
@@ -124,7 +124,7 @@ def test_odd_lines_are_counted(tmp_path, caplog):
     plot_log.draw({os.fsdecode(b"caf\xe9"): rows}).savefig(tmp_path / "x.png")
 
 
-def test_what_is_no_file_of_a_log(tmp_path):
+def test_files_that_are_no_log_are_refused(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "binary").write_bytes(bytes(range(256)) * 10)
     (tmp_path / "folder" / "log.txt").mkdir(parents=True)
@@ -134,7 +134,7 @@ def test_what_is_no_file_of_a_log(tmp_path):
         assert "\n" not in str(refused.value)
 
 
-def test_a_log_that_is_no_file_is_said_once(tmp_path, capsys):
+def test_a_log_that_cannot_be_written_is_reported_once(tmp_path, capsys):
     """A pipe that nobody reads does not stop the run; nothing is written through a link."""
     for make in (os.mkfifo, os.mkdir):
         (folder := tmp_path / make.__name__).mkdir()
@@ -198,7 +198,7 @@ def test_random_damage(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"../../x", b"abcdef" * 1000])
-def test_an_odd_id_of_a_tracker_is_drawn_anew(tmp_path, content):
+def test_a_malformed_tracker_id_is_replaced(tmp_path, content):
     from util.tracking.run_log import TRACKER_ID, Tracker
 
     target = tmp_path / "other"

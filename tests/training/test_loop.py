@@ -41,7 +41,7 @@ def test_ema_is_the_recursion_over_updates(monkeypatch):
     assert not torch.equal(ema.module.weight, history[2])
 
 
-def test_ema_is_that_of_timm_and_stays_at_skipped_updates():
+def test_ema_equals_timms_and_ignores_skipped_updates():
     torch.manual_seed(0)
     model = torch.nn.Linear(30, 20)
     ours, theirs = ModelEmaV3(model, decay=0.9), ModelEmaV3(model, decay=0.9)
@@ -72,14 +72,14 @@ def test_batches_that_fill_no_update_are_left_out():
     assert stats["train_loss"] == (5 + 3) / 2
 
 
-def test_windows_longer_than_the_log_interval():
+def test_accumulation_longer_than_the_log_interval():
     """More accumulated batches than there are between two log points."""
     weight, stats = one_weight_run([1.0, 3.0] * 25, accum_iter=50)
     assert weight == pytest.approx(1 - 2, abs=1e-5)
     assert stats["train_loss"] == pytest.approx(2)
 
 
-def test_every_log_line_tells_of_its_own_batches():
+def test_each_log_point_covers_its_own_batches():
     log = NotedLog()
     samples = [1.0] * 19 + [math.nan] + [2.0] * 20 + [3.0] * 5
     _, stats = one_weight_run(samples, log=log, lr=0.0, min_lr=0.0)
@@ -88,13 +88,13 @@ def test_every_log_line_tells_of_its_own_batches():
     assert stats["train_loss"] == pytest.approx((19 + 40 + 15) / 44)
 
 
-def test_loss_spikes_are_said():
+def test_loss_spikes_are_logged():
     log = NotedLog()
     one_weight_run([1.0] * 460 + [7.0] * 20 + [1.0] * 20, log=log, lr=0.0, min_lr=0.0)
     assert log.said == ["epoch 0, batch 479: the loss rose to 7, from 1"]
 
 
-def test_losses_that_are_not_finite_are_no_part_of_what_was_before():
+def test_nonfinite_losses_are_not_in_the_mean_of_earlier_losses():
     """Of a whole window, here of one update, too."""
     log = NotedLog()
     samples = [1.0] * 5 + [math.nan] + [1.0] * 24
@@ -112,7 +112,7 @@ def alone_in_a_group(tmp_path):
 
 
 @pytest.mark.usefixtures("alone_in_a_group")
-def test_gradients_travel_once_an_update(monkeypatch):
+def test_gradients_are_all_reduced_once_per_update(monkeypatch):
     monkeypatch.setattr("util.distributed.parallel.world_size", lambda: 2)
     model = distribute(torch.nn.Linear(1, 1), torch.device("cpu"))
     monkeypatch.undo()
@@ -142,7 +142,7 @@ class CountReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("accum_iter", [1, 3])
-def test_the_host_reads_only_where_it_logs(accum_iter, monkeypatch):
+def test_the_host_waits_only_at_log_points(accum_iter, monkeypatch):
     lists = []
     to_list = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: lists.append(self.shape) or to_list(self))
@@ -157,7 +157,7 @@ def test_the_host_reads_only_where_it_logs(accum_iter, monkeypatch):
     assert lists.count(torch.Size([5])) == 1 + 3
 
 
-def test_quiet_steps_count_and_say_nothing(capsys, monkeypatch):
+def test_quiet_steps_count_and_print_nothing(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
     progress = Progress("epoch 7", 3)
     progress.update(8, quiet=True)

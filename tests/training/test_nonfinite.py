@@ -20,7 +20,7 @@ from util.training.loop import train_epoch
 from util.training.run import Run
 
 
-def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is():
+def test_a_nonfinite_loss_with_finite_gradients_is_skipped():
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.ones_(model.weight)
     run = Run(loop_args(), model, plain_sgd(model.parameters()))
@@ -31,7 +31,7 @@ def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is():
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
-def test_an_update_that_is_not_finite_is_skipped(broken):
+def test_a_nonfinite_update_is_skipped(broken):
     log = NotedLog()
     weight, stats = one_weight_run([5.0, broken, 3.0, broken], log=log)
     assert weight == 1 - 5 - 3
@@ -83,7 +83,7 @@ def test_all_processes_skip_together(tmp_path, monkeypatch):
         ([*[0.125] * 18, *[math.nan] * 4], 18, 1 - 18 / 8),  # across two log lines
     ],
 )
-def test_three_in_a_row_stop_the_run(tmp_path, samples, first, weight):
+def test_three_skipped_updates_in_a_row_end_the_run(tmp_path, samples, first, weight):
     """With the weights of before, the batch and the position."""
     message = f"not finite in 3 updates in a row, from batch {first} of epoch 0; all of them were skipped.*--resume "
     with pytest.raises(RunError, match=message):
@@ -96,14 +96,14 @@ def test_three_in_a_row_stop_the_run(tmp_path, samples, first, weight):
     assert math.isnan(batch.item())
 
 
-def test_two_in_a_row_do_not(tmp_path):
+def test_two_skipped_updates_in_a_row_do_not(tmp_path):
     one_weight_run([math.nan, math.nan, 3.0, math.nan, math.nan])
     with pytest.raises(RunError, match="in 2 updates in a row, from batch 0"):
         one_weight_run([math.nan, math.nan, 3.0], max_nonfinite=2, output_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)
-def test_weights_that_the_last_update_breaks_are_not_saved(
+def test_nonfinite_weights_are_not_saved(
     kind, image_folder, tmp_path, run_script, capsys, monkeypatch
 ):
     """Every gradient is finite, and no loss after the update could show it."""
@@ -130,7 +130,7 @@ def test_weights_that_the_last_update_breaks_are_not_saved(
     assert checkpoint_file.read(tmp_path / "checkpoint-last.pth")["epoch"] == 1
 
 
-def test_an_ema_that_is_not_finite_is_not_saved():
+def test_a_nonfinite_ema_is_not_saved():
     model = torch.nn.Linear(2, 2)
     ema = ModelEmaV3(model)
     run = Run(loop_args(), model, plain_sgd(model.parameters()), ema)
@@ -140,7 +140,7 @@ def test_an_ema_that_is_not_finite_is_not_saved():
         run.save()
 
 
-def test_no_evidence_of_weights_that_were_broken_before(tmp_path):
+def test_nothing_is_dumped_if_the_weights_were_nonfinite_before(tmp_path):
     """The first update overflows, those after it have no finite gradient."""
     with pytest.raises(RunError, match="weights that are not finite: weight"):
         one_weight_run([-1e30, 1.0, 1.0, 1.0], lr=1e30, output_dir=str(tmp_path))
@@ -168,7 +168,7 @@ end_groups()
 """
 
 
-def test_all_processes_find_broken_weights_together(tmp_path, monkeypatch):
+def test_all_processes_find_nonfinite_weights_together(tmp_path, monkeypatch):
     (tmp_path / "script.py").write_text(ONE_RANK_HAS_BROKEN_WEIGHTS)
     monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}")
     out = torchrun(tmp_path / "script.py")
@@ -192,7 +192,7 @@ class BreaksSome(torch.nn.Module):
         return logits
 
 
-def test_logits_that_are_not_finite_are_wrong_and_named(image_folder, caplog):
+def test_nonfinite_logits_count_as_wrong_and_are_named(image_folder, caplog):
     args = argparse.Namespace(
         batch_size=2, num_workers=0, pin_mem=False, worker_timeout=0, dist_eval=True, eval_bad="stop"
     )

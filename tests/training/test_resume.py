@@ -92,7 +92,7 @@ def test_a_resumed_optimizer_has_the_moments_of_the_file_and_the_settings_of_the
     assert torch.allclose(optimizer.state[model.ar_token]["exp_avg"], torch.full_like(model.ar_token, 0.1))
 
 
-def test_moments_that_no_run_wrote():
+def test_impossible_moments_are_refused():
     args = argparse.Namespace(resume="c.pth", start_epoch=None, epochs=100)
     content, model, optimizer = run_of(0)
     for parameter in model.parameters():
@@ -143,7 +143,7 @@ def test_moments_that_no_run_wrote():
     ],
     ids=str,
 )
-def test_positions_that_no_run_wrote(change):
+def test_impossible_positions_are_refused(change):
     args = argparse.Namespace(resume="c.pth", start_epoch=None, epochs=100)
     content, model, optimizer = run_of(0)
     with pytest.raises(UserError, match=f"^cannot resume from c.pth: .*{next(iter(change))}"):

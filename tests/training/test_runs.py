@@ -74,7 +74,7 @@ def test_two_processes_equal_one(runs):
     assert_same_run(runs.two, runs.whole, runs.start)
 
 
-def test_rank_0_alone_speaks(runs):
+def test_only_rank_0_prints(runs):
     assert (
         len(re.findall(r"^epoch 1  \[3/3\]  loss [\d.]+  lr [\d.e-]+  img/s \d+  left ", runs.output, re.MULTILINE))
         == 1
@@ -211,7 +211,7 @@ def test_evaluation_pools_as_the_checkpoint_was_finetuned(image_folder, tmp_path
 RANDOM = ["--drop_path", 0.3, "--mixup", 0.8, "--cutmix", 1, "--reprob", 0.5, "--ema_decay", 0.9]
 
 
-def test_resume_with_all_that_is_random(image_folder, tmp_path, run_script):
+def test_resume_with_random_augmentation(image_folder, tmp_path, run_script):
     """Drop path, mixup, erasing and EMA go on as in the uninterrupted run, bitwise."""
     common = [*FINETUNE, "--data_path", image_folder, *FAST, "--batch_size", 8, *RANDOM]
     run_script(main_finetune, *common, "--output_dir", tmp_path / "whole")
@@ -281,7 +281,7 @@ def test_pretraining_ignores_the_mixed_precision_scaler(monkeypatch, image_folde
     assert (tmp_path / "checkpoint-0.pth").exists()
 
 
-def test_loss_falls_on_what_can_be_learnt(image_folder, tmp_path, run_script):
+def test_loss_falls_on_learnable_data(image_folder, tmp_path, run_script):
     """The three classes differ in brightness: a few epochs separate them."""
     common = ["--data_path", image_folder, "--batch_size", 8, "--warmup_epochs", 1, "--epochs", 12, "--lr", 3e-3]
     more = ["--smoothing", 0, "--aa", "none", "--layer_decay", 1, "--output_dir", tmp_path]
