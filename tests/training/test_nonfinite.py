@@ -103,9 +103,7 @@ def test_two_skipped_updates_in_a_row_do_not(tmp_path):
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)
-def test_nonfinite_weights_are_not_saved(
-    kind, image_folder, tmp_path, run_script, capsys, monkeypatch
-):
+def test_nonfinite_weights_are_not_saved(kind, image_folder, tmp_path, run_script, capsys, monkeypatch):
     """Every gradient is finite, and no loss after the update could show it."""
     script, _, tiny = SCRIPTS[kind]
     words = [*tiny, "--data_path", image_folder, *FAST, "--batch_size", 24, "--output_dir", tmp_path]
