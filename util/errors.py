@@ -1,26 +1,26 @@
-"""The exceptions that end a run with a message instead of a traceback."""
+"""Exceptions that end a run with a message instead of a traceback."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-INTERRUPTED = 75  # exit status of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h
+INTERRUPTED = 75  # exit status of a run that was asked to stop and can be resumed: EX_TEMPFAIL of sysexits.h
 
 
 class UserError(Exception):
-    """A user's mistake: the scripts show it as one line, without a traceback, and exit with status 2."""
+    """A user's mistake: the scripts print it as one line and exit with status 2."""
 
 
 class RunError(Exception):
-    """What ends a run that had begun: stated without a traceback by the process that met it, exit status 1."""
+    """A failure of a run that has started: the process that meets it prints it and exits with status 1."""
 
 
 class Interrupted(Exception):
-    """The run was asked to stop, and everything needed to go on is written: exit status `INTERRUPTED`."""
+    """The run was asked to stop, and everything needed to resume is written: exit status `INTERRUPTED`."""
 
 
 @contextmanager
 def as_user_error(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
-    """Turn exceptions of these kinds, whose message is meant for the user, into `UserError`."""
+    """Turn exceptions of these kinds, whose message is fit for the user, into `UserError`."""
     try:
         yield
     except kinds as error:

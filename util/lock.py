@@ -1,4 +1,4 @@
-"""One run in an output folder at a time."""
+"""Lock an output folder, so that only one run writes to it."""
 
 import atexit
 import fcntl
@@ -19,26 +19,26 @@ _HELD: dict[Path, TextIO] = {}
 
 
 def lock_folder(folder: Path, name: str = "--output_dir") -> str:
-    """Keep other processes out of a folder until this one ends, in whatever way.
+    """Lock a folder for this process until it ends, in whatever way.
 
-    The lock is the system's (`fcntl`, which network file systems pass on to other hosts): it cannot outlive its
-    process. `run.lock` says who holds it.
+    The lock is the operating system's (`fcntl`, which also works over network file systems), and ends with the process.
+    The file `run.lock` names the owner.
 
     Args:
         folder: of the run.
-        name: what the command line calls it, for messages.
+        name: the flag that sets it, for messages.
 
     Returns:
-        Who held it last and ended without releasing it, or an empty string.
+        The last owner if it ended without releasing the lock, else an empty string.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds the lock, or `run.lock` cannot be written.
     """
     path = folder.resolve() / "run.lock"
     if path in _HELD:
         return ""
     if path.is_symlink():
-        raise UserError(f"{name} {folder}: its run.lock is a link, through which another file would be written")
+        raise UserError(f"{name} {folder}: its run.lock is a link, which could overwrite another file: remove it")
     with as_user_error(OSError, prefix=f"{name} {folder}: "):
         file = open_lock(path)
     owner = _owner(file)
@@ -46,13 +46,13 @@ def lock_folder(folder: Path, name: str = "--output_dir") -> str:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         raise UserError(
-            f"{name} {folder} is in use by {owner or 'another run'}: wait for it, or choose another"
+            f"{name} {folder} is in use by {owner or 'another run'}: wait for it, or choose another folder"
         ) from error
     except OSError as error:
         if _lives(file):
-            raise UserError(f"{name} {folder} is in use by {owner}: wait for it, or choose another") from error
-        LOGGER.warning("%s: its file system has no locks: other hosts are not kept out", folder)
-    _HELD[path] = file  # the lock goes when any handle of this process to the file is closed
+            raise UserError(f"{name} {folder} is in use by {owner}: wait for it, or choose another folder") from error
+        LOGGER.warning("%s: its file system has no locks: a run on another host would not be noticed", folder)
+    _HELD[path] = file  # closing any handle of this process to the file would release the lock
     with as_user_error(OSError, prefix=f"{name} {folder}: "):
         _write(file, {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
     return owner
@@ -94,7 +94,7 @@ def _owner(file: TextIO) -> str:
 
 
 def _lives(file: TextIO) -> bool:
-    """Whether the owner that the file names is a process of this host."""
+    """Return whether the owner that the file names is a running process of this host."""
     owner = _content(file)
     return bool(owner) and owner["host"] == socket.gethostname() and os.path.exists(f"/proc/{owner['pid']}")
 

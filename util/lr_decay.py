@@ -1,25 +1,27 @@
 """Layer-wise learning-rate decay of the classifier (BEiT, Bao et al. 2022; MAE, util/lr_decay.py)."""
 
+from typing import cast
+
 from torch import nn
 
 NO_WEIGHT_DECAY = ("cls_token", "pos_embed")
 
 
 def param_groups_layer_decay(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
-    """Optimizer groups by layer: the head and `norm_f` at full rate, each layer below at `layer_decay` times the next.
+    """Return optimizer groups by layer: head and `norm_f` at the full rate, each layer at `layer_decay` times the next.
 
-    1-D parameters, biases, the class token and the position embedding do not decay. Groups stand in the order in
-    which the model names their first parameter, as in the published code: optimizer states are stored by it.
+    1-D parameters, biases, the class token and the position embedding have no weight decay. Groups are in the order of
+    their first parameters in the model, as in the published code: optimizer states are stored in this order.
 
     Args:
         model: an `ARMClassifier`.
-        weight_decay: of every other parameter.
-        layer_decay: factor per layer; 1 switches it off.
+        weight_decay: of all other parameters.
+        layer_decay: factor per layer; 1 gives all layers the full rate.
 
     Returns:
         Groups with `params`, `weight_decay` and `lr_scale`.
     """
-    last = len(model.layers) + 1
+    last = len(cast(nn.ModuleList, model.layers)) + 1
     groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

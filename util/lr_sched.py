@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the epoch."""
+"""The learning rate at any point of a run."""
 
 import math
 
@@ -6,7 +6,7 @@ from torch.optim import Optimizer
 
 
 def lr_at(epoch: float, lr: float, min_lr: float, warmup_epochs: float, epochs: float) -> float:
-    """Linear warm-up from 0, then a half-cosine to `min_lr` (MAE, He et al. 2022, util/lr_sched.py).
+    """Return the learning rate: linear warm-up from 0, then a half-cosine to `min_lr` (MAE, He et al. 2022).
 
     Args:
         epoch: position in the run, fractional inside an epoch.
@@ -22,6 +22,6 @@ def lr_at(epoch: float, lr: float, min_lr: float, warmup_epochs: float, epochs: 
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Give every group `lr`, times its `lr_scale` where it has one."""
+    """Set the learning rate of every group to `lr`, times its `lr_scale` if it has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)

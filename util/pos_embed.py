@@ -1,4 +1,4 @@
-"""Position embeddings: the fixed sine-cosine table, and moving a learned one to another resolution."""
+"""Position embeddings: the fixed sine-cosine table, and interpolation to another resolution."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def sincos_pos_embed(dim: int, grid: tuple[int, int]) -> Tensor:
-    """Fixed 2-D sine-cosine embedding, columns in the order of MAE (He et al. 2022, util/pos_embed.py).
+    """Return the fixed 2-D sine-cosine embedding, with the channels of MAE (He et al. 2022, util/pos_embed.py).
 
     The first half of the channels encodes the column of a patch, the second half its row; each half is
     sin(position * w) followed by cos(position * w) with w = 10000^(-i / (dim / 4)).
@@ -32,7 +32,7 @@ def sincos_pos_embed(dim: int, grid: tuple[int, int]) -> Tensor:
 
 
 def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Bicubic interpolation (align_corners=False) of patch rows from one grid to another.
+    """Interpolate the rows of patches from one grid to another: bicubic, align_corners=False.
 
     Args:
         pos_embed: (1, rows * columns, C) of the old grid, without a class token.
@@ -40,7 +40,7 @@ def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, in
         new: rows and columns of the new grid.
 
     Returns:
-        (1, new rows * new columns, C); the argument itself where the grids are equal.
+        (1, new rows * new columns, C); the argument itself if the grids are equal.
     """
     if old == new:
         return pos_embed
@@ -50,7 +50,7 @@ def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, in
 
 
 def insert_middle(patches: Tensor, token: Tensor) -> Tensor:
-    """Patches (B, M, C) with a class token (B, 1, C) at index M // 2 of their sequence: (B, M + 1, C)."""
+    """Insert a class token (B, 1, C) at index M // 2 of patches (B, M, C): (B, M + 1, C)."""
     middle = patches.shape[1] // 2
     return torch.cat([patches[:, :middle], token, patches[:, middle:]], dim=1)
 
@@ -62,7 +62,7 @@ def split_middle(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def resize_around_token(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """`resize_pos_embed` of the patches around a class token, whose row stays: (1, M + 1, C) -> (1, M' + 1, C)."""
+    """Apply `resize_pos_embed` to all rows but the class token's in the middle: (1, M + 1, C) -> (1, M' + 1, C)."""
     if old == new:
         return pos_embed
     patches, token = split_middle(pos_embed)

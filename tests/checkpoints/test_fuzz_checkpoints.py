@@ -202,7 +202,7 @@ def test_tensors_that_are_not_dense(tmp_path, kind):
 
 
 def test_files_without_crcs(tmp_path, caplog):
-    """torch.save can leave them out: the file loads, and nothing vouches for it."""
+    """torch.save can leave them out: the file loads, and cannot be verified."""
     torch.serialization.set_crc32_options(False)
     try:
         (tmp_path / "c.pth").write_bytes(saved("zip"))
@@ -210,15 +210,15 @@ def test_files_without_crcs(tmp_path, caplog):
         torch.serialization.set_crc32_options(True)
     with caplog.at_level(logging.INFO):
         assert same(checkpoint_file.read(tmp_path / "c.pth"), CONTENT)
-    assert f"{tmp_path}/c.pth: no SHA256SUMS names it; it has no checksums: nothing vouches" in caplog.text
+    assert f"{tmp_path}/c.pth is in no SHA256SUMS; it has no checksums" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("form", "line"),
     [
         ("zip", "its own checksums are right"),
-        ("legacy", "it has no checksums: nothing vouches for its content"),
-        ("safetensors", "it has no checksums: nothing vouches for its content"),
+        ("legacy", "it has no checksums: its content cannot be verified"),
+        ("safetensors", "it has no checksums: its content cannot be verified"),
     ],
 )
 def test_how_a_file_was_verified_is_logged_once(tmp_path, caplog, form, line):
@@ -228,7 +228,7 @@ def test_how_a_file_was_verified_is_logged_once(tmp_path, caplog, form, line):
     with caplog.at_level(logging.INFO):
         checkpoint_file.read(path)
         checkpoint_file.read(path)
-    assert caplog.messages == [f"{path}: no SHA256SUMS names it; {line}"]
+    assert caplog.messages == [f"{path} is in no SHA256SUMS; {line}"]
 
 
 def header(entries, data=b"", length=None):

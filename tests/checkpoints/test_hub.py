@@ -185,7 +185,7 @@ def test_cache_without_a_hub(hub, tmp_path, absence):
     assert len(hub.requests) == before
     assert found == online
     assert "hf://arm/base/w.pth is taken from the cache" in stderr
-    why = "HF_HUB_OFFLINE is set" if absence == "offline" else f"{endpoint} does not give it: "
+    why = "HF_HUB_OFFLINE is set" if absence == "offline" else f"{endpoint} cannot deliver it: "
     assert none.startswith(f"hf://arm/base/sub/v.safetensors is not in the cache, and {why}")
     assert "\n" not in none
 

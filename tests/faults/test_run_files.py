@@ -439,7 +439,7 @@ def test_what_is_wrong_with_the_hashes_is_said(tmp_path, caplog, kind):
         assert checkpoint_file.read(tmp_path / "checkpoint-last.pth")["epoch"] == 2
     line = {
         "lines": f"{sums} is damaged: 1 of its lines are no hash and name",
-        "others": f"{tmp_path}/checkpoint-last.pth: no SHA256SUMS names it; its own checksums are right",
+        "others": f"{tmp_path}/checkpoint-last.pth is in no SHA256SUMS; its own checksums are right",
         "long": f"{sums} is larger than 16777216 bytes: it is not read",
     }.get(kind, f"{sums} is a link or no regular file: it is not read")
     assert line in caplog.messages

@@ -1,7 +1,7 @@
-"""Files of weights: whether they are what was written, and reading them without executing or over-allocating anything.
+"""Verify files of weights, and read them without executing code or allocating more memory than they need.
 
-What vouches for a file's content: a hash (SHA256SUMS beside it, `#sha256=`, the hub's own), else the CRC-32 of every
-record of a file of torch.save, which torch does not check, else nothing. `load_file` says which it was.
+A file is verified by a hash (SHA256SUMS beside it, `#sha256=`, the hub's own), else by the CRC-32 of every record of a
+file of torch.save, which torch does not check, else not at all. `load_file` logs how.
 """
 
 import functools
@@ -16,6 +16,7 @@ import warnings
 import zipfile
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -39,86 +40,90 @@ _NOT_TORCH = (pickle.UnpicklingError, LookupError, TypeError, AttributeError, As
 
 
 class DamagedCheckpoint(UserError):
-    """A file that is not what was written, or nothing that can be loaded."""
+    """A file that differs from what was written, or that cannot be loaded as a checkpoint."""
 
 
 @functools.cache
 def say_once(level: int, line: str) -> None:
-    """Log a line that would otherwise come again each time a file is read."""
+    """Log a line once, even if a file is read again."""
     LOGGER.log(level, "%s", line)
 
 
-def hashes(folder: Path) -> tuple[dict[str, set[str]], str]:
-    """Read a folder's SHA256SUMS.
+def hashes(folder: Path) -> dict[str, set[str]]:
+    """Read a folder's SHA256SUMS, and log once if it is damaged or cannot be read.
 
     Returns:
-        By name of a file its hash, or two while the file is being replaced; and what is wrong with SHA256SUMS, or an
-        empty string. A folder without one has no hashes, and nothing is wrong.
+        The hash of each file by name, or two hashes while the file is being replaced; none without a SHA256SUMS.
     """
-    path, sums, wrong = folder / SUMS, {}, 0
+    path, wrong = folder / SUMS, 0
+    sums: dict[str, set[str]] = {}
+    text, problem = "", ""
     try:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            return {}, f"{printable(path)} is a link or no regular file: it is not read"
-        with path.open("rb") as file:
-            text = os.fsdecode(file.read(_MAX_SUMS + 1))
+        if stat.S_ISREG(path.lstat().st_mode):
+            with path.open("rb") as file:
+                text = os.fsdecode(file.read(_MAX_SUMS + 1))
+        else:
+            problem = "is a link or no regular file: it is not read"
     except FileNotFoundError:
-        return {}, ""
+        return {}
     except OSError as error:
-        return {}, f"{printable(path)} cannot be read: {error.strerror}"
+        problem = f"cannot be read: {error.strerror}"
     if len(text) > _MAX_SUMS:
-        return {}, f"{printable(path)} is larger than {_MAX_SUMS} bytes: it is not read"
+        text, problem = "", f"is larger than {_MAX_SUMS} bytes: it is not read"
     for line in filter(None, text.split("\n")):
         if match := _SUM.fullmatch(line):
             sums.setdefault(match[2], set()).add(match[1].lower())
         else:
             wrong += 1
-    return sums, f"{printable(path)} is damaged: {wrong} of its lines are no hash and name" if wrong else ""
+            problem = f"is damaged: {wrong} of its lines are no hash and name"
+    if problem:
+        say_once(logging.WARNING, f"{printable(path)} {problem}")
+    return sums
 
 
 def load_file(path: str | os.PathLike) -> dict:
     """Load a file of torch.save or a .safetensors file onto the CPU.
 
-    A file is read once for its hash (2 GB/s from the page cache, measured on one core) or CRCs (5 GB/s), and once
+    The file is read once for its hash (2 GB/s from the page cache, measured on one core) or CRCs (5 GB/s), and once
     for its content.
 
     Args:
         path: path, URL or hf:// name; see `util.checkpoints.hub`.
 
     Returns:
-        What torch.save was given; of a .safetensors file the state dict, or `model` and `args` where its metadata
-        have arguments.
+        The dict of a file of torch.save; the state dict of a .safetensors file, or `model` and `args` if its metadata
+        hold arguments.
 
     Raises:
         UserError: no such file, or it cannot be read at the moment.
-        DamagedCheckpoint: a damaged file, no checkpoint, one with a type inside other than tensors, plain values and a
-            Namespace, or one whose numbers ask for more memory than the file has bytes.
+        DamagedCheckpoint: the file is damaged, is no checkpoint, holds types other than tensors, plain values and a
+            Namespace, or asks for more memory than it has bytes.
     """
-    file, vouched = locate(path)
+    file, verified = locate(path)
     name = printable(path)
     if file != Path(os.fspath(path).partition("#sha256=")[0]):
         name += f" (delete {printable(file)} to fetch it again)"
     try:
-        if not vouched:
-            sums, wrong = hashes(file.parent)
-            if wrong:
-                say_once(logging.WARNING, wrong)
-            vouched = file.name in sums
-            if vouched and sha256_of(file) not in sums[file.name]:
+        if not verified:
+            sums = hashes(file.parent)
+            verified = file.name in sums
+            if verified and sha256_of(file) not in sums[file.name]:
                 raise DamagedCheckpoint(
                     f"{name} is damaged, or not the file that was written: {SUMS} beside it has another hash"
                 )
         if file.suffix == ".safetensors":
-            content, checked = _load_safetensors(file), False
+            content: object = _load_safetensors(file)
+            checked = False
         else:
             with file.open("rb") as opened:
                 is_zip = opened.read(4) == b"PK\3\4"  # as torch tells its two formats apart
-            checked = is_zip and _check_archive(file, not vouched)
+            checked = is_zip and _check_archive(file, not verified)
             content = _load_torch(file)
     except UserError:
         raise
-    except Exception as error:  # what is in the file decides what the libraries raise
+    except Exception as error:  # the file's content decides what the libraries raise
         reason = printable(next(iter(str(error).splitlines()), "it ends too early"))[:300]
-        if isinstance(error, (OSError, MemoryError)) or "allocate memory" in reason:  # it may be whole, and read later
+        if isinstance(error, (OSError, MemoryError)) or "allocate memory" in reason:  # the file itself may be good
             raise UserError(f"unreadable checkpoint {name}: {reason or 'not enough memory'}") from error
         if unknown := re.search(r"GLOBAL ([\w.]{1,200})", str(error)):
             reason = f"it holds a {unknown[1]}, and only tensors, plain values and a Namespace are loaded"
@@ -129,28 +134,28 @@ def load_file(path: str | os.PathLike) -> dict:
         raise DamagedCheckpoint(f"refused checkpoint {name}: {reason}") from error
     if not isinstance(content, dict):
         raise DamagedCheckpoint(f"{name} is no checkpoint: it holds a {type(content).__name__}, not a dict")
-    if not vouched:
+    if not verified:
         say_once(
             logging.INFO,
-            f"{printable(file)}: no {SUMS} names it; "
-            + ("its own checksums are right" if checked else "it has no checksums: nothing vouches for its content"),
+            f"{printable(file)} is in no {SUMS}; "
+            + ("its own checksums are right" if checked else "it has no checksums: its content cannot be verified"),
         )
     return content
 
 
 def _check_archive(file: Path, content: bool) -> bool:
-    """Check that a zip archive is one that torch.save writes, and what its records hold.
+    """Check that a zip archive has the form that torch.save writes.
 
     Args:
         file: the archive.
         content: also compare every record with its CRC-32.
 
     Returns:
-        Whether that could be compared: torch.save can be told to write no CRCs.
+        Whether the archive has CRCs: torch.save can leave them out.
 
     Raises:
-        ValueError, zipfile.BadZipFile: names the record that is damaged, compressed, has the place of another, or is
-            said to be larger than the file.
+        ValueError, zipfile.BadZipFile: names the record that is damaged, compressed, overlaps another, or claims to be
+            larger than the file.
     """
     with zipfile.ZipFile(file) as archive:
         records = sorted(archive.infolist(), key=lambda record: record.header_offset)
@@ -171,7 +176,7 @@ def _check_archive(file: Path, content: bool) -> bool:
 
 
 def _load_torch(file: Path) -> object:
-    """Load what torch.save wrote; storages together are no larger than the file, and no tensor than its storage."""
+    """Load a file of torch.save; refuse storages that exceed the file, and tensors that exceed their storage."""
     size, asked = file.stat().st_size, 0
 
     def within(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
@@ -179,12 +184,13 @@ def _load_torch(file: Path) -> object:
         asked += storage.nbytes()
         if asked > size:
             raise ValueError("its tensors are larger than the file")
-        return storage[:]  # shares the memory; only the whole storage could be made larger
+        return storage[:]  # shares the memory, and cannot be resized
 
     with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about pickle protocols and the like: what is wrong, the checks below say
-        content = torch.load(file, map_location=within, weights_only=True)
-    pending, seen = [("", content)], set()
+        warnings.simplefilter("ignore")  # about pickle protocols, for example; the checks below find what is wrong
+        content = torch.load(file, map_location=within, weights_only=True)  # type: ignore[arg-type]  # older class
+    pending: list[tuple[str, object]] = [("", content)]
+    seen: set[int] = set()
     while pending:
         name, value = pending.pop()
         if isinstance(value, Tensor):
@@ -205,7 +211,7 @@ def _load_torch(file: Path) -> object:
 
 
 def _load_safetensors(file: Path) -> dict:
-    """Load a .safetensors file, whose library checks every offset and shape against the file's size."""
+    """Load a .safetensors file; its library checks every offset and shape against the file's size."""
     with safe_open(file, "pt") as opened:
         known = (opened.metadata() or {}).get(METADATA)
     with file.open("rb") as opened:
@@ -214,14 +220,15 @@ def _load_safetensors(file: Path) -> dict:
     state_dict = safetensors.torch.load_file(file)
     if known is None:
         return state_dict
-    try:
-        return {"model": state_dict, "args": Namespace(**from_json(known))}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"its metadata {METADATA!r} are no JSON object") from error
+    with suppress(ValueError):
+        arguments = from_json(known)
+        if isinstance(arguments, dict):
+            return {"model": state_dict, "args": Namespace(**arguments)}
+    raise ValueError(f"its metadata {METADATA!r} are no JSON object")
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:
-    """Refuse two entries of one name, of which the library would take the last."""
+    """Refuse two entries of one name: the library would take the last."""
     if len(dict(pairs)) < len(pairs):
         raise ValueError("its header has two entries of one name")
     return dict(pairs)
@@ -232,7 +239,7 @@ StateDict = dict[str, Tensor]
 # names of other programs for `model` and `model_ema`: timm's train.py
 _OTHER_NAMES = {"state_dict": "model", "state_dict_ema": "model_ema"}
 
-# what torch.compile and DistributedDataParallel put into names, anywhere
+# parts of names that torch.compile and DistributedDataParallel add, at any place
 _WRAPPERS = {"_orig_mod", "module"}
 
 
@@ -240,15 +247,14 @@ def read(path: str | os.PathLike, ignore_keys: Sequence[str] = ()) -> dict:
     """Load a checkpoint onto the CPU without executing anything in it.
 
     Args:
-        path: of a file of torch.save, or .safetensors (a bare state dict, or of `export.py`, whose metadata become
-            `args`); or another name that `util.checkpoints.hub` knows.
-        ignore_keys: patterns (as of a shell, `*.angle_embed`) of parameters to leave out, which is counted in a line.
+        path: path, URL or hf:// name of a file of torch.save or a .safetensors file; see `load_file`.
+        ignore_keys: shell patterns (`*.angle_embed`) of parameters to leave out; their number is logged.
 
     Returns:
-        Its content, as the head of this module says; weights of timm's train.py (`state_dict`) as `model`.
+        The content, see `util.checkpoints.inspection`; weights of timm's train.py (`state_dict`) become `model`.
 
     Raises:
-        UserError: see `load_file`; or a pattern matches nothing.
+        UserError: see `load_file`; or a pattern matches no parameter.
         DamagedCheckpoint: see `load_file`.
     """
     content = load_file(path)
@@ -277,12 +283,12 @@ def unwrapped_name(name: object) -> str:
 
 
 def weight_keys(content: dict) -> list[str]:
-    """Which of `model` and `model_ema` a checkpoint holds; neither where it is a bare state dict."""
+    """Return which of `model` and `model_ema` a checkpoint holds; neither for a bare state dict."""
     return [key for key in ("model", "model_ema") if content.get(key) is not None]
 
 
 def chosen_key(content: dict, key: str | None) -> str | None:
-    """The weights that `weights` takes, which is said where `key` leaves it open; None for a bare state dict."""
+    """Return the key of the weights that `weights` takes, logged if `key` is None; None for a bare state dict."""
     present = weight_keys(content)
     if key is None and len(present) > 1:
         LOGGER.info("the checkpoint holds %s: %s is taken; --model_key chooses", " and ".join(present), present[0])

@@ -1,13 +1,12 @@
-"""The checkpoints of one run: written in the background, whole or absent at any moment, and the newest found again.
+"""The checkpoints of one run: written atomically, in the background; find the newest undamaged one.
 
 `checkpoint-last.pth` is the newest, `checkpoint-last-1.pth` the one before it, and so on. SHA256SUMS holds the hash of
-every file, in the form of `sha256sum`; it knows the hash of a new file before that file gets its name, so a file that
-is whole is at no moment taken for a damaged one.
+every file, in the form of `sha256sum`. The hash of a new file is added before the file gets its name, so a complete
+file never looks damaged.
 """
 
 import copy
 import itertools
-import logging
 import os
 import re
 import shutil
@@ -16,12 +15,13 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from util.checkpoints import checkpoint_file
-from util.checkpoints.checkpoint_file import SUMS, DamagedCheckpoint, hashes, say_once
+from util.checkpoints.checkpoint_file import SUMS, DamagedCheckpoint, hashes
 from util.distributed.parallel import full_tensor
 from util.errors import RunError, UserError
 from util.files import printable, replacing, sha256_of
@@ -30,21 +30,19 @@ LAST = "checkpoint-last.pth"
 
 
 class CheckpointFolder:
-    """Where a run keeps its checkpoints; one process writes.
+    """The folder of a run's checkpoints; one process writes.
 
     Args:
         path: the folder.
-        keep: how many of the newest checkpoints stay, beside those with other names.
+        keep: number of the newest checkpoints to keep, beside those with other names.
         say: shows a line to the user.
     """
 
     def __init__(self, path: Path, keep: int, say: Callable[[str], None]) -> None:
         self.path, self.keep, self.say = path, keep, say
         self.sums = self._known()
-        if wrong := hashes(path)[1]:
-            say_once(logging.WARNING, wrong)
         self.staged: object = None
-        self.names: tuple[str, ...] = ()  # further ones of what is staged
+        self.names: tuple[str, ...] = ()  # further names of what is staged
         self.writing: threading.Thread | None = None
         self.failed: str | None = None
         self.lost: set[str] = set()  # further names whose file was never written
@@ -52,11 +50,11 @@ class CheckpointFolder:
     def save(self, content: dict, *names: str) -> None:
         """Copy a checkpoint to the memory of the host, and write it in the background.
 
-        A write that fails is reported and leaves the older files; training can go on. What had further names is tried
-        once more before the next one.
+        A failed write is reported and leaves the older files; training continues. A checkpoint with further names is
+        written again before the next one.
 
         Args:
-            content: what `torch.save` and `checkpoint_file.read` can handle; see `on_host`.
+            content: of types that `torch.save` and `checkpoint_file.read` can handle; see `on_host`.
             *names: further names for the file, beside `checkpoint-last.pth`.
         """
         self.wait()
@@ -74,7 +72,7 @@ class CheckpointFolder:
             self.writing = None
 
     def close(self) -> None:
-        """Wait, and make sure that the last checkpoint is there.
+        """Wait, and check that the last checkpoint is written.
 
         Raises:
             RunError: it could not be written.
@@ -93,7 +91,7 @@ class CheckpointFolder:
             self._publish(temporary, digest, self.names)
             self.failed = None
             self.lost -= set(self.names)
-        except Exception as error:  # whatever it is, the run goes on; torch reports a full disk as a RuntimeError
+        except Exception as error:  # the run continues in any case; torch reports a full disk as a RuntimeError
             reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
             with suppress(OSError):
                 reason += f" ({shutil.disk_usage(self.path).free / 1e6:.0f} MB are free)"
@@ -104,18 +102,18 @@ class CheckpointFolder:
                 self.sums = self._known()  # it may have failed between two renames
 
     def _known(self) -> dict[str, str]:
-        """Return the hash of each file here that SHA256SUMS names; where it names two, what the file has."""
+        """Return the hash of each file here that SHA256SUMS names; of two hashes, the one that the file has."""
         known = {}
-        for name, digests in hashes(self.path)[0].items():
-            if name == os.path.basename(name) and os.path.isfile(self.path / name):  # one cannot block, as a FIFO does
+        for name, digests in hashes(self.path).items():
+            if name == os.path.basename(name) and os.path.isfile(self.path / name):  # no FIFO, which could block
                 if len(digests) > 1:
                     digests = {sha256_of(self.path / name)} & digests or digests
                 known[name] = min(digests)
         return known
 
     def _publish(self, temporary: Path, digest: str, names: tuple[str, ...]) -> None:
-        """Give the file its names, and those that had them their later ones."""
-        for name in (LAST, *names):  # of an earlier version, which kept no hashes
+        """Give the file its names, and rename the files that had them before."""
+        for name in (LAST, *names):  # files of an earlier version, which kept no hashes
             if name not in self.sums and (self.path / name).is_file():
                 self.sums[name] = sha256_of(self.path / name)
         rotated = [LAST]
@@ -128,7 +126,7 @@ class CheckpointFolder:
         after |= dict.fromkeys((LAST, *names), digest)
         self._write_sums({*self.sums.items(), *after.items()})
         for old, new in reversed(moves):
-            move = _link if old == LAST else os.replace  # there is always a last one
+            move = _link if old == LAST else os.replace  # so that a checkpoint-last.pth is always there
             move(self.path / old, self.path / new)
         for name in names:
             _link(temporary, self.path / name)
@@ -145,13 +143,13 @@ class CheckpointFolder:
         _sync(self.path)
 
     def newest(self) -> tuple[Path | None, list[str]]:
-        """The checkpoint that was written last and is not damaged; damaged ones before it are renamed to *.damaged.
+        """Return the newest undamaged checkpoint, and rename damaged newer ones to *.damaged.
 
         Returns:
-            Its path, or None where there is none, and what was found damaged.
+            Its path, or None if there is no checkpoint; and the reasons why newer ones are damaged.
 
         Raises:
-            UserError: every one is damaged, or one cannot be read at the moment; nothing is renamed then.
+            UserError: all are damaged, or one cannot be read at the moment; nothing is renamed then.
         """
         last = [path for path in (self.path / LAST, *_older(self.path).values()) if path.is_file()]
         files = {path for path in self.path.glob("checkpoint-*.pth") if path.is_file()}
@@ -173,7 +171,7 @@ class CheckpointFolder:
 
 
 def _older(folder: Path) -> dict[int, Path]:
-    """Return checkpoint-last-1.pth and those before it, by age; folders of such names are none."""
+    """Return the files checkpoint-last-1.pth, checkpoint-last-2.pth and so on by number, the newest first."""
     ages = {}
     for path in folder.glob("checkpoint-last-*.pth"):
         if (match := re.fullmatch(r"checkpoint-last-([1-9][0-9]*)\.pth", path.name)) and path.is_file():
@@ -182,15 +180,15 @@ def _older(folder: Path) -> dict[int, Path]:
 
 
 def _put_aside(path: Path) -> None:
-    """Rename a file to *.damaged, and to *.damaged-1 and so on where that is taken."""
+    """Rename a file to *.damaged, or to *.damaged-1 and so on if that exists."""
     names = itertools.chain([f"{path.name}.damaged"], (f"{path.name}.damaged-{i}" for i in itertools.count(1)))
     path.rename(next(new for new in map(path.with_name, names) if not new.exists()))
 
 
-def on_host(content: dict, memory: object = None) -> dict:
-    """A copy on the CPU of nested dicts and lists of tensors, into the memory of an earlier copy where it fits.
+def on_host(content: dict, memory: object = None) -> Any:
+    """Copy nested dicts and lists of tensors to the CPU, into the memory of an earlier copy where it fits.
 
-    Sharded tensors become whole, one after the other, while the other processes `take_part`.
+    Sharded tensors are gathered one after the other, while the other processes call `join_gather`.
     """
     copied = _copy(content, memory)
     if torch.cuda.is_initialized():
@@ -201,13 +199,12 @@ def on_host(content: dict, memory: object = None) -> dict:
 def _copy(value: object, memory: object) -> object:
     if isinstance(value, Tensor):
         value = full_tensor(value)
-        fits = isinstance(memory, Tensor) and (memory.shape, memory.dtype) == (value.shape, value.dtype)
-        if not fits:
+        if not isinstance(memory, Tensor) or (memory.shape, memory.dtype) != (value.shape, value.dtype):
             memory = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
         return memory.copy_(value.detach(), non_blocking=True)
     if isinstance(value, dict):
-        known = memory if isinstance(memory, dict) else {}
-        return type(value)((name, _copy(part, known.get(name))) for name, part in value.items())
+        parts = memory if isinstance(memory, dict) else {}
+        return type(value)((name, _copy(part, parts.get(name))) for name, part in value.items())
     if isinstance(value, list):
         known = memory if isinstance(memory, list) else []
         return [_copy(part, known[i] if i < len(known) else None) for i, part in enumerate(value)]
@@ -215,7 +212,7 @@ def _copy(value: object, memory: object) -> object:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name for a file, or a copy of it where the file system has no links."""
+    """Give a file a second name, or copy it if the file system has no links."""
     temporary = target.with_name(f".{target.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -227,7 +224,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have the content of a file, or the names in a folder, survive a power failure."""
+    """Write the content of a file, or the names in a folder, to the disk, so that they survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,8 @@
-"""Load state dicts into models, and convert those of pretraining for the classifier."""
+"""Load state dicts into models; convert those of pretraining for the classifier."""
 
 import re
+from collections.abc import Set
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +14,19 @@ from util.errors import UserError
 from util.files import some
 from util.pos_embed import insert_middle, resize_around_token
 
-# Parameters that each scan direction owns, in a one-direction checkpoint.
+Classifier = Any  # `models_classifier.ARMClassifier`, which util does not import
+
+# Parameters of which each scan direction has its own, as a one-direction checkpoint names them.
 _SCAN = re.compile(r"^(layers\.\d+\.mixer\.)(A|D|conv1d|x_proj|dt_proj)(_log)?(\.weight|\.bias)?$")
 
-# Parameters that pretraining and classifier share, by how their names begin.
+# How the names of parameters begin that pretraining and classifier share.
 SHARED = ("patch_embed.", "layers.", "pos_embed")
-# What the classifier has and pretraining has not.
+# Parameters that only the classifier has.
 NEW_IN_CLASSIFIER = {"cls_token", "norm_f.weight", "norm_f.bias", "head.weight", "head.bias"}
 
 
-def pretrain_to_classifier(state_dict: StateDict, model: nn.Module, saved: tuple[int, int] | None = None) -> StateDict:
-    """The state dict to load into a classifier, from pretraining or from a classifier of another resolution.
+def pretrain_to_classifier(state_dict: StateDict, model: Classifier, saved: tuple[int, int] | None = None) -> StateDict:
+    """Convert a state dict, of pretraining or of a classifier of another resolution, for a classifier.
 
     From pretraining: every scan parameter goes to all four directions; the position embedding is interpolated to
     the model's grid and gets a zero row for the class token; the decoder is dropped; class token, `norm_f` and
@@ -32,11 +36,11 @@ def pretrain_to_classifier(state_dict: StateDict, model: nn.Module, saved: tuple
     Args:
         state_dict: as `weights` returns it; left unchanged.
         model: the `ARMClassifier` to load into.
-        saved: height and width of the input that `state_dict` was trained on, where they are known; otherwise as
-            many patches as the model has are the model's, and any other number is a square.
+        saved: height and width of the input that `state_dict` was trained on, if known. Otherwise, the grid is that of
+            the model if the number of patches is the same, else a square.
 
     Raises:
-        UserError: the number of patches is no square and nothing tells their shape.
+        UserError: the grid is unknown, and the number of patches is no square.
     """
     if is_pretrained(state_dict):
         state_dict = {name: value for name, value in state_dict.items() if name.startswith(SHARED)}
@@ -58,26 +62,26 @@ def pretrain_to_classifier(state_dict: StateDict, model: nn.Module, saved: tuple
     return state_dict
 
 
-def load(model: nn.Module, state_dict: StateDict, allow_missing: set[str] = frozenset()) -> None:
-    """Load a state dict whose every key and shape must fit, and whose every value must be finite.
+def load(model: nn.Module, state_dict: StateDict, allow_missing: Set[str] = frozenset()) -> None:
+    """Load a state dict, of which every key and shape must fit and every value must be finite.
 
-    Values that are infinite in the model too, as the attention mask's, can be so in the state dict.
+    A buffer that holds infinite values in the model, as the attention mask does, may hold them in the state dict, too.
 
     Args:
         model: the model to load into.
         state_dict: its parameters and buffers.
-        allow_missing: keys that may be absent and then keep their present value.
+        allow_missing: keys that may be absent; the model keeps their values.
 
     Raises:
-        UserError: both sizes where width or depth differ, else the first keys that do not fit, or are not finite, and
-            how many follow; the model is unchanged then.
+        UserError: names both sizes if width or depth differ, else the first keys that do not fit or are not finite,
+            and how many follow; the model is unchanged then.
     """
     own = model.state_dict()
     (width, depth), (own_width, own_depth) = map(_width_and_depth, (state_dict, own))
     if width and own_width and (width, depth) != (own_width, own_depth):
         raise UserError(
             f"the checkpoint has {width} channels and {depth} blocks, the model {own_width} and {own_depth}: "
-            "--model, --embed_dim and --depth say which"
+            "--model, --embed_dim and --depth set them"
         )
     optional = allow_missing | {"mask"}
     missing = [k for k in own if k not in state_dict and k not in optional]
@@ -105,39 +109,39 @@ def load(model: nn.Module, state_dict: StateDict, allow_missing: set[str] = froz
 
 
 def is_finite(value: Tensor) -> bool:
-    """Whether all values of a tensor are finite."""
+    """Return whether all values of a tensor are finite."""
     if not value.is_floating_point() or not value.numel():
         return True
-    value = value.float() if value.itemsize == 1 else value  # torch compares no numbers of 8 bits
+    value = value.float() if value.itemsize == 1 else value  # torch cannot compare numbers of 8 bits
     return bool(value.abs().max().isfinite())
 
 
 def _width_and_depth(state_dict: StateDict) -> tuple[int, int]:
-    """Return channels and number of blocks of a model; no channels where it is none of ours."""
+    """Return channels and number of blocks of a model; 0 channels if it is none of ours."""
     weight = state_dict.get("patch_embed.proj.weight")
     blocks = {match[0] for name in state_dict if (match := re.match(r"layers\.[0-9]+\.", name))}
     return weight.shape[0] if weight is not None and weight.ndim == 4 else 0, len(blocks)
 
 
 def load_into_classifier(
-    state_dict: StateDict, model: nn.Module, saved: tuple[int, int] | None = None, keep_head: bool = True
+    state_dict: StateDict, model: Classifier, saved: tuple[int, int] | None = None, keep_head: bool = True
 ) -> bool:
     """Load a state dict, of pretraining or of a classifier, into a classifier.
 
     Args:
         state_dict: as `weights` returns it; its width, depth and patch size are those of the model.
         model: an `ARMClassifier`, at any resolution.
-        saved: height and width of the input that `state_dict` was trained on, where they are known.
-        keep_head: its head must fit; otherwise one of another size is left out.
+        saved: height and width of the input that `state_dict` was trained on, if known.
+        keep_head: the head must fit; otherwise a head of another size is left out.
 
     Returns:
         Whether the head came from the state dict.
 
     Raises:
-        UserError: lists, key by key, what did not fit.
+        UserError: lists the keys that do not fit.
     """
     state_dict = pretrain_to_classifier(state_dict, model, saved)
-    new = set() if "cls_token" in state_dict else NEW_IN_CLASSIFIER
+    new: set[str] = set() if "cls_token" in state_dict else NEW_IN_CLASSIFIER
     if not keep_head and "head.weight" in state_dict and state_dict["head.weight"].shape != model.head.weight.shape:
         del state_dict["head.weight"], state_dict["head.bias"]
         new = {"head.weight", "head.bias"}

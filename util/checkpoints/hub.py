@@ -1,8 +1,8 @@
 """Resolve the name of a checkpoint (a path, a URL or an hf:// name) to a local file.
 
 A name is a path, an http:// or https:// URL, or hf://OWNER/REPO/FILE; hf://OWNER/REPO@REVISION/FILE names another
-revision than main. `#sha256=HEX` at its end demands that content. Every process of a run calls `locate`, without
-communication: a lock on a file lets one process of a machine download while the others wait.
+revision than main. `#sha256=HEX` at its end gives the SHA-256 that the file must have. Every process of a run calls
+`locate` without communication: a file lock lets one process of a machine download while the others wait.
 """
 
 import errno
@@ -25,7 +25,7 @@ from util.errors import UserError, as_user_error
 from util.files import printable, replacing, sha256_of
 
 LOGGER = logging.getLogger(__name__)
-TIMEOUT = 10  # seconds without an answer or data; huggingface_hub's default too
+TIMEOUT = 10  # seconds without an answer or data; also the default of huggingface_hub
 OF_THIS_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 
@@ -35,17 +35,17 @@ _HUB = re.compile(r"hf://([^/@]+/[^/@]+)(?:@(refs/[^/]+/[^/]+|[^/]+))?(?:/(.*))?
 
 
 def locate(name: str | os.PathLike) -> tuple[Path, bool]:
-    """Return the file that a name stands for, and download it first where no cache has it.
+    """Return the local file of a checkpoint's name; download it if it is in no cache.
 
     Args:
         name: a path, URL or hf:// name, with or without #sha256=HEX.
 
     Returns:
-        The file, and whether its content was compared with a sha256. The file is the path itself, or lies in the cache
-        of huggingface_hub (hf://) or of torch.hub (URLs).
+        The file, and whether its SHA-256 was verified. The file is the path itself, or in the cache of huggingface_hub
+        (hf://) or of torch.hub (URLs).
 
     Raises:
-        UserError: the file does not exist, is no regular file, cannot be downloaded, or has another sha256.
+        UserError: the file does not exist, is no regular file, cannot be downloaded, or has another SHA-256.
     """
     source, given, sha256 = os.fspath(name).partition("#sha256=")
     sha256 = sha256.lower()
@@ -60,7 +60,7 @@ def locate(name: str | os.PathLike) -> tuple[Path, bool]:
         regular = stat.S_ISREG(path.stat().st_mode)  # reading a pipe or a device could take forever
         if regular:
             _check(source, sha256, path)
-    except (OSError, ValueError) as error:  # a name with a NUL
+    except (OSError, ValueError) as error:  # ValueError: the name holds a NUL
         reason = "" if isinstance(error, FileNotFoundError) else f": {getattr(error, 'strerror', None) or error}"
         raise UserError(f"no checkpoint file {printable(source)}{reason}") from error
     if not regular:
@@ -69,7 +69,7 @@ def locate(name: str | os.PathLike) -> tuple[Path, bool]:
 
 
 def beside(name: str | os.PathLike) -> Path:
-    """Return the path beside which results about these weights are written.
+    """Return the path next to which results about these weights are written.
 
     Args:
         name: a path, URL or hf:// name, with or without #sha256=HEX.
@@ -82,7 +82,7 @@ def beside(name: str | os.PathLike) -> Path:
 
 
 def _check(name: str, sha256: str, path: Path, *bad: Path) -> None:
-    """Compare a file with a sha256, unless that is empty; remove the `bad` files and raise UserError if it differs."""
+    """Compare a file with a SHA-256, unless empty; if it differs, remove the `bad` files and raise UserError."""
     if sha256 and (found := sha256_of(path)) != sha256:
         for file in bad:
             file.unlink(missing_ok=True)
@@ -90,7 +90,7 @@ def _check(name: str, sha256: str, path: Path, *bad: Path) -> None:
 
 
 def _hub_file(name: str, sha256: str) -> tuple[Path, bool]:
-    # imported here: this takes a third of a second, and reads HF_ENDPOINT, HF_HUB_OFFLINE and the like
+    # imported here because it takes a third of a second, and reads HF_ENDPOINT, HF_HUB_OFFLINE and the like
     import huggingface_hub as hf
     from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 
@@ -102,7 +102,7 @@ def _hub_file(name: str, sha256: str) -> tuple[Path, bool]:
         try:
             if not file:
                 raise UserError(f"{name} names no file; {_offers(repo, revision)}")
-            # hf_hub_download alone retries for minutes when a hub is silent; this request fails soon
+            # hf_hub_download alone would retry for minutes if the hub does not answer; this request fails early
             hf.get_hf_file_metadata(hf.hf_hub_url(repo, file, revision=revision))
             path = Path(hf.hf_hub_download(repo, file, revision=revision))
         except RemoteEntryNotFoundError as error:
@@ -134,7 +134,7 @@ def _hub_file(name: str, sha256: str) -> tuple[Path, bool]:
 
 
 def _offers(repo: str, revision: str) -> str:
-    """Return a text that lists the weight files of a repository."""
+    """Return a message that lists the weight files of a repository."""
     from huggingface_hub import HfApi
 
     siblings = HfApi().model_info(repo, revision=revision, timeout=TIMEOUT).siblings or []
@@ -155,18 +155,18 @@ def _hub_reason(error: Exception) -> str:
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, HfHubHTTPError):
         return f"{constants.ENDPOINT} answers {error.response.status_code} {error.response.reason_phrase}"
-    return f"{constants.ENDPOINT} does not give it: {next(iter(str(error).splitlines()), type(error).__name__)}"
+    return f"{constants.ENDPOINT} cannot deliver it: {next(iter(str(error).splitlines()), type(error).__name__)}"
 
 
 def _url_file(url: str, sha256: str) -> Path:
-    from torch.hub import get_dir  # imported here: only URLs need torch
+    from torch.hub import get_dir  # imported here because only URLs need torch
 
     try:
-        # the hash of the URL tells many a checkpoint-best.pth apart
+        # the hash of the URL distinguishes files of one name, such as checkpoint-best.pth
         url_hash = hashlib.sha256(url.encode()).hexdigest()[:16]
         target = Path(get_dir(), "checkpoints", f"{url_hash}-{PurePosixPath(urlsplit(url).path).name[-100:]}")
         if not _is_good(target, sha256):
-            # before the lock, so that all processes find a mistake at the same time and rank 0 can print it
+            # before the lock, so that all processes meet a mistake at the same time and rank 0 can print it
             headers = {"User-Agent": "torch.hub", "Range": "bytes=0-0"}  # some servers refuse urllib's own User-Agent
             with urlopen(Request(url, headers=headers), timeout=TIMEOUT) as answer:
                 size = (answer.headers["Content-Range"] or answer.headers["Content-Length"] or "").rpartition("/")[2]
@@ -187,7 +187,7 @@ def _is_good(path: Path, sha256: str) -> bool:
 
 
 def _download(url: str, target: Path, sha256: str, size: str) -> None:
-    """Download a URL to `target`, which is replaced only by a complete file of this size and sha256, where known."""
+    """Download a URL; replace `target` only by a complete file with the right size and SHA-256, if they are known."""
     from torch.hub import download_url_to_file
 
     before = socket.getdefaulttimeout()

@@ -1,9 +1,9 @@
-"""Checkpoint files: safe reading, and what becomes of a state dict in another model.
+"""Find weights, sizes, options and arguments in the content of a checkpoint.
 
-A file is a dict with `model`, `optimizer`, `epoch` (the last whole one), `samples` (images of the next epoch that have
-been trained on), `scaler`, `args` (an argparse.Namespace) and what `Run` needs to go on; a finetuning file adds
-`class_names` (list of str, by output), `model_ema`, `max_accuracy` and `ema_max_accuracy`. Files of the released code
-have this form without `samples` and `class_names`, or are a bare state dict; both are read.
+The content is a dict with `model`, `optimizer`, `epoch` (the last complete one), `samples` (images of the next epoch
+trained on), `scaler`, `args` (an argparse.Namespace) and other state of `Run`; finetuning adds `class_names` (list of
+str, by output), `model_ema`, `max_accuracy` and `ema_max_accuracy`. Files of the released code have this form without
+`samples` and `class_names`, or are a bare state dict; both are read.
 """
 
 import argparse
@@ -12,31 +12,17 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from util.checkpoints.checkpoint_file import (
-    METADATA,
-    DamagedCheckpoint,
-    StateDict,
-    say_once,
-    unwrapped_name,
-    weight_keys,
-)
+from util.checkpoints.checkpoint_file import StateDict, say_once, unwrapped_name, weight_keys
 from util.errors import UserError
 from util.files import printable, some
 
-__all__ = [
-    "METADATA",
-    "DamagedCheckpoint",
-]  # of util.checkpoints.checkpoint_file, for those who read and export checkpoints
-
-LOGGER = logging.getLogger(__name__)
-
-
-# switches of the published models, and so of files that say nothing else
-PUBLISHED = {
+# options of the published models, assumed for files that do not record theirs
+PUBLISHED: dict[str, Any] = {
     "objective": "arm",
     "order": "row",
     "taps": "even",
@@ -45,20 +31,19 @@ PUBLISHED = {
     "directions": 4,
 }
 
-
 _MAX_DEPTH = 1000  # blocks
 _MAX_SIDE = 2**15  # pixels
 
 
 def weights(content: dict, key: str | None = None) -> StateDict:
-    """The state dict of a checkpoint: `model`, else `model_ema`, else the content itself as a bare state dict.
+    """Return the state dict of a checkpoint: `model`, else `model_ema`, else the content itself as a bare state dict.
 
     Args:
         content: as `read` returns it.
-        key: ask for `model` or `model_ema`.
+        key: `model` or `model_ema`, to take only that one.
 
     Raises:
-        UserError: `key` is not there, or what is there is not a state dict of ARM.
+        UserError: `key` is missing, or its value is no state dict of ARM.
     """
     present = weight_keys(content)
     if key is not None and key not in present:
@@ -67,7 +52,7 @@ def weights(content: dict, key: str | None = None) -> StateDict:
     if not isinstance(saved, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in saved.items()
     ):
-        raise UserError("the checkpoint is not one of ARM: it holds no state dict, which is tensors by name")
+        raise UserError("the checkpoint is not one of ARM: it holds no state dict (tensors by name)")
     state_dict = {unwrapped_name(name): value for name, value in saved.items()}
     if len(state_dict) < len(saved):
         raise UserError("the checkpoint has two tensors of one name, with and without a wrapper's prefix")
@@ -92,12 +77,12 @@ def weights(content: dict, key: str | None = None) -> StateDict:
 
 
 def is_pretrained(state_dict: StateDict) -> bool:
-    """Whether a state dict comes from pretraining: one scan direction, no class token."""
+    """Return whether a state dict comes from pretraining: one scan direction, no class token."""
     return "cls_token" not in state_dict
 
 
 def classifier_sizes(state_dict: StateDict) -> dict[str, int]:
-    """Keyword arguments of the `ARMClassifier` that a state dict belongs to, read off its shapes.
+    """Return keyword arguments of the `ARMClassifier` that a state dict belongs to, read from its shapes.
 
     Args:
         state_dict: of a pretraining model or a classifier, as `weights` returns it.
@@ -125,10 +110,10 @@ def classifier_sizes(state_dict: StateDict) -> dict[str, int]:
 
 
 def decoder_sizes(state_dict: StateDict) -> dict[str, int]:
-    """Return `dec_embed_dim` and `dec_depth` of a pretraining model's state dict, as `classifier_sizes` does.
+    """Return `dec_embed_dim` and `dec_depth` of a pretraining model, read from the shapes of its state dict.
 
     Raises:
-        UserError: there is no whole decoder.
+        UserError: the decoder is incomplete.
     """
     token = state_dict.get("ar_token")
     width = token.shape[-1] if token is not None and token.ndim == 3 else 0
@@ -142,7 +127,7 @@ def _blocks(state_dict: StateDict, name: str) -> list[dict[str, torch.Size]]:
     """Return the shapes of each block's tensors.
 
     Raises:
-        UserError: blocks are missing or not alike, or there are too many.
+        UserError: blocks are missing or differ, or there are too many.
     """
     blocks: dict[int, dict[str, torch.Size]] = {}
     for key, value in state_dict.items():
@@ -190,19 +175,19 @@ _POSSIBLE |= dict.fromkeys(("objective", "order", "taps"), lambda value: isinsta
 _POSSIBLE |= dict.fromkeys(("batch_size", "accum_iter", "world_size"), lambda value: is_integer(value, 1, 2**31))
 
 
-def saved_arguments(content: dict, *needed: str) -> dict[str, object]:
-    """Return the arguments of the run that wrote a checkpoint, as far as they are scalars or lists of scalars.
+def saved_arguments(content: dict, *needed: str) -> dict[str, Any]:
+    """Return those arguments of the run that wrote a checkpoint that are scalars or lists of scalars.
 
     Args:
         content: as `read` returns it.
         *needed: names that must be among them.
 
     Raises:
-        UserError: one that is read has a value that it cannot have, or a needed one is missing.
+        UserError: one that code reads has an impossible value, or a needed one is missing.
     """
     saved = content.get("args")
     if saved is not None and not isinstance(saved, (argparse.Namespace, dict)):
-        say_once(logging.INFO, f"the checkpoint's args are a {type(saved).__name__}, which tells nothing of its run")
+        say_once(logging.INFO, f"the checkpoint's args are a {type(saved).__name__}, which is ignored")
     saved = vars(saved) if isinstance(saved, argparse.Namespace) else saved if isinstance(saved, dict) else {}
     size = saved.get("input_size")
     if isinstance(size, (list, tuple)) and len(size) == 3 and size[0] == 3:  # timm's: with the colour channels
@@ -217,10 +202,10 @@ def saved_arguments(content: dict, *needed: str) -> dict[str, object]:
 
 
 def class_names(content: dict) -> list[str]:
-    """Return the names of the classes of a finetuning checkpoint, by output; empty where it has none.
+    """Return the class names of a finetuning checkpoint, by output; an empty list if it has none.
 
     Raises:
-        UserError: what it has are no names.
+        UserError: they are no list of different names, one for each output.
     """
     names = content.get("class_names") or getattr(content.get("args"), "class_names", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -234,7 +219,7 @@ def class_names(content: dict) -> list[str]:
 
 
 def saved_size(content: dict) -> tuple[int, int] | None:
-    """Return height and width of the input, from the arguments saved in a checkpoint, if it has them."""
+    """Return height and width of the input from the arguments saved in a checkpoint, or None."""
     size = saved_arguments(content).get("input_size")
     if size is None:
         return None
@@ -242,45 +227,45 @@ def saved_size(content: dict) -> tuple[int, int] | None:
 
 
 def image_size(state_dict: StateDict, saved: tuple[int, int] | None = None) -> tuple[int, int]:
-    """Height and width that a state dict's position embedding covers.
+    """Return height and width of the input that a state dict's position embedding is for.
 
     Args:
         state_dict: as `weights` returns it.
-        saved: as `saved_size` returns it; counts where it has as many patches.
+        saved: as `saved_size` returns it.
 
     Returns:
-        `saved` where it fits, else a square.
+        `saved` if it has the same number of patches, else a square.
 
     Raises:
-        UserError: neither fits.
+        UserError: neither has this number of patches.
     """
     side = state_dict["patch_embed.proj.weight"].shape[-1]
     patches = state_dict["pos_embed"].shape[1] - (not is_pretrained(state_dict))
     if saved is not None and (saved[0] // side) * (saved[1] // side) == patches:
         return saved
     if saved is not None:
-        say_once(logging.WARNING, f"an input of {saved[0]} x {saved[1]} has not the checkpoint's {patches} patches")
+        say_once(logging.WARNING, f"an input of {saved[0]} x {saved[1]} does not have the {patches} patches saved")
     root = math.isqrt(patches)
     if root * root != patches:
         raise UserError(
-            f"the position embedding has {patches} patches, which is no square, and nothing tells its shape"
+            f"the position embedding has {patches} patches, which is no square, and their grid is not saved"
         )
     return root * side, root * side
 
 
 def pretrain_options(content: dict, state_dict: StateDict) -> dict[str, object]:
-    """Keyword arguments of `create_pretrain_model` that sizes do not show.
+    """Return the keyword arguments of `create_pretrain_model` that the sizes do not show.
 
     Args:
         content: of a pretraining checkpoint, as `read` returns it.
         state_dict: its weights.
 
     Returns:
-        `objective`, `order`, `taps`, `norm_pix_loss` and `cluster_size`: from the names and the attention mask, else
-        from the saved arguments, else those of the published models.
+        `objective`, `order`, `taps`, `norm_pix_loss` and `cluster_size`: from names of tensors and the attention mask,
+        else from the saved arguments, else those of the published models.
 
     Raises:
-        UserError: mask or arguments are none that a model can have.
+        UserError: mask or arguments are impossible.
     """
     saved = saved_arguments(content)
     found = PUBLISHED | {name: saved[name] for name in PUBLISHED if saved.get(name) is not None}

@@ -1,4 +1,4 @@
-"""Resume: load weights, optimizer and position of a run from its checkpoint."""
+"""Load weights, optimizer and position of a run from its checkpoint."""
 
 import argparse
 import math

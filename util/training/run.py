@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 import torch
 from torch import nn
@@ -29,8 +29,8 @@ from util.training import resume
 if TYPE_CHECKING:
     from timm.utils import ModelEmaV3
 
-# Arguments that do not change a run's result, except for rounding and the random numbers of each process. Some change it
-# through what is derived from them, which is compared instead: lr, data and the effective batch size.
+# Arguments that do not change a run's result, except for rounding and the random numbers of each process. For some,
+# values derived from them are compared instead: lr, data and the effective batch size.
 FREE = {
     "output_dir", "log_dir", "data_path", "resume", "finetune", "model_key", "ignore_keys", "start_epoch",
     "allow_changed_args", "save_freq", "save_every_steps", "keep", "blr", "batch_size", "accum_iter", "world_size",
@@ -215,7 +215,7 @@ class Run:
             join_gather(self.content())
 
     def end_epoch(self, *names: str) -> None:
-        """Count the epoch as done and `save`, also as checkpoint-{epoch}.pth every `save_freq` epochs and at the end."""
+        """Count the epoch as done and `save`; when it is due, also as checkpoint-{epoch}.pth."""
         ended = self.epoch
         self.epoch, self.samples = self.epoch + 1, 0
         self.loss = torch.zeros(2, dtype=torch.float64)
@@ -307,7 +307,7 @@ def changed_arguments(args: argparse.Namespace, content: dict) -> list[str]:
     if "samples" not in content:
         return []
     counts = ("batch_size", "accum_iter", "world_size")
-    saved: dict[str, Any] = inspection.PUBLISHED | inspection.saved_arguments(content, *counts)
+    saved = inspection.PUBLISHED | inspection.saved_arguments(content, *counts)
     now = vars(args)
     changed = [f"{k} {saved[k]} -> {now[k]}" for k in sorted(saved.keys() & now.keys() - FREE) if saved[k] != now[k]]
     before, after = (math.prod(values[name] for name in counts) for values in (saved, now))
