@@ -140,7 +140,7 @@ def main(args: argparse.Namespace) -> None:
         graphs=kernels.block_graphs(args, model),
     )  # fmt: skip
 
-    log.say(arguments.describe(args, model, len(dataset), device, run.epoch))
+    log.say(run.describe(len(dataset), device))
     target = "normalised pixels" if args.norm_pix_loss else "pixels as they are"
     log.say(
         f"objective {args.objective}, {target}, clusters of {args.cluster_size} x {args.cluster_size}, {args.order}"

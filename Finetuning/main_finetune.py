@@ -326,7 +326,7 @@ def finetune(
     )  # fmt: skip
 
     mixup, criterion = training_loss(args)
-    log.say(arguments.describe(args, model, len(train), device, run.epoch))
+    log.say(run.describe(len(train), device))
     start, first = time.monotonic(), run.epoch
     with run:
         while run.epoch < args.epochs:

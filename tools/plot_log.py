@@ -1,8 +1,8 @@
-"""Compare runs by what they have logged.
+"""Compare runs by their logs.
 
     python tools/plot_log.py ./out_finetune_b ./out_finetune_l --output runs.png
 
-draws loss, learning rate, accuracy, accuracy of the EMA and images a second, whichever the runs have, over epochs.
+draws loss, learning rate, accuracy, accuracy of the EMA and throughput over epochs, as far as the runs have them.
 """
 
 import argparse
@@ -12,15 +12,16 @@ import math
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from util import cli
 from util.errors import UserError, as_user_error
 from util.files import FORMATS, figure_of, open_regular, output_file, printable, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LOGGER = logging.getLogger(__name__)
 MAX_LOG = 2**28  # bytes
@@ -38,19 +39,19 @@ QUANTITIES = {
 
 
 def read(path: Path) -> list[dict]:
-    """Read the lines of a log.txt by epoch; lines that are none are counted in a warning and do not count.
+    """Read the lines of a log.txt; ignore malformed lines, and log their number.
 
-    Where a run went back to an earlier epoch, what it logs from there on replaces what it had logged of it and later.
+    If the epochs go back at some line, that line and the following replace earlier ones of the same or later epochs.
 
     Args:
         path: of the file, or of the run's folder.
 
     Returns:
-        One dict an epoch: `epoch`, an int from 0, and the logged values; NaN where a value is no number,
+        One dict per epoch: `epoch`, an int from 0, and the logged values; NaN where a value is no number,
         or beyond `MAX_NUMBER`.
 
     Raises:
-        UserError: no such file, or nothing is logged in it.
+        UserError: no such file, or it holds no epoch.
     """
     with as_user_error(OSError):
         path = path / "log.txt" if path.is_dir() else path
@@ -69,43 +70,46 @@ def read(path: Path) -> list[dict]:
             rows.pop()
         rows.append(row)
     if ignored:
-        LOGGER.warning("%s: %d lines are not of a log, or cut off, and are ignored", printable(path), ignored)
+        LOGGER.warning("%s: %d malformed or incomplete lines are ignored", printable(path), ignored)
     if not rows:
         raise UserError(f"{printable(path)}: no epoch is logged in it")
     return rows
 
 
 def _row(line: bytes) -> dict | None:
-    """Return the values of a line, those of `QUANTITIES` as floats; None for what is no line of a log."""
+    """Return the values of a line, those of `QUANTITIES` as floats; None for a malformed line."""
     try:
         row = json.loads(line)
         if type(row["epoch"]) is not int or not 0 <= row["epoch"] < MAX_EPOCHS:
             return None
         return row | {key: _number(row[key]) for key in QUANTITIES if key in row}
-    except (ValueError, TypeError, KeyError, RecursionError):  # what a crash has left, or another program's
+    except (ValueError, TypeError, KeyError, RecursionError):  # an incomplete line, or one of another program
         return None
 
 
 def _number(value: object) -> float:
-    """Return a value as a float, NaN for what is no number, or one that no float32 is and no axis can show."""
+    """Return a value as a float; NaN if it is no number, or too large for an axis."""
     return float(value) if isinstance(value, (int, float)) and abs(value) <= MAX_NUMBER else math.nan
 
 
 def _label(name: str) -> str:
-    """Return a run's name as matplotlib shows it: it leaves out those that begin with _, and sets formulas in $."""
+    """Return a run's name as a label of matplotlib, which would hide names with a leading _ and typeset $."""
     name = printable(name)
     return ("./" * name.startswith("_") + name).replace("$", r"\$")
 
 
-def draw(logs: dict[str, list[dict]]) -> Figure:
-    """One panel for each quantity that any of the runs has.
+def draw(logs: dict[str, list[dict]]) -> "Figure":
+    """Draw one panel for each quantity that any of the runs has.
 
     Args:
         logs: lines by the run's name, as `read` returns them.
 
     Raises:
-        UserError: none has any.
+        UserError: the runs have no quantity.
     """
+    from matplotlib.figure import Figure  # takes a second, which --help and a user's mistake need not
+    from matplotlib.ticker import MaxNLocator
+
     present = [key for key in QUANTITIES if any(key in row for rows in logs.values() for row in rows)]
     if not present:
         raise UserError(f"nothing to draw: no line has any of {', '.join(QUANTITIES)}")
@@ -133,7 +137,7 @@ def draw(logs: dict[str, list[dict]]) -> Figure:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = cli.Parser("plot_log.py", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder, or its log.txt")
     parser.add_argument("--output", type=Path, default=Path("runs.png"), metavar="FILE", help="(default: %(default)s)")
@@ -141,7 +145,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write one PNG; runs are called by their folders, or where these have equal names by their paths."""
+    """Write the figure; runs are named by their folders, or by their paths if folders have the same name."""
     with as_user_error(OSError):
         folders = [run if run.is_dir() else run.parent for run in args.runs]
     counts = Counter(folder.resolve().name for folder in folders)

@@ -1,4 +1,4 @@
-"""Command-line arguments shared by the scripts: their definition, bounds and checks."""
+"""Command-line arguments shared by the scripts: definitions, bounds and checks."""
 
 import argparse
 import importlib.util
@@ -7,9 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-
-import torch
-from torch import nn
+from typing import Any
 
 from util.data.readers import READERS
 from util.distributed.processes import world_size
@@ -19,7 +17,7 @@ LOGGER = logging.getLogger("arm")
 
 
 def number(kind: type, low: float, high: float, above: bool = False) -> Callable[[str], float]:
-    """Argument type: a number of `kind` from `low` (or above it) to `high`, both finite."""
+    """Return an argument type: a number of `kind` from `low` (with `above`, greater than it) to `high`."""
 
     def parse(text: str) -> float:
         value = kind(text)
@@ -29,49 +27,40 @@ def number(kind: type, low: float, high: float, above: bool = False) -> Callable
             )
         return value
 
-    parse.__name__ = kind.__name__  # in argparse's message about what is no number at all
+    parse.__name__ = kind.__name__  # argparse shows it if the text is no number
     return parse
 
 
 def nonempty(text: str) -> str:
-    """Argument type: not empty, as an unset variable of a shell is."""
+    """Argument type: a text that is not empty, as an unset variable of a shell would be."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
     return text
 
 
-# Each numeric argument has one of these bounds, or its own: far above what makes sense, and below what overflows. What
-# sizes amount to together is bounded where models are built.
-positive, natural = number(int, 1, 10**9), number(int, 0, 10**9)  # steps, epochs, images that come one after the other
-
-few = number(int, 1, 1000)  # what is made at the start, or for each image: blocks, checkpoints, erased boxes
-
+# Bounds of numeric arguments: far above sensible values, and below what overflows. Models bound their total size.
+positive, natural = number(int, 1, 10**9), number(int, 0, 10**9)  # steps, epochs, images
+few = number(int, 1, 1000)  # blocks, checkpoints, erased boxes
 side = number(int, 1, 2**14)  # channels, patches
-
-pixels = number(int, 1, 2**12)  # a side of the input: its evaluation resizes any image to a square of that
-
-batch = number(int, 1, 10**6)  # images held at a time
-
+pixels = number(int, 1, 2**12)  # a side of the input
+batch = number(int, 1, 10**6)  # images in memory at a time
 workers = number(int, 0, 1024)  # processes on this machine
-
 seconds = number(int, 1, 10**6)  # 11 days; 25 overflow the milliseconds of poll(2)
-
-seed_number = number(int, 0, 2**32 - 1)  # of numpy's and torch's generators
-
+seed_number = number(int, 0, 2**32 - 1)  # seeds of numpy and torch
 rate, amount = number(float, 0, 1), number(float, 0, 1e9)
 
 
 class WarmUp(argparse.Action):
-    """`--warmup_epochs`, which is the user's then and no longer that of the recipe of `recipe_epochs` epochs."""
+    """Store `--warmup_epochs`, and note that it is not the recipe's default; see `check_warmup`."""
 
-    def __call__(self, parser: object, namespace: argparse.Namespace, value: int, option: object = None) -> None:
-        namespace.warmup_epochs, namespace.recipe_epochs = value, None
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        namespace.warmup_epochs, namespace.recipe_epochs = values, None
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of pretraining and finetuning alike; recipes differ by `parser.set_defaults`.
+    """Add the arguments that pretraining and finetuning share; each sets its defaults by `parser.set_defaults`.
 
-    Among these defaults is `recipe_epochs`, the length of the run that the default of `--warmup_epochs` is for.
+    One of these is `recipe_epochs`, the length of the run that the default of `--warmup_epochs` is meant for.
     """
     add_machine_arguments(parser)
     group = parser.add_argument_group("model")
@@ -80,20 +69,24 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         "--input_size", type=pixels, nargs="+", metavar="PX", help="side, or height and width, of the input"
     )
     group.add_argument("--patch_size", type=side, help="pixels a side")
-    group.add_argument("--embed_dim", type=side, help="channels, instead of the model's")
-    group.add_argument("--depth", type=few, help="blocks, instead of the model's")
+    group.add_argument("--embed_dim", type=side, help="number of channels, instead of the model's")
+    group.add_argument("--depth", type=few, help="number of blocks, instead of the model's")
 
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--accum_iter", type=positive, default=1, help="steps accumulated into one update")
+    group.add_argument(
+        "--accum_iter", type=positive, default=1, help="gradient accumulation: batches per update (default: 1)"
+    )
     group.add_argument("--epochs", type=positive, help="length of the run (default: %(default)s)")
     group.add_argument(
         "--warmup_epochs",
         type=natural,
         action=WarmUp,
-        help="linear warm-up of the learning rate (default: %(default)s, less in a run that is not longer)",
+        help="linear warm-up of the learning rate (default: %(default)s, less in a shorter run)",
     )
     group.add_argument("--lr", type=amount, help="absolute learning rate, instead of --blr")
-    group.add_argument("--blr", type=amount, help="learning rate for a total batch of 256 (default: %(default)s)")
+    group.add_argument(
+        "--blr", type=amount, help="learning rate for an effective batch size of 256 (default: %(default)s)"
+    )
     group.add_argument("--min_lr", type=amount, help="learning rate at the end (default: %(default)s)")
     group.add_argument("--weight_decay", type=amount, default=0.05, help="(default: %(default)s)")
     group.add_argument("--clip_grad", type=number(float, 0, 1e9, above=True), help="largest gradient norm")
@@ -104,23 +97,23 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         type=nonempty,
         required=True,
         help="; ".join(
-            ["folder with train/ and val/, one folder of images a class", *(words for _, words in READERS.values())]
+            ["folder with train/ and val/, one folder per class", *(words for _, words in READERS.values())]
         ),
     )
     group.add_argument(
         "--loader",
         choices=("fast", "pil"),
         default="fast",
-        help="decode training images with libjpeg-turbo and augment them on the training device, or both in Pillow as "
-        "the released code does (default: %(default)s)",
+        help="fast: decode training images with libjpeg-turbo and augment them on the training device; pil: do both in "
+        "Pillow as the released code does (default: %(default)s)",
     )
     group.add_argument(
         "--max_bad_samples",
         type=natural,
         metavar="N",
-        help="more broken training images than these in an epoch end the run (default: 0.1 %% of the images)",
+        help="end the run after an epoch with more broken training images than this (default: 0.1 %% of the images)",
     )
-    group.add_argument("--scale", type=rate, nargs=2, help="area of random crops (default: %(default)s)")
+    group.add_argument("--scale", type=rate, nargs=2, help="least and largest area of crops (default: %(default)s)")
     group.add_argument("--hflip", type=rate, default=0.5, help="rate of horizontal flips (default: %(default)s)")
 
     group = parser.add_argument_group("run")
@@ -132,37 +125,35 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         "--tracker",
         choices=("tensorboard", "wandb", "trackio"),
         default="tensorboard",
-        help="what shows curves and images (default: %(default)s)",
+        help="experiment tracker (default: %(default)s)",
     )
     group.add_argument(
         "--save_freq", type=positive, default=20, help="epochs between kept checkpoints (default: %(default)s)"
     )
     group.add_argument(
-        "--save_every_steps", type=positive, metavar="N", help="also write checkpoint-last.pth every so many updates"
+        "--save_every_steps", type=positive, metavar="N", help="also write checkpoint-last.pth every N updates"
     )
     group.add_argument(
         "--keep",
         type=few,
         default=2,
         metavar="N",
-        help="how many of the newest checkpoints to keep: checkpoint-last.pth, checkpoint-last-1.pth and so on "
+        help="number of the newest checkpoints to keep: checkpoint-last.pth, checkpoint-last-1.pth and so on "
         "(default: %(default)s)",
     )
     group.add_argument(
         "--resume",
         type=nonempty,
         metavar="FILE",
-        help="go on from this checkpoint of a run, a path, URL or hf://OWNER/REPO/FILE; auto: from the newest in the "
-        "output folder, if there is one",
+        help="resume from this checkpoint: path, URL or hf://OWNER/REPO/FILE; auto: from the newest in the output "
+        "folder, if there is one",
     )
     group.add_argument(
         "--allow_changed_args",
         action="store_true",
-        help="go on although arguments differ from those of the checkpoint and change the result",
+        help="resume although arguments differ from the checkpoint's and change the result",
     )
-    group.add_argument(
-        "--start_epoch", type=natural, help="first epoch (default: the one after the resumed checkpoint's)"
-    )
+    group.add_argument("--start_epoch", type=natural, help="first epoch (default: where the checkpoint was written)")
     group.add_argument(
         "--compile",
         action="store_true",
@@ -173,25 +164,25 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--fsdp",
         action="store_true",
-        help="shard weights, gradients and moments, too large together for one GPU, over torchrun's processes",
+        help="shard weights, gradients and moments over torchrun's processes (FSDP2), for models too large for one GPU",
     )
     group.add_argument(
         "--deterministic",
         action="store_true",
-        help="take slower algorithms on a GPU where the faster ones differ from run to run",
+        help="use deterministic algorithms, which are slower, so that runs on a GPU are repeatable",
     )
     group.add_argument(
         "--max_nonfinite",
         type=positive,
         default=3,
         metavar="N",
-        help="updates in a row whose gradient is not finite end the run (default: %(default)s)",
+        help="end the run after N updates in a row with a non-finite gradient (default: %(default)s)",
     )
-    group.add_argument("--seed", type=seed_number, default=0, help="(default: %(default)s)")
+    group.add_argument("--seed", type=seed_number, default=0, help="of all random numbers (default: %(default)s)")
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of every script: what computes, and how images are loaded."""
+    """Add the arguments of every script: the device, and how images are loaded."""
     group = parser.add_argument_group("machine")
     group.add_argument(
         "--batch_size", type=batch, default=64, help="images per process and step (default: %(default)s)"
@@ -211,56 +202,57 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
         type=number(int, 0, 10**6),
         default=300,
         metavar="S",
-        help="a batch that takes longer ends the run; 0 waits for ever (default: %(default)s seconds)",
+        help="end the run if loading a batch takes longer; 0 waits without limit (default: %(default)s seconds)",
     )
     group.add_argument("--pin_mem", action="store_true", default=True, help="pin memory for the GPU (default)")
-    group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
+    group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="do not pin memory")
     group.add_argument(
         "--dist_timeout",
         type=seconds,
         default=600,
         metavar="S",
-        help="a process that the others have waited for so long ends the run (default: %(default)s seconds)",
+        help="timeout of collectives, after which the run ends (default: %(default)s seconds)",
     )
 
 
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
-    """How images are evaluated."""
+    """Add the arguments of how images are evaluated."""
     group = parser.add_argument_group("evaluated images")
     group.add_argument(
         "--eval_resize",
         choices=("square", "shorter"),
         default="square",
-        help="resize images to a square as the released code does, or their shorter side (default: %(default)s)",
+        help="resize images to a square as the released code does, or their shorter side and crop "
+        "the center (default: %(default)s)",
     )
     group.add_argument(
         "--eval_loader",
         choices=("fast", "pil"),
         default="pil",
-        help="decode and resize evaluated images with libjpeg-turbo and torch, or in Pillow (default: %(default)s)",
+        help="decode and resize images with libjpeg-turbo and torch (fast), or with Pillow (default: %(default)s)",
     )
     group.add_argument(
         "--eval_bad",
         choices=("stop", "wrong"),
         default="stop",
-        help="a broken image ends the evaluation, or counts as wrong (default: %(default)s)",
+        help="a broken image stops the evaluation, or counts as wrong (default: %(default)s)",
     )
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    """The checkpoint that a script examines, and where its result goes."""
+    """Add the arguments of scripts that examine a checkpoint: which one, and the file of the result."""
     group = parser.add_argument_group("checkpoint")
     group.add_argument("checkpoint", type=nonempty, metavar="CKPT", help="file of pretraining or finetuning")
-    group.add_argument("--model_key", choices=("model", "model_ema"), help="which of its weights (default: model)")
+    group.add_argument("--model_key", choices=("model", "model_ema"), help="weights to take (default: model)")
     add_ignore_keys(group)
     group.add_argument(
         "--input_size", type=pixels, nargs="+", metavar="PX", help="side, or height and width (default: as trained)"
     )
-    group.add_argument("--output", metavar="FILE", help="JSON file of the result (default: beside CKPT)")
+    group.add_argument("--output", metavar="FILE", help="JSON file of the result (default: next to CKPT)")
 
 
 def add_ignore_keys(parser: argparse._ActionsContainer) -> None:
-    """The parameters of a checkpoint that a script leaves out; see `checkpoint.read`."""
+    """Add `--ignore_keys`, patterns of parameters of a checkpoint to leave out; see `checkpoint_file.read`."""
     parser.add_argument(
         "--ignore_keys",
         nargs="+",
@@ -280,7 +272,7 @@ def boolean(text: str) -> bool:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse arguments that contradict each other, and derive what is not given: `args.lr`, a shorter warm-up.
+    """Refuse arguments that contradict each other; derive `args.lr` and a shorter warm-up if they are not given.
 
     Raises:
         UserError: names the argument.
@@ -291,13 +283,13 @@ def check_arguments(args: argparse.Namespace) -> None:
     if not getattr(args, "eval", False):
         check_warmup(args)
     if args.scale[0] > args.scale[1] or args.scale[1] == 0:
-        raise UserError("--scale: the smaller area comes first, and the larger one is above 0")
+        raise UserError("--scale: the smaller area comes first, and the larger one must be above 0")
     args.world_size = world_size()
     for flag in ("loader", "eval_loader"):
         if getattr(args, flag, None) == "fast" and importlib.util.find_spec("simplejpeg") is None:
             raise UserError(f"--{flag} fast needs simplejpeg: pip install simplejpeg, or take --{flag} pil")
     if args.fsdp and getattr(args, "eval", False):
-        raise UserError("--eval does not shard: leave --fsdp out")
+        raise UserError("--eval does not shard the model: leave --fsdp out")
     if args.fsdp and args.world_size == 1:
         raise UserError("--fsdp shards over processes, and there is one: start several with torchrun")
     for other in ("fsdp", "deterministic", "eval"):
@@ -310,10 +302,10 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def check_warmup(args: argparse.Namespace) -> None:
-    """Make sure that the learning rate falls after its warm-up.
+    """Check that the warm-up is shorter than the run.
 
-    A default that is not shorter than the run is cut to the recipe's share of it, which may be a fraction of an epoch.
-    One epoch of warm-up in a run of one is taken, since the flag has no smaller number.
+    A default warm-up that is not is reduced to the recipe's fraction of the run, also below one epoch. One epoch of
+    warm-up in a run of one epoch is accepted, since the flag has no smaller value but 0.
 
     Raises:
         UserError: a warm-up that was given is not shorter than the run.
@@ -337,7 +329,7 @@ def check_warmup(args: argparse.Namespace) -> None:
 
 
 def check_input_size(args: argparse.Namespace) -> None:
-    """Refuse more than two sides.
+    """Refuse more than two numbers.
 
     Raises:
         UserError: names the argument.
@@ -347,22 +339,22 @@ def check_input_size(args: argparse.Namespace) -> None:
 
 
 def effective_batch_size(args: argparse.Namespace) -> int:
-    """Images per update over all processes."""
+    """Return the number of images per update over all processes."""
     return args.batch_size * args.accum_iter * world_size()
 
 
 def image_size(args: argparse.Namespace) -> tuple[int, int]:
-    """Height and width of the input."""
+    """Return height and width of the input."""
     return args.input_size[0], args.input_size[-1]
 
 
 def given(args: argparse.Namespace, *names: str) -> dict:
-    """Those of the named arguments that have a value; a file of an earlier version may lack some."""
+    """Return those of the named arguments that have a value; checkpoints of earlier versions may lack some."""
     return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
 
 def output_folders(args: argparse.Namespace) -> tuple[Path, Path]:
-    """Make the folders for checkpoints and for TensorBoard, and prove that files can be written there.
+    """Create the folders for checkpoints and for TensorBoard, and check that files can be written there.
 
     Raises:
         UserError: they cannot.
@@ -389,15 +381,3 @@ def check_utf8(flag: str, folder: str | Path) -> None:
     """
     with as_user_error(UnicodeEncodeError, prefix=f"{flag} {folder}: TensorBoard needs a name in UTF-8: "):
         str(folder).encode()
-
-
-def describe(args: argparse.Namespace, model: nn.Module, images: int, device: torch.device, epoch: int) -> str:
-    """What a run is about to do from an epoch on, in two lines."""
-    name, parameters = type(model).__name__.removeprefix("FSDP"), sum(p.numel() for p in model.parameters())
-    return (
-        f"{name}: {parameters / 1e6:.1f} M parameters, input {' x '.join(map(str, image_size(args)))}, "
-        f"{images} training images, {world_size()} x {device.type}\n"
-        f"batch {effective_batch_size(args)} = {args.batch_size} x {args.accum_iter} accumulated x {world_size()} "
-        f"processes, lr {args.lr:.3g}, {args.epochs} epochs"
-        + (f", from epoch {epoch}" if 0 < epoch < args.epochs else ", all of them done" if epoch else "")
-    )

@@ -1,4 +1,4 @@
-"""Shared by the command lines of all scripts: arguments, checks before any work, the end of a run."""
+"""Run a script: parse its command line, and turn its errors into messages and exit statuses."""
 
 import argparse
 import errno
@@ -26,7 +26,7 @@ LOGGER = logging.getLogger(__name__)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are `UserError`s, shown by `run`."""
+    """An argument parser that raises `UserError`, which `run_main` prints."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -35,34 +35,36 @@ class Parser(argparse.ArgumentParser):
 def run_main(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Parse the command line and run a script; a `UserError` becomes one line and exit status 2, a `RunError` 1.
 
-    `Interrupted` becomes exit status 75, on which a job script can begin the same command again. Where memory runs out,
-    one line says what needs less of it, and the exit status is 1.
+    `Interrupted` becomes exit status 75: a job script can then start the same command again. If memory runs out, one
+    line names the flags that reduce it, and the exit status is 1.
 
-    torchrun ends every process as soon as one has failed: so the first process of each machine states the mistake,
-    and the others, which found the same one, leave it the time to.
+    torchrun ends all processes as soon as one has failed. Therefore the first process of each machine prints a user's
+    mistake at once; the others, which met the same mistake, wait.
     """
-    args = argparse.Namespace()
-    logging.raiseExceptions = False  # a line that cannot be logged shows no traceback
+    args, prints_first = argparse.Namespace(), True
+    logging.raiseExceptions = False  # a line that cannot be logged causes no traceback
     with _robust_output(parser.prog):
-        logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.INFO if is_main() else logging.ERROR)
         try:
+            level = logging.INFO if is_main() else logging.ERROR
+            prints_first = local_rank() == 0
+            logging.basicConfig(format="%(message)s", stream=sys.stdout, level=level)
             main(parser.parse_args(namespace=args))
         except UserError as error:
-            if local_rank() == 0:
+            if prints_first:
                 print(f"{parser.prog}: error: {_one_line(error)}", file=sys.stderr, flush=True)
             else:
-                time.sleep(5)  # by then torchrun has ended it, unless it is alone with this mistake
+                time.sleep(5)  # by then torchrun has ended this process, unless only it met the mistake
                 print(f"{parser.prog}: rank {rank()}: error: {_one_line(error)}", file=sys.stderr, flush=True)
             sys.exit(2)
         except Interrupted as error:
             if is_main():
                 print(f"{parser.prog}: {error}", flush=True)
             _kill_workers()
-            barrier()  # torchrun ends all as soon as one has: also the one that has not yet said why
+            barrier()  # torchrun ends all processes as soon as one ends, also before they print
             end_groups()
             sys.exit(INTERRUPTED)
         except (RunError, RuntimeError, MemoryError, OSError) as error:
-            # a worker that was killed, or is silent for too long
+            # DataLoader: a worker was killed, or gave no batch in time
             if isinstance(error, RunError) or (isinstance(error, RuntimeError) and str(error).startswith("DataLoader")):
                 reason = str(error)
             elif _out_of_memory(error):
@@ -81,13 +83,13 @@ def run_main(main: Callable[[argparse.Namespace], None], parser: argparse.Argume
         end_groups()
 
 
-MEMORY = "batch_size", "num_workers", "input_size"  # the arguments that memory grows with
+MEMORY = "batch_size", "num_workers", "input_size"  # arguments that need less memory with smaller values
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Return whether an exception says that memory, on the host or on the device, or the room for threads is used up.
+    """Return whether an exception means that memory of the host or the device, or the number of threads, is used up.
 
-    torch says so on a GPU by a class of its own, on the CPU by a `RuntimeError` with one of several messages.
+    torch raises a class of its own on a GPU, and a `RuntimeError` with one of several messages on the CPU.
     """
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
@@ -98,7 +100,7 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _one_line(message: object) -> str:
-    """Return a message with its control characters escaped and its longest words, paths as a rule, cut short."""
+    """Return a message with control characters escaped and very long words, mostly paths, shortened."""
     return re.sub(r"\S{400,}", lambda word: f"{word[0][:100]}...{word[0][-100:]}", printable(str(message)))
 
 
@@ -108,10 +110,10 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def _robust_output(program: str) -> Iterator[None]:
-    """Escape the characters that a stream cannot encode; end without a traceback where stdout cannot be written.
+    """Escape characters that a stream cannot encode; if stdout cannot be written, exit with status 1 and no traceback.
 
-    The exit status is then 1: quietly where the reader of a pipe has gone, in one line where the disk is full. Without
-    a stdout or stderr, nothing is shown.
+    Nothing is printed if the reader of a pipe has ended, one line if the disk is full. A missing stdout or stderr is
+    replaced by the null device.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -136,14 +138,14 @@ def _robust_output(program: str) -> Iterator[None]:
 
 
 def _closed_by_reader(descriptor: int) -> bool:
-    """Return whether a descriptor is the end of a pipe that nobody reads any more."""
+    """Return whether a descriptor writes to a pipe whose reader has closed it."""
     poll = select.poll()
     poll.register(descriptor, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _kill_workers() -> None:
-    """End the processes that load images: one that hangs would not let this process end."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each that is killed now
+    """Kill the processes that load images: this process could not end while one hangs."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each
     for process in multiprocessing.active_children():
         process.kill()

@@ -36,7 +36,7 @@ def _escaped(character: str) -> str:
 
 
 def some(names: Sequence[str], shown: int = 5) -> str:
-    """Return the first names, and how many follow, as one line."""
+    """Return the first names and the number of the rest as one line."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(printable(name)[:200] for name in names[:shown]) + more
 
@@ -51,8 +51,8 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: the folder cannot be written.
     """
     name = f".{path.name[:100]}."
-    for left in path.parent.glob(f"{glob.escape(name)}*.tmp*"):  # by a process that was killed
-        left.unlink(missing_ok=True)
+    for leftover in path.parent.glob(f"{glob.escape(name)}*.tmp*"):  # of a process that was killed
+        leftover.unlink(missing_ok=True)
     temporary = path.with_name(f"{name}{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
@@ -165,12 +165,12 @@ def output_file(
 
     Args:
         path: value of `flag`, or its default.
-        is_ours: tells whether a regular file is such a result; see `json_with` and `figure_of`.
+        is_ours: returns whether a regular file is such a result; see `json_with` and `figure_of`.
         inputs: files that the script reads and that must not be overwritten.
         flag: for messages.
 
     Raises:
-        UserError: names the path, and says why it cannot be or must not be written.
+        UserError: names the path, and the reason why it cannot or must not be written.
     """
     name = f"{flag} {printable(path)}"
     try:
@@ -195,7 +195,7 @@ def output_file(
 
 
 def json_with(**fields: type) -> Callable[[Path], bool]:
-    """Return a function that tells whether a file holds a JSON object with these fields, as earlier results do."""
+    """Return a function that checks whether a file holds a JSON object with these fields, as earlier results do."""
 
     def holds(path: Path) -> bool:
         try:
@@ -208,7 +208,7 @@ def json_with(**fields: type) -> Callable[[Path], bool]:
 
 
 def figure_of(title: str) -> Callable[[Path], bool]:
-    """Return a function that tells whether a file has the title that `save_figure` writes."""
+    """Return a function that checks whether a file has the title that `save_figure` writes."""
 
     def holds(path: Path) -> bool:
         try:

@@ -1,4 +1,4 @@
-"""Seeds of the random number generators: of a process, and of one training sample."""
+"""Seed the random number generators of a process, or for one training sample."""
 
 import random
 from collections.abc import Iterator
@@ -11,20 +11,30 @@ from util.distributed.processes import rank
 
 
 def seed_everything(*entropy: int, of_rank: int | None = None) -> None:
-    """Seed every generator of this process, differently on every rank (drop path and mixup differ)."""
+    """Seed every generator of this process, differently on every rank, for drop path and mixup."""
     key = (rank() if of_rank is None else of_rank,)
-    words = np.random.SeedSequence(entropy, spawn_key=key).generate_state(3)
-    # not torch.manual_seed, which takes ten times as long to find out which devices there are
-    torch.default_generator.manual_seed(int(words[0]))
+    for_torch, for_numpy, for_python = np.random.SeedSequence(entropy, spawn_key=key).generate_state(3)
+    _seed_generators(for_python, for_numpy, int(for_torch))
     if torch.cuda.is_initialized():
-        torch.cuda.manual_seed(int(words[0]))
-    np.random.seed(words[1])
-    random.seed(int(words[2]))
+        torch.cuda.manual_seed(int(for_torch))
+
+
+def seed_sample(*entropy: int) -> None:
+    """Seed the three generators that transforms draw from."""
+    for_python, for_numpy, high, low = np.random.SeedSequence(entropy).generate_state(4)
+    _seed_generators(for_python, for_numpy, int(high) << 31 | int(low) >> 1)
+
+
+def _seed_generators(for_python: np.uint32, for_numpy: np.uint32, for_torch: int) -> None:
+    random.seed(int(for_python))
+    np.random.seed(for_numpy)
+    # not torch.manual_seed, which first looks for devices and also queues a seed for every GPU: ten times slower
+    torch.default_generator.manual_seed(for_torch)
 
 
 @contextmanager
 def preserve_generators() -> Iterator[None]:
-    """Put back the state of the three generators that transforms draw from."""
+    """Restore the state of the three generators that transforms draw from."""
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     try:
         yield
@@ -32,12 +42,3 @@ def preserve_generators() -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.default_generator.set_state(states[2])
-
-
-def seed_sample(*entropy: int) -> None:
-    """Seed the three generators that transforms draw from."""
-    words = np.random.SeedSequence(entropy).generate_state(4)
-    random.seed(int(words[0]))
-    np.random.seed(words[1])
-    # not torch.manual_seed, which also queues a seed for every GPU
-    torch.default_generator.manual_seed(int(words[2]) << 31 | int(words[3]) >> 1)

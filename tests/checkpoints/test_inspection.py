@@ -172,7 +172,7 @@ def test_sizes_of_decoders():
     state = pretrained().state_dict()
     assert inspection.decoder_sizes(state) == {"dec_embed_dim": 64, "dec_depth": 1}
     for name, value in {"ar_token": torch.ones(1, 1, 10**6), "dec_block.0.attn2.q.weight": torch.ones(3)}.items():
-        with pytest.raises(UserError, match="no whole decoder"):
+        with pytest.raises(UserError, match="no complete decoder"):
             inspection.decoder_sizes({**state, name: value})
     with pytest.raises(UserError, match="it has 0 blocks dec_block"):
         inspection.decoder_sizes(classifier().state_dict())

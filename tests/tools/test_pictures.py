@@ -243,7 +243,7 @@ def test_runs_are_compared(tmp_path):
     assert lines[1].get_xydata().tolist() == [[1, 3], [2, 2]]
     command = [sys.executable, REPOSITORY / "tools" / "plot_log.py", first, second, "--output", tmp_path / "runs.png"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    ignored = f"{second}/log.txt: 1 lines are not of a log, or cut off, and are ignored\n"
+    ignored = f"{second}/log.txt: 1 malformed or incomplete lines are ignored\n"
     assert done.stdout == f"{ignored}{tmp_path}/runs.png\n", done.stderr
     assert np.asarray(Image.open(tmp_path / "runs.png").convert("L")).std() > 10
 

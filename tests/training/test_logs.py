@@ -120,7 +120,7 @@ def test_odd_lines_are_counted(tmp_path, caplog):
     assert rows[0]["train_loss"] == 3
     assert all(rows[i][key] != rows[i][key] for i, key in ((1, "train_loss"), (1, "test_acc1"), (2, "train_loss")))
     (line,) = caplog.messages
-    assert line.endswith(f"{len(ODD) + 1} lines are not of a log, or cut off, and are ignored")
+    assert line.endswith(f"{len(ODD) + 1} malformed or incomplete lines are ignored")
     plot_log.draw({os.fsdecode(b"caf\xe9"): rows}).savefig(tmp_path / "x.png")
 
 

@@ -119,7 +119,7 @@ def decoder_sizes(state_dict: StateDict) -> dict[str, int]:
     width = token.shape[-1] if token is not None and token.ndim == 3 else 0
     blocks = _blocks(state_dict, "dec_block")
     if not width or blocks[0].get("attn2.q.weight") != (width, width):
-        raise UserError(f"the checkpoint has no whole decoder: its blocks do not have {width} channels")
+        raise UserError(f"the checkpoint has no complete decoder: its blocks do not have {width} channels")
     return {"dec_embed_dim": width, "dec_depth": len(blocks)}
 
 

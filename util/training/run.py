@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from util.arguments import effective_batch_size
+from util.arguments import effective_batch_size, image_size
 from util.checkpoints import convert, inspection
 from util.checkpoints.checkpoint_file import read, weight_keys
 from util.checkpoints.checkpoint_folder import CheckpointFolder
 from util.data.class_names import differing
 from util.data.readers import Source
 from util.distributed.parallel import join_gather, local_share
-from util.distributed.processes import barrier, gather, is_main, on_main
+from util.distributed.processes import barrier, gather, is_main, on_main, world_size
 from util.distributed.signals import StopRequest
 from util.errors import Interrupted, RunError, UserError
 from util.files import some
@@ -162,6 +162,19 @@ class Run:
             if self.ema is None:
                 raise UserError(f"{self.args.resume} holds an EMA: resume with --ema_decay")
             convert.load(self.ema.module, inspection.weights(content, "model_ema"))
+
+    def describe(self, images: int, device: torch.device) -> str:
+        """Return two lines about the run: model, number of training images, device, batch size and epochs."""
+        args, processes = self.args, world_size()
+        name = type(self.model).__name__.removeprefix("FSDP")
+        parameters = sum(p.numel() for p in self.model.parameters())
+        started = f", from epoch {self.epoch}" if self.epoch < args.epochs else ", all of them done"
+        return (
+            f"{name}: {parameters / 1e6:.1f} M parameters, input {' x '.join(map(str, image_size(args)))}, "
+            f"{images} training images, {processes} x {device.type}\n"
+            f"batch {effective_batch_size(args)} = {args.batch_size} x {args.accum_iter} accumulated x {processes} "
+            f"processes, lr {args.lr:.3g}, {args.epochs} epochs{started if self.epoch else ''}"
+        )
 
     def content(self) -> dict:
         """Return the content of a checkpoint, see `util.checkpoints.inspection`; with --fsdp, tensors are sharded."""
