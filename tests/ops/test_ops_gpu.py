@@ -18,7 +18,7 @@ import models_arm
 import ops
 from Finetuning import engine_finetune
 from mamba import FOUR_DIRECTIONS, Block, scan_orders
-from ops import cuda_backend, fused, measured, naive
+from ops import fused, measured, naive
 from ops.backends import cuda_backend
 from util.tracking.run_log import Log
 from util.training.precision import autocast
