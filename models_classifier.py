@@ -1,6 +1,7 @@
-"""The classifier: a Mamba encoder with a class token in the middle of the sequence, and a linear head."""
+"""The classifier: a Mamba encoder with a class token in the middle of the sequence, and a head (paper, section 3.3)."""
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,23 +29,25 @@ class ARMClassifier(TimmModel):
     Args:
         img_size: pixels, one side or (height, width).
         patch_size: pixels a side.
-        num_classes: outputs of the head; 0 leaves it out.
-        drop_path_rate: stochastic depth; block i drops with element i of [0] + linspace(0, rate, depth).
-        global_pool: True or "avg" pools the mean over both halves of the patches around the class token; False or
-            "token" takes the class token; "" leaves the tokens.
+        num_classes: outputs of the head; 0 builds no head.
+        drop_path_rate: stochastic depth; block i is dropped at rate i of [0] + linspace(0, drop_path_rate, depth).
+        global_pool: True or "avg" averages the means of the patches before and after the class token; False or "token"
+            takes the class token; "" keeps all tokens.
         embed_dim: channels C.
         depth: blocks.
         scan_backend: see `ops.choose_backend`.
         drop_rate: dropout before the head.
-        dynamic_img_size: take images of any size that divides into patches, with the position embedding
-            interpolated; else only `img_size`.
+        dynamic_img_size: accept images of any size that divides into patches, with the position embedding interpolated;
+            otherwise only `img_size`.
         in_chans: channels of the images.
-        directions: 4 scans rows and columns, forward and backward; 1 rows forward alone.
+        directions: 4 scans rows and columns, forward and backward; 1 scans rows forward only.
 
     Raises:
-        ValueError: sizes that do not fit together, or a pooling that is unknown or does not suit (see `pooling`); the
-            message names values that do.
+        ValueError: sizes that do not fit together, or an unknown or unsuitable pooling (see `pooling`); the message
+            names values that do.
     """
+
+    drop_path_rates: Tensor
 
     def __init__(
         self,
@@ -94,7 +97,7 @@ class ARMClassifier(TimmModel):
     def init_non_persistent_buffers(self) -> None:
         """Compute the buffers that no state dict holds, on the device of the parameters; needed after `to_empty`.
 
-        Loading a state dict does it too, and so does Hugging Face's TimmWrapper.
+        Loading a state dict does it too. Hugging Face's TimmWrapper calls this method.
         """
         device, dtype = self.cls_token.device, self.cls_token.dtype
         rates = torch.linspace(0, self.drop_path_rate, len(self.drop_path_rates), device="cpu")
@@ -105,7 +108,7 @@ class ARMClassifier(TimmModel):
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
     ) -> None:
-        """Take images of another size from now on.
+        """Change the size of images and patches that the model accepts.
 
         The position embedding is interpolated to the new grid, the patch embedding to the new patches. Parameters that
         change are new objects: make optimizers afterwards.
@@ -117,18 +120,16 @@ class ARMClassifier(TimmModel):
         Raises:
             ValueError: patches that are not square, or do not divide the images; the message names sizes that fit.
         """
-        sides = {patch_size} if isinstance(patch_size, int) else set(patch_size or (self.patch_size,))
-        if len(sides) > 1:
-            raise ValueError(f"patches of {tuple(patch_size)} pixels: they have to be square")
-        (side,) = sides
-        if img_size is None:
-            img_size = tuple(self.patch_size * n for n in self.grid_size)
-        grid = patch_grid(img_size, side)
+        sides = (patch_size,) if isinstance(patch_size, int) else tuple(patch_size or (self.patch_size,))
+        if len({*sides}) > 1:
+            raise ValueError(f"patches of {sides} pixels: they have to be square")
+        side = sides[0]
+        grid = patch_grid(self.image_size if img_size is None else img_size, side)
         if side != self.patch_size:
             old = self.patch_embed.proj
             self.patch_embed = PatchEmbed(side, self.embed_dim, self.in_chans).to(old.weight)
-            self.patch_embed.proj.weight.copy_(resample_patch_embed(old.weight, [side, side]))
-            self.patch_embed.proj.bias.copy_(old.bias)
+            new = {"weight": resample_patch_embed(old.weight, [side, side]), "bias": old.get_parameter("bias")}
+            self.patch_embed.proj.load_state_dict(new)
         self.pos_embed = nn.Parameter(resize_around_token(self.pos_embed, self.grid_size, grid))
         self.grid_size, self.patch_size = grid, side
         self.init_non_persistent_buffers()
@@ -140,10 +141,10 @@ class ARMClassifier(TimmModel):
         return self.grid_size[0] * self.patch_size, self.grid_size[1] * self.patch_size
 
     def for_grid(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Position embedding (1, M + 1, C) and scan order (directions, M + 1) of a grid of M patches.
+        """Return position embedding (1, M + 1, C) and scan order (directions, M + 1) of a grid of M patches.
 
         Raises:
-            ValueError: not the model's grid, and it is not dynamic.
+            ValueError: another grid than the model's, without `dynamic_img_size`.
         """
         if grid == self.grid_size:
             return self.pos_embed, self.order
@@ -153,42 +154,37 @@ class ARMClassifier(TimmModel):
         order = scan_orders(grid)[: len(self.order)].to(self.order.device)
         return resize_around_token(self.pos_embed, self.grid_size, grid), order
 
-    def encode(self, imgs: Tensor, taps: Collection[int] = (), depth: int | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Run the blocks.
-
-        Args:
-            imgs: (B, in_chans, H, W).
-            taps: indices of blocks whose output is returned too.
-            depth: how many blocks run; None is all.
-
-        Returns:
-            Tokens (B, M + 1, C) after the last block, and a list of those after each of `taps`.
+    def encode(
+        self, imgs: Tensor, indices: Collection[int] = (), depth: int | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run the blocks; see `TimmModel.encode`.
 
         Raises:
             ValueError: an image size that does not fit; see `for_grid`.
-            TypeError: torch.fx traces it.
+            TypeError: torch.fx traces the model.
         """
         if isinstance(imgs, torch.fx.Proxy):
             raise TypeError(f"torch.fx cannot trace this model, {INSTEAD}")
-        pos_embed, order = self.for_grid(patch_grid(imgs.shape[-2:], self.patch_size))
+        pos_embed, order = self.for_grid(patch_grid((imgs.shape[-2], imgs.shape[-1]), self.patch_size))
         x = self.patch_embed(imgs).flatten(1, 2)  # (B, rows, columns, C) -> (B, M, C)
         h = insert_middle(x, self.cls_token.expand(x.shape[0], -1, -1)) + pos_embed  # (B, M + 1, C)
         layers = self.layers[:depth]
-        keep = [None] * len(layers)
+        keep: Tensor | None = None
         if self.training and self.drop_path_rate:
-            keep = drop_path_factors(self.drop_path_rates, len(h))[: len(layers)]
-        tapped = []
-        for i, (layer, factors) in enumerate(zip(layers, keep, strict=True)):
+            keep = drop_path_factors(self.drop_path_rates, len(h))
+        outputs = []
+        for i, layer in enumerate(layers):
+            factors = None if keep is None else keep[i]  # (2, B, 1, 1)
             if self.grad_checkpointing and torch.is_grad_enabled():
                 h = checkpoint(layer, h, order, factors, use_reentrant=False)
             else:
                 h = layer(h, order, factors)
-            if i in taps:
-                tapped.append(h)
-        return h, tapped
+            if i in indices:
+                outputs.append(h)
+        return h, outputs
 
     def forward_features(self, imgs: Tensor) -> Tensor:
-        """Normalised tokens, the class token in the middle: (B, in_chans, H, W) -> (B, M + 1, C)."""
+        """Return normalised tokens, the class token in the middle: (B, in_chans, H, W) -> (B, M + 1, C)."""
         return self.norm_f(self.encode(imgs)[0])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -201,11 +197,11 @@ class ARMClassifier(TimmModel):
         x = F.dropout(x, self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
 
-    def compile(self, **options: object) -> None:
-        """Compile in place, block by block, as `ARMPretrain.compile`."""
+    def compile(self, **options: Any) -> None:
+        """Compile in place, block by block; see `PretrainModel.compile`."""
         for layer in self.layers:
             layer.compile(**options)
 
     def forward(self, imgs: Tensor) -> Tensor:
-        """Logits: (B, in_chans, H, W) -> (B, num_classes)."""
+        """Return logits: (B, in_chans, H, W) -> (B, num_classes)."""
         return self.forward_head(self.forward_features(imgs))

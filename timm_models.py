@@ -1,15 +1,16 @@
-"""The classifier in timm: the methods that timm's models have beyond the forward pass, and their registration.
+"""The classifier in timm: the methods that timm's models have beyond the forward pass, and registration.
 
 import models_arm  # registers
 model = timm.create_model("arm_base_pz16", num_classes=10, img_size=(224, 192))
 """
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import is_exportable, to_2tuple, trunc_normal_
 from timm.models import (
-    PretrainedCfg,
     build_model_with_cfg,
     generate_default_cfgs,
     register_model,
@@ -24,19 +25,22 @@ from util.data.transforms import crop_ratio
 from util.lr_decay import NO_WEIGHT_DECAY
 from util.pos_embed import split_middle
 
-try:  # timm 1.0.31, not yet 1.0.28, keeps the size for `save_for_hf`
-    from timm.models._input import update_model_input_size
-except ImportError:
-    update_model_input_size = None
+try:
+    from timm.models._input import update_model_input_size  # since timm 1.0.31, for `save_for_hf`
+except ImportError:  # timm 1.0.28
+
+    def update_model_input_size(model: nn.Module, img_size: int | Sequence[int] | None, **model_args: Any) -> None:
+        """Do nothing: this version does not keep the size."""
 
 
-def input_config(size: tuple[int, int]) -> dict:
-    """The entries of a config of timm that depend on height and width of the images."""
+def input_config(size: tuple[int, int]) -> dict[str, Any]:
+    """Return the entries of timm's config that depend on height and width of the images."""
     return {"input_size": (3, *size), "crop_pct": crop_ratio(size)}
 
 
-POOLING = {"avg": "avg", True: "avg", "token": "token", False: "token", "": ""}  # timm's names and the scripts' flag
-CONFIG = {  # of timm.data.resolve_data_config; "squash" and the crop evaluate as `eval_transform` does
+# From timm's names and the values of --global_pool to timm's names.
+POOLING: dict[str | bool, str] = {"avg": "avg", True: "avg", "token": "token", False: "token", "": ""}
+CONFIG = {  # for timm.data.resolve_data_config; "squash" and the crop evaluate as `eval_transform` does
     "num_classes": 1000,
     **input_config((224, 224)),
     "fixed_input_size": True,
@@ -48,28 +52,28 @@ CONFIG = {  # of timm.data.resolve_data_config; "squash" and the crop evaluate a
     "classifier": "head",
 }
 INSTEAD = "which chooses its path and its scan in Python: use torch.export or torch.compile"
-default_cfgs = {}  # timm looks here for the configurations of what this module registers
+default_cfgs: dict[str, Any] = {}  # timm reads the configs of this module's models here
 
 
 def register(name: str, classifier: Callable[..., nn.Module], check_names: Callable[[StateDict], None]) -> None:
     """Let `timm.create_model(name, ...)` build a classifier.
 
-    `pretrained=True` with a `file` in `pretrained_cfg_overlay` loads what `pretrain_to_classifier` takes: from
-    pretraining (the head keeps its random values), or from a classifier of any resolution.
+    `pretrained=True` with a `file` in `pretrained_cfg_overlay` loads a state dict of pretraining (the head keeps its
+    random values), or of a classifier of any resolution; see `pretrain_to_classifier`.
 
-    `exportable=True` scans in the form of operators of torch alone, which exporters know.
+    `exportable=True` computes the scan with operators of torch only, which exporters know.
 
     Args:
         name: of the model in timm.
-        classifier: builds it from keyword arguments.
-        check_names: raises for a state dict of pretraining with parameters that no objective has.
+        classifier: builds the model from keyword arguments.
+        check_names: raises for a state dict of pretraining with unknown parameters.
     """
 
     def create(
         pretrained: bool = False,
-        pretrained_cfg: str | dict | PretrainedCfg | None = None,
+        pretrained_cfg: Any = None,
         pretrained_cfg_overlay: dict | None = None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> nn.Module:
         overlay = dict(pretrained_cfg_overlay or {})
         if "img_size" in kwargs:
@@ -89,7 +93,7 @@ def register(name: str, classifier: Callable[..., nn.Module], check_names: Calla
             **kwargs,
         )
 
-    def adapt(state_dict: StateDict, model: nn.Module) -> StateDict:
+    def adapt(state_dict: StateDict, model: "TimmModel") -> StateDict:
         if is_pretrained(state_dict):
             check_names(state_dict)
         return _adapted(state_dict, model)
@@ -99,48 +103,75 @@ def register(name: str, classifier: Callable[..., nn.Module], check_names: Calla
     register_model(create)
 
 
-def _adapted(state_dict: StateDict, model: nn.Module) -> StateDict:
+def _adapted(state_dict: StateDict, model: "TimmModel") -> StateDict:
     own = model.state_dict()
     new = {name: own[name] for name in NEW_IN_CLASSIFIER if name in own}
     if "head.weight" in state_dict and len(state_dict["head.weight"]) == model.num_classes:
-        model.pretrained_cfg["num_classes"] = model.num_classes  # timm keeps the head of that many classes alone
+        model.pretrained_cfg["num_classes"] = model.num_classes  # timm keeps only a head of that many classes
     return new | pretrain_to_classifier(state_dict, model)
 
 
-class TimmModel(nn.Module):
-    """What timm asks of a classifier with `layers`, `norm_f`, `head` and `encode` (see `models_arm.ARMClassifier`)."""
+class TimmModel(nn.Module, ABC):
+    """The methods that timm calls, for a classifier with `encode` and the attributes below; see `ARMClassifier`."""
+
+    embed_dim: int
+    patch_size: int
+    num_classes: int
+    global_pool: str
+    grad_checkpointing: bool
+    cls_token: nn.Parameter
+    layers: nn.ModuleList
+    norm_f: nn.Module
+    head: nn.Module
+    order: Tensor  # (directions, M + 1) int64
+    pretrained_cfg: dict[str, Any]  # set by timm
+
+    @abstractmethod
+    def encode(
+        self, imgs: Tensor, indices: Collection[int] = (), depth: int | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run the blocks.
+
+        Args:
+            imgs: (B, in_chans, H, W).
+            indices: of the blocks whose outputs are returned too, from 0.
+            depth: how many blocks run; None runs all.
+
+        Returns:
+            Tokens (B, M + 1, C) after the last block, and a list of those after each of `indices`.
+        """
 
     @property
     def feature_info(self) -> list[dict]:
-        """Name, channels and stride of each block's output."""
+        """Return module name, channels and stride of each block's output."""
         sizes = {"num_chs": self.embed_dim, "reduction": self.patch_size}
         return [{"module": f"layers.{i}", **sizes} for i in range(len(self.layers))]
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that do not decay, besides the 1-D ones."""
+        """Return the names of the parameters without weight decay, besides the 1-D ones."""
         return set(NO_WEIGHT_DECAY)
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Patterns that group parameters by layer, as `util.lr_decay` does; what matches none comes last."""
+        """Return patterns that group parameters by layer, as `util.lr_decay` does; all others come last."""
         return {"stem": r"^(?:cls_token|pos_embed|patch_embed)", "blocks": r"^layers\.(\d+)"}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute each block again in the backward pass instead of keeping what is inside it."""
+        """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
-        """The head: a Linear, or Identity where `num_classes` is 0."""
+        """Return the head: a Linear, or Identity where `num_classes` is 0."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | bool | None = None) -> None:
-        """Put a new head on, on the old one's device.
+        """Replace the head by a new one, on the same device.
 
         Args:
             num_classes: its outputs; 0 for none.
             global_pool: one of `POOLING`, None to keep it.
 
         Raises:
-            ValueError: a pooling that is unknown or does not suit; see `pooling`.
+            ValueError: an unknown or unsuitable pooling; see `pooling`.
         """
         if global_pool is not None:
             self.global_pool = pooling(global_pool, len(self.order))
@@ -151,10 +182,10 @@ class TimmModel(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the blocks after the last of `indices` (see `forward_intermediates`), `norm_f` and the head.
+        """Remove the blocks after the last of `indices`; with `prune_norm` or `prune_head` also `norm_f` or the head.
 
         Returns:
-            The indices counted from the first block.
+            The indices, from 0; see `forward_intermediates`.
         """
         taken = chosen(len(self.layers), indices)
         last = max(taken)
@@ -176,21 +207,21 @@ class TimmModel(nn.Module):
         intermediates_only: bool = False,
         output_dict: bool = False,
     ) -> list | tuple[Tensor, list] | dict:
-        """The patches after some of the blocks.
+        """Return the patches after some of the blocks.
 
         Args:
             x: images (B, 3, H, W).
-            indices: of blocks, negative from the end; a number takes so many last ones; None takes all.
+            indices: of blocks, negative from the end; a number n takes the last n; None takes all.
             return_prefix_tokens: return pairs of the patches and the class token (B, 1, C).
             norm: apply `norm_f` to each.
-            stop_early: leave out the blocks after the last of `indices`, and let the final tokens be its.
+            stop_early: do not run the blocks after the last of `indices`; the final tokens are its output.
             output_fmt: "NCHW" for (B, C, H / p, W / p), "NLC" for (B, M, C).
-            intermediates_only: leave out the final tokens.
-            output_dict: return a dict, with the class tokens in a list of their own.
+            intermediates_only: return no final tokens.
+            output_dict: return a dict, with the class tokens in a separate list.
 
         Returns:
-            Final tokens (B, M + 1, C) as from `forward_features`, and one tensor or pair for each index in the
-            order of the blocks; only those with `intermediates_only`. With `output_dict` the same as
+            Final tokens (B, M + 1, C) as from `forward_features`, and one tensor or pair for each index, in the order
+            of the blocks; without the final tokens if `intermediates_only`. With `output_dict` the same as
             `image_features`, `image_intermediates` and `image_intermediates_prefix` (see `return_prefix_tokens`).
 
         Raises:
@@ -210,13 +241,12 @@ class TimmModel(nn.Module):
             intermediates.append(patches)
             prefixes.append(token)
         if output_dict:
-            outputs = {"image_intermediates": intermediates}
+            outputs: dict[str, Any] = {"image_intermediates": intermediates}
             if return_prefix_tokens:
                 outputs["image_intermediates_prefix"] = prefixes
             return outputs if intermediates_only else outputs | {"image_features": self.norm_f(h)}
-        if return_prefix_tokens:
-            intermediates = list(zip(intermediates, prefixes, strict=True))
-        return intermediates if intermediates_only else (self.norm_f(h), intermediates)
+        found = list(zip(intermediates, prefixes, strict=True)) if return_prefix_tokens else intermediates
+        return found if intermediates_only else (self.norm_f(h), found)
 
     def get_intermediate_layers(
         self,
@@ -225,12 +255,12 @@ class TimmModel(nn.Module):
         reshape: bool = False,
         return_prefix_tokens: bool = False,
         norm: bool = False,
-    ) -> list:
-        """The patches after some of the blocks, in DINO's form.
+    ) -> Any:
+        """Return the patches after some of the blocks, with the arguments of DINO's method.
 
         Args:
             x: images (B, 3, H, W).
-            n: of blocks: their indices, or how many last ones.
+            n: indices of blocks, or how many of the last ones.
             reshape: return (B, C, H / p, W / p) instead of (B, M, C).
             return_prefix_tokens: see `forward_intermediates`.
             norm: apply `norm_f` to each.
@@ -245,11 +275,10 @@ class TimmModel(nn.Module):
         return self.forward_intermediates(x, n, return_prefix_tokens, norm, True, output_fmt, intermediates_only=True)
 
     def record_input_size(self, size: tuple[int, int]) -> None:
-        """Let timm's configs of this model name another height and width of the images."""
+        """Write height and width of the images to timm's configs of this model."""
         if hasattr(self, "pretrained_cfg"):
             self.pretrained_cfg.update(input_config(size))
-        if update_model_input_size:
-            update_model_input_size(self, size, patch_size=self.patch_size)
+        update_model_input_size(self, size, patch_size=self.patch_size)
 
     def __prepare_scriptable__(self) -> None:
         """Refuse `torch.jit.script`, which calls this."""
@@ -257,10 +286,10 @@ class TimmModel(nn.Module):
 
 
 def pooling(global_pool: str | bool, directions: int = 4) -> str:
-    """timm's name of a pooling: "avg", "token" or "" (none).
+    """Return timm's name of a pooling: "avg", "token" or "" (none).
 
     Raises:
-        ValueError: unknown, or the class token of a single direction, which has seen half of the image.
+        ValueError: unknown; or the class token with one direction, where it reads only half of the image.
     """
     if global_pool not in POOLING:
         raise ValueError(f"unknown global_pool {global_pool!r}; choose from {', '.join(map(repr, POOLING))}")
@@ -270,7 +299,7 @@ def pooling(global_pool: str | bool, directions: int = 4) -> str:
 
 
 def chosen(depth: int, indices: int | Sequence[int] | None) -> list[int]:
-    """Indices of blocks, from the first one: as given (negative from the end), a number of last ones, or None for all.
+    """Return indices of blocks from 0: those given (negative from the end), the last n for a number n, all for None.
 
     Raises:
         ValueError: there are no such blocks.
@@ -286,12 +315,12 @@ def chosen(depth: int, indices: int | Sequence[int] | None) -> list[int]:
 
 
 def new_head(embed_dim: int, num_classes: int) -> nn.Module:
-    """Linear layer to the classes, Identity for 0."""
+    """Return a linear layer to the classes, Identity for 0."""
     return nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
 
 
 def init_head(head: nn.Module) -> None:
-    """Weights of standard deviation 0.02, no bias."""
+    """Draw weights of standard deviation 0.02, and set the bias to 0."""
     if isinstance(head, nn.Linear):
         trunc_normal_(head.weight, std=0.02)
         nn.init.zeros_(head.bias)
