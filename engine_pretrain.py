@@ -14,17 +14,17 @@ from util.training.run import Run
 def train_one_epoch(
     model: nn.Module, loader: DeviceLoader, run: Run, device: torch.device, log: Log
 ) -> dict[str, float]:
-    """Train on the model's own objective: autoregressive, or masked prediction; labels are not used.
+    """Train one epoch on the model's objective, without labels.
 
-    Arguments, result and errors: see `util.training.loop.train_epoch`.
+    For arguments, result and errors see `util.training.loop.train_epoch`.
     """
     return train_epoch(model, loader, loss_of(model), run, device, log)
 
 
 def loss_of(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """What computes the loss of a batch of images (B, 3, H, W) and labels (B,)."""
+    """Return a function that computes the loss () of a batch: images (B, 3, H, W) and labels (B,)."""
 
     def compute_loss(imgs: Tensor, _: Tensor) -> Tensor:
-        return model(imgs).mean()  # (n,) -> scalar
+        return model(imgs).mean()  # (any shape) -> ()
 
     return compute_loss

@@ -1,4 +1,4 @@
-"""Choose the kernels of a run: scan backend, fused operators, compiled blocks and CUDA graphs."""
+"""Choose the kernels of a run: scan backend, fused operators, compilation and CUDA graphs."""
 
 import argparse
 import logging
@@ -22,32 +22,34 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
         "--cuda_graph",
         action="store_true",
         default=None,
-        help="train with the blocks captured in CUDA graphs, which takes the processor less time (default: where that "
-        "is measured to be faster on this GPU)",
+        help="train with the blocks captured in CUDA graphs, which takes less CPU time (default: where that is "
+        "measured to be faster on this GPU)",
     )
-    parser.add_argument("--no_cuda_graph", action="store_false", dest="cuda_graph", help="launch each kernel by itself")
+    parser.add_argument(
+        "--no_cuda_graph", action="store_false", dest="cuda_graph", help="launch each kernel separately"
+    )
     parser.add_argument(
         "--fused_ops",
         nargs="+",
         choices=("auto", "all", "none", *fused.FUSED),
         default=["auto"],
         metavar="NAME",
-        help=f"join operators on a GPU: all, none, or some of {', '.join(fused.FUSED)}; auto takes those that are "
+        help=f"fuse operators on a GPU: all, none, or some of {', '.join(fused.FUSED)}; auto takes those that are "
         "measured to be faster on this GPU (default: auto)",
     )
 
 
 def choose(args: argparse.Namespace, device: torch.device, width: int, idle: dict[str, str]) -> None:
-    """Check that the scan backend computes a model of this width; choose fused operators, and CUDA graphs or none.
+    """Check that the scan backend supports a model of this width; choose fused operators and CUDA graphs.
 
     Args:
-        args: reads `scan_backend`, `compile`, `fused_ops` and `cuda_graph`; the latter two become what was chosen.
+        args: reads `scan_backend`, `compile`, `fused_ops` and `cuda_graph`; the choice replaces the latter two.
         device: of the model.
         width: channels of its encoder.
-        idle: fused operators that have nothing to do in this run, and why; asked for by name, they are refused.
+        idle: fused operators that would do nothing in this run, and why; they are refused if asked for by name.
 
     Raises:
-        UserError: the backend, or an operator that was asked for, cannot work here.
+        UserError: the backend, or an operator that was asked for, does not work here.
     """
     if not should_compile(args.compile, device):
         idle = idle | {"casts": "the model is not compiled"}
@@ -64,30 +66,30 @@ def choose(args: argparse.Namespace, device: torch.device, width: int, idle: dic
 
 
 def should_compile(asked: bool | None, device: torch.device) -> bool:
-    """Return whether a run compiles its model: as asked, else on GPUs where Triton works, which compiling needs."""
+    """Return `asked` unless it is None; then whether the device is a GPU and Triton works, which compiling needs."""
     return asked if asked is not None else device.type == "cuda" and unavailable("triton") is None
 
 
 def compile_models(args: argparse.Namespace, device: torch.device, *models: nn.Module) -> None:
-    """Compile models in place, block by block, if the run should."""
+    """Compile models in place, block by block, if the run is to be compiled."""
     if should_compile(args.compile, device):
         for model in models:
             model.compile(**fused.compile_options())
 
 
 def block_graphs(args: argparse.Namespace, model: nn.Module) -> BlockGraphs | None:
-    """Return CUDA graphs of the blocks of a bare, compiled model, if the run uses them."""
+    """Return CUDA graphs of the blocks of an unwrapped, compiled model, if the run uses them."""
     return BlockGraphs(model) if args.cuda_graph else None
 
 
 def fuse_augmentation(transform: object) -> None:
-    """Carry out a transform's RandAugment by Triton kernels if `augment` is among the chosen operators."""
+    """Let a transform compute RandAugment with Triton kernels if `augment` is among the chosen operators."""
     if isinstance(transform, Uint8Transform):
         transform.carry_out = carry_out_fused if fused.uses("augment") else carry_out_layers
 
 
 def carry_out_fused(images: Tensor, notes: Tensor, parameters: Tensor, order: Tensor, fill: Tensor) -> Tensor:
-    """Carry out RandAugment by Triton kernels; see `util.data.randaugment.carry_out_layers`."""
+    """Compute RandAugment with Triton kernels; see `util.data.randaugment.carry_out_layers`."""
     from ops.fused import triton_randaugment  # imports Triton
 
     return triton_randaugment.carry_out(images, parameters, fill)

@@ -1,8 +1,9 @@
-"""The bricks of the encoder: patch embedding, Mamba mixer with one or four scan directions, SwiGLU, block."""
+"""Parts of the encoder: patch embedding, Mamba mixer with one or four scan directions, SwiGLU, block, orders."""
 
 import math
 from collections.abc import Callable
 from operator import attrgetter
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,17 +19,17 @@ FOUR_DIRECTIONS = ("", "_b", "_c", "_c_b")  # row-major forward, backward, colum
 
 
 def scan_orders(grid: tuple[int, int]) -> Tensor:
-    """Token order of the four directions over a grid with a class token in the middle of its sequence.
+    """Return the token orders of the four directions over a grid, with a class token in the middle of the sequence.
 
-    The class token stands at index M // 2 of the row-major sequence of M = rows * columns patches, and keeps
-    that index in the column-major one. A backward direction reads the whole forward sequence reversed.
+    The class token has index M // 2 in the row-major sequence of M = rows * columns patches, and in the column-major
+    one. A backward direction reads the whole forward sequence in reverse.
 
     Args:
         grid: rows and columns of patches.
 
     Returns:
-        (4, M + 1) int64, on the CPU; entry [k, t] is the row-major index of the token that direction k reads at step t,
-        with the directions in the order of `FOUR_DIRECTIONS`.
+        (4, M + 1) int64, on the CPU; entry [k, t] is the row-major index of the token that direction k reads at step t.
+        Directions are in the order of `FOUR_DIRECTIONS`.
     """
     rows, columns = grid
     middle = rows * columns // 2
@@ -45,7 +46,7 @@ MAX_SIZE = 2**31  # some 28 billion parameters; ARM-huge has 24 x 1536^2 = 0.03 
 
 
 def check_size(embed_dim: int, depth: int) -> None:
-    """Refuse a width and depth that no memory holds; raises ValueError."""
+    """Raise ValueError for a width and depth that exceed any memory."""
     if depth * embed_dim**2 > MAX_SIZE:
         raise ValueError(
             f"{depth} blocks of {embed_dim} channels are too many: depth x channels^2 is at most {MAX_SIZE}"
@@ -53,7 +54,11 @@ def check_size(embed_dim: int, depth: int) -> None:
 
 
 def grid_of(img_size: int | tuple[int, int], unit: int, what: str) -> tuple[int, int]:
-    """Rows and columns of `unit`-pixel squares in an image; ValueError with the nearest sizes if it does not divide."""
+    """Return the rows and columns of `unit`-pixel squares in an image.
+
+    Raises:
+        ValueError: the image does not divide into `what`; the message has the nearest sizes that do.
+    """
     size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if unit < 1:
         raise ValueError(f"{what} of {unit} pixels: they need at least one")
@@ -66,20 +71,20 @@ def grid_of(img_size: int | tuple[int, int], unit: int, what: str) -> tuple[int,
 
 
 def patch_grid(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Rows and columns of a classifier's patches; ValueError if they do not divide the image, or there is only one."""
+    """Return the rows and columns of a classifier's patches; raise ValueError for one patch, or see `grid_of`."""
     grid = grid_of(img_size, patch_size, "patches")
     if grid == (1, 1):
         raise ValueError(f"image size {img_size} holds a single patch: both halves around the class token need one")
     return grid
 
 
-# how clusters are read: from their grid of raster indices to a list of them; None is rows, or an own one of each image
+# From the grid of the clusters' raster indices to their order; None stands for rows, or an order for each image.
 ORDERS: dict[str, Callable[[Tensor], Tensor | None]] = {
     "row": lambda grid: None,
     "row_reverse": lambda grid: grid.flatten().flip(0),
     "column": lambda grid: grid.t().flatten(),
     "column_reverse": lambda grid: grid.t().flatten().flip(0),
-    # by a generator of its own, so that models of all orders begin with the same weights
+    # with a separate generator, so that the initial weights do not depend on the order
     "random": lambda grid: torch.randperm(
         grid.numel(), generator=torch.Generator().manual_seed(torch.initial_seed()), device="cpu"
     ),
@@ -88,21 +93,22 @@ ORDERS: dict[str, Callable[[Tensor], Tensor | None]] = {
 
 
 def cluster_order(order: str, clusters: tuple[int, int]) -> Tensor | None:
-    """The order in which clusters are read.
+    """Return the order in which clusters are read.
 
     Args:
         order: one of `ORDERS`.
-        clusters: rows and columns of them.
+        clusters: rows and columns of clusters.
 
     Returns:
-        (rows * columns,) int64 on the CPU, raster indices; None for rows, or where every image has its own.
+        Raster indices, (rows * columns,) int64 on the CPU; None for rows, or where each image has its own order.
 
     Raises:
         ValueError: unknown order.
     """
     if order not in ORDERS:
         raise ValueError(f"unknown order {order!r}; choose from {', '.join(ORDERS)}")
-    return ORDERS[order](torch.arange(clusters[0] * clusters[1], device="cpu").view(clusters))  # (rows, columns)
+    raster = torch.arange(clusters[0] * clusters[1], device="cpu")
+    return ORDERS[order](raster.view(clusters))  # (rows * columns,) -> (rows, columns)
 
 
 class PatchEmbed(nn.Module):
@@ -111,15 +117,15 @@ class PatchEmbed(nn.Module):
     def __init__(self, patch_size: int, embed_dim: int, in_chans: int = 3) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
-        # LeCun's normal as timm before 0.6 draws it, which the released code runs with. It divides by 0.87962566, the
-        # standard deviation of a unit normal that is cut at two deviations, but cuts at the values -2 and 2, which
-        # nothing reaches. Later versions cut at two deviations, and their standard deviation is 1 / sqrt(fan_in).
+        # LeCun's normal initialisation of timm before 0.6, which the released code uses. It divides by 0.87962566, the
+        # standard deviation of a unit normal truncated at two deviations, but truncates at the values -2 and 2, which
+        # no draw reaches. Later versions truncate at two deviations: their standard deviation is 1 / sqrt(fan_in).
         fan_in = self.proj.weight[0].numel()
         nn.init.normal_(self.proj.weight, std=fan_in**-0.5 / 0.87962566)
-        nn.init.zeros_(self.proj.bias)
+        nn.init.zeros_(self.get_parameter("proj.bias"))
 
     def forward(self, imgs: Tensor) -> Tensor:
-        # One product: with cuDNN's convolution an H200 computes for 67 ms in a step of ARM-base, not 64.
+        # One matrix product: a step of ARM-base takes 64 ms on an H200, and 67 ms with cuDNN's convolution.
         p = self.proj.kernel_size[0]
         patches = rearrange(imgs, "b channel (h p) (w q) -> b h w (channel p q)", p=p, q=p)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # weight (C, in_chans, p, p)
@@ -128,7 +134,7 @@ class PatchEmbed(nn.Module):
 class Mixer(nn.Module):
     """Mamba mixer (Gu & Dao 2023) with expansion 1 and one selective scan per direction.
 
-    All directions share `in_proj`, the gate and `out_proj`; each owns its convolution, its projections, A and D.
+    The directions share `in_proj`, the gate and `out_proj`; each has its own convolution, projections, A and D.
     The gate of a token is the same in every direction, so gating the mean of the directions once is exact.
 
     Args:
@@ -170,13 +176,13 @@ class Mixer(nn.Module):
                 with torch.no_grad():
                     dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
             else:
-                nn.init.zeros_(dt_proj.bias)  # as the published code leaves it; a pretrained scan overwrites it
+                nn.init.zeros_(dt_proj.bias)  # as in the published code; a pretrained scan overwrites it
         self.out_proj = nn.Linear(dim, dim, bias=False)
         with torch.no_grad():
             self.out_proj.weight.mul_(out_scale)
 
     def _stacked(self, name: str) -> Tensor:
-        """The parameter `name` (with {} for the suffix) of all K directions: (K, *shape)."""
+        """Stack the parameter `name`, with {} for the suffix, of all K directions: (K, *shape)."""
         return torch.stack([attrgetter(name.format(s))(self) for s in self.directions])
 
     def forward(self, x: Tensor, order: Tensor | None = None) -> Tensor:
@@ -204,8 +210,8 @@ class Mixer(nn.Module):
             self.scan_backend,
         )  # (K, B, L, C)
         K = len(y)
-        # A sum, not a mean: its gradient is one tensor for all directions, where a mean's would be written K times.
-        # Autocast would make it float32. The sum over a single direction would be a copy.
+        # A sum, not a mean: its gradient is one tensor for all directions, a mean's would be written K times. Without
+        # `dtype`, autocast would compute it in float32. The sum over a single direction would be a copy.
         y = y.squeeze(0) if K == 1 else y.sum(dim=0, dtype=y.dtype)  # (K, B, L, C) -> (B, L, C)
         return self.out_proj(y * (F.silu(z) / K))
 
@@ -213,8 +219,8 @@ class Mixer(nn.Module):
 class SwiGLU(nn.Module):
     """w3(SiLU(w1 x) * w2 x) with hidden width 2/3 of 4 C (Shazeer 2020): (..., C) -> (..., C).
 
-    w1 and w2 keep their names in checkpoints and are joined when they are used: one product reads x once. Their hidden
-    width is rounded up to a multiple of 8 with zeros (ARM-large has 2730), as tensor cores need it.
+    w1 and w2 keep their names in checkpoints and are concatenated for one product, which reads x once. The hidden width
+    is padded with zeros to a multiple of 8 for tensor cores (ARM-large has 2730).
     """
 
     def __init__(self, dim: int) -> None:
@@ -247,7 +253,7 @@ class Block(nn.Module):
         Args:
             h: (B, L, C).
             order: see `Mixer.forward`.
-            keep: (2, B, 1, 1), factor of each branch for each image, as `drop_path_factors` draws them; None is 1.
+            keep: (2, B, 1, 1), the factor of each branch for each image, see `drop_path_factors`; None is 1.
 
         Returns:
             (B, L, C).
@@ -260,9 +266,9 @@ class Block(nn.Module):
 
 
 def drop_path_factors(rates: Tensor, batch: int) -> Tensor:
-    """Stochastic depth (Huang et al. 2016), drawn for all blocks at once: 0, or 1 / (1 - rate) to keep the mean.
+    """Draw stochastic depth (Huang et al. 2016) for all blocks: factors 0, or 1 / (1 - rate) to keep the mean.
 
-    The factors are inputs of a block, not numbers inside it: blocks of different rates then share one compiled graph.
+    The factors are inputs of the blocks, so that blocks of different rates share one compiled graph.
 
     Args:
         rates: (depth,) float32, the rate of each block, below 1.
@@ -271,10 +277,17 @@ def drop_path_factors(rates: Tensor, batch: int) -> Tensor:
     Returns:
         (depth, 2, B, 1, 1) float32: for each block, branch (mixer, SwiGLU) and image.
     """
-    keep = (1 - rates).view(-1, 1, 1, 1, 1).expand(-1, 2, batch, 1, 1)
+    keep = (1 - rates).view(-1, 1, 1, 1, 1).expand(-1, 2, batch, 1, 1)  # (depth,) -> (depth, 2, B, 1, 1)
     return torch.bernoulli(keep) / keep
 
 
-def fill_buffers(model: nn.Module, _: object) -> None:
-    """Compute the buffers that a state dict does not hold: a model that was built on "meta" has none yet."""
+class HasBuffers(Protocol):
+    """A model with buffers that no state dict holds."""
+
+    def init_non_persistent_buffers(self) -> None:
+        """Compute them."""
+
+
+def fill_buffers(model: HasBuffers, _: object) -> None:
+    """Compute the buffers that no state dict holds, after loading one: a model built on "meta" has none yet."""
     model.init_non_persistent_buffers()
