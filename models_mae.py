@@ -1,8 +1,10 @@
-"""Masked pretraining on ARM's encoder and decoder: the baseline that ARM is compared with (He et al. 2022).
+"""Masked pretraining on ARM's encoder and decoder, the baseline: MAE's objective (He et al. 2022, arXiv 2111.06377).
 
 model = create_pretrain_model("arm_base_pz16", objective="mae", norm_pix_loss=True)
 loss = model(imgs).mean()
 """
+
+from typing import Any
 
 import torch
 from timm.layers import trunc_normal_
@@ -12,22 +14,22 @@ from models_arm import PretrainModel
 
 
 class MaskedPretrain(PretrainModel):
-    """The baseline: predicts the pixels of hidden patches from the others, as MAE does (He et al. 2022).
+    """Predict the pixels of hidden patches from the other patches.
 
-    The encoder reads the whole sequence, with a learned token in the place of every hidden patch, because a recurrent
-    encoder that skipped them would not know where it is. The decoder is that of ARM without its mask.
+    The encoder reads the whole sequence, with a learned token in the place of each hidden patch: a recurrent encoder
+    that skipped patches would lose their positions. The decoder is ARM's without its mask.
 
     Args:
-        mask_ratio: share of the patches that are hidden, drawn for every image.
+        mask_ratio: fraction of the patches that are hidden; which ones is drawn for each image.
         **sizes: see `PretrainModel`.
 
     Raises:
         ValueError: see `PretrainModel`; or there is a single patch.
     """
 
-    own_parameters = ("mask_token",)
+    own_parameters = "mask_token"
 
-    def __init__(self, mask_ratio: float = 0.75, **sizes: object) -> None:
+    def __init__(self, mask_ratio: float = 0.75, **sizes: Any) -> None:
         super().__init__(**sizes)
         self.num_hidden = min(max(1, round(mask_ratio * self.num_patches)), self.num_patches - 1)
         if not self.num_hidden:
@@ -36,11 +38,11 @@ class MaskedPretrain(PretrainModel):
         trunc_normal_(self.mask_token, std=0.02)
 
     def draw_hidden(self, batch: int) -> Tensor:
-        """The patches to hide, by index in raster order: (batch, num_hidden)."""
+        """Draw the patches to hide: indices in raster order, (batch, num_hidden)."""
         return torch.rand(batch, self.num_patches, device=self.pos_embed.device).argsort(dim=1)[:, : self.num_hidden]
 
     def forward_encoder(self, imgs: Tensor, hidden: Tensor, order: Tensor | None = None) -> Tensor:
-        """Encode all patches, those of `hidden` (B, m) replaced: (B, 3, H, W) -> latents (B, M, Cd, dec_depth)."""
+        """Encode all patches, with `hidden` (B, m) ones replaced: (B, 3, H, W) -> latents (B, M, Cd, dec_depth)."""
         x = self.embed_patches(imgs)  # (B, M, C)
         is_hidden = torch.zeros_like(x[:, :, :1], dtype=torch.bool).scatter(1, hidden[:, :, None], True)  # (B, M, 1)
         x = torch.where(is_hidden, self.mask_token, x) + self.pos_embed
@@ -52,15 +54,16 @@ class MaskedPretrain(PretrainModel):
         return self.decode(queries, latents)
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, hidden: Tensor) -> Tensor:
-        """Squared error per image, averaged over its hidden patches and pixels: (B,)."""
+        """Return the squared error of each image, averaged over its hidden patches and pixels: (B,)."""
         target = self.patchify(imgs).take_along_dim(hidden[:, :, None], dim=1)  # (B, m, 3pp)
         return (pred - self.as_target(target)).square().mean(dim=(1, 2))
 
     def forward(self, imgs: Tensor) -> Tensor:
-        """Loss per image (B,); the training loss is its mean."""
-        pred, hidden, _ = self._predict(imgs)
+        """Return the loss of each image: (B, 3, H, W) -> (B,)."""
+        pred, hidden, _ = self.predict(imgs)
         return self.forward_loss(imgs, pred, hidden)
 
-    def _predict(self, imgs: Tensor) -> tuple[Tensor, Tensor, None]:
+    def predict(self, imgs: Tensor) -> tuple[Tensor, Tensor, None]:
+        """See `PretrainModel.predict`."""
         order, hidden = self.draw_order(len(imgs)), self.draw_hidden(len(imgs))
         return self.forward_decoder(self.forward_encoder(imgs, hidden, order), hidden), hidden, None

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import models_arm
 import pretrained
 from models_arm import ARMClassifier, PretrainModel
+from objectives import encoder_part
 from ops import BackendUnavailable, choose_backend
 from util import arguments
 from util.data.datasets import ImageDataset
@@ -99,11 +99,12 @@ def pool(model: Model, tokens: Tensor) -> Tensor:
 
 def hash_of(model: Model) -> str:
     """SHA-256 of a model's weights."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        if not isinstance(model, PretrainModel) or name.startswith(models_arm.ENCODER):
-            digest.update(name.encode())
-            digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
+    digest, state_dict = hashlib.sha256(), model.state_dict()
+    if isinstance(model, PretrainModel):
+        state_dict = encoder_part(state_dict)
+    for name, value in sorted(state_dict.items()):
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 import models_arm
 import pretrained
 from mamba import Mixer
+from objectives import encoder_part
 from timm_models import CONFIG, input_config, pooling
 from util import arguments, cli
 from util.checkpoints import checkpoint_file, convert
@@ -138,7 +139,7 @@ def to_safetensors(module: nn.Module, about: dict, imgs: Tensor, path: Path) -> 
     model = module.model if isinstance(module, Encoder) else module
     state_dict = model.state_dict()
     if "switches" in about:
-        state_dict = models_arm.encoder_part(state_dict)
+        state_dict = encoder_part(state_dict)
     path.write_bytes(safetensors.torch.save(state_dict, {"format": "pt", checkpoint_file.METADATA: json.dumps(known)}))
     again = build(about)
     convert.load(again, safetensors.torch.load_file(path), set(again.state_dict()) - state_dict.keys())
