@@ -123,14 +123,16 @@ class Checkpoint:
         Raises:
             UserError: the decoder is incomplete, or sizes do not fit together.
         """
-        found: dict[str, Any] = {"img_size": self.input_size} | self.sizes | self.options
+        size = overrides.get("img_size") or self.input_size
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        found: dict[str, Any] = self.sizes | self.options
         if self.is_pretraining:
             found |= SMALLEST_DECODER if encoder else inspection.decoder_sizes(self.state_dict)
         create = models_arm.create_pretrain_model if self.is_pretraining else models_arm.create_classifier
         with as_user_error(TypeError, ValueError, BackendUnavailable, prefix=f"{self.name}: "):
-            if found.get("order") == "random" and overrides.get("img_size", self.input_size) != self.input_size:
+            if found.get("order") == "random" and size != self.input_size:
                 raise ValueError(f"a random order of clusters is only for {self.input_size} pixels: --input_size")
-            return create("arm_base_pz16", **{**found, **overrides})
+            return create("arm_base_pz16", **{**found, **overrides, "img_size": size})
 
     def load_into(self, model: PretrainModel | ARMClassifier, keep_head: bool = True, encoder: bool = False) -> bool:
         """Load the weights into a model of the same width, depth and patch size.
