@@ -3,14 +3,12 @@
 import copy
 import pickle
 import re
-import subprocess
-import sys
 
 import pytest
 import safetensors.torch
 import timm
 import torch
-from helpers import REPOSITORY, relative_error
+from helpers import relative_error
 from timm.layers import resample_patch_embed
 from timm.models import load_checkpoint, save_for_hf
 from timm.optim import param_groups_layer_decay as timm_groups
@@ -18,7 +16,6 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import models_arm
 from util.checkpoints.convert import pretrain_to_classifier
-from util.data.transforms import eval_transform
 from util.lr_decay import param_groups_layer_decay
 
 SMALL = {"embed_dim": 32, "depth": 2, "patch_size": 8, "img_size": (48, 32), "num_classes": 5}
@@ -47,56 +44,6 @@ def seeded(model, imgs):
 def imgs():
     torch.manual_seed(1)
     return torch.randn(2, 3, 48, 32)
-
-
-@pytest.mark.parametrize("name", models_arm.SIZES)
-def test_every_size_is_registered(name):
-    assert timm.is_model(name)
-    with torch.device("meta"):
-        model, own = timm.create_model(name, num_classes=7, img_size=(64, 32)), models_arm.SIZES[name]
-    assert isinstance(model, models_arm.ARMClassifier)
-    assert (model.embed_dim, len(model.layers), model.num_classes) == (own["embed_dim"], own["depth"], 7)
-    assert model.num_features == model.head_hidden_size == own["embed_dim"]
-    assert model.grid_size == (4, 2)
-
-
-def test_pretrained_cfg():
-    """The transform that timm derives evaluates as ours does."""
-    cfg = timm.get_pretrained_cfg("arm_large_pz16").to_dict()
-    assert cfg["architecture"] == "arm_large_pz16"
-    model = small()
-    assert model.get_submodule(cfg["first_conv"]) is model.patch_embed.proj
-    assert model.get_submodule(cfg["classifier"]) is model.get_classifier()
-    data = timm.data.resolve_data_config(cfg, model=None)
-    assert data["input_size"] == (3, 224, 224)
-    resize, crop, _, normalise = timm.data.create_transform(**data).transforms
-    our_resize, our_crop, _, our_normalise = eval_transform((224, 224), "square").transforms
-    assert (tuple(resize.size), resize.interpolation) == (tuple(our_resize.size), our_resize.interpolation)
-    assert tuple(crop.size) == tuple(our_crop.size)
-    assert normalise.mean.tolist() == pytest.approx(our_normalise.mean)
-    assert normalise.std.tolist() == pytest.approx(our_normalise.std)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "want", "crop"),
-    [
-        ({"img_size": 384, "patch_size": 16}, (384, 384), 1.0),
-        ({"img_size": (48, 256)}, (48, 256), 1.0),
-        ({"img_size": 64}, (64, 64), 0.875),
-        ({"img_size": 384, "pretrained_cfg_overlay": {"crop_pct": 0.95}}, (384, 384), 0.95),
-    ],
-)
-@pytest.mark.parametrize("features_only", [False, True])
-def test_the_data_config_is_of_the_models_size(sizes, want, crop, features_only):
-    """Crop and resize that timm derives are those of our evaluation, unless the caller asks for another crop."""
-    with torch.device("meta"):
-        model = timm.create_model("arm_base_pz16", **SMALL | {"depth": 3} | sizes, features_only=features_only)
-    data = timm.data.resolve_model_data_config(model)
-    assert (data["input_size"], data["crop_pct"]) == ((3, *want), crop)
-    if "pretrained_cfg_overlay" not in sizes:
-        resize, cut = timm.data.create_transform(**data).transforms[:2]
-        our_resize, our_cut = eval_transform(want, "square").transforms[:2]
-        assert (tuple(resize.size), tuple(cut.size)) == (tuple(our_resize.size), tuple(our_cut.size))
 
 
 def test_a_new_input_size(tmp_path):
@@ -483,88 +430,6 @@ def test_pretrained_files_are_adapted(tmp_path):
         assert model.num_classes == classes
 
 
-# Questions that timm's tests/models/test_models.py asks of registered models, asked of ours. It is not in the wheel.
-# Run with it (timm's repository of August 2026, timm 1.0.31), arm_tiny_pz16 passes all but the four tests that use
-# torch.fx or TorchScript; see test_what_is_not_promised.
-
-
-@pytest.fixture(scope="module", params=["arm_tiny_pz16"])
-def name(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def default(name):
-    torch.manual_seed(0)
-    return timm.create_model(name).eval(), torch.randn(1, 3, 224, 224)
-
-
-def test_timm_forward(default):
-    model, images = default
-    outputs = model(images)
-    assert outputs.shape == (1, 1000)
-    assert outputs.isfinite().all()
-    again = copy.deepcopy(model)
-    again.set_grad_checkpointing()
-    assert torch.allclose(again(images), outputs, rtol=1e-4, atol=1e-5)
-
-
-def test_timm_backward(name):
-    model = timm.create_model(name, num_classes=42).train()
-    outputs = model(torch.randn(2, 3, 224, 224))
-    outputs.mean().backward()
-    assert outputs.shape == (2, 42)
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
-def test_timm_config(name, default):
-    model, images = default
-    config, state = model.default_cfg, model.state_dict()
-    assert config is model.pretrained_cfg
-    assert tuple(images.shape[1:]) == tuple(config["input_size"])
-    assert model.num_classes == config["num_classes"]
-    assert {f"{config['classifier']}.weight", f"{config['first_conv']}.weight"} <= set(state)
-    tokens = model.forward_features(images)
-    assert tokens.shape[-1] == model.num_features
-    pooled = model.forward_head(tokens, pre_logits=True)
-    assert pooled.shape == (1, model.head_hidden_size)
-    bare = copy.deepcopy(model)
-    bare.reset_classifier(0)
-    assert bare.num_classes == 0
-    assert torch.equal(bare(images), pooled)
-    assert timm.create_model(name, num_classes=0).eval()(images).shape == pooled.shape
-    assert timm.create_model(name, num_classes=0, global_pool="").eval()(images).shape == tokens.shape
-
-
-def test_timm_features(name, default):
-    model, images = default
-    info = timm.models.FeatureInfo(model.feature_info, len(model.feature_info))
-    tokens, every = model.forward_intermediates(images)
-    assert torch.equal(tokens, model.forward_features(images))
-    assert [x.shape[1] for x in every] == info.channels()
-    assert [224 // x.shape[-1] for x in every] == info.reduction()
-    for options in ({}, {"feature_cls": "getter"}):
-        pyramid = timm.create_model(name, features_only=True, **options).eval()
-        maps = pyramid(images)
-        assert len(maps) == 3
-        assert [x.shape[1] for x in maps] == pyramid.feature_info.channels()
-        assert [224 // x.shape[-1] for x in maps] == pyramid.feature_info.reduction()
-
-
-@pytest.mark.parametrize("options", [{"in_chans": 1, "num_classes": 5}, {"in_chans": 1, "num_classes": 0}])
-def test_timm_pretrained(tmp_path, name, default, options):
-    """Weights for three channels and 1000 classes become a model of one channel and another head, or none."""
-    state = default[0].state_dict()
-    torch.save(state, tmp_path / "model.pth")
-    overlay = {"file": str(tmp_path / "model.pth")}
-    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
-    assert torch.allclose(model.patch_embed.proj.weight, state["patch_embed.proj.weight"].sum(1, keepdim=True))
-    assert torch.equal(model.norm_f.weight, state["norm_f.weight"])
-    assert model.num_classes == options["num_classes"]
-    features = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, features_only=True)
-    assert torch.equal(features.model.pos_embed, state["pos_embed"])
-
-
 def test_what_is_not_promised(imgs):
     """torch.fx and TorchScript say so at once, and what serves instead."""
     model, instead = small(), "use torch.export or torch.compile"
@@ -575,15 +440,3 @@ def test_what_is_not_promised(imgs):
     for module in (model, torch.nn.Sequential(model)):
         with pytest.raises(TypeError, match=f"TorchScript cannot compile this model, .*{instead}"):
             torch.jit.script(module)
-
-
-def test_the_line_that_starts_timms_scripts(tmp_path):
-    """As docs/using.md has it; the script here stands for validate.py, which timm's package does not carry."""
-    line = next(line for line in (REPOSITORY / "docs" / "using.md").read_text().splitlines() if "runpy" in line)
-    command, _, _ = line.partition(" validate.py ")
-    (tmp_path / "script.py").write_text(
-        "import sys, timm\nprint(__name__, sys.argv, len(timm.list_models('arm_*_pz16')))\n"
-    )
-    command = command.replace("REPOSITORY", str(REPOSITORY)).replace(" python ", f" {sys.executable} ")
-    done = subprocess.run(f"{command} script.py --x 1", shell=True, cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout == "__main__ ['script.py', '--x', '1'] 5\n", done.stderr
