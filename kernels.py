@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from ops import BackendUnavailable, choose_backend, fused, unavailable
 from ops.cuda_graph import BlockGraphs, captures
-from util.data.randaugment import carry_out_layers
-from util.data.uint8_transform import Uint8Transform
 from util.errors import UserError, as_user_error
 from util.training.precision import activation_dtype
 
@@ -84,6 +82,9 @@ def block_graphs(args: argparse.Namespace, model: nn.Module) -> BlockGraphs | No
 
 def fuse_augmentation(transform: object) -> None:
     """Let a transform compute RandAugment with Triton kernels if `augment` is among the chosen operators."""
+    from util.data.randaugment import carry_out_layers  # imports timm and torchvision
+    from util.data.uint8_transform import Uint8Transform
+
     if isinstance(transform, Uint8Transform):
         transform.carry_out = carry_out_fused if fused.uses("augment") else carry_out_layers
 

@@ -1,42 +1,44 @@
-"""Autoregressive pretraining of ARM.
+"""Pretrain ARM.
 
     torchrun --standalone --nproc_per_node=8 main_pretrain.py --batch_size 256 --model arm_base_pz16 \
         --norm_pix_loss --epochs 1600 --warmup_epochs 40 --blr 1.5e-4 --weight_decay 0.05 \
         --data_path /path/to/ImageNet --output_dir ./out_b
 
-Writes checkpoint-last.pth after every epoch, checkpoint-{epoch}.pth every --save_freq epochs and after the last,
-log.txt and TensorBoard files; --resume auto goes on with whatever was last written. The paper reaches 83.2 % on
-ImageNet-1k with this run and Finetuning/main_finetune.py.
+Writes checkpoint-last.pth after every epoch, checkpoint-{epoch}.pth every --save_freq epochs and after the last epoch,
+log.txt and TensorBoard files; --resume auto resumes from the newest checkpoint. The paper reports 83.2 % on ImageNet-1k
+for this run, finetuned by Finetuning/main_finetune.py.
 """
 
 import argparse
 import time
+from typing import TYPE_CHECKING
 
 import torch
-from timm.optim import param_groups_weight_decay
 
 import kernels
-import models_arm
 from decoder import TAPS
 from engine_pretrain import train_one_epoch
 from mamba import ORDERS
+from objectives import OBJECTIVES
 from ops import BackendUnavailable
 from util import arguments, cli
-from util.data.datasets import image_dataset
-from util.data.loaders import train_loader
-from util.data.transforms import pretrain_transform
+from util.data.readers import open_source
 from util.distributed.parallel import distribute, unsharded
 from util.distributed.processes import init_device, is_main
 from util.errors import as_user_error
 from util.seeding import seed_everything
-from util.tracking import prediction_figures
 from util.tracking.run_log import clock, open_log
 from util.training.precision import autocast
 from util.training.run import Run, fingerprint, starting_point
 
+if TYPE_CHECKING:
+    from models_arm import PretrainModel
+
+# `main` imports timm, torchvision and matplotlib after its checks, so that --help and mistakes take half of the time.
+
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line; defaults are those of the published base recipe."""
+    """Return the parser; its defaults are the published recipe of the base model."""
     parser = cli.Parser("main_pretrain.py", description=__doc__.splitlines()[0])
     arguments.add_shared_arguments(parser)
     group = parser.add_argument_group("pretraining")
@@ -49,15 +51,15 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--order",
         choices=ORDERS,
         default="row",
-        help="in which clusters are read; random is one permutation for all images, random_per_image another for each "
-        "(default: %(default)s)",
+        help="of the clusters; random is one permutation for all images, random_per_image one for each image (default: "
+        "%(default)s)",
     )
     group.add_argument(
         "--taps",
         choices=TAPS,
         default="even",
-        help="what the decoder's blocks read: the encoder evenly from its middle to its end, or all of them its last "
-        "block (default: %(default)s)",
+        help="which encoder blocks the decoder's blocks read: evenly from the middle to the last, or only the last "
+        "(default: %(default)s)",
     )
     group.add_argument("--norm_pix_loss", action="store_true", help="standardise the target pixels of each patch")
     group.add_argument(
@@ -65,7 +67,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--objective",
-        choices=tuple(models_arm.OBJECTIVES),
+        choices=tuple(OBJECTIVES),
         default="arm",
         help="arm predicts the next cluster; mae, a baseline, 75 %% of the patches, hidden at random (default: "
         "%(default)s)",
@@ -75,7 +77,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=arguments.natural,
         default=20,
         metavar="N",
-        help="epochs between sheets of what is predicted of four images of val/, or of train/ where there is no val/; "
+        help="epochs between figures of the predictions for four images of val/, or of train/ if there is no val/; "
         "0 draws none (default: %(default)s)",
     )
     kernels.add_arguments(parser.add_argument_group("kernels"))
@@ -93,12 +95,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_model(args: argparse.Namespace) -> models_arm.PretrainModel:
-    """The model that the command line, or the arguments saved in a checkpoint, ask for.
+def build_model(args: argparse.Namespace) -> "PretrainModel":
+    """Build the model of a command line, or of the arguments saved in a checkpoint.
 
     Raises:
         UserError: sizes that do not fit together.
     """
+    import models_arm
+
     with as_user_error(ValueError, BackendUnavailable):
         return models_arm.create_pretrain_model(
             args.model,
@@ -115,15 +119,24 @@ def main(args: argparse.Namespace) -> None:
     """Pretrain.
 
     Raises:
-        UserError: something that was asked for cannot be; no training has started then.
+        UserError: a mistake in the arguments or the data, before training starts.
     """
     arguments.check_arguments(args)
     device = init_device(args.device, args.dist_timeout, args.deterministic)
     folders = arguments.output_folders(args)
     log = open_log(folders, tracker=args.tracker)
     content = starting_point(args, folders[0], log.say)
-    dataset = image_dataset(args.data_path, "train", pretrain_transform(arguments.image_size(args), args), args.loader)
-    args.data = fingerprint(dataset.source)
+    source = open_source(args.data_path, "train")
+
+    from timm.optim import param_groups_weight_decay
+
+    from util.data.datasets import ImageDataset, pixels_by
+    from util.data.loaders import train_loader
+    from util.data.transforms import pretrain_transform
+    from util.tracking import prediction_figures
+
+    dataset = ImageDataset(source, pixels_by(args.loader, pretrain_transform(arguments.image_size(args), args)))
+    args.data = fingerprint(source)
     seed_everything(args.seed)
     model = build_model(args).to(device)
     kernels.choose(args, device, model.embed_dim, {"augment": "pretraining only crops and flips"})
@@ -153,12 +166,12 @@ def main(args: argparse.Namespace) -> None:
             log.epoch(**stats, epoch=epoch)
             run.end_epoch()
             if args.vis_freq and run.epoch % args.vis_freq == 0:
-                with unsharded(model), autocast(device):  # rank 0 alone draws
+                with unsharded(model), autocast(device):  # only rank 0 draws
                     figures = [] if shown is None else prediction_figures.draw_sheets(model, shown.to(device))
                 log.images(
                     epoch, **{f"image_{i}": prediction_figures.pixels(figure) for i, figure in enumerate(figures)}
                 )
-            loader.report(log.say)  # which may end the run
+            loader.report(log.say)  # may end the run
             passed = clock(start, run.epoch - first, args.epochs - first)
             log.say(f"epoch {epoch}: loss {stats['train_loss']:.4f}; {passed}")
 

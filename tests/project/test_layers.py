@@ -19,7 +19,7 @@ FLOORS = """
     engine_pretrain pretrained kernels
     models_mae
     models_arm
-    models_classifier decoder
+    models_classifier decoder objectives
     timm_models mamba
     util/training
     util/tracking

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-from timm.data import ImageNetInfo
 
 from util.data.readers import Source
 from util.errors import UserError
@@ -30,6 +29,8 @@ def known_names(saved: list[str], outputs: int, source: Source, owner: str) -> t
     """
     if any(saved):
         return saved, ""
+    from timm.data import ImageNetInfo
+
     synsets, own = ImageNetInfo().label_names(), set(source.classes) - {""}
     if outputs == len(synsets) and own and own <= set(synsets):
         return synsets, f"{owner} does not name its classes: ImageNet's in the order of their synsets are assumed"
