@@ -1,4 +1,4 @@
-"""Frozen features: the encoder of a checkpoint, and what its blocks make of each image, computed once and kept."""
+"""Frozen features: load the encoder of a checkpoint, compute features of every image once, cache them in a file."""
 
 import argparse
 import glob
@@ -8,6 +8,7 @@ import os
 import socket
 import stat
 from contextlib import suppress
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -35,15 +36,15 @@ BLOCK = 2**24  # bytes that are hashed at a time
 
 
 def load_model(args: argparse.Namespace, device: torch.device) -> Model:
-    """The model of a checkpoint, of pretraining (its encoder only: the decoder stays random) or of finetuning.
+    """Load the frozen model of a checkpoint: a classifier, or a pretraining model whose decoder stays random.
 
     Args:
-        args: `checkpoint`, `model_key`, `input_size` and `scan_backend` count; the middle ones get what was found, and
-            `class_names` the names of a classifier's outputs, where the file has them.
-        device: where it goes.
+        args: `checkpoint`, `model_key`, `ignore_keys`, `input_size` and `scan_backend` are read. `model_key` and
+            `input_size` are set to those of the model, `class_names` to the names of a classifier's outputs.
+        device: of the model.
 
     Raises:
-        UserError: no checkpoint of ARM, or an input size that does not fit.
+        UserError: the file is no checkpoint of ARM, or the input size or backend does not fit.
     """
     found = pretrained.read(args.checkpoint, args.model_key, args.ignore_keys)
     args.model_key, args.class_names = found.key, found.class_names
@@ -57,10 +58,10 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Model:
 
 
 def chosen_blocks(args: argparse.Namespace, depth: int) -> range:
-    """The blocks whose outputs are averaged, from 1: `--block`, the last ones of `--average_last`, or the last.
+    """Return the blocks whose outputs are averaged, from 1: `--block`, the last `--average_last`, or the last one.
 
     Raises:
-        UserError: there are not so many.
+        UserError: the encoder has fewer blocks.
     """
     for name in ("block", "average_last"):
         if (getattr(args, name) or 1) > depth:
@@ -71,40 +72,39 @@ def chosen_blocks(args: argparse.Namespace, depth: int) -> range:
 
 
 def encode(model: Model, imgs: Tensor, blocks: range) -> Tensor:
-    """Mean of the outputs of some blocks.
+    """Average the outputs of some blocks.
 
-    A pretrained encoder reads all clusters, the last one too, in cluster order. A classifier's outputs pass its last
-    normalisation, as the last block's do.
+    A pretraining model encodes all clusters, the last one too, in cluster order. A classifier applies its last
+    normalisation to each output.
 
     Args:
         model: of pretraining or finetuning.
         imgs: (B, 3, H, W).
-        blocks: which, from 1.
+        blocks: their numbers, from 1.
 
     Returns:
         Tokens (B, L, C) float32; those of a classifier have the class token in the middle.
     """
     if isinstance(model, ARMClassifier):
-        _, taps = model.encode(imgs, [number - 1 for number in blocks], blocks[-1])
-        taps = [model.norm_f(h) for h in taps]
+        _, tapped = model.encode(imgs, [number - 1 for number in blocks], blocks[-1])
+        outputs = [model.norm_f(h) for h in tapped]
     else:
-        taps = model.encode(model.embed(imgs), blocks).values()
-    return sum(h.float() for h in taps) / len(blocks)
+        outputs = list(model.encode(model.embed(imgs), blocks).values())
+    return reduce(torch.add, [h.float() for h in outputs]) / len(blocks)
 
 
 def pool(model: Model, tokens: Tensor) -> Tensor:
-    """One vector an image: the mean over all tokens, for a classifier what its head reads: (B, L, C) -> (B, C)."""
+    """Pool tokens, (B, L, C) -> (B, C): their mean, or as a classifier pools them for its head."""
     return tokens.mean(dim=1) if isinstance(model, PretrainModel) else model.forward_head(tokens, pre_logits=True)
 
 
 def hash_of(model: Model) -> str:
-    """SHA-256 of a model's weights."""
-    digest, state_dict = hashlib.sha256(), model.state_dict()
-    if isinstance(model, PretrainModel):
-        state_dict = encoder_part(state_dict)
-    for name, value in sorted(state_dict.items()):
-        digest.update(name.encode())
-        digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
+    """Return the SHA-256 of a model's weights, of a pretraining model without its decoder."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if not isinstance(model, PretrainModel) or name.startswith(models_arm.ENCODER):
+            digest.update(name.encode())
+            digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -118,19 +118,19 @@ def features(
     device: torch.device,
     log: Log,
 ) -> tuple[Tensor, Tensor]:
-    """What the frozen model makes of every image: from the cache, or computed, each process a share, and kept there.
+    """Return the features of every image from the cache; compute them first, each process a share, if need be.
 
-    A file of the cache is NumPy's format, which executes nothing, read through a memory map. It is named by a hash of
-    the weights, of the images' folder, files and labels, and of all settings that change a value. It ends in a checksum
-    of all before it, which is compared once, before the file is used.
+    A file of the cache has NumPy's format, which executes nothing, and is memory-mapped. Its name holds a hash of the
+    weights, of the images' folder, files and labels, and of all settings that change a value. It ends with a checksum
+    of its content, which is checked once, before the file is used.
 
     Args:
         args: `cache`, `max_gb`, what `eval_loader` reads, and the settings of the images.
         model: as `load_model` returns it.
         dataset: of one split.
-        split: its name, for the file.
+        split: its name, for the file's name.
         blocks: see `encode`.
-        tokens: all tokens in float16, instead of the pooled features in float32.
+        tokens: return all tokens in float16 instead of pooled features in float32.
         device: of the model.
         log: of this rank.
 
@@ -139,8 +139,8 @@ def features(
         image is -1. Memory-mapped from the file.
 
     Raises:
-        UserError: larger than `--max_gb`, the folder cannot be written, or the file is damaged.
-        RunError: broken images, or features that are not finite.
+        UserError: the file would be larger than `--max_gb`, cannot be written, or is damaged.
+        RunError: images are broken, or features are not finite.
     """
     settings = {
         "weights": hash_of(model), "data": fingerprint(dataset.source), "split": split,
@@ -157,23 +157,23 @@ def features(
     record = np.dtype([("label", np.int64), feature], align=True)
 
     def start() -> str | None:
-        """Make the file to fill, unless there is one."""
+        """Create the file to fill and return its path; None if the features are cached."""
         if os.path.lexists(path):
             return None
         size = len(dataset) * record.itemsize / 1e9
         if size > args.max_gb:
             raise UserError(f"the features of {split} take {size:.3g} GB, more than --max_gb {args.max_gb:g} allows")
-        mine = f".{path.name}.{socket.gethostname()}."  # other hosts may share the folder
+        mine = f".{path.name}.{socket.gethostname()}."  # other hosts may use the folder too
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            for left in path.parent.glob(f"{glob.escape(mine)}*"):  # by a process that was killed
+            for left in path.parent.glob(f"{glob.escape(mine)}*"):  # of a process that was killed
                 if left.suffix[1:] == str(os.getpid()) or not Path("/proc", left.suffix[1:]).exists():
                     left.unlink(missing_ok=True)
             partial = path.with_name(f"{mine}{os.getpid()}")
-            with partial.open("xb") as file:  # a new file, not one that a link leads to
+            with partial.open("xb") as file:  # a new file, never the target of a link
                 header = {"descr": np.lib.format.dtype_to_descr(record), "fortran_order": False}
                 np.lib.format.write_array_header_1_0(file, header | {"shape": (len(dataset),)})
-                # a full disk would end a process that writes to the map, wordlessly
+                # reserve the space: on a full disk, writing to the memory map would kill the process without a message
                 size = file.tell() + len(dataset) * record.itemsize + DIGEST
                 file.flush()
                 os.posix_fallocate(file.fileno(), 0, size)
@@ -198,17 +198,17 @@ def features(
         if not stat.S_ISREG(path.stat().st_mode):
             raise ValueError("it is no regular file")
         if partial is None and digest_of(path) != last_bytes(path):
-            raise ValueError("its checksum is that of other content")
-        rows = np.load(path, mmap_mode="c", allow_pickle=False)  # as if writable: torch has no read-only tensors
+            raise ValueError("its checksum does not match its content")
+        rows = np.load(path, mmap_mode="c", allow_pickle=False)  # copy on write: torch has no read-only tensors
         if (rows.dtype, rows.shape) != (record, (len(dataset),)):
             raise ValueError(f"it holds {rows.dtype} {rows.shape}, not {record} {(len(dataset),)}")
     return torch.from_numpy(rows["feature"]), torch.from_numpy(rows["label"])
 
 
 def digest_of(path: Path) -> bytes:
-    """Return the SHA-256 of the SHA-256s of a file's blocks, without its last `DIGEST` bytes; each process reads some.
+    """Return the SHA-256 of the SHA-256s of a file's blocks, without its last `DIGEST` bytes.
 
-    One process hashes 1.3 GB a second (AMD EPYC, with SHA instructions) where the file is in memory.
+    Each process hashes some of the blocks: 1.3 GB a second (AMD EPYC, with SHA instructions) of a file in memory.
 
     Raises:
         OSError: the file cannot be read.
@@ -232,10 +232,15 @@ def last_bytes(path: Path) -> bytes:
 
 
 def publish(partial: Path, path: Path, digest: bytes) -> None:
-    """End a whole file with its digest, for which it has the room, and give it its name.
+    """Write the digest into the last bytes of a complete file and rename the file.
+
+    Args:
+        partial: the file; its last `DIGEST` bytes are free.
+        path: its new name.
+        digest: of all other bytes.
 
     Raises:
-        UserError: the folder cannot be written any more.
+        UserError: the folder cannot be written.
     """
     with as_user_error(OSError, prefix="--cache: "):
         with partial.open("r+b") as file:
@@ -250,24 +255,24 @@ def publish(partial: Path, path: Path, digest: bytes) -> None:
 def compute(
     model: Model,
     loader: DeviceLoader,
-    rows: np.ndarray,
+    rows: np.memmap,
     blocks: range,
     tokens: bool,
     device: torch.device,
     log: Log,
     title: str,
 ) -> None:
-    """Fill this process's share of the rows (n,) of features and labels; for the rest see `features`."""
-    progress, seen = log.progress(f"features of {title}", len(loader)), 0
+    """Compute this process's share of the rows (n,) of features and labels; for the rest see `features`."""
+    progress, seen, order = log.progress(f"features of {title}", len(loader)), 0, list(loader.sampler)
     for step, (imgs, labels) in enumerate(loader, start=1):
         with autocast(device):
-            found = encode(model, imgs, blocks)
-        share = list(loader.sampler.indices[seen : seen + len(labels)])
-        with np.errstate(over="ignore"):  # what float16 does not hold becomes infinite
-            found = (found if tokens else pool(model, found)).cpu().numpy().astype(rows["feature"].dtype)
-        if not np.isfinite(found).all():
-            first = int(np.isfinite(found).reshape(len(found), -1).all(axis=1).argmin())  # (B, ...) -> (B, n)
-            (name,) = loader.names([seen + first])
+            encoded = encode(model, imgs, blocks)
+        share = order[seen : seen + len(labels)]
+        with np.errstate(over="ignore"):  # values beyond float16 become infinite
+            found = (encoded if tokens else pool(model, encoded)).cpu().numpy().astype(rows["feature"].dtype)
+        finite = np.isfinite(found).reshape(len(found), -1).all(axis=1)  # (B, ...) -> (B, n) -> (B,)
+        if not finite.all():
+            name = printable(loader.names([seen + int(finite.argmin())])[0])
             raise RunError(f"features of {title} are not finite" + " in float16" * tokens + f"; the first: {name}")
         rows["feature"][share], rows["label"][share] = found, labels.cpu()
         seen += len(labels)

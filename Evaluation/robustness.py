@@ -1,11 +1,12 @@
-"""Accuracy of a classifier of ImageNet on the images that test its robustness.
+"""Evaluate a classifier of ImageNet on datasets that test its robustness.
 
     python Evaluation/robustness.py out_finetune_b/checkpoint-best.pth --data imagenet=/path/ImageNet/val \
         imagenet-a=/path/imagenet-a imagenet-r=/path/imagenet-r sketch=/path/sketch \
         v2=/path/imagenetv2-matched-frequency-format-val c=/path/imagenet-c real=/path/ImageNet/val
 
-prints a table and writes it as JSON beside the checkpoint. Each is a folder as it is published: folders of synsets; for
-v2 folders 0 to 999; for c corruption/severity/synset; for real the validation images under their published names.
+prints a table and writes it as JSON beside the checkpoint. Each dataset is a folder as it is published: one folder a
+synset; for v2 folders 0 to 999; for c corruption/severity/synset; for real the validation images under their published
+names.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -39,8 +41,8 @@ from util.files import printable
 from util.tracking.run_log import open_log
 from util.training.evaluation import evaluate, score_labels
 
-# Errors of AlexNet in percent, mean over the five severities, which mCE divides by: Hendrycks & Dietterich 2019 (arXiv
-# 1903.12261), with the digits of the authors' code (github.com/hendrycks/robustness).
+# Errors of AlexNet in percent, averaged over the five severities; mCE divides by them. Source: Hendrycks & Dietterich
+# 2019 (arXiv 1903.12261), with the digits of the authors' code (github.com/hendrycks/robustness).
 ALEXNET = {
     "gaussian_noise": 88.6428, "shot_noise": 89.4468, "impulse_noise": 92.2640, "defocus_blur": 81.9880,
     "glass_blur": 82.6268, "motion_blur": 78.5948, "zoom_blur": 79.8360, "snow": 86.6816, "frost": 82.6572,
@@ -53,14 +55,28 @@ UNANSWERED = {"broken": "broken", "nonfinite": "with logits that are not finite"
 SETS = ("imagenet", "imagenet-a", "imagenet-r", "sketch", "v2", "c", "real")
 
 
+class Part(NamedTuple):
+    """Images that are evaluated together.
+
+    Attributes:
+        source: images and labels.
+        score: compares logits with labels.
+        unlabelled: number of images that are left out because they have no label.
+    """
+
+    source: Folder
+    score: Score
+    unlabelled: int = 0
+
+
 def timm_list(name: str) -> list:
-    """A list that timm carries: synsets, one a line, or JSON."""
-    text = resources.files("timm.data").joinpath("_info", name).read_text(encoding="utf-8")
+    """Return a list that comes with timm: synsets, one a line, or JSON."""
+    text = (resources.files("timm.data") / "_info" / name).read_text(encoding="utf-8")
     return json.loads(text) if name.endswith(".json") else text.split()
 
 
 def named_path(text: str) -> tuple[str, Path]:
-    """Argument type: SET=FOLDER."""
+    """Parse SET=FOLDER."""
     name, _, path = text.partition("=")
     if not path or name not in SETS:
         raise argparse.ArgumentTypeError(f"{text!r} is not SET=FOLDER with one of {', '.join(SETS)}")
@@ -68,7 +84,7 @@ def named_path(text: str) -> tuple[str, Path]:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = cli.Parser("robustness.py", description=__doc__.splitlines()[0])
     arguments.add_machine_arguments(parser)
     arguments.add_eval_arguments(parser)
@@ -80,11 +96,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parts_of(name: str, path: Path) -> dict[str, tuple[Folder, Score]]:
-    """The images of a set and how answers are compared with them, by title: one part, for c one a folder.
+def parts_of(name: str, path: Path) -> dict[str, Part]:
+    """Return the parts of a set by title: one, or for c one a folder.
 
     Raises:
-        UserError: the folder is not there, or not of the set's form.
+        UserError: there is no such folder, or it does not have the layout of the set.
     """
     with as_user_error(OSError, prefix=f"--data {name}: "):
         if not path.is_dir():
@@ -95,21 +111,21 @@ def parts_of(name: str, path: Path) -> dict[str, tuple[Folder, Score]]:
         missing = [str(folder) for folder in folders.values() if not folder.is_dir()]
         if missing:
             raise UserError(f"--data c={path}: {len(missing)} folders are missing: {', '.join(missing[:3])}")
-        return {title: (labelled(folder, synsets), score_labels) for title, folder in folders.items()}
+        return {title: Part(labelled(folder, synsets), score_labels) for title, folder in folders.items()}
     if name in ("imagenet-a", "imagenet-r"):
         subset = timm_list(f"{name.replace('-', '_')}_synsets.txt")
         columns = [synsets.index(synset) for synset in subset]
-        return {name: (labelled(path, subset), partial(score_columns, columns))}
+        return {name: Part(labelled(path, subset), partial(score_columns, columns))}
     if name == "real":
         return {name: real_labelled(path, timm_list("imagenet_real_labels.json"))}
-    return {name: (labelled(path, [str(n) for n in range(1000)] if name == "v2" else synsets), score_labels)}
+    return {name: Part(labelled(path, [str(n) for n in range(1000)] if name == "v2" else synsets), score_labels)}
 
 
 def labelled(path: Path, names: list[str]) -> Folder:
-    """Images in folders that have some of these names; the label of an image is the position of the name.
+    """Return the images of a folder of classes; the label of an image is the position of its class in `names`.
 
     Raises:
-        UserError: no images, or a folder of another name.
+        UserError: there are no images, or a class that is not in `names`.
     """
     source = Folder(str(path), "")
     unknown = sorted(set(source.classes) - set(names))
@@ -119,15 +135,15 @@ def labelled(path: Path, names: list[str]) -> Folder:
     return source
 
 
-def real_labelled(path: Path, real: list[list[int]]) -> tuple[Folder, Score]:
-    """ImageNet's validation images without those that have no ReaL label (Beyer et al. 2020).
+def real_labelled(path: Path, real: list[list[int]]) -> Part:
+    """Return ImageNet's validation images without those that have no ReaL label (Beyer et al. 2020).
 
     Args:
-        path: folder with a folder a class.
+        path: folder with one folder a class.
         real: right classes of each of the 50,000 images, by its number.
 
     Raises:
-        UserError: a file whose name does not tell its number, or no image with a label.
+        UserError: the name of a file does not hold its number, or no image has a label.
     """
     source = Folder(str(path), "")
     found = [re.search(rb"ILSVRC2012_val_(\d{8})", name) for name in source.paths]
@@ -142,22 +158,23 @@ def real_labelled(path: Path, real: list[list[int]]) -> tuple[Folder, Score]:
     kept = np.flatnonzero([bool(real[number]) for number in numbers])
     if not len(kept):
         raise UserError(f"{path}: none of the images has a ReaL label")
-    source.unlabelled = len(numbers) - len(kept)
     source.paths, source.labels = source.paths[kept], numbers[kept]
     classes = pad_sequence([torch.tensor(own or [-1]) for own in real], batch_first=True, padding_value=-1)
-    return source, partial(score_sets, classes)
+    return Part(source, partial(score_sets, classes), len(numbers) - len(kept))
 
 
 def score_columns(columns: list[int], logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Answers among a part of the classes, of which labels are positions; see `evaluate`."""
+    """Score predictions among some of the classes; labels are positions in `columns`. See `evaluate`."""
     return score_labels(logits[:, columns], labels)
 
 
 def score_sets(classes: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Answers of which several can be right; see `evaluate`. The loss is that of the right classes together.
+    """Score predictions where several classes are right; see `evaluate`.
+
+    The loss is minus the log of the summed probability of the right classes.
 
     Args:
-        classes: (n, most) int64, the right classes of each image, filled up with -1.
+        classes: (n, most) int64, the right classes of each image, padded with -1.
         logits: (B, num_classes) float32.
         labels: (B,) numbers of images, or -1.
     """
@@ -169,7 +186,7 @@ def score_sets(classes: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor,
 
 
 def result_of(name: str, results: dict[str, dict]) -> dict:
-    """What was found on one set, from the results of its parts; for c also `mce` in percent."""
+    """Return the result of a set from the results of its parts; for c also `mce` in percent."""
     if name != "c":
         (result,) = results.values()
         correct, correct5 = (result[key] * result["images"] / 100 for key in ("acc1", "acc5"))
@@ -190,7 +207,7 @@ def main(args: argparse.Namespace) -> None:
     """Evaluate on each set.
 
     Raises:
-        UserError: something that was asked for cannot be; nothing has been evaluated then.
+        UserError: arguments, checkpoint or data do not fit; nothing has been evaluated then.
     """
     arguments.check_input_size(args)
     if len(dict(args.data)) < len(args.data):
@@ -213,13 +230,13 @@ def main(args: argparse.Namespace) -> None:
             log.say(f"{name}: {line}")
     rows = {}
     for name, parts in sets.items():
-        # images of C are stored as the crop that is to be evaluated
+        # images of c are stored cropped
         transform = eval_transform(arguments.image_size(args), args.eval_resize, 1.0 if name == "c" else None)
         results = {}
-        for title, (source, score) in parts.items():
-            loader = eval_loader(ImageDataset(source, pixels_by(args.eval_loader, transform)), args, device)
-            results[title] = evaluate(model, loader, device, log, title, score=score)
-            results[title]["classes"] = len(source.classes)
+        for title, part in parts.items():
+            loader = eval_loader(ImageDataset(part.source, pixels_by(args.eval_loader, transform)), args, device)
+            results[title] = evaluate(model, loader, device, log, title, score=part.score)
+            results[title]["classes"] = len(part.source.classes)
         rows[name] = result_of(name, results)
     head = ["data", "top-1 (95 % over images)", "top-5", "images", "mCE"]
     log.say(table(head, *([name, *cells(row)] for name, row in rows.items())))
@@ -229,10 +246,16 @@ def main(args: argparse.Namespace) -> None:
 
 
 def sort_outputs(model: ARMClassifier, names: list[str], synsets: list[str], owner: str) -> None:
-    """Give the outputs of a classifier, whose classes have these names, the order of the synsets.
+    """Sort the outputs of a classifier as the synsets.
+
+    Args:
+        model: its head is changed in place.
+        names: of its classes, by output.
+        synsets: the same names in another order.
+        owner: the checkpoint, for messages.
 
     Raises:
-        UserError: the names are others.
+        UserError: the names are not the synsets.
     """
     other = sorted(set(names) ^ set(synsets))
     if other or len(names) != len(synsets):
@@ -242,8 +265,8 @@ def sort_outputs(model: ARMClassifier, names: list[str], synsets: list[str], own
         parameter.copy_(parameter[order])
 
 
-def left_out(name: str, path: Path, parts: dict[str, tuple[Folder, Score]]) -> list[str]:
-    """Return lines that count what is not evaluated of a set: classes without images, and what it has beside.
+def left_out(name: str, path: Path, parts: dict[str, Part]) -> list[str]:
+    """Return lines that count what is not evaluated of a set: classes without images, other files and folders.
 
     Args:
         name: of the set.
@@ -251,10 +274,10 @@ def left_out(name: str, path: Path, parts: dict[str, tuple[Folder, Score]]) -> l
         parts: as `parts_of` returns them.
     """
     if name == "real":
-        ((source, _),) = parts.values()
-        return [f"{source.unlabelled} images without a ReaL label are left out"] * bool(source.unlabelled)
+        (part,) = parts.values()
+        return [f"{part.unlabelled} images without a ReaL label are left out"] * bool(part.unlabelled)
     classes, lines = 200 if name in ("imagenet-a", "imagenet-r") else 1000, []
-    missing = [classes - len(set(source.labels.tolist())) for source, _ in parts.values()]
+    missing = [classes - len(set(part.source.labels.tolist())) for part in parts.values()]
     if any(missing):
         where = f" in {sum(map(bool, missing))} of {len(parts)} folders" if name == "c" else ""
         lines.append(f"up to {max(missing)} of its {classes} classes have no image{where}")
@@ -269,7 +292,7 @@ def left_out(name: str, path: Path, parts: dict[str, tuple[Folder, Score]]) -> l
 
 
 def cells(row: dict) -> list:
-    """A row of results for the table. Corrupted images are copies of the same ones: no interval is told for them."""
+    """Return a row of results as cells of the table, for c without an interval: its images are copies of a few."""
     wrong = "".join(f", {row[kind]} of them {what}" for kind, what in UNANSWERED.items() if kind in row)
     top1 = with_interval(row) if "interval" in row else f"{row['acc1']:.2f} %"
     return [top1, f"{row['acc5']:.2f} %", f"{row['images']}{wrong}", f"{row['mce']:.1f} %" if "mce" in row else ""]

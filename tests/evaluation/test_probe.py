@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import socket
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def test_attention_pooling_against_a_formula():
     torch.manual_seed(0)
     heads = [probes.AttentiveHead(6, 5, num_heads=2)]
     x = 3 + 2 * torch.randn(4, 7, 6)
-    got = probes.Probes(6, heads)(x)[0]
+    got = probes.Heads(6, heads)(x)[0]
     query, k, v, linear = (w.detach().double().numpy() for w in heads[0].parameters())
     x = x.double().numpy()
     x = (x - x.mean(axis=(0, 1))) / np.sqrt(x.var(axis=(0, 1)) + 1e-6)
@@ -74,14 +74,17 @@ def separable(count, shape=(), seed=0):
     return x, labels
 
 
-ARGS = SimpleNamespace(seed=0, probe_epochs=40, probe_batch_size=64)
+ARGS = argparse.Namespace(seed=0, probe_epochs=40, probe_batch_size=64, attn_heads=2)
+
+
+def train(train, val, probe=probes.LINEAR):
+    return probe.train(probes.Task(train, val, 4, ARGS, CPU, SilentLog()), seed=0)
 
 
 @pytest.mark.parametrize("kind", ["linear", "attentive"])
 def test_probes_learn_what_is_separable(kind):
     shape = (5,) if kind == "attentive" else ()
-    make = {"linear": lambda: probes.LinearHead(8, 4), "attentive": lambda: probes.AttentiveHead(8, 4, 2)}[kind]
-    result = probes.train_probe(make, separable(300, shape), separable(100, shape, 1), ARGS, 0, CPU)
+    result = train(separable(300, shape), separable(100, shape, 1), probes.PROBES[kind])
     assert result["correct"] >= 95
     assert result["correct5"] == 100
     assert result["held_out"] > 90
@@ -89,16 +92,15 @@ def test_probes_learn_what_is_separable(kind):
 
 def test_the_choice_does_not_see_val():
     """Whatever the labels of val, the same learning rate is chosen, by the same held-out images; -1 is never right."""
-    train, (x, y) = separable(300), separable(100, seed=1)
-    make = lambda: probes.LinearHead(8, 4)  # noqa: E731
+    data, (x, y) = separable(300), separable(100, seed=1)
     truths = (y, (y + 1) % 4, torch.full((100,), -1))
-    right, wrong, broken = (probes.train_probe(make, train, (x, truth), ARGS, 0, CPU) for truth in truths)
+    right, wrong, broken = (train(data, (x, truth)) for truth in truths)
     assert right["lr"] == wrong["lr"]
     assert right["held_out"] == wrong["held_out"]
     assert right["correct"] >= 95
     assert wrong["correct"] <= 5
     assert (broken["correct"], broken["correct5"]) == (0, 0)
-    single = probes.train_probe(make, train, (x[:1], y[:1]), ARGS, 0, CPU)  # as beside any others
+    single = train(data, (x[:1], y[:1]))  # as beside any others
     assert single["correct"] == 1
 
 
@@ -115,37 +117,35 @@ def test_a_low_temperature_asks_the_nearest():
 def test_heads_side_by_side_do_not_meet(monkeypatch):
     """A head ends where it ends alone, and the best one on held-out images is chosen."""
     data = separable(200)
-    make = lambda: zeroed(probes.LinearHead(8, 4))  # noqa: E731
     found = {}
     for lrs in ((0.0,), (0.3,), (0.0, 0.3, 1e-5)):
-        monkeypatch.setattr(probes, "LINEAR_LRS", lrs)
         seen = []
-        monkeypatch.setattr(probes, "Probes", lambda *a, s=seen: s.append(PROBES(*a)) or s[0])
-        found[lrs] = probes.train_probe(make, data, data, ARGS, 0, CPU), seen[0].heads
+        monkeypatch.setattr(probes, "Heads", lambda *a, s=seen: s.append(HEADS(*a)) or s[0])
+        probe = replace(probes.LINEAR, lrs=lrs, make_head=lambda *_: zeroed(probes.LinearHead(8, 4)))
+        found[lrs] = train(data, data, probe), seen[0].heads
     together, heads = found[0.0, 0.3, 1e-5]
     assert together["lr"] == 0.3
     for head, alone in zip(heads, ((0.0,), (0.3,)), strict=False):
         assert torch.allclose(head.weight, found[alone][1][0].weight, rtol=1e-4, atol=1e-9)
 
 
-PROBES = probes.Probes
+HEADS = probes.Heads
 
 
-def test_a_diverged_learning_rate_is_never_chosen(monkeypatch):
+def test_a_diverged_learning_rate_is_never_chosen():
     """Nor does its NaN, which topk takes for the largest logit, count as right."""
     data = separable(200)
 
     def found(*starts, lr=0.3, data=data):
-        monkeypatch.setattr(probes, "LINEAR_LRS", (lr,) * len(starts))
         heads = iter(starts)
 
-        def make():
+        def make_head(*_):
             head = probes.LinearHead(8, 4)
             torch.nn.init.constant_(head.weight, next(heads))
             torch.nn.init.ones_(head.bias[:1])  # without learning the answer is 0
             return head
 
-        return probes.train_probe(make, data, data, ARGS, 0, CPU)
+        return train(data, data, replace(probes.LINEAR, lrs=(lr,) * len(starts), make_head=make_head))
 
     with pytest.raises(RunError, match="the probe diverged"):
         found(float("nan"), float("inf"))
@@ -157,7 +157,7 @@ def test_a_diverged_learning_rate_is_never_chosen(monkeypatch):
 
 
 def test_logits_that_are_not_finite_count_as_wrong():
-    model = PROBES(2, [torch.nn.Identity()]).eval()
+    model = HEADS(2, [torch.nn.Identity()]).eval()
     x = torch.tensor([[1.0, 0], [float("nan"), 0], [0, float("inf")], [0, 1], [3, 0]])
     labels = torch.tensor([0, 0, 1, 0, -1])
     assert probes.count(model, x, labels, [torch.arange(5)], CPU).tolist() == [[1, 2, 2]]
@@ -168,7 +168,7 @@ def test_features_without_a_direction(capsys):
     train = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0, 0], [3e38, 3e38]]), torch.tensor([0, 0, 1, 0, 0])
     val = torch.tensor([[1.0, 0.2], [0.1, 1], [0, 0]]), torch.tensor([0, 1, 0])
     args = argparse.Namespace(k=[1, 4], temperature=0.07)
-    (row,) = probe.evaluate_knn(train, val, args, 2, open_log())
+    (row,) = probes.PROBES["knn"].evaluate(probes.Task(train, val, 2, args, CPU, open_log()))
     assert (row["k"], row["acc1"], row["images"], row["without_direction"]) == (1, pytest.approx(200 / 3), 3, 1)
     out = capsys.readouterr().out
     assert "features of 2 images of train have no direction and are left out" in out
@@ -186,9 +186,10 @@ def test_features_without_a_direction(capsys):
     ],
 )
 def test_images_that_do_not_suffice(words, train, val, message):
-    args = argparse.Namespace(probe=words, k=[3, 9], data_path="images")
+    args = argparse.Namespace(probe=words, k=[3, 9], data_path="images", attn_heads=None, probe_batch_size=2)
+    labels = {"train": torch.tensor(train), "val": torch.tensor(val)}
     with pytest.raises(UserError, match=message):
-        probe.check_images(args, torch.tensor(train), torch.tensor(val), ["a", "b", "c"])
+        probe.check_images(args, 8, labels, ["a", "b", "c"])
 
 
 def test_too_few_images_are_refused_before_features_are_computed(checkpoints, tmp_path, monkeypatch):
@@ -337,6 +338,38 @@ def test_features_are_computed_once(checkpoints, image_folder, tmp_path, monkeyp
     counts.clear()
     run(tmp_path, tmp_path / "changed.pth", *words[1:], "--probe", "knn")
     assert sum(counts) == 31
+
+
+class NearestMean(probes.Probe):
+    """The class whose mean is nearest."""
+
+    name = "mean"
+
+    def add_arguments(self, group):
+        group.add_argument("--power", type=float, default=2)
+
+    def check(self, args, images, dim):
+        return [f"{images} images of {dim} channels have means"]
+
+    def evaluate(self, task):
+        (x, y), (queries, labels) = task.train, task.val
+        means = torch.stack([x[y == label].mean(dim=0) for label in range(task.classes)])
+        hits = torch.cdist(queries, means, p=task.args.power).argmin(dim=1) == labels
+        return [{"probe": "nearest mean", **probes.accuracy(int(hits.sum()), len(labels), len(labels))}]
+
+
+def test_a_probe_of_its_own(checkpoints, image_folder, tmp_path, capsys, monkeypatch):
+    """One entry in the table of probes is enough for the flags, the checks, the features and the results."""
+    monkeypatch.setitem(probes.PROBES, "mean", NearestMean())
+    words = ["--data_path", image_folder, "--cache", tmp_path / "cache", "--probe", "mean", "linear", "--power", 1]
+    found = run(tmp_path, checkpoints / "pretrain.pth", *words)
+    assert [row["probe"] for row in found["results"]] == ["linear", "nearest mean"]
+    assert found["results"][1]["acc1"] > 50
+    assert found["args"]["power"] == 1
+    printed = capsys.readouterr().out
+    assert "24 images of 32 channels have means" in printed
+    assert "| nearest mean | " in printed
+    assert not list((tmp_path / "cache").glob("*-tokens-*"))
 
 
 def test_two_processes_equal_one(checkpoints, image_folder, tmp_path):
