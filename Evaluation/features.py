@@ -100,11 +100,12 @@ def pool(model: Model, tokens: Tensor) -> Tensor:
 
 def hash_of(model: Model) -> str:
     """Return the SHA-256 of a model's weights, of a pretraining model without its decoder."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        if not isinstance(model, PretrainModel) or name.startswith(models_arm.ENCODER):
-            digest.update(name.encode())
-            digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
+    digest, state_dict = hashlib.sha256(), model.state_dict()
+    if isinstance(model, PretrainModel):
+        state_dict = encoder_part(state_dict)
+    for name, value in sorted(state_dict.items()):
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

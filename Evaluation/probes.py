@@ -17,7 +17,7 @@ from util.distributed.processes import gather_late, rank, reduce_sum, world_size
 from util.errors import RunError, UserError
 from util.lr_sched import lr_at, set_lr
 from util.seeding import seed_everything
-from util.tracking.run_log import ScreenLog, SilentLog
+from util.tracking.run_log import Log
 
 FEWEST = 3  # training images of a trained probe: one is held out, and batch norm needs two
 SHORTEST = 1e-12  # length of a feature up to which `F.normalize` does not divide by it
@@ -41,7 +41,7 @@ class Task(NamedTuple):
     classes: int
     args: argparse.Namespace
     device: torch.device
-    log: ScreenLog | SilentLog
+    log: Log
 
 
 class Probe:

@@ -22,31 +22,35 @@ def train_one_epoch(
     log: Log,
     mixup: Mixup | None = None,
 ) -> dict[str, float]:
-    """Train the classifier on labelled images; the EMA of `run` follows every update.
+    """Train the classifier on labelled images, and update the EMA of `run` after every update.
 
-    `criterion` and `mixup`: see `loss_of`. For the rest see `util.training.loop.train_epoch`.
+    For `criterion` and `mixup` see `loss_of`, for the rest `util.training.loop.train_epoch`.
     """
 
     def after_update(skipped: Tensor) -> None:
         if run.ema is not None:
-            follow(run.ema, run.model, skipped)
+            update_ema(run.ema, run.model, skipped)
 
     return train_epoch(model, loader, loss_of(model, criterion, mixup), run, device, log, after_update)
 
 
 @torch.no_grad()
-def follow(ema: ModelEmaV3, model: nn.Module, skipped: Tensor) -> None:
-    """What `ModelEmaV3.update` does with the parameters, unless an update was skipped, which only the device knows."""
-    averages, values = list(ema.module.parameters()), list(model.parameters())
+def update_ema(ema: ModelEmaV3, model: nn.Module, skipped: Tensor) -> None:
+    """Update the averages of the parameters as `ModelEmaV3.update` does, unless the update of the weights was skipped.
+
+    Only the device knows whether it was: `skipped` is 1 or 0 there, so that the host does not wait.
+    """
+    averages: list[Tensor] = list(ema.module.parameters())
+    values: list[Tensor] = list(model.parameters())
     steps = torch._foreach_sub(values, averages)
     torch._foreach_mul_(steps, (1 - ema.decay) * (1 - skipped))
     torch._foreach_add_(averages, steps)
 
 
 def loss_of(model: nn.Module, criterion: nn.Module, mixup: Mixup | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """What computes the loss of a batch of images (B, 3, H, W) and labels (B,).
+    """Return the function that computes the loss of a batch: images (B, 3, H, W), labels (B,) int64 -> scalar.
 
-    `criterion` takes logits and labels, or logits and class probabilities where `mixup` mixes images and labels.
+    `criterion` takes logits and labels; with `mixup`, which mixes images and labels, logits and class probabilities.
     """
 
     def compute_loss(imgs: Tensor, labels: Tensor) -> Tensor:

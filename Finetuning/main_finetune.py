@@ -1,4 +1,4 @@
-"""Finetuning of a pretrained ARM encoder as a four-direction classifier, and evaluation.
+"""Finetune a pretrained ARM encoder as a classifier with four scan directions, and evaluate classifiers.
 
     torchrun --standalone --nproc_per_node 8 main_finetune.py --batch_size 128 --model arm_base_pz16 \
         --finetune ./checkpoint-1599.pth --epochs 100 --global_pool True --blr 5e-4 --layer_decay 0.65 \
@@ -13,7 +13,7 @@ prints top-1, top-5, loss and the number of images, for the weights and for thei
 
 Writes checkpoint-last.pth after every epoch, checkpoint-{epoch}.pth every --save_freq epochs and after the last,
 checkpoint-best.pth and checkpoint-best-ema.pth whenever the top-1 accuracy of the weights or of their EMA rises,
-log.txt and TensorBoard files; --resume auto goes on with whatever was last written.
+log.txt and TensorBoard files. --resume auto resumes from the checkpoint that was written last.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from torch import nn
 
 import kernels
 import models_arm
+import pretrained
 from Finetuning.engine_finetune import train_one_epoch
 from ops import BackendUnavailable
 from pretrained import Checkpoint
@@ -53,7 +54,7 @@ from util.training.run import Run, fingerprint, starting_point
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line; defaults are those of the published base recipe."""
+    """Return the parser of the command line; its defaults are those of the published base recipe."""
     parser = cli.Parser("main_finetune.py", description=__doc__.splitlines()[0])
     arguments.add_shared_arguments(parser)
     group = parser.add_argument_group("finetuning")
@@ -121,7 +122,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--mixup_switch_prob", type=arguments.rate, default=0.5, help="rate of cutmix among them")
     group.add_argument(
-        "--mixup_mode", choices=("batch", "pair", "elem"), default="batch", help="what shares one lambda"
+        "--mixup_mode", choices=("batch", "pair", "elem"), default="batch", help="images that share one lambda"
     )
 
     kernels.add_arguments(parser.add_argument_group("kernels"))
@@ -136,44 +137,50 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def build_classifier(args: argparse.Namespace, found: Checkpoint | None) -> models_arm.ARMClassifier:
-    """The classifier that the command line and the checkpoint ask for.
+    """Build the classifier that the command line and the checkpoint describe, with random weights.
 
-    What the command line leaves open comes from the checkpoint: width, depth and patch size; for evaluation also
-    input size, classes and pooling; else it is base at 224 pixels with 1000 classes, pooled globally. `args` gets
-    what was found.
+    The command line comes first, then the checkpoint: width, depth, patch size and directions; for evaluation also
+    input size and classes; for evaluation and resuming the pooling. The default is base at 224 pixels with 1000
+    classes and global pooling. `args` is set to the values of the model.
+
+    Args:
+        args: of the script.
+        found: the checkpoint to evaluate, resume or finetune from.
 
     Raises:
-        UserError: sizes that do not fit together, a checkpoint that is not one of ARM, or for evaluation and resuming
-            a pooling other than the checkpoint's, unless `args.allow_changed_args`.
+        UserError: sizes do not fit together; the checkpoint is of pretraining, for evaluation or resuming; or the
+            pooling differs from the checkpoint's and `args.allow_changed_args` is not set.
     """
-    sizes, file = {}, args.resume or args.finetune
+    sizes: dict[str, object] = {}
+    trained = None  # pooling of the run that is evaluated or resumed
     if found is not None:
-        if found.is_pretraining and (args.eval or args.resume):
-            raise UserError(f"{file} comes from pretraining: --finetune it first")
-        sizes = dict(found.sizes)
-        if args.directions is not None and sizes.get("directions", args.directions) != args.directions:
+        if args.eval or args.resume:
+            if found.is_pretraining:
+                raise UserError(f"{found.name} comes from pretraining: --finetune it first")
+            trained = found.saved_pooling
+        sizes |= found.sizes
+        if args.directions not in (None, sizes.get("directions", args.directions)):
             raise UserError(
-                f"{file} has weights for {sizes['directions']} directions, which --directions {args.directions} "
+                f"{found.name} has weights for {sizes['directions']} directions, which --directions {args.directions} "
                 "cannot take"
             )
         if args.model is not None:
             del sizes["embed_dim"], sizes["depth"]
-        if not args.eval:
-            sizes.pop("num_classes", None)
-        elif args.input_size is None:
+        if args.eval:
             sizes["img_size"] = found.input_size
+        else:
+            sizes.pop("num_classes", None)
     sizes |= arguments.given(args, "patch_size", "embed_dim", "depth", "directions")
     if args.input_size is not None:
         sizes["img_size"] = arguments.image_size(args)
     if args.nb_classes is not None:
         sizes["num_classes"] = args.nb_classes
-    trained = found.saved_pooling if found is not None and (args.resume or args.eval) else None
     if args.global_pool is None:
         args.global_pool = True if trained is None else trained
     elif trained not in (None, args.global_pool) and not args.allow_changed_args:
         raise UserError(
-            f"{file} was trained with --global_pool {trained}, and --global_pool {args.global_pool} is another model; "
-            "--allow_changed_args takes it all the same"
+            f"{found.name} was trained with --global_pool {trained}, and --global_pool {args.global_pool} is another "
+            "model; --allow_changed_args takes it all the same"
         )
     with as_user_error(ValueError, BackendUnavailable):
         model = models_arm.create_classifier(
@@ -192,7 +199,7 @@ def main(args: argparse.Namespace) -> None:
     """Finetune, or evaluate with `--eval`.
 
     Raises:
-        UserError: something that was asked for cannot be; no training has started then.
+        UserError: arguments, checkpoint or data do not fit; no training has started then.
     """
     arguments.check_arguments(args)
     if args.model_key and args.resume and not args.eval:
@@ -204,38 +211,50 @@ def main(args: argparse.Namespace) -> None:
     device = init_device(args.device, args.dist_timeout, args.deterministic)
     seed_everything(args.seed)
     if args.eval:
-        log, resumed = open_log(), checkpoint_file.read(args.resume, args.ignore_keys) if args.resume else None
-    else:
-        folders = arguments.output_folders(args)
-        log = open_log(folders, tracker=args.tracker)
-        resumed = starting_point(args, folders[0], log.say)
-    content = checkpoint_file.read(args.finetune, args.ignore_keys) if resumed is None and args.finetune else resumed
-    found = None
+        file = args.resume or args.finetune
+        found = Checkpoint(file, checkpoint_file.read(file, args.ignore_keys), args.model_key)
+        model, val = prepare(args, found, device)
+        evaluate_checkpoint(args, found, model, val, device, open_log())
+        return
+    folders = arguments.output_folders(args)
+    log = open_log(*folders, tracker=args.tracker)
+    content = starting_point(args, folders[0], log.say)
+    start = None
     if content is not None:
-        given = set(arguments.given(args, "global_pool", "input_size"))
-        if not (args.resume or args.eval):
-            given.add("global_pool")  # new in this run
-        found = Checkpoint(args.resume or args.finetune, content, args.model_key)
-        found.say_guesses(given)
+        start = Checkpoint(args.resume, content)
+    elif args.finetune:
+        start = pretrained.read(args.finetune, args.model_key, args.ignore_keys)
+    model, val = prepare(args, start, device)
+    finetune(args, start, model, val, device, log)
+
+
+def prepare(
+    args: argparse.Namespace, found: Checkpoint | None, device: torch.device
+) -> tuple[models_arm.ARMClassifier, ImageDataset]:
+    """Return the classifier, with random weights, and the images to validate; choose the kernels.
+
+    Raises:
+        UserError: see `build_classifier`; or the images or the kernels are not there.
+    """
+    if found is not None:
+        new = set() if args.resume or args.eval else {"global_pool"}
+        found.say_guesses(new | arguments.given(args, "global_pool", "input_size").keys())
     model = build_classifier(args, found)
     transform = eval_transform(arguments.image_size(args), args.eval_resize)
     val = image_dataset(args.data_path, "val", transform, args.eval_loader)
     kernels.choose(args, device, model.embed_dim, idle_operators(args))
-    if args.eval:
-        evaluate_checkpoint(args, found, model, val, device, log)
-    else:
-        finetune(args, found, model, val, device, log)
+    return model, val
 
 
 def idle_operators(args: argparse.Namespace) -> dict[str, str]:
-    """Return the fused operators that have nothing to do in this run, and why."""
+    """Return the fused operators that this run does not use, and why."""
     if args.eval or args.loader == "pil" or not (args.aa or "").startswith("rand"):
         return {"augment": "it carries out RandAugment on the training device: --aa rand..., --loader fast"}
     return {}
 
 
 def check_labels(dataset: ImageDataset, nb_classes: int) -> None:
-    """Refuse labels beyond the classifier's outputs.
+    """Make sure that every label has an output of the classifier.
 
     Raises:
         UserError: there are more classes than outputs.
@@ -253,19 +272,19 @@ def evaluate_checkpoint(
     device: torch.device,
     log: Log,
 ) -> None:
-    """Print the accuracy of a checkpoint's weights and of its EMA weights, or of `args.model_key`.
+    """Print the accuracy of a checkpoint's weights and of their EMA, or of `args.model_key` alone.
 
     Raises:
-        UserError: the checkpoint does not fit, or val has classes that it does not know.
+        UserError: the checkpoint does not fit the model, or val has classes that it does not know.
     """
-    keys = [args.model_key] if args.model_key else checkpoint_file.weight_keys(found.content) or [None]
+    keys = [args.model_key] if args.model_key else [*checkpoint_file.weight_keys(found.content)] or [None]
     loader = eval_loader(val, args, device)
     model.to(device)
     if args.compile:
         model.compile()
-    file, source = args.resume or args.finetune, val.source
-    names, assumed = known_names(found.class_names, args.nb_classes, source, file)
-    for line in [assumed] * bool(assumed) + match_classes(source, names, file):
+    source = val.source
+    names, assumed = known_names(found.class_names, args.nb_classes, source, found.name)
+    for line in [assumed] * bool(assumed) + match_classes(source, names, found.name):
         log.say(line)
     pooling = "mean of the patches" if args.global_pool else "class token"
     classes, size = len(set(source.labels.tolist())), " x ".join(map(str, arguments.image_size(args)))
@@ -274,7 +293,7 @@ def evaluate_checkpoint(
         f"{args.directions} directions, {pooling}"
     )
     for key in keys:
-        Checkpoint(file, found.content, key).load_into(model)
+        Checkpoint(found.name, found.content, key).load_into(model)
         result = evaluate(model, loader, device, log)
         log.say(f"{key or 'weights'}: {describe_result(result)}")
 
@@ -287,10 +306,10 @@ def finetune(
     device: torch.device,
     log: Log,
 ) -> None:
-    """Train, evaluate after every epoch, keep the best.
+    """Train; evaluate after every epoch and keep the best weights.
 
     Raises:
-        UserError: something that was asked for cannot be; no training has started then.
+        UserError: arguments, checkpoint or data do not fit; no training has started then.
     """
     with as_user_error(AssertionError, ValueError, KeyError, prefix=f"--aa {args.aa}: "):
         transform = finetune_transform(arguments.image_size(args), args)
@@ -310,18 +329,18 @@ def finetune(
     loader, val_loader = train_loader(train, args, device), eval_loader(val, args, device)
     if len(train.source.classes) < args.nb_classes:
         log.say(f"{len(train.source.classes)} classes, and {args.nb_classes} outputs: --nb_classes")
-    if args.finetune and not args.resume:
+    if found is not None and not args.resume:
         start_from(args, found, model, names, log)
     model.to(device)
     ema = ModelEmaV3(model, decay=args.ema_decay) if args.ema_decay is not None else None
-    wrapped = distribute(model, device, args.fsdp)  # from here on all processes have the weights of rank 0
+    wrapped = distribute(model, device, args.fsdp)  # all processes have the weights of rank 0 from here on
     if ema is not None and args.fsdp:
         distribute(ema.module, device, sharded=True)
     groups = param_groups_layer_decay(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
     kernels.compile_models(args, device, model, *([] if ema is None else [ema.module]))
     run = Run(
-        args, model, optimizer, ema, names, content=found.content if args.resume else None, images=len(train),
+        args, model, optimizer, ema, names, content=found.content if found and args.resume else None, images=len(train),
         folder=Path(args.output_dir), say=log.say, graphs=kernels.block_graphs(args, model),
     )  # fmt: skip
 
@@ -332,7 +351,7 @@ def finetune(
         while run.epoch < args.epochs:
             epoch = run.epoch
             stats = train_one_epoch(wrapped, criterion, loader, run, device, log, mixup)
-            run.save()  # whatever ends the evaluation, the epoch is trained
+            run.save()  # the epoch is not lost if the evaluation is interrupted
             loader.report(log.say)
             result = evaluate(model, val_loader, device, log, stop=run.stop)
             stats |= {f"test_{name}": value for name, value in result.items()}
@@ -355,19 +374,19 @@ def start_from(
     names: list[str],
     log: Log,
 ) -> None:
-    """Load the weights of `--finetune`, and say whether a head among them is kept: its classes must be the run's.
+    """Load the weights of `--finetune`, and say whether its head is kept, which needs the classes of this run.
 
     Args:
         args: of the script.
-        found: the file `args.finetune`.
-        model: gets the weights.
-        names: of the run's classes, by output.
+        found: the checkpoint of `--finetune`.
+        model: its weights are set.
+        names: of this run's classes, by output.
         log: of this rank.
 
     Raises:
-        UserError: the checkpoint does not fit.
+        UserError: the checkpoint does not fit the model.
     """
-    file, saved = args.finetune, found.class_names
+    file, saved = found.name, found.class_names
     fits = found.load_into(model, keep_head=False)
     others = differing(saved, names)
     if not fits or others:
@@ -387,12 +406,12 @@ def start_from(
 
 
 def mixes(args: argparse.Namespace) -> bool:
-    """Whether images are mixed."""
+    """Return whether mixup or cutmix is on."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
 def training_loss(args: argparse.Namespace) -> tuple[Mixup | None, nn.Module]:
-    """What mixes images and labels, if anything does, and the criterion that takes what comes out."""
+    """Return (mixup or None, criterion)."""
     if not mixes(args):
         return None, LabelSmoothingCrossEntropy(args.smoothing)
     mixup = Mixup(

@@ -78,7 +78,7 @@ ARGS = argparse.Namespace(seed=0, probe_epochs=40, probe_batch_size=64, attn_hea
 
 
 def train(train, val, probe=probes.LINEAR):
-    return probe.train(probes.Task(train, val, 4, ARGS, CPU, SilentLog()), seed=0)
+    return probe.train(probes.Task(train, val, 4, ARGS, CPU, Log()), seed=0)
 
 
 @pytest.mark.parametrize("kind", ["linear", "attentive"])
