@@ -25,11 +25,11 @@ def test_ema_is_the_recursion_over_updates(monkeypatch):
     model = torch.nn.Linear(3, 2)
     history = [model.weight.detach().clone()]
     ema = ModelEmaV3(model, decay=0.9)
-    follow = engine_finetune.follow
+    update_ema = engine_finetune.update_ema
     monkeypatch.setattr(
         engine_finetune,
-        "follow",
-        lambda e, m, skipped: (history.append(m.weight.detach().clone()), follow(e, m, skipped)),
+        "update_ema",
+        lambda e, m, skipped: (history.append(m.weight.detach().clone()), update_ema(e, m, skipped)),
     )
     loader = Batches(*([torch.randn(2, 3), torch.randint(2, (2,))] for _ in range(4)))
     args = loop_args(lr=0.1, min_lr=0, accum_iter=2, batch_size=2)
@@ -48,7 +48,7 @@ def test_ema_equals_timms_and_ignores_skipped_updates():
     for skipped in (0.0, 1.0, 0.0):
         torch.nn.init.normal_(model.weight)
         before = ours.module.weight.clone()
-        engine_finetune.follow(ours, model, torch.tensor(skipped))
+        engine_finetune.update_ema(ours, model, torch.tensor(skipped))
         if skipped:
             assert torch.equal(ours.module.weight, before)
         else:
