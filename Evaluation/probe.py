@@ -111,7 +111,8 @@ def main(args: argparse.Namespace) -> None:
         data[False] = {name: (x.to(device), y.to(device)) for name, (x, y) in data[False].items()}
     rows: list[dict] = []
     for probe in probes:
-        rows += probe.evaluate(Task(*data[probe.tokens].values(), len(names), args, device, log))
+        parts = data[probe.tokens]
+        rows += probe.evaluate(Task(parts["train"], parts["val"], len(names), args, device, log))
 
     log.say(f"{type(model).__name__}, block {', '.join(map(str, blocks))} of {len(model.layers)}")
     head = ["probe", "top-1 (95 % over images)", "deviation over seeds", "top-5", "images", "learning rate"]

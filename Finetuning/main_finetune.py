@@ -177,7 +177,7 @@ def build_classifier(args: argparse.Namespace, found: Checkpoint | None) -> mode
         sizes["num_classes"] = args.nb_classes
     if args.global_pool is None:
         args.global_pool = True if trained is None else trained
-    elif trained not in (None, args.global_pool) and not args.allow_changed_args:
+    elif found is not None and trained not in (None, args.global_pool) and not args.allow_changed_args:
         raise UserError(
             f"{found.name} was trained with --global_pool {trained}, and --global_pool {args.global_pool} is another "
             "model; --allow_changed_args takes it all the same"
@@ -277,7 +277,7 @@ def evaluate_checkpoint(
     Raises:
         UserError: the checkpoint does not fit the model, or val has classes that it does not know.
     """
-    keys = [args.model_key] if args.model_key else [*checkpoint_file.weight_keys(found.content)] or [None]
+    keys = [args.model_key] if args.model_key else checkpoint_file.weight_keys(found.content)
     loader = eval_loader(val, args, device)
     model.to(device)
     if args.compile:
@@ -292,7 +292,7 @@ def evaluate_checkpoint(
         f"{len(val)} images of {classes} classes, resized to {size} ({args.eval_resize}); {args.nb_classes} outputs, "
         f"{args.directions} directions, {pooling}"
     )
-    for key in keys:
+    for key in keys or [None]:  # a bare state dict
         Checkpoint(found.name, found.content, key).load_into(model)
         result = evaluate(model, loader, device, log)
         log.say(f"{key or 'weights'}: {describe_result(result)}")
@@ -391,7 +391,7 @@ def start_from(
     others = differing(saved, names)
     if not fits or others:
         trunc_normal_(model.head.weight, std=2e-5)
-        nn.init.zeros_(model.head.bias)
+        nn.init.zeros_(model.head.get_parameter("bias"))
     if found.is_pretraining:
         return
     if not fits:

@@ -1,13 +1,13 @@
-"""Export a checkpoint for programs without this repository, and prove that the file computes the same.
+"""Export a checkpoint for use without this repository, and check that the file computes the same.
 
     python tools/export.py ./out_finetune_b/checkpoint-best.pth --to onnx
 
-writes ./out_finetune_b/checkpoint-best.onnx, and beside it checkpoint-best.json: the architecture and the arguments
-that `timm.create_model` builds it from, and its input as timm describes it (size, mean, std, crop).
+writes ./out_finetune_b/checkpoint-best.onnx, and beside it checkpoint-best.json: the architecture and arguments for
+`timm.create_model`, and the input as timm describes it (size, mean, std, crop).
 
 `--to pt2` writes a program of `torch.export`, `--to safetensors` the weights. `--encoder` leaves out the head: a
-classifier then returns its normalised tokens, with the class token in the middle. A checkpoint of pretraining has an
-encoder only: it reads in one direction, and returns all patches after the last block, in cluster order.
+classifier then returns its normalised tokens, with the class token in the middle. Of a pretraining model only the
+encoder can be exported: it scans in one direction and returns all patches after the last block, in cluster order.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -31,7 +32,9 @@ from torch import Tensor, nn
 import models_arm
 import pretrained
 from mamba import Mixer
-from objectives import encoder_part
+from models_arm import PretrainModel
+from models_classifier import ARMClassifier
+from pretrained import Checkpoint
 from timm_models import CONFIG, input_config, pooling
 from util import arguments, cli
 from util.checkpoints import checkpoint_file, convert
@@ -39,14 +42,15 @@ from util.checkpoints.hub import beside
 from util.errors import RunError, UserError, as_user_error
 from util.files import json_with, output_file, printable, read_json, sha256_of, write_json
 
-TOLERANCE = 1e-4  # of the largest output: sums in another order differ by some 1e-6
+Model = PretrainModel | ARMClassifier
+TOLERANCE = 1e-4  # relative to the largest output; summing in another order changes it by about 1e-6
 ANY_BATCH = ({0: torch.export.Dim("batch")},)
 DESCRIPTION = json_with(architecture=str, model_args=dict, pretrained_cfg=dict)  # the JSON beside a file
 ONNX_NEEDS = ("onnx", "onnxscript", "onnxruntime")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = cli.Parser("export.py", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=arguments.nonempty, metavar="CKPT", help="of pretraining or finetuning")
     parser.add_argument("--to", choices=tuple(WRITERS), required=True, help="format of the file")
@@ -58,81 +62,86 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 class Encoder(nn.Module):
-    """The part of a model that computes its tokens."""
+    """A model without its head or decoder: it returns tokens."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, imgs: Tensor) -> Tensor:
-        """Tokens: (B, 3, H, W) -> see `forward_features` of the model."""
+        """Return tokens of images (B, 3, H, W); see `forward_features` of the model."""
         return self.model.forward_features(imgs)
 
 
-def load(args: argparse.Namespace) -> tuple[nn.Module, dict]:
+def load(args: argparse.Namespace) -> tuple[Model, dict]:
     """Build the model of a checkpoint in evaluation mode, and its description in the form of timm's config.json.
 
     Raises:
-        UserError: the file is not a checkpoint of ARM, or has no head and `--encoder` is not given.
+        UserError: the file is no checkpoint of ARM, or has no head and `--encoder` is not given.
     """
     found = pretrained.read(args.checkpoint, args.model_key, args.ignore_keys)
     found.say_guesses()
     if found.is_pretraining and not args.encoder:
         raise UserError(f"{args.checkpoint} comes from pretraining and has no head: export its --encoder")
-    sizes = found.sizes | {"img_size": found.input_size}
-    same = (n for n, s in models_arm.SIZES.items() if all(s[k] == sizes[k] for k in ("embed_dim", "depth")))
-    name = next(same, "arm_base_pz16")
-    if not found.is_pretraining:
-        sizes["global_pool"] = pooling(found.options["global_pool"])
-        if args.encoder:
-            sizes["num_classes"] = 0
-            found.state_dict = {key: value for key, value in found.state_dict.items() if not key.startswith("head.")}
-    about = describe(name, sizes) | {"weights": found.key}
-    names = [] if found.is_pretraining or args.encoder else found.class_names
-    if any(names):
-        about["label_names"] = names  # as timm calls them
-    if found.is_pretraining:
-        about["switches"] = found.options
+    about = describe(found, args.encoder)
+    if args.encoder:
+        found.state_dict = {key: value for key, value in found.state_dict.items() if not key.startswith("head.")}
     with as_user_error(ValueError):
         model = build(about)
     found.load_into(model, encoder=found.is_pretraining)
     return model, about
 
 
-def describe(name: str, sizes: dict) -> dict:
-    """What timm's config.json says of a model."""
-    classes, size = sizes.get("num_classes", 0), sizes["img_size"]
-    data = {"num_classes": classes} | input_config(size)
-    return {
-        "architecture": name,
+def describe(found: Checkpoint, encoder: bool) -> dict:
+    """Return what timm's config.json says of a model, and the further options of a pretraining model (`switches`).
+
+    Args:
+        found: the checkpoint.
+        encoder: the head is left out.
+    """
+    sizes: dict = found.sizes | {"img_size": found.input_size}
+    same = (n for n, s in models_arm.SIZES.items() if all(s[k] == sizes[k] for k in ("embed_dim", "depth")))
+    about: dict = {"architecture": next(same, "arm_base_pz16"), "weights": found.key}
+    options: dict = found.options
+    if found.is_pretraining:
+        about["switches"] = options
+    else:
+        sizes["global_pool"] = pooling(options["global_pool"])
+        if encoder:
+            sizes["num_classes"] = 0
+        elif any(found.class_names):
+            about["label_names"] = found.class_names  # timm's name
+    classes = sizes.get("num_classes", 0)
+    return about | {
         "num_classes": classes,
         "num_features": sizes["embed_dim"],
         "model_args": sizes,
-        "pretrained_cfg": CONFIG | data,
+        "pretrained_cfg": CONFIG | {"num_classes": classes} | input_config(sizes["img_size"]),
     }
 
 
-def build(about: dict) -> nn.Module:
-    """A model of this description with random weights, in evaluation mode: the classifier as timm builds it."""
+def build(about: dict) -> Model:
+    """Build the model of a description with random weights, in evaluation mode; a classifier through timm."""
     sizes = about["model_args"] | {"scan_backend": "torch"}
     if "switches" not in about:
-        return timm.create_model(about["architecture"], **sizes).eval()
+        return cast(ARMClassifier, timm.create_model(about["architecture"], **sizes).eval())
     sizes |= about["switches"] | pretrained.SMALLEST_DECODER
     return models_arm.create_pretrain_model(about["architecture"], **sizes).eval()
 
 
 def files_of(description: Path) -> dict[str, str]:
-    """Return the files that earlier exports have written beside their JSON file: SHA-256 by name."""
+    """Return the files that earlier exports with this JSON file have written: SHA-256 by name."""
     files = read_json(description).get("files", {}) if description.is_file() else {}
     return files if isinstance(files, dict) else {}
 
 
-# Each writes a file, and returns what computes from it: images (B, 3, H, W) -> outputs.
+# Each function of WRITERS writes a file, reads it, and returns its computation: images (B, 3, H, W) -> outputs.
 
 
 def to_safetensors(module: nn.Module, about: dict, imgs: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
-    """The weights, and in the file's metadata what `checkpoint_file.read` needs to know of them."""
-    sizes, switches = about["model_args"], about.get("switches", {})
+    """Write the weights, with the options that `checkpoint_file.read` needs in the file's metadata."""
+    sizes: dict = about["model_args"]
+    switches: dict = about.get("switches", {})
     known = {"input_size": sizes["img_size"], "global_pool": sizes.get("global_pool") == "avg", **switches}
     if "label_names" in about:
         known["class_names"] = about["label_names"]
@@ -146,29 +155,32 @@ def to_safetensors(module: nn.Module, about: dict, imgs: Tensor, path: Path) -> 
     return Encoder(again) if isinstance(module, Encoder) else again
 
 
-@torch.no_grad()  # recorded with gradients, the graph of a step would also hold numbers that ONNX cannot hold
+@torch.no_grad()  # with gradients, the graph would contain constants that ONNX does not support
 def program(module: nn.Module, imgs: Tensor) -> torch.export.ExportedProgram:
-    """The computation, for any number of images; `module` itself then scans in the exported form."""
-    torch._dynamo.reset()  # a size that differs from those of an earlier program would count as dynamic
+    """Export the computation for any number of images; from then on `module` scans with the backend "export"."""
+    torch._dynamo.reset()  # otherwise a size that differs from that of an earlier program is taken as dynamic
     for mixer in (m for m in module.modules() if isinstance(m, Mixer)):
         mixer.scan_backend = "export"
     return torch.export.export(module, (imgs,), dynamic_shapes=ANY_BATCH)
 
 
 def to_pt2(module: nn.Module, about: dict, imgs: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
-    """A program of torch.export."""
+    """Write a program of torch.export."""
     torch.export.save(program(module, imgs), path)
     return torch.export.load(path).module()
 
 
 def to_onnx(module: nn.Module, about: dict, imgs: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
-    """A program of ONNX; beyond 1.5 GB the weights are a file of their own, FILE.data."""
+    """Write a program of ONNX; above 1.5 GB its weights are in a second file, FILE.data."""
     import onnx
     import onnxruntime
 
     logging.getLogger("onnx_ir").setLevel(logging.WARNING)
-    names = {"input_names": ["imgs"], "output_names": ["tokens" if isinstance(module, Encoder) else "logits"]}
-    exported = torch.onnx.export(program(module, imgs), dynamo=True, verbose=False, dynamic_shapes=ANY_BATCH, **names)
+    exported = torch.onnx.export(
+        program(module, imgs), dynamo=True, verbose=False, dynamic_shapes=ANY_BATCH, input_names=["imgs"],
+        output_names=["tokens" if isinstance(module, Encoder) else "logits"],
+    )  # fmt: skip
+    assert exported is not None  # with dynamo=True
     exported.save(path)
     onnx.checker.check_model(path, full_check=True)
     options = onnxruntime.SessionOptions()
@@ -182,11 +194,11 @@ WRITERS = {"safetensors": to_safetensors, "onnx": to_onnx, "pt2": to_pt2}
 
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
-    """Write, read again, compare.
+    """Write the file, read it, compare its outputs with the model's.
 
     Raises:
-        UserError: the checkpoint or the output does not serve, or a package is missing.
-        RunError: what was written computes something else, or cannot be written; no file is left then.
+        UserError: the checkpoint or the output file does not fit, or a package is missing.
+        RunError: the file computes something else, or cannot be written; no file is left then.
     """
     missing = [name for name in ONNX_NEEDS if find_spec(name) is None] if args.to == "onnx" else []
     if missing:
@@ -200,7 +212,7 @@ def main(args: argparse.Namespace) -> None:
         if not output.parent.is_dir():
             raise UserError(f"--output {printable(output)}: {printable(output.parent)} is no folder")
     with as_user_error(UnicodeEncodeError, prefix=f"--output {printable(output)}: the name is not UTF-8: "):
-        str(output.resolve()).encode()  # the libraries that write and read the file take no other
+        str(output.resolve()).encode()  # the libraries that write and read the file accept no other
     description = output_file(output.with_suffix(".json"), DESCRIPTION, source)
     known = files_of(description)
     for file in (output, *[output.with_name(f"{output.name}.data")] * (args.to == "onnx")):

@@ -1,10 +1,10 @@
-"""Repeat the update whose gradient was not finite, and say where it broke.
+"""Repeat an update whose gradient was not finite, and name the first modules and parameters with such values.
 
     python tools/replay_nonfinite.py ./out_b/nonfinite-epoch900-batch17
 
-reads what a run left there when it stopped (see --max_nonfinite): the state before the update and the batches of every
-process. It runs forward and backward on each, names the first modules whose output, and the parameters whose gradient,
-is not finite, and exits with 1 if there are any; a state and batches that compute well here exit with 0.
+reads the folder that a run writes when it stops (see --max_nonfinite): the state before the update, and the batches of
+every process. It computes the loss and the gradient of each batch, and names the first modules whose output, and the
+first parameters whose gradient, is not finite. The exit status is 1 if there are any, 0 if everything is finite here.
 """
 
 import argparse
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 import engine_pretrain
 import main_pretrain
 from Finetuning import engine_finetune, main_finetune
+from models_arm import PretrainModel
+from models_classifier import ARMClassifier
 from pretrained import Checkpoint
 from util import cli
 from util.checkpoints import checkpoint_file, inspection
@@ -32,22 +34,23 @@ from util.training.precision import autocast
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = cli.Parser("replay_nonfinite.py", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="what the run left: OUTPUT_DIR/nonfinite-epoch...-batch...")
+    parser.add_argument("folder", type=Path, help="OUTPUT_DIR/nonfinite-epoch...-batch..., written by a run")
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is a GPU)")
     return parser
 
 
-def build(content: dict) -> tuple[nn.Module, Callable[..., Tensor]]:
-    """The model of a checkpoint with its weights, and what computes the loss of a batch."""
+def build(content: dict) -> tuple[PretrainModel | ARMClassifier, Callable[..., Tensor]]:
+    """Return the model of a checkpoint, with its weights, and the function that computes the loss of a batch."""
     args, found = content["args"], Checkpoint(STATE, content)
+    model: PretrainModel | ARMClassifier
     if found.is_pretraining:
         model = main_pretrain.build_model(args)
         compute_loss = engine_pretrain.loss_of(model)
     else:
-        # what the run left open came from --finetune, whose sizes these weights have; the key was of that file
-        model = main_finetune.build_classifier(argparse.Namespace(**vars(args) | {"model_key": None}), found)
+        # the sizes that the run took from --finetune are those of these weights
+        model = main_finetune.build_classifier(args, found)
         mixup, criterion = main_finetune.training_loss(args)
         compute_loss = engine_finetune.loss_of(model, criterion, mixup)
     found.load_into(model)
@@ -55,7 +58,7 @@ def build(content: dict) -> tuple[nn.Module, Callable[..., Tensor]]:
 
 
 def broken_modules(model: nn.Module) -> list[str]:
-    """A list that gets the name of every module whose output is not finite, in the order of the forward pass."""
+    """Return a list to which the forward pass adds the names of modules whose output is not finite, in its order."""
     found: list[str] = []
 
     def look(name: str) -> Callable[..., None]:
@@ -72,15 +75,15 @@ def broken_modules(model: nn.Module) -> list[str]:
 
 
 def read_update(path: Path, size: tuple[int, int], classes: int | None) -> dict:
-    """Read the batches of one process: `epoch`, `first` (the number of the first batch in it) and `batches`.
+    """Read the batches of one process: `epoch`, `first` (number of the first batch in the epoch) and `batches`.
 
     Args:
         path: of the file.
         size: height and width of the model's input.
-        classes: outputs of a classifier, which its labels lie below; None takes any label.
+        classes: number of outputs of a classifier, which labels are below; None allows any label.
 
     Raises:
-        UserError: the file holds something else.
+        UserError: the file is damaged or holds something else.
     """
     update = checkpoint_file.read(path)
     for name in ("epoch", "first"):
@@ -111,18 +114,20 @@ def main(args: argparse.Namespace) -> None:
     """Replay every batch of every process.
 
     Raises:
-        UserError: the folder is not one that a run left.
+        UserError: the folder was not written by a run.
     """
     content = checkpoint_file.read(args.folder / STATE)
     saved = inspection.saved_arguments(content, "world_size", "seed")
-    if not isinstance(content.get("args"), argparse.Namespace) or not saved["seed"] >= 0:
+    world_size, seed = saved["world_size"], saved["seed"]
+    is_of_run = isinstance(content["args"], argparse.Namespace)
+    if not (is_of_run and isinstance(world_size, int) and isinstance(seed, int) and seed >= 0):
         raise UserError(f"{printable(args.folder / STATE)} does not hold the arguments of a run")
     device = init_device(args.device)
     with as_user_error(AttributeError, KeyError, TypeError, ValueError, prefix=f"{printable(args.folder / STATE)}: "):
         model, compute_loss = build(content)
     model.to(device).train()
     modules, finite = broken_modules(model), True
-    ranks = [rank for rank in ranks_in(args.folder) if rank < saved["world_size"]]
+    ranks = [rank for rank in ranks_in(args.folder) if rank < world_size]
     if not ranks:
         raise UserError(f"{printable(args.folder)} holds no batches")
     updates = {
@@ -130,7 +135,7 @@ def main(args: argparse.Namespace) -> None:
     }
     for rank, update in updates.items():
         for step, batch in enumerate(update["batches"], update["first"]):
-            seed_everything(saved["seed"], update["epoch"], step, of_rank=rank)
+            seed_everything(seed, update["epoch"], step, of_rank=rank)
             modules.clear()
             model.zero_grad()
             with autocast(device):

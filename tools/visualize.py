@@ -1,10 +1,10 @@
-"""Draw what a pretrained model predicts of images.
+"""Draw the predictions of a pretrained model on images.
 
     python tools/visualize.py ./out_b/checkpoint-1599.pth photo.jpg other.png --output sheets
 
-writes sheets/photo-sheet.png and sheets/other-sheet.png: the input, its clusters in the order of prediction, each of
-them predicted from the true clusters before it, and the loss of each patch. Images of any size and mode are resized and
-cropped to the model's input.
+writes sheets/photo-sheet.png and sheets/other-sheet.png. A sheet shows the input, its clusters in the order of
+prediction, each cluster as predicted from the true clusters before it, and the loss of each patch. Images of any size
+and mode are resized and cropped to the model's input.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from PIL import Image
 
 import pretrained
 from util import arguments, cli
@@ -30,9 +31,9 @@ MAX_BYTES = 2**30  # of an image file
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = cli.Parser("visualize.py", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", help="of pretraining, ours or a released one")
+    parser.add_argument("checkpoint", help="checkpoint of pretraining")
     parser.add_argument("images", nargs="+", type=Path, help="image files")
     parser.add_argument(
         "--output", type=arguments.nonempty, default=".", metavar="DIR", help="folder (default: the current)"
@@ -42,30 +43,30 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_image(path: Path) -> bytes:
-    """Read an image file that can be decoded.
+def read_image(path: Path) -> Image.Image:
+    """Read and decode an image file.
 
     Raises:
-        UserError: it cannot be read or decoded, is no regular file, or larger than `MAX_BYTES`.
+        UserError: the file cannot be read or decoded, is no regular file, or is larger than `MAX_BYTES`.
     """
     with as_user_error(OSError, BrokenImage, ValueError, prefix=f"{printable(path)}: "):
         with open_regular(path) as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise BrokenImage(f"it is larger than {MAX_BYTES} bytes")
-        with_pillow(data)
-    return data
+        return with_pillow(data)
 
 
 def targets(args: argparse.Namespace) -> list[Path]:
-    """Return the file of each image's sheet; images of the same name get numbers.
+    """Return the path of each image's sheet; sheets of images with the same name get numbers.
 
     Raises:
-        UserError: one cannot be written there, or a file is there that is no sheet, or is one of the images.
+        UserError: a file cannot be written, or is no sheet, or is the checkpoint or one of the images.
     """
     with as_user_error(OSError, ValueError, prefix=f"--output {printable(args.output)}: "):
         Path(args.output).mkdir(parents=True, exist_ok=True)
-    seen, paths = Counter(), []
+    seen: Counter[str] = Counter()
+    paths = []
     for path in args.images:
         seen[path.stem] += 1
         number = f"-{seen[path.stem]}" if seen[path.stem] > 1 else ""
@@ -75,14 +76,13 @@ def targets(args: argparse.Namespace) -> list[Path]:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write one sheet an image.
+    """Write one sheet for each image.
 
     Raises:
-        UserError: a checkpoint or image that cannot be read, or a folder that cannot be written; nothing is written.
+        UserError: the checkpoint or an image cannot be read, or the folder cannot be written; nothing is written then.
         RunError: a sheet cannot be written.
     """
-    for path in args.images:
-        read_image(path)
+    images = [read_image(path) for path in args.images]
     sheets = targets(args)
     device = init_device(args.device)
     found = pretrained.read(args.checkpoint, ignore_keys=args.ignore_keys)
@@ -90,12 +90,12 @@ def main(args: argparse.Namespace) -> None:
         what = "has no decoder" if found.is_pretraining else "is of a classifier"
         raise UserError(f"{found.name} {what}: only a pretraining checkpoint predicts images")
     model = found.load_model().to(device)
-    seed_everything(0)  # what is hidden, and an order of each image's own, are the same in every sheet of an image
+    seed_everything(0)  # the same hidden patches and the same random order in each call
     transform = prediction_figures.input_transform(model.image_size)
     imgs = []
-    for path in args.images:
+    for path, image in zip(args.images, images, strict=True):
         with as_user_error(BrokenImage, prefix=f"{printable(path)}: "):  # too long and narrow for the model's input
-            imgs.append(transform(read_image(path)))
+            imgs.append(transform(image))
     for img, target in zip(imgs, sheets, strict=True):
         (figure,) = prediction_figures.draw_sheets(model, torch.stack([img]).to(device))
         try:

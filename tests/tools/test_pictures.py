@@ -181,7 +181,7 @@ def test_fixed_images(image_folder, tmp_path):
     ]
     transform = prediction_figures.input_transform((48, 32))
     images = prediction_figures.fixed_images(str(image_folder), (48, 32))
-    assert torch.equal(images, torch.stack([transform(path.read_bytes()) for path in want]))
+    assert torch.equal(images, torch.stack([transform(Image.open(path)) for path in want]))
     folder = tmp_path / "train" / "a"
     folder.mkdir(parents=True)
     (folder / "0.png").write_text("no image")

@@ -5,7 +5,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
 
 from util.data.decode import BrokenImage, with_pillow
 from util.data.readers import open_source
@@ -31,10 +36,9 @@ class Predicts(Protocol):
         """Return predicted images, loss of each patch, and places of the clusters in the order of prediction."""
 
 
-def input_transform(size: tuple[int, int]) -> Callable[[bytes], Tensor]:
-    """Return a function from the content of an image file to (3, H, W) float32, normalised; see `eval_transform`."""
-    transform = eval_transform(size, "shorter")
-    return lambda data: transform(with_pillow(data))
+def input_transform(size: tuple[int, int]) -> Callable[[Image.Image], Tensor]:
+    """Return the transform of an image to the model's input: RGB -> (3, H, W) float32; see `eval_transform`."""
+    return eval_transform(size, "shorter")
 
 
 def fixed_images(data_path: str, size: tuple[int, int], count: int = 4) -> Tensor | None:
@@ -58,7 +62,7 @@ def fixed_images(data_path: str, size: tuple[int, int], count: int = 4) -> Tenso
     transform, images = input_transform(size), []
     for index in range(0, len(source.labels), -(-len(source.labels) // count)):
         try:
-            images.append(transform(source.read(index)))
+            images.append(transform(with_pillow(source.read(index))))
         except (BrokenImage, OSError):
             continue
     return torch.stack(images) if images else None
