@@ -1,19 +1,20 @@
-"""Time of what the training device does with a batch in finetuning: RandAugment, flip, normalisation, erasing.
+"""Time the training device's share of augmentation in finetuning: RandAugment, flip, normalisation, erasing.
 
     python benchmarks/bench_augment.py
 
-Takes the recipe's policy, with and without its random erasing, which starts three small operators for each erased
-image. The torch form of RandAugment stands beside the Triton kernels (`--fused_ops augment`) where these work; a
-difference between their images ends the run. Rounds interleave, and the median counts: wall clock from the call until
-the device has finished; on a GPU also host time until the call returns, and time between two CUDA events. Measured on
-an H200: 0.06 ms an image for the torch form, wall clock. Expected of the Triton kernels, not yet measured: below 0.02.
+Runs the recipe's policy with and without random erasing, which starts three small operators for each erased image. The
+torch form of RandAugment is compared with the Triton kernels (`--fused_ops augment`) where these work; if their images
+differ, the benchmark ends. Rounds interleave, and the median is reported: wall clock until the device has finished; on
+a GPU also host time until the call returns, and time between two CUDA events. Measured on an H200: 0.06 ms an image for
+the torch form, wall clock. Expected of the Triton kernels, not yet measured: below 0.02.
 """
 
 import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ FORMS = {"torch": "none", "triton": "augment"}  # as --fused_ops names them
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = cli.Parser("bench_augment.py", description=__doc__.splitlines()[0])
     parser.add_argument("--device", type=arguments.nonempty, help="cuda or cpu (default: cuda where there is a GPU)")
     parser.add_argument("--batch_size", type=arguments.batch, default=128, help="(default: %(default)s)")
@@ -49,7 +50,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def make_batch(reprob: float, batch: int, size: int) -> tuple[Uint8Transform, Tensor, Tensor]:
-    """Return the recipe's transform, ramps under noise (B, H, W, 3) uint8, and what is drawn for each, float64."""
+    """Return the recipe's transform, ramps under noise (B, H, W, 3) uint8, and each image's random numbers, float64."""
     seed_everything(0)
     transform = Uint8Transform(finetune_transform((size, size), argparse.Namespace(**RECIPE, reprob=reprob)))
     todo = torch.tensor([[number % 2, *transform.drawn(size, size)] for number in range(batch)], dtype=torch.float64)
@@ -59,7 +60,7 @@ def make_batch(reprob: float, batch: int, size: int) -> tuple[Uint8Transform, Te
 
 
 def forms_of(device: torch.device) -> list[str]:
-    """Return the forms that work on the device, and say what keeps the kernels from it."""
+    """Return the forms that work on the device; print why the kernels do not."""
     try:
         fused.use([FORMS["triton"]], device)
     except BackendUnavailable as error:
@@ -68,19 +69,25 @@ def forms_of(device: torch.device) -> list[str]:
     return list(FORMS)
 
 
-def time_forms(calls: dict[str, Callable[[], Tensor]], device: torch.device, rounds: int) -> dict[str, dict]:
-    """Median times of each form in seconds, by name of the clock."""
-    times = {name: {} for name in calls}
+def finish(form: str, transform: Uint8Transform, pixels: Tensor, todo: Tensor, device: torch.device) -> Tensor:
+    """Augment a batch on the device by one of `FORMS`: (B, H, W, 3) uint8 -> (B, 3, H, W) float32."""
+    fused.use([FORMS[form]], device)
+    kernels.fuse_augmentation(transform)
+    return transform.finish(pixels, todo, device)
+
+
+def time_forms(calls: Mapping[str, Callable[[], Tensor]], device: torch.device, rounds: int) -> dict[str, dict]:
+    """Return the median times of each form in seconds, by name of the clock."""
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in calls}
     for _ in range(rounds + 3):
         for name, call in calls.items():
-            found = clocks(call, device)
-            for clock, seconds in found.items():
+            for clock, seconds in clocks(call, device).items():
                 times[name].setdefault(clock, []).append(seconds)
     return {name: {clock: statistics.median(s[3:]) for clock, s in found.items()} for name, found in times.items()}
 
 
 def clocks(call: Callable[[], Tensor], device: torch.device) -> dict[str, float]:
-    """Seconds of a call on each clock."""
+    """Return the seconds of a call on each clock."""
     if device.type != "cuda":
         return {"wall": hardware.time_once(call, device)[0]}
     torch.cuda.synchronize(device)
@@ -93,7 +100,7 @@ def clocks(call: Callable[[], Tensor], device: torch.device) -> dict[str, float]
 
 
 def launches(call: Callable[[], Tensor]) -> int:
-    """Kernels that a call starts on the GPU."""
+    """Return the number of kernels that a call starts on the GPU."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
@@ -108,27 +115,23 @@ def main(args: argparse.Namespace) -> None:
     output = hardware.result_file("augment", about, args.output)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     forms = forms_of(device)
-    results = {name: {} for name in forms}
+    results: dict[str, dict[str, dict]] = {name: {} for name in forms}
     for erasing, rate in RATES.items():
         transform, pixels, todo = make_batch(rate, args.batch_size, args.input_size)
         if device.type == "cuda":
             pixels, todo = pixels.pin_memory(), todo.pin_memory()
 
-        def call(form: str, transform=transform, pixels=pixels, todo=todo) -> Tensor:  # noqa: ANN001
-            fused.use([FORMS[form]], device)
-            kernels.fuse_augmentation(transform)
-            return transform.finish(pixels, todo, device)
-
-        images = {form: call(form) for form in forms}
+        calls = {form: partial(finish, form, transform, pixels, todo, device) for form in forms}
+        images = {form: call() for form, call in calls.items()}
         if any(not torch.equal(image, images["torch"]) for image in images.values()):
             raise RuntimeError("the two forms of RandAugment differ")
-        found = time_forms({form: lambda form=form: call(form) for form in forms}, device, args.rounds)
+        found = time_forms(calls, device, args.rounds)
         print(f"\n{erasing.replace('_', ' ')}, ms an image")
         for form, seconds in found.items():
             row = {f"{clock}_ms_per_image": 1000 * s / args.batch_size for clock, s in seconds.items()}
             row["ms_per_image"] = row.pop("wall_ms_per_image")
             if device.type == "cuda":
-                row["launches"] = launches(lambda form=form: call(form))
+                row["launches"] = launches(calls[form])
             results[form][erasing] = row
             print(f"{form:<8}" + ", ".join(f"{key.removesuffix('_ms_per_image')} {n:.4g}" for key, n in row.items()))
     setting = {"batch_size": args.batch_size, "input_size": args.input_size, "policy": POLICY}

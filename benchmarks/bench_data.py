@@ -1,15 +1,15 @@
-"""Images a second of each way to load them, for the transforms of pretraining and finetuning.
+"""Measure how many images a second each loader delivers, for the transforms of pretraining and finetuning.
 
     python benchmarks/bench_data.py
 
 makes 1,024 JPEGs (500 x 375, quality 93) of the two photographs that scikit-learn carries, or takes a folder
-(`--data_path`), packs them with tools.pack_images, and loads epochs with the project's own loaders: first the training
-process and one worker on one core, then as many workers as there are cores. Rounds interleave, so that noise hits all
-alike. Where DALI is installed (`pip install nvidia-dali-cuda130`), its CPU pipeline stands beside pretraining. Then:
-the memory of a worker over 10 epochs, what is left to the training device, and with a GPU (or `--train MODEL`) the
-images/s of training from shards as a fraction of those with random data. `--parts` chooses among these. Expected on 2
-cores of an AMD EPYC (Zen 4), times the released pipeline in Pillow: fast 2.9 and shards 5.3 for pretraining, 3.6 and
-6.4 for finetuning.
+(`--data_path`), packs them with tools.pack_images, and loads epochs with the loaders of training: first with the
+training process and one worker on one core, then with as many workers as there are cores. Rounds interleave, as noise
+varies with time. DALI's CPU pipeline (`pip install nvidia-dali-cuda130`), if installed, is compared in pretraining. The
+other parts measure the memory of a worker over 10 epochs, the training device's share of the work, and with a GPU (or
+`--train MODEL`) the images/s of training from shards, as a fraction of those with random data. `--parts` chooses parts.
+Expected on 2 cores of an AMD EPYC (Zen 4), relative to the released pipeline in Pillow: fast 2.9 and shards 5.3 for
+pretraining, 3.6 and 6.4 for finetuning.
 """
 
 import argparse
@@ -21,19 +21,21 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from torch import Tensor
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import main_pretrain
+from benchmarks.bench_train import random_batches
 from engine_pretrain import train_one_epoch
 from Finetuning import main_finetune
 from kernels import should_compile
@@ -41,7 +43,8 @@ from tools import pack_images
 from util import arguments, cli, hardware
 from util.data import datasets, decode, loaders, transforms
 from util.data.device_loader import DeviceLoader
-from util.tracking.run_log import Log
+from util.data.samplers import EpochSampler
+from util.tracking.run_log import SilentLog
 from util.training.run import Run
 
 CORES = sorted(os.sched_getaffinity(0))
@@ -50,11 +53,11 @@ RECIPES = {"pretrain": main_pretrain, "finetune": main_finetune}
 SIZES = {"pretrain": 192, "finetune": 224}
 RELEASED = "PIL, as released"
 PARTS = ("loading", "memory", "device", "training")
-Epoch = Callable[[], int]  # loads an epoch, returns its images
+Epoch = Callable[[], int]  # loads an epoch, returns its number of images
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = cli.Parser("bench_data.py", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--data_path", type=arguments.nonempty, help="folder with train/, instead of images that are made"
@@ -92,29 +95,34 @@ def make_images(folder: Path, count: int) -> None:
         image.save(path, quality=93)
 
 
-def recipe_arguments(recipe: str, data_path: str, *more: object) -> argparse.Namespace:
-    """The arguments of a recipe's script, with its defaults."""
-    words = ["--data_path", data_path, "--input_size", SIZES[recipe], *more]
+def recipe_arguments(recipe: str, *more: object) -> argparse.Namespace:
+    """Return the arguments of a recipe's script, with its defaults.
+
+    Args:
+        recipe: "pretrain" or "finetune".
+        *more: value of `--data_path`, then further words of the command line.
+    """
+    words = ["--input_size", SIZES[recipe], "--data_path", *more]
     args = RECIPES[recipe].get_args_parser().parse_args([str(word) for word in words])
     arguments.check_arguments(args)
     return args
 
 
 def loader_of(args: argparse.Namespace, recipe: str, device: torch.device) -> DeviceLoader:
-    """The training loader that a recipe's script would make."""
+    """Return the training loader of a recipe's script."""
     make = transforms.pretrain_transform if recipe == "pretrain" else transforms.finetune_transform
     dataset = datasets.image_dataset(args.data_path, "train", make(arguments.image_size(args), args), args.loader)
     return loaders.train_loader(dataset, args, device)
 
 
 def open_as_released(path: str) -> Image.Image:
-    """Open an image as torchvision's `ImageFolder` does, but none that Pillow would hand to another program."""
+    """Open an image as torchvision's `ImageFolder` does, but no format for which Pillow runs another program."""
     with open(path, "rb") as file:
         return Image.open(file, formats=decode.KNOWN).convert("RGB")
 
 
 def released_epochs(args: argparse.Namespace, recipe: str) -> Epoch:
-    """Epochs of the released pipeline: ImageFolder, torchvision's or timm's transform in Pillow, plain DataLoader."""
+    """Return epochs of the released pipeline: ImageFolder, a transform of torchvision or timm in Pillow, DataLoader."""
     make = transforms.pretrain_transform if recipe == "pretrain" else transforms.finetune_transform
     loader = DataLoader(
         ImageFolder(f"{args.data_path}/train", make(arguments.image_size(args), args), loader=open_as_released),
@@ -128,12 +136,12 @@ def released_epochs(args: argparse.Namespace, recipe: str) -> Epoch:
 
 
 def host_epochs(loader: DeviceLoader) -> Epoch:
-    """Epochs of what reaches the training process: uint8 of the fast path, float32 of the path in Pillow."""
-    number = 0
+    """Return epochs as the training process receives them: uint8 with --loader fast, float32 with --loader pil."""
+    number, sampler = 0, cast(EpochSampler, loader.sampler)
 
     def epoch() -> int:
         nonlocal number
-        loader.sampler.set_epoch(number)
+        sampler.set_epoch(number)
         number += 1
         return sum(len(pixels) for pixels, _, _ in loader.loader)
 
@@ -141,7 +149,7 @@ def host_epochs(loader: DeviceLoader) -> Epoch:
 
 
 def dali_epochs(folder: Path, batch_size: int, threads: int) -> Epoch:
-    """Epochs of DALI's CPU pipeline for pretraining: ROI decoding, resize, flip, normalisation.
+    """Return epochs of DALI's CPU pipeline for pretraining: ROI decoding, resize, flip, normalisation.
 
     Raises:
         ImportError: it is not installed.
@@ -160,8 +168,8 @@ def dali_epochs(folder: Path, batch_size: int, threads: int) -> Epoch:
         images = fn.crop_mirror_normalize(
             images,
             mirror=fn.random.coin_flip(),
-            mean=[255 * m for m in datasets.IMAGENET_DEFAULT_MEAN],
-            std=[255 * s for s in datasets.IMAGENET_DEFAULT_STD],
+            mean=[255 * m for m in IMAGENET_DEFAULT_MEAN],
+            std=[255 * s for s in IMAGENET_DEFAULT_STD],
         )
         return images, labels
 
@@ -172,8 +180,8 @@ def dali_epochs(folder: Path, batch_size: int, threads: int) -> Epoch:
 
 
 def rates(epochs: dict[str, Epoch], rounds: int) -> dict[str, float]:
-    """Images a second of each, the median over rounds."""
-    measured = {name: [] for name in epochs}
+    """Return the images a second of each, the median over rounds."""
+    measured: dict[str, list[float]] = {name: [] for name in epochs}
     for _ in range(rounds + 1):
         for name, epoch in epochs.items():
             start = time.perf_counter()
@@ -183,7 +191,7 @@ def rates(epochs: dict[str, Epoch], rounds: int) -> dict[str, float]:
 
 
 def compare(recipe: str, folder: Path, shards: Path, cores: list[int], args: argparse.Namespace) -> dict[str, float]:
-    """Images a second on some cores, by path."""
+    """Return the images a second of each loader on some cores."""
     os.sched_setaffinity(0, cores)
     words = ["--batch_size", args.batch_size, "--num_workers", len(cores)]
     paths = {
@@ -208,7 +216,7 @@ def compare(recipe: str, folder: Path, shards: Path, cores: list[int], args: arg
 
 
 def loading(recipe: str, folder: Path, shards: Path, cores: list[int], args: argparse.Namespace) -> dict:
-    """`compare`, printed: what the JSON holds of it."""
+    """Compare the loaders, print a table, return its content for the JSON file."""
     found = compare(recipe, folder, shards, cores, args)
     print(f"\n{f'{recipe}, {len(cores)} cores':<28}{'images/s a core':>17}{'x PIL':>8}")
     rows = {}
@@ -219,7 +227,7 @@ def loading(recipe: str, folder: Path, shards: Path, cores: list[int], args: arg
 
 
 def worker_memory(recipe: str, folder: Path, batch_size: int, epochs: int = 10) -> list[float]:
-    """MB of its own that a worker holds after each epoch on the fast path."""
+    """Return the private memory of a worker, in MB, after each epoch with --loader fast."""
     before = set(multiprocessing.active_children())
     epoch = host_epochs(
         loader_of(recipe_arguments(recipe, folder, "--batch_size", batch_size, "--num_workers", 1), recipe, CPU)
@@ -234,7 +242,7 @@ def worker_memory(recipe: str, folder: Path, batch_size: int, epochs: int = 10) 
 
 
 def device_share(recipe: str, folder: Path, batch_size: int, device: torch.device) -> float:
-    """Milliseconds an image that `finish` takes on the training device."""
+    """Return the milliseconds an image that `finish` takes on the training device."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     loader = loader_of(recipe_arguments(recipe, folder, "--batch_size", batch_size, "--num_workers", 0), recipe, device)
     pixels, numbers, _ = next(iter(loader.loader))
@@ -249,23 +257,8 @@ def device_share(recipe: str, folder: Path, batch_size: int, device: torch.devic
     return 1000 * statistics.median(times) / len(pixels)
 
 
-class RandomBatches:
-    """As many batches as a loader has, all of them the same random images on the device."""
-
-    def __init__(self, loader: DeviceLoader, size: int) -> None:
-        self.sampler, self.count = loader.sampler, len(loader)
-        images = torch.randn(loader.loader.batch_size, 3, size, size, device=loader.device)
-        self.batch = [images, torch.zeros(len(images), dtype=torch.int64, device=loader.device)]
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[list[Tensor]]:
-        return (self.batch for _ in range(self.count))
-
-
 def training(model: str, shards: Path, batch_size: int, rounds: int) -> dict[str, float]:
-    """Images a second of pretraining from packed shards and with random data."""
+    """Return the images a second of pretraining from packed shards and with random data."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     words = ["--batch_size", batch_size, "--num_workers", len(CORES), "--model", model, "--norm_pix_loss"]
     args = recipe_arguments("pretrain", f"wds:{shards}", *words)
@@ -276,7 +269,7 @@ def training(model: str, shards: Path, batch_size: int, rounds: int) -> dict[str
     loader = loader_of(args, "pretrain", device)
     run = Run(args, network, optimizer)
 
-    def epochs(batches: DeviceLoader | RandomBatches) -> Epoch:
+    def epochs(batches: DeviceLoader) -> Epoch:
         def epoch() -> int:
             run.samples = 0
             train_one_epoch(network, batches, run, device, Log())
@@ -284,7 +277,8 @@ def training(model: str, shards: Path, batch_size: int, rounds: int) -> dict[str
 
         return epoch
 
-    return rates({"random data": epochs(RandomBatches(loader, SIZES["pretrain"])), "shards": epochs(loader)}, rounds)
+    random_data = random_batches(batch_size, SIZES["pretrain"], 1, len(loader), device)
+    return rates({"random data": epochs(random_data), "shards": epochs(loader)}, rounds)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -292,7 +286,7 @@ def main(args: argparse.Namespace) -> None:
     parts = args.parts or (PARTS if args.train else PARTS[:-1])
     if "training" in parts and not args.train:
         get_args_parser().error("--parts training needs --train MODEL where there is no GPU")
-    torch.set_num_threads(1)  # the training process only passes batches on
+    torch.set_num_threads(1)  # the training process only receives batches
     about = hardware.describe(hardware.default_device()) | {"cores": len(CORES)}
     output = hardware.result_file("-".join(["data", *(args.parts or ())]), about, args.output)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
@@ -301,7 +295,7 @@ def main(args: argparse.Namespace) -> None:
         if not args.data_path:
             make_images(folder, args.images)
         pack_images.main(pack_images.get_args_parser().parse_args([str(folder), str(shards), "--short_side", "256"]))
-        results = {}
+        results: dict[str, Any] = {}
         if "loading" in parts:
             results["loading"] = [
                 loading(recipe, folder, shards, cores, args)

@@ -1,15 +1,16 @@
-"""Losses and gradient norms of the first updates with each switch beside those without, from the same seed and data.
+"""Compare losses and gradient norms of the first updates with and without each switch, from the same seed and data.
 
     python benchmarks/bench_losses.py
 
-What a kernel may change is rounding. How much that is at most is measured too: "again" repeats the form without a
-switch, and differs only where PyTorch's own kernels do; "eager" does not compile it, so that both are right and round
-otherwise. CUDA graphs may differ from no switch `TIMES` as much as "again" does, not at all where that is equal; every
-other form `TIMES` as much as "eager", or `FLOOR`.
+A kernel may only change the rounding. Two forms measure how much that is: "again" repeats the form without a switch,
+and differs only where PyTorch's own kernels do; "eager" does not compile it, and is right but rounds differently. CUDA
+graphs may differ from no switch at most `TIMES` as much as "again" does; every other form at most `TIMES` as much as
+"eager" does, or `FLOOR`.
 """
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -20,26 +21,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.bench_train import CASES, KERNELS, Case, Composition, add_without, epoch_runner, switched
 from util import arguments, cli, hardware
 from util.distributed.processes import init_device
-from util.errors import RunError
-from util.tracking.run_log import Log
+from util.tracking.run_log import SilentLog
 from util.training import loop
 
 FORMS = ("none", "again", "eager", *KERNELS, "all")
 TIMES = 2.0
-FLOOR = 1e-6  # where "eager" is no other form: on a CPU
+FLOOR = 1e-6  # on a CPU, where "eager" is the same form
 LR = 1e-4
 
 
-class Losses(Log):
+class Losses(SilentLog):
     """A log that keeps the loss and the gradient norm of each update."""
 
     def __init__(self) -> None:
-        self.loss: list[float] = []
-        self.grad_norm: list[float] = []
+        self.curves: dict[str, list[float]] = {"loss": [], "grad_norm": []}
 
-    def scalars(self, step: int, **values: float) -> None:
-        self.loss.append(values["train_loss"])
-        self.grad_norm.append(values["grad_norm"])
+    def scalars(self, step: int, train_loss: float, lr: float, grad_norm: float) -> None:
+        self.curves["loss"].append(train_loss)
+        self.curves["grad_norm"].append(grad_norm)
 
 
 def losses_of(case: Case, how: Composition, steps: int, device: torch.device) -> dict[str, list[float]]:
@@ -47,18 +46,18 @@ def losses_of(case: Case, how: Composition, steps: int, device: torch.device) ->
     log = Losses()
     with patch.object(loop, "LOG_EVERY", 1):
         epoch_runner(case, how, steps, device, LR, log)()
-    return {"loss": log.loss, "grad_norm": log.grad_norm}
+    return log.curves
 
 
 def difference(one: dict[str, list[float]], other: dict[str, list[float]]) -> dict[str, float]:
-    """Return the largest relative difference of a loss and of a gradient norm."""
+    """Return the largest relative difference of the losses and of the gradient norms."""
     return {
         key: max(abs(a - b) / max(abs(b), 1e-30) for a, b in zip(one[key], other[key], strict=True)) for key in other
     }
 
 
 def verdict(form: str, found: dict[str, dict]) -> bool | None:
-    """Return whether a form is equal to none but for rounding; None where nothing says how much that is."""
+    """Return whether a form differs from none by rounding alone; None if the rounding was not measured."""
     bound, floor = ("again", 0.0) if form == "cuda_graph" else ("eager", FLOOR)
     if bound not in found or form not in found:
         return None
@@ -66,7 +65,7 @@ def verdict(form: str, found: dict[str, dict]) -> bool | None:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     cpu = hardware.default_device().type == "cpu"
     cases = ["pretrain_toy", "finetune_toy"] if cpu else ["pretrain_base", "finetune_base"]
     parser = cli.Parser("bench_losses.py", description=__doc__.splitlines()[0])
@@ -83,43 +82,30 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Train every case in every form, print the differences, write everything as JSON."""
     device = init_device(args.device)
-    about = hardware.describe(device)
-    output = hardware.result_file("losses", about, args.output)
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
-    print(f"{'case':<16}{'form':<14}{'loss':>12}{'gradient':>12}")
-    report = {**about, "steps": args.steps, "lr": LR, "results": []}
-    failed, lost = [], None
+    report = hardware.Report("losses", device, args.output, steps=args.steps, lr=LR)
+    print(f"{'case, form':<{hardware.WIDTH}}{'loss':>12}{'gradient':>12}")
     for name in args.cases:
-        case, curves, found = CASES[name], {}, {}
-        case = case._replace(batch_size=args.batch_size or case.batch_size)
+        case = CASES[name]._replace(batch_size=args.batch_size or CASES[name].batch_size)
+        plain: dict[str, list[float]] = {}
+        found: dict[str, dict[str, float]] = {}
         for form in ("none", *args.forms):
             compiled = device.type == "cuda" and form != "eager"
-            how = lost or switched("none" if form in ("again", "eager") else form, device, compiled, args.without)
-            row = {"case": name, "form": form}
-            report["results"].append(row)
-            if isinstance(how, str):
-                row["left_out"] = how
-                print(f"{name:<16}{form:<14}left out: {how}", flush=True)
+            how = switched("none" if form in ("again", "eager") else form, device, compiled, args.without)
+            work = how if isinstance(how, str) else partial(losses_of, case, how, args.steps, device)
+            settings = {} if isinstance(how, str) else how._asdict()
+            row = report.add(f"{name}, {form}", {"case": name, "form": form, **settings}, work)
+            if row is None:
                 continue
-            try:
-                curves[form] = losses_of(case, how, args.steps, device)
-            except Exception as error:  # of one kernel: the others can still be compared
-                row["failed"] = hardware.failure(error)
-                failed.append(f"{name}, {form}: {row['failed']}")
-                print(f"{name:<16}{form:<14}failed: {row['failed']}", flush=True)
-                if not hardware.answers(device):
-                    lost = f"{name}, {form} has lost the GPU"
-                continue
-            row |= {**how._asdict(), **curves[form]}
-            if "none" in curves:
-                found[form] = difference(curves[form], curves["none"])
-                row["difference"], row["within_rounding"] = found[form], verdict(form, found)
-                numbers = "".join(f"{found[form][key]:>12.1e}" for key in ("loss", "grad_norm"))
-                print(f"{name:<16}{form:<14}{numbers}", flush=True)
-            hardware.write(output, report, quiet=True)  # what is measured stays, whatever comes
-    hardware.write(output, report)
-    if failed:
-        raise RunError("; ".join(failed))
+            curves = {key: row[key] for key in ("loss", "grad_norm")}
+            if form == "none":
+                plain = curves
+            if plain:
+                found[form] = difference(curves, plain)
+                row |= {"difference": found[form], "within_rounding": verdict(form, found)}
+                report.save()
+                numbers = "".join(f"{found[form][key]:>12.1e}" for key in curves)
+                print(f"{f'{name}, {form}':<{hardware.WIDTH}}{numbers}", flush=True)
+    report.close()
 
 
 if __name__ == "__main__":

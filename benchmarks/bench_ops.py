@@ -1,12 +1,12 @@
-"""Forward and backward of each fused operator beside `torch.compile`'s form of the same, in one run.
+"""Time forward and backward of each fused operator and of the same computation compiled by torch, in one run.
 
     python benchmarks/bench_ops.py
 
-Each operator of `ops.fused` that belongs to the model is timed in the smallest brick that uses it: the convolution by
-itself, SwiGLU, the mixer, a block; on a GPU compiled, under autocast, at the sizes of ARM-base. A form that is wrong is
-not timed: every gradient is compared with the same brick in float64, and the fused form may differ from it by at most
-twice as much as the compiled one. An operator with which the brick computes by the same kernels as without is left out.
-Rounds interleave, and the median counts; the spread is the range of the middle half of the rounds.
+Each operator of `ops.fused` in the model is timed in the smallest brick that uses it: the convolution by itself,
+SwiGLU, the mixer, a block; on a GPU compiled, under autocast, at the sizes of ARM-base. Output and gradients are first
+compared with the same brick in float64; the fused form may differ from it at most twice as much as the compiled one. A
+form that is wrong is not timed. An operator is left out if the brick runs the same kernels with it and without. Rounds
+interleave, and the median is reported; the spread is the interquartile range of the rounds.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import sys
 import traceback
 import types
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -30,7 +30,6 @@ from ops import BackendUnavailable, causal_conv1d, fused, unavailable
 from ops.backends import backend_module
 from util import arguments, cli, hardware
 from util.distributed.processes import init_device
-from util.errors import RunError
 from util.training.precision import activation_dtype, autocast
 
 # Images, channels, and rows and columns of patches. One direction and no class token where the grid is None.
@@ -40,8 +39,9 @@ SIZES = {
     "pretraining_toy": (2, 32, 6, None),
     "finetuning_toy": (2, 32, 7, (2, 3)),
 }
-OPERATORS = [name for name in fused.FUSED if name not in ("augment", "casts")]  # casts: what the compiler joins
-ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of a tensor, by norm, in either form
+OPERATORS = [name for name in fused.FUSED if name not in ("augment", "casts")]  # casts: an option of the compiler
+ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # limit of either form, relative to the norm of a tensor
+Inputs = list[Tensor | None]  # activations first, then the scan order
 
 
 class WrongForm(Exception):
@@ -49,7 +49,7 @@ class WrongForm(Exception):
 
 
 class Convolution(nn.Module):
-    """The mixer's convolutions, on one half of what `in_proj` gives: (B, L, 2 C) -> (K, B, L, C)."""
+    """The mixer's convolutions of one half of the output of `in_proj`: (B, L, 2 C) -> (K, B, L, C)."""
 
     def __init__(self, dim: int, directions: int, backend: str) -> None:
         super().__init__()
@@ -61,8 +61,8 @@ class Convolution(nn.Module):
         return causal_conv1d(x.chunk(2, dim=-1)[0], self.weight, self.bias, order, self.backend)
 
 
-def brick(operator: str, size: tuple, backend: str, device: torch.device) -> tuple[nn.Module, list[Tensor | None]]:
-    """Return the smallest module that uses an operator, and its inputs: activations first."""
+def brick(operator: str, size: tuple, backend: str, device: torch.device) -> tuple[nn.Module, Inputs]:
+    """Return the smallest module that uses an operator, and its inputs."""
     batch, dim, tokens, grid = size
     directions = ONE_DIRECTION if grid is None else FOUR_DIRECTIONS
     torch.manual_seed(0)
@@ -79,22 +79,26 @@ def brick(operator: str, size: tuple, backend: str, device: torch.device) -> tup
         return Block(dim, 12, directions, backend), [x, order]  # the residual stream is float32
 
 
-def differentiated(module: nn.Module, inputs: list[Tensor | None], y: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+def activations(inputs: Inputs) -> Tensor:
+    """Return the first input of a brick."""
+    assert inputs[0] is not None
+    return inputs[0]
+
+
+def differentiated(module: nn.Module, inputs: Inputs, y: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
     """Return the gradients of the activations and of every parameter."""
-    return torch.autograd.grad(y, [inputs[0], *module.parameters()], dy)
+    return torch.autograd.grad(y, [activations(inputs), *module.parameters()], dy)
 
 
 def gradient_of(y: Tensor) -> Tensor:
-    """Return the same random numbers for every y of this shape."""
+    """Return a gradient of y, the same random numbers for every y of this shape."""
     dy = torch.randn(y.shape, generator=torch.Generator(y.device).manual_seed(1), device=y.device)
     return dy.bfloat16().to(y)  # equal in every dtype
 
 
-def computed(
-    module: nn.Module, inputs: list[Tensor | None], form: Callable[..., Tensor] | None = None
-) -> dict[str, Tensor]:
+def computed(module: nn.Module, inputs: Inputs, form: Callable[..., Tensor] | None = None) -> dict[str, Tensor]:
     """Return the output and all gradients by name, of a module or of a form of it."""
-    inputs = [inputs[0].detach().requires_grad_(), *inputs[1:]]
+    inputs = [activations(inputs).detach().requires_grad_(), *inputs[1:]]
     y = (form or module)(*inputs)
     dy = gradient_of(y)
     names = ("input", *(name for name, _ in module.named_parameters()))
@@ -102,13 +106,13 @@ def computed(
 
 
 class Kernels(TorchDispatchMode):
-    """Notes which operators run, and what our Triton kernels are compiled for, in `seen`."""
+    """Collects in `seen` the operators that run, and the Triton kernels with their constants."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: set[str] = set()
 
-    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+    def __torch_dispatch__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
         self.seen.add(str(func))
         return func(*args, **(kwargs or {}))
 
@@ -120,10 +124,14 @@ class Kernels(TorchDispatchMode):
         return noted
 
 
-def kernels_of(module: nn.Module, inputs: list[Tensor | None]) -> set[str]:
-    """Return what a brick runs, uncompiled."""
+def kernels_of(module: nn.Module, inputs: Inputs) -> set[str]:
+    """Return the kernels that a brick runs, uncompiled."""
     backend, kernels = backend_module("triton"), Kernels()
-    with patch.object(backend, "_launch", kernels.launch(backend._launch)), autocast(inputs[0].device), kernels:
+    with (
+        patch.object(backend, "_launch", kernels.launch(backend._launch)),
+        autocast(activations(inputs).device),
+        kernels,
+    ):
         computed(module, inputs)
     return kernels.seen
 
@@ -145,10 +153,10 @@ def missing(operator: str, device: torch.device) -> str | None:
 
 
 def form_of(module: nn.Module, name: str, device: torch.device) -> Callable[..., Tensor]:
-    """Return what calls a module under autocast, compiled on a GPU.
+    """Return a function that calls a module under autocast, compiled on a GPU.
 
-    The compiler keeps its results by code object, and gives up on one that it has compiled too often: each form has its
-    own.
+    Each form has a code object of its own: the compiler caches by code object, and stops compiling one after some
+    recompilations.
     """
 
     def call(*inputs: Tensor | None) -> Tensor:
@@ -165,17 +173,18 @@ def form_of(module: nn.Module, name: str, device: torch.device) -> Callable[...,
     return mixed
 
 
-def check(operator: str, size: tuple, forms: dict[str, Callable], module: nn.Module, inputs: list) -> dict[str, dict]:
+def check(operator: str, size: tuple, forms: dict[str, Callable], module: nn.Module, inputs: Inputs) -> dict[str, dict]:
     """Return the error of each tensor in each form, relative to its norm in float64.
 
     Raises:
         WrongForm: the message says how.
     """
-    device = inputs[0].device
+    x = activations(inputs)
+    device = x.device
     exact, _ = brick(operator, size, "torch", device)
     exact.load_state_dict(module.state_dict())
     fused.use(["none"], device)
-    want = computed(exact.double(), [inputs[0].double(), *inputs[1:]])
+    want = computed(exact.double(), [x.double(), *inputs[1:]])
     errors = {}
     for name, form in forms.items():
         fused.use([operator] if name == "fused" else ["none"], device)
@@ -193,31 +202,27 @@ def check(operator: str, size: tuple, forms: dict[str, Callable], module: nn.Mod
 
 
 def time_forms(
-    operator: str, forms: dict[str, Callable], module: nn.Module, inputs: list, repetitions: int
+    operator: str, forms: dict[str, Callable], module: nn.Module, inputs: Inputs, repetitions: int
 ) -> dict[str, dict[str, float]]:
     """Return microseconds of forward, backward and both, and the spread of both, by form; rounds interleave."""
-    device = inputs[0].device
-    inputs[0].requires_grad_()
-    times = {name: {"forward": [], "backward": [], "both": []} for name in forms}
-    for _ in range(repetitions + 3):
-        for name, form in forms.items():
-            fused.use([operator] if name == "fused" else ["none"], device)
-            forward, y = hardware.time_once(lambda form=form: form(*inputs), device)
-            dy = gradient_of(y)
-            backward, _ = hardware.time_once(lambda y=y, dy=dy: differentiated(module, inputs, y, dy), device)
-            for key, seconds in (("forward", forward), ("backward", backward), ("both", forward + backward)):
-                times[name][key].append(1e6 * seconds)
-    rows = {name: {key: statistics.median(us[3:]) for key, us in parts.items()} for name, parts in times.items()}
+    activations(inputs).requires_grad_()
+    device = activations(inputs).device
+    times = hardware.time_rounds(
+        {name: partial(form, *inputs) for name, form in forms.items()},
+        lambda y: partial(differentiated, module, inputs, y, gradient_of(y)),
+        device,
+        repetitions,
+        before=lambda name: fused.use([operator] if name == "fused" else ["none"], device),
+    )
+    rows = {name: {key: statistics.median(us) for key, us in parts.items()} for name, parts in times.items()}
     for name, parts in times.items():
-        quarters = statistics.quantiles(parts["both"][3:], n=4, method="inclusive") if repetitions > 1 else (0, 0, 0)
+        quarters = statistics.quantiles(parts["both"], n=4, method="inclusive") if repetitions > 1 else (0, 0, 0)
         rows[name]["spread"] = quarters[2] - quarters[0]
     return rows
 
 
-def measure(operator: str, size: tuple, device: torch.device, repetitions: int) -> dict[str, object]:
+def measure(operator: str, size: tuple, device: torch.device, repetitions: int) -> dict:
     """Return the times and errors of both forms, or why there are none."""
-    if not hardware.answers(device):
-        return {"left_out": "an operator before it has lost the GPU"}
     try:
         if reason := missing(operator, device):
             return {"left_out": reason}
@@ -235,7 +240,7 @@ def measure(operator: str, size: tuple, device: torch.device, repetitions: int) 
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     toys = [name for name in SIZES if "toy" in name]
     sizes = toys if hardware.default_device().type == "cpu" else [name for name in SIZES if name not in toys]
     parser = cli.Parser("bench_ops.py", description=__doc__.splitlines()[0])
@@ -255,25 +260,19 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Check, time, print a table, write everything as JSON."""
     device = init_device(args.device)
-    about = hardware.describe(device)
-    output = hardware.result_file("ops", about, args.output)
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
-    print(f"{'µs':<34}{'forward':>12}{'backward':>12}{'both':>12}{'spread':>10}")
-    report = {**about, "dtype": str(activation_dtype(device)).removeprefix("torch."), "results": []}
+    dtype = str(activation_dtype(device)).removeprefix("torch.")
+    report = hardware.Report("ops", device, args.output, dtype=dtype)
+    columns = ("forward", "backward", "both", "spread")
+    print(f"{'µs':<{hardware.WIDTH}}" + "".join(f"{key:>12}" for key in columns))
     for size in args.sizes:
         for operator in args.operators:
-            row = {"operator": operator, "size": size, **measure(operator, SIZES[size], device, args.repetitions)}
-            report["results"].append(row)
-            if "microseconds" not in row:
-                print(f"{operator + ', ' + size:<34}{row.get('left_out') or row['wrong']}", flush=True)
-            for name, us in row.get("microseconds", {}).items():
-                columns = "".join(f"{us[key]:>12.1f}" for key in ("forward", "backward", "both"))
-                print(f"{f'{operator}, {size}, {name}':<34}{columns}{us['spread']:>10.1f}", flush=True)
-            hardware.write(output, report, quiet=True)  # what is measured stays, whatever comes
+            work = partial(measure, operator, SIZES[size], device, args.repetitions)
+            row = report.add(f"{operator}, {size}", {"operator": operator, "size": size}, work)
+            for name, us in row["microseconds"].items() if row else ():
+                numbers = "".join(f"{us[key]:>12.1f}" for key in columns)
+                print(f"{f'{operator}, {size}, {name}':<{hardware.WIDTH}}{numbers}", flush=True)
     fused.use(["none"], device)
-    hardware.write(output, report)
-    if wrong := [f"{row['operator']}, {row['size']}: {row['wrong']}" for row in report["results"] if "wrong" in row]:
-        raise RunError("; ".join(wrong))
+    report.close()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""What surviving costs: training steps with all that watches over a run, beside a bare loop, and saving a checkpoint.
+"""Measure the overhead of fault tolerance: in training steps, compared with a bare loop, and in saving checkpoints.
 
     python benchmarks/bench_resilience.py
     torchrun --standalone --nproc_per_node 2 benchmarks/bench_resilience.py
 
 The bare loop is forward, backward, clipping and optimizer step. `util.training.loop.train_epoch` adds a seed for every
-step, skipping of updates that are not finite, losses and gradient norms for the log, and asking all processes whether
-one was told to stop. A checkpoint of ARM-base with AdamW's moments is saved as `CheckpointFolder` does it, in the
-background, and beside it by torch.save and fsync alone.
+step, skips updates that are not finite, logs losses and gradient norms, and asks all processes whether one was told to
+stop. A checkpoint of ARM-base with AdamW's moments is saved by `CheckpointFolder`, in the background, and for
+comparison by torch.save and fsync.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.bench_train import CASES, RandomBatches, build, loop_args
+from benchmarks.bench_train import CASES, build, loop_args, random_batches
 from engine_pretrain import loss_of, train_one_epoch
 from util import arguments, cli, hardware
 from util.checkpoints.checkpoint_folder import LAST, CheckpointFolder
@@ -34,7 +34,7 @@ from util.training.run import Run
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     device = hardware.default_device()
     parser = cli.Parser("bench_resilience.py", description=__doc__.splitlines()[0])
     case = "pretrain_toy" if device.type == "cpu" else "pretrain_base"
@@ -51,11 +51,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def step_times(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Seconds of an update by `train_epoch` and by the bare loop, and the median of their ratios."""
+    """Return the seconds of an update in `train_epoch` and in the bare loop, and the median of their ratios."""
     case = CASES[args.case]._replace(batch_size=args.batch_size)
     bare = build(case, "auto", device)
     model = distribute(bare, device)
-    batches = RandomBatches(case, 1, args.steps, device)
+    batches = random_batches(case.batch_size, case.img_size, 1, args.steps, device)
     compute_loss, parameters = loss_of(model), list(bare.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
     loop = loop_args(case)
@@ -75,7 +75,7 @@ def step_times(args: argparse.Namespace, device: torch.device) -> dict[str, floa
             optimizer.step()
             optimizer.zero_grad()
 
-    times = {"train_epoch": [], "bare": []}
+    times: dict[str, list[float]] = {"train_epoch": [], "bare": []}
     for number in range(args.rounds + 1):
         pair = (("train_epoch", watched), ("bare", unwatched))
         for name, function in pair if number % 2 else reversed(pair):
@@ -87,7 +87,7 @@ def step_times(args: argparse.Namespace, device: torch.device) -> dict[str, floa
 
 
 def save_times(device: torch.device) -> dict[str, float]:
-    """Seconds of saving ARM-base with the moments of AdamW."""
+    """Return the seconds of saving ARM-base with the moments of AdamW, and the size of the file."""
     case = CASES["pretrain_base"]
     model = build(case, "auto", device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)

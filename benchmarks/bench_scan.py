@@ -1,11 +1,11 @@
-"""Forward and backward of the selective scan: our backends beside those of others, on the same work in one run.
+"""Time forward and backward of the selective scan: our backends and those of others, on the same inputs in one run.
 
     python benchmarks/bench_scan.py
 
-Every contestant starts from the same u, dt, A, B, C, D, dt_bias and ends with y and all seven gradients; one that is
-wrong is not timed. Rounds interleave, and the median counts. On a GPU the time between two CUDA events is measured, in
-bfloat16, and mamba-ssm's kernels (requirements-cuda.txt) are the yardstick, one call per direction; our kernels run
-with stored states 8 tokens apart and 4 ("triton chunk 4": the name says what is not the default). Elsewhere the
+Every contestant computes y and all seven gradients from the same u, dt, A, B, C, D, dt_bias; one that is wrong is not
+timed. Rounds interleave, and the median is reported. On a GPU, times are between two CUDA events, in bfloat16, and the
+yardstick are mamba-ssm's kernels (requirements-cuda.txt), one call per direction. Our kernels run with stored states 8
+tokens apart and 4 tokens apart; the name shows the one that is not the default ("triton chunk 4"). On a CPU the
 yardstick is mambapy (`pip install mambapy`), in float32; expected on 2 cores of an AMD EPYC (Zen 4): the reference loop
 0.1 to 0.4 times its speed, torch 3 to 9 times, cpu 15 to 60 times; the larger size gains most.
 """
@@ -15,7 +15,9 @@ import math
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +38,7 @@ SIZES = {
     "cuda": [(1, 256, 768, 128, 16), (4, 128, 768, 197, 16), (1, 128, 1536, 128, 16)],
 }
 YARDSTICK = {"cpu": "mambapy", "cuda": "mamba_ssm"}
-ERROR = {torch.float32: 1e-3, torch.bfloat16: 3e-2}  # of the largest number
+ERROR = {torch.float32: 1e-3, torch.bfloat16: 3e-2}  # limit, relative to the largest value
 Scan = Callable[..., Tensor]
 
 
@@ -49,7 +51,7 @@ def size(text: str) -> tuple[int, ...]:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = cli.Parser("bench_scan.py", description=__doc__.splitlines()[0])
     parser.add_argument("--device", type=arguments.nonempty, help="cuda or cpu (default: cuda where there is a GPU)")
     parser.add_argument(
@@ -67,7 +69,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def reference_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
-    """The loop that mamba-ssm ships as its reference: channel-first, one slice of the whole (B, D, L, N) per step.
+    """Compute mamba-ssm's reference: a loop over steps, channels first, on slices of (B, D, L, N) tensors.
 
     Args:
         u: (B, L, D).
@@ -93,7 +95,7 @@ def reference_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
 
 
 def mambapy_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
-    """mambapy's parallel scan; arguments and result as in `reference_scan`."""
+    """Compute mambapy's parallel scan; for arguments and result see `reference_scan`."""
     from mambapy.pscan import pscan
 
     delta = F.softplus(dt + dt_bias)[..., None]  # (B, L, D, 1)
@@ -103,27 +105,28 @@ def mambapy_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tens
 
 def with_chunk(backend: str, chunk: int) -> Scan:
     """Return the scan of "triton" or "cuda" with `chunk` tokens between two stored states."""
-    module = ops.backends.backend_module(backend)
+    compute: Scan = partial(ops.selective_scan, backend=backend)
+    module: Any = ops.backends.backend_module(backend)
 
     def scan(*inputs: Tensor) -> Tensor:
-        if backend == "triton":  # for its backward pass too, which comes before the next contestant
+        if backend == "triton":  # also for the backward pass, which runs before the next contestant
             module.CHUNK = chunk
         else:
             module.CHUNKS[torch.cuda.get_device_capability(inputs[0].device)] = chunk
-        return ops.selective_scan(*inputs, backend=backend)
+        return compute(*inputs)
 
     return scan
 
 
 def chunks(backend: str, device: torch.device) -> tuple[int, int]:
-    """Return the default of a backend and the other one, of 8 and 4."""
-    module = ops.backends.backend_module(backend)
+    """Return the default chunk of a backend and the other one, of 8 and 4 tokens."""
+    module: Any = ops.backends.backend_module(backend)
     default = module.CHUNK if backend == "triton" else module.CHUNKS[torch.cuda.get_device_capability(device)]
     return default, 12 - default
 
 
 def contestants(inputs: list[Tensor]) -> dict[str, Scan | str]:
-    """Return the scans by name; one that does not compute these inputs here is the line that says why."""
+    """Return the scans by name; instead of one that does not compute these inputs here, the reason."""
 
     def one_direction(scan: Scan) -> Scan:
         return lambda *inputs: torch.stack([scan(*(x[k] for x in inputs)) for k in range(len(inputs[0]))])
@@ -144,9 +147,9 @@ def contestants(inputs: list[Tensor]) -> dict[str, Scan | str]:
         elif backend in ("triton", "cuda"):
             default, other = chunks(backend, u.device)
             found[f"{backend} chunk {other}"] = with_chunk(backend, other)
-            found[backend] = with_chunk(backend, default)  # last, so that every round leaves the default behind
+            found[backend] = with_chunk(backend, default)  # last, so that the default is set after every round
         else:
-            found[backend] = lambda *inputs, backend=backend: ops.selective_scan(*inputs, backend=backend)
+            found[backend] = partial(ops.selective_scan, backend=backend)
     return found
 
 
@@ -163,10 +166,10 @@ def make_inputs(sizes: tuple[int, ...], device: torch.device) -> list[Tensor]:
 
 
 def check(scans: dict[str, Scan], inputs: list[Tensor], images: int = 4) -> dict[str, str]:
-    """Compare y and every gradient of each contestant with the oracle's, on the first images.
+    """Compare y and every gradient of each contestant with `ops.naive`, on the first images.
 
     Returns:
-        For each contestant that fails or differs by more than `ERROR`, a line that says so.
+        By name, a line for each contestant that fails or differs by more than `ERROR`.
     """
     few = [x.detach()[:, :images] if x.ndim == 4 else x.detach() for x in inputs]
     few = [x.requires_grad_() for x in few]
@@ -182,33 +185,29 @@ def check(scans: dict[str, Scan], inputs: list[Tensor], images: int = 4) -> dict
             wrong[name] = f"{name} is not timed, it fails: {hardware.failure(error)}"
             continue
         for label, got, want in zip(("y", *NAMES), found, expected, strict=True):
-            error = ((got - want).abs().max() / want.abs().max().clamp(min=1e-30)).item()
-            if not error < ERROR[inputs[0].dtype]:
-                wrong.setdefault(name, f"{name} is wrong, so it is not timed: {label} differs by {error:.1e}")
+            difference = ((got - want).abs().max() / want.abs().max().clamp(min=1e-30)).item()
+            if not difference < ERROR[inputs[0].dtype]:
+                wrong.setdefault(name, f"{name} is wrong, so it is not timed: {label} differs by {difference:.1e}")
     return wrong
 
 
 def time_scans(scans: dict[str, Scan], inputs: list[Tensor], repetitions: int) -> dict[str, dict[str, float]]:
-    """Return the median microseconds of forward, backward and both; rounds interleave, so that noise hits all alike."""
-    device = inputs[0].device
+    """Return the median microseconds of forward, backward and both passes, by name."""
     dy = torch.randn_like(inputs[0])
-    times = {name: {"forward": [], "backward": [], "both": []} for name in scans}
-    for _ in range(repetitions + 3):
-        for name, scan in scans.items():
-            forward, y = hardware.time_once(lambda scan=scan: scan(*inputs), device)
-            backward, _ = hardware.time_once(lambda y=y: torch.autograd.grad(y, inputs, dy), device)
-            for key, seconds in (("forward", forward), ("backward", backward), ("both", forward + backward)):
-                times[name][key].append(1e6 * seconds)
-    return {name: {key: statistics.median(us[3:]) for key, us in parts.items()} for name, parts in times.items()}
+    times = hardware.time_rounds(
+        {name: partial(scan, *inputs) for name, scan in scans.items()},
+        lambda y: partial(torch.autograd.grad, y, inputs, dy),
+        inputs[0].device,
+        repetitions,
+    )
+    return {name: {key: statistics.median(us) for key, us in parts.items()} for name, parts in times.items()}
 
 
 def main(args: argparse.Namespace) -> None:
     """Check, time, print a table per size, write everything as JSON."""
     args.device = init_device(args.device)
-    about = hardware.describe(args.device)
-    output = hardware.result_file("scan", about, args.output)
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
-    yardstick, results, wrong = YARDSTICK[args.device.type], [], []
+    report = hardware.Report("scan", args.device, args.output)
+    yardstick = YARDSTICK[args.device.type]
     for sizes in args.sizes or SIZES[args.device.type]:
         inputs = make_inputs(sizes, args.device)
         found = contestants(inputs)
@@ -216,36 +215,34 @@ def main(args: argparse.Namespace) -> None:
             raise UserError(f"--contestants {' '.join(sorted(unknown))}: there are {', '.join(found)}")
         found = {name: scan for name, scan in found.items() if name in (args.contestants or found)}
         scans = {name: scan for name, scan in found.items() if callable(scan)}
-        lines = check(scans, inputs)
-        found |= lines
-        wrong += lines.values()
-        scans = {name: scan for name, scan in scans.items() if name not in lines}
+        wrong = check(scans, inputs)
+        found |= wrong
+        report.problems += wrong.values()
+        scans = {name: scan for name, scan in scans.items() if name not in wrong}
         usable = hardware.answers(args.device)
         us = time_scans(scans, inputs, args.repetitions) if usable else {}
         ratio = {name: us[yardstick]["both"] / t["both"] for name, t in us.items()} if yardstick in us else {}
         label = dict(zip("KBDLN", sizes, strict=True))
         dtype = str(inputs[0].dtype).removeprefix("torch.")
-        results.append({"size": label, "dtype": dtype, "microseconds": us, f"times_faster_than_{yardstick}": ratio})
-        results[-1]["wrong"] = lines
-        results[-1]["left_out"] = {
+        left_out = {
             name: "it is right, but the GPU is lost" if callable(reason) else reason
             for name, reason in found.items()
             if name not in us
         }
-        hardware.write(output, {**about, "results": results}, quiet=True)  # what is measured stays, whatever comes
+        row = {"size": label, "dtype": dtype, "microseconds": us, f"times_faster_than_{yardstick}": ratio}
+        report.rows.append({**row, "wrong": wrong, "left_out": left_out})
+        report.save()
         print(f"\n{args.device.type}, {dtype}, " + " ".join(f"{key} {n}" for key, n in label.items()))
         print(f"{'µs':<16}{'forward':>12}{'backward':>12}{'both':>12}" + (f"{'x ' + yardstick:>14}" if ratio else ""))
         for name in found:
             if name not in us:
-                print(f"{name:<16}{results[-1]['left_out'][name]}")
+                print(f"{name:<16}{left_out[name]}")
                 continue
-            row = "".join(f"{us[name][part]:>12.1f}" for part in ("forward", "backward", "both"))
-            print(f"{name:<16}{row}" + (f"{ratio[name]:>14.1f}" if ratio else ""))
+            numbers = "".join(f"{us[name][part]:>12.1f}" for part in ("forward", "backward", "both"))
+            print(f"{name:<16}{numbers}" + (f"{ratio[name]:>14.1f}" if ratio else ""))
         if not usable:
             break
-    hardware.write(output, {**about, "results": results})
-    if wrong:
-        raise RuntimeError("; ".join(wrong))
+    report.close()
 
 
 if __name__ == "__main__":

@@ -1,24 +1,24 @@
-"""Training throughput on random data: this repository beside the released composition, in one run.
+"""Compare the training throughput of this repository with the released composition, on random data, in one run.
 
     python benchmarks/bench_train.py
     python benchmarks/bench_train.py --cases pretrain_base --profile
     python benchmarks/bench_train.py --switches none cuda_graph all
 
-For each case both compositions train the same model on the same random images, which lie on the device: ours through
-`util.training.loop.train_epoch` (compiled blocks, fused AdamW, no waiting), the released one through released.py
-(mamba-ssm's kernels on flipped copies, eager, a wait after every step; where mamba-ssm is missing, the torch backend in
-their place, which says nothing about the released code: no ratio is shown).
-After a warm-up the median of several rounds counts, by CUDA events on a GPU. `--backend`, `--no_compile` and
-`--released_loop` make up one composition by hand: `--backend mamba_ssm --no_compile --released_loop` is the released
-one. `--cuda_graph`, `--no_cuda_graph` and `--fused_ops` count wherever our loop trains. `--switches` trains with the
-kernels of `SWITCHES` that it names instead, each alone: what a default would have to be measured with.
+In each case both compositions train the same model on the same random images on the device. Ours trains through
+`util.training.loop.train_epoch` (compiled blocks, fused AdamW, no waiting for the device), the released one through
+released.py (mamba-ssm's kernels on flipped copies, eager, a wait after every step). Where mamba-ssm is missing, the
+torch backend takes its place; no ratio is printed then, as it says nothing about the released code. The time is the
+median of several rounds after a warm-up, by CUDA events on a GPU. `--backend`, `--no_compile` and `--released_loop`
+describe a single composition: `--backend mamba_ssm --no_compile --released_loop` is the released one. `--cuda_graph`,
+`--no_cuda_graph` and `--fused_ops` apply wherever our loop trains. `--switches` compares kernels of `SWITCHES`
+instead, each alone, to decide on their defaults.
 
-Beside the time of a step stands the time in which the GPU is busy with it: the union of the intervals of all kernels
-and copies in a trace of one more round. What lies between the two is the host's.
+"busy" is the time in which the GPU computes in a step: the union of the intervals of all kernels and copies in a trace
+of one more round. The GPU waits for the host in the rest of the step.
 
 Model FLOP utilisation is 3 x F x images/s / peak. F are the floating-point operations of the matrix products and
-convolutions of one image's forward pass, as `torch.utils.flop_counter` counts them; the backward pass takes twice as
-many. The scan is left out. Peak is the data sheet's dense bfloat16 rate, without sparsity.
+convolutions in one image's forward pass, as `torch.utils.flop_counter` counts them; the backward pass takes twice as
+many. The scan is not counted. Peak is the data sheet's dense bfloat16 rate, without sparsity.
 """
 
 import argparse
@@ -28,18 +28,18 @@ import math
 import statistics
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -51,11 +51,14 @@ import models_arm
 import ops
 from benchmarks import bench_ops, released
 from Finetuning import engine_finetune
+from models_arm import PretrainModel
+from models_classifier import ARMClassifier
 from ops import BackendUnavailable, fused
 from ops.cuda_graph import captures
 from util import arguments, cli, hardware
+from util.data.device_loader import DeviceLoader
 from util.distributed.processes import init_device
-from util.errors import RunError, as_user_error
+from util.errors import as_user_error
 from util.files import output_file, write_text
 from util.lr_decay import param_groups_layer_decay
 from util.tracking.run_log import Log
@@ -65,7 +68,7 @@ PEAK = {"H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "A100": 312e12,
 
 
 class Case(NamedTuple):
-    """What is trained; `sizes` are keyword arguments of the model beyond its name."""
+    """A model to train; `sizes` are keyword arguments of it."""
 
     task: str
     model: str
@@ -87,7 +90,7 @@ CASES = {
 
 
 class Composition(NamedTuple):
-    """How it is trained."""
+    """Kernels and loop that train a case."""
 
     backend: str
     compiled: bool
@@ -103,11 +106,11 @@ PROFILE = "Profiles of bench_train.py"  # the first line of their file
 
 
 class RandomBatches:
-    """Stands in for a loader: the same random images and labels, on the device, `steps` times."""
+    """A loader that yields the same random images and labels, on the device, `steps` times."""
 
-    def __init__(self, case: Case, classes: int, steps: int, device: torch.device) -> None:
-        imgs = torch.randn(case.batch_size, 3, case.img_size, case.img_size, device=device)
-        self.batch, self.steps = [imgs, torch.randint(classes, (case.batch_size,), device=device)], steps
+    def __init__(self, batch_size: int, size: int, classes: int, steps: int, device: torch.device) -> None:
+        imgs = torch.randn(batch_size, 3, size, size, device=device)
+        self.batch, self.steps = [imgs, torch.randint(classes, (batch_size,), device=device)], steps
         self.sampler = SimpleNamespace(set_epoch=lambda epoch, start: None)
 
     def __len__(self) -> int:
@@ -118,8 +121,13 @@ class RandomBatches:
             yield [tensor.clone() for tensor in self.batch]  # mixup works in place
 
 
-def build(case: Case, backend: str, device: torch.device) -> nn.Module:
-    """The model of a case, as the recipes train it."""
+def random_batches(batch_size: int, size: int, classes: int, steps: int, device: torch.device) -> DeviceLoader:
+    """Return `RandomBatches` in the place of a `DeviceLoader`: training iterates over it alone."""
+    return cast(DeviceLoader, RandomBatches(batch_size, size, classes, steps, device))
+
+
+def build(case: Case, backend: str, device: torch.device) -> PretrainModel | ARMClassifier:
+    """Build the model of a case, as the recipes train it."""
     sizes = {"img_size": case.img_size, "scan_backend": backend, **case.sizes}
     torch.manual_seed(0)
     with device:
@@ -130,7 +138,7 @@ def build(case: Case, backend: str, device: torch.device) -> nn.Module:
 
 
 def loop_args(case: Case, cuda_graph: bool = False, lr: float = 1e-5) -> argparse.Namespace:
-    """The arguments that `train_epoch` looks at, for one epoch at a constant learning rate."""
+    """Return the arguments that `train_epoch` reads, for one epoch at a constant learning rate."""
     return argparse.Namespace(
         lr=lr, min_lr=lr, warmup_epochs=0, epochs=1, accum_iter=1, seed=0, output_dir="", start_epoch=None,
         batch_size=case.batch_size, clip_grad=3.0 if case.task == "pretrain" else None, save_every_steps=None,
@@ -139,9 +147,9 @@ def loop_args(case: Case, cuda_graph: bool = False, lr: float = 1e-5) -> argpars
 
 
 def flops_per_image(case: Case) -> int:
-    """Floating-point operations of the products in one image's forward pass; nothing is computed for it."""
+    """Count the floating-point operations of the products in one image's forward pass, on the meta device."""
     meta = torch.device("meta")
-    fused.use(["none"], meta)  # the counter knows the products of torch
+    fused.use(["none"], meta)  # it counts products of torch alone
     model = build(case, "torch", meta)
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, case.img_size, case.img_size, device=meta))
@@ -156,16 +164,16 @@ def epoch_runner(
     lr: float = 1e-5,
     log: Log = Log(),  # noqa: B008 (it holds nothing)
 ) -> Callable[[], object]:
-    """Return what trains `steps` updates when it is called; `log` is told of what our loop logs."""
+    """Return a function that trains `steps` updates; our loop logs to `log`."""
     torch._dynamo.reset()
-    gc.collect()  # the model before this one is held in cycles
+    gc.collect()  # reference cycles hold the previous model
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     fused.use(how.fused_ops or ["none"], device)
     model = build(case, how.backend, device)
-    classes = 1 if case.task == "pretrain" else model.head.out_features
-    loader = RandomBatches(case, classes, steps, device)
+    classes = 1 if isinstance(model, PretrainModel) else model.num_classes
+    loader = random_batches(case.batch_size, case.img_size, classes, steps, device)
     args = loop_args(case, how.cuda_graph, lr)
     if case.task == "pretrain":
         groups, betas, ema = param_groups_weight_decay(model, 0.05), (0.9, 0.95), None
@@ -192,23 +200,23 @@ def epoch_runner(
         return lambda: released.train_steps(model, loader, compute_loss, optimizer, args.clip_grad, after_update)
     if how.compiled:
         model.compile(**fused.compile_options())
-    run = Run(args, model, optimizer, ema, graphs=kernels.block_graphs(args, model))
+    graphs = kernels.block_graphs(args, model)
+    run = Run(args, model, optimizer, ema, graphs=graphs)
 
     def epoch() -> None:
         run.samples = 0
-        common = (loader, run, device, log)
         if case.task == "pretrain":
-            engine_pretrain.train_one_epoch(model, *common)
+            engine_pretrain.train_one_epoch(model, loader, run, device, log)
         else:
-            engine_finetune.train_one_epoch(model, criterion, *common, mixup)
-        if how.cuda_graph and not run.graphs.calls:
+            engine_finetune.train_one_epoch(model, criterion, loader, run, device, log, mixup)
+        if graphs is not None and not graphs.calls:
             raise RuntimeError("no block could be captured in CUDA graphs")
 
     return epoch
 
 
 def measure(case: Case, how: Composition, args: argparse.Namespace) -> dict[str, float | None]:
-    """Images/s, busy time, MFU and peak memory of one composition."""
+    """Return images/s, busy time, MFU and peak memory of one composition."""
     gpu = args.device.type == "cuda"
     run = epoch_runner(case, how, args.steps, args.device)
     start_up, _ = hardware.time_once(run, args.device)
@@ -226,25 +234,33 @@ def measure(case: Case, how: Composition, args: argparse.Namespace) -> dict[str,
         "busy_ms_per_step": busy and 1000 * busy / args.steps,
         "mfu": peak and 3 * flops_per_image(case) * speed / peak,
         "peak_memory_gb": torch.cuda.max_memory_allocated(args.device) / 1e9 if gpu else None,
-        "first_epoch_seconds": start_up,  # with what is compiled at first use
+        "first_epoch_seconds": start_up,  # with compilation
     }
 
 
+def measure_or_overflow(case: Case, how: Composition, args: argparse.Namespace) -> dict:
+    """Return what `measure` does, or `out_of_memory`."""
+    try:
+        return measure(case, how, args)
+    except torch.OutOfMemoryError:
+        return {"out_of_memory": True}
+
+
 def busy_seconds(run: Callable[[], object]) -> float:
-    """Seconds in which the GPU works while `run` runs."""
+    """Return the seconds in which the GPU computes while `run` runs."""
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         run()
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
-        recorded.export_chrome_trace(str(path))  # the one place where annotations, which span gaps, are told apart
+        recorded.export_chrome_trace(str(path))  # only here are annotations, which span gaps, told apart
         events = json.loads(path.read_text())["traceEvents"]
     works = ("kernel", "gpu_memcpy", "gpu_memset")
     return union((e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") in works) / 1e6
 
 
 def union(intervals: Iterable[tuple[float, float]]) -> float:
-    """Return the length of what the intervals (start, end) cover together."""
+    """Return the length of the union of the intervals (start, end)."""
     covered, reached = 0.0, -math.inf
     for start, end in sorted(intervals):
         covered += max(0.0, end - max(start, reached))
@@ -253,10 +269,7 @@ def union(intervals: Iterable[tuple[float, float]]) -> float:
 
 
 def show_profile(run: Callable[[], object], args: argparse.Namespace) -> None:
-    """Show where the time of `args.steps` steps goes, by kernel on a GPU, by operator elsewhere.
-
-    The 30 longest rows are printed; a file gets all of them.
-    """
+    """Print the 30 kernels (or operators, on a CPU) that take most of the time, or write all of them to a file."""
     gpu = args.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu) as recorded:
         run()
@@ -275,11 +288,11 @@ def unavailable(switch: str, device: torch.device) -> str | None:
     if switch == "cuda":
         return "there is no such backend" if switch not in ops.BACKENDS else ops.unavailable(switch)
     if switch == "casts":
-        return None if device.type == "cuda" else "the compiler joins small kernels on a GPU alone"
+        return None if device.type == "cuda" else "the compiler fuses small kernels on a GPU only"
     if switch != "cuda_graph":
         try:
             return bench_ops.missing(switch, device)
-        except Exception as error:  # of this operator alone
+        except Exception as error:  # of this operator only
             return f"it fails: {hardware.failure(error)}"
     try:
         captures(True, device)
@@ -289,17 +302,17 @@ def unavailable(switch: str, device: torch.device) -> str | None:
 
 
 def switched(name: str, device: torch.device, compiled: bool, without: Sequence[str] = ()) -> Composition | str:
-    """Return the composition with one of `SWITCHES` on, "all" for those that work here; or why there is none.
+    """Return the composition with one of `SWITCHES` on ("all": those that work here), or why there is none.
 
-    Those of `without` stay off.
+    Kernels of `without` stay off.
     """
     if name == "released":
         backend = "mamba_ssm" if device.type == "cuda" else "torch"
         return ops.unavailable(backend) or Composition(backend, False, True, False, [])
-    on = {"none": [], "all": KERNELS}.get(name, [name])
-    reasons = {switch: "--without it" if switch in without else unavailable(switch, device) for switch in on}
-    if reasons.get(name):
-        return reasons[name]
+    asked = {"none": (), "all": KERNELS}.get(name, (name,))
+    reasons = {switch: "--without it" if switch in without else unavailable(switch, device) for switch in asked}
+    if reason := reasons.get(name):
+        return reason
     on = [switch for switch, reason in reasons.items() if reason is None]
     plain = "triton" if device.type == "cuda" else "auto"
     backend = "cuda" if "cuda" in on else plain
@@ -307,7 +320,7 @@ def switched(name: str, device: torch.device, compiled: bool, without: Sequence[
 
 
 def compositions(args: argparse.Namespace) -> dict[str, Composition | str]:
-    """Return what is compared by name: ours and the released one, or by the flags; a line where one cannot be."""
+    """Return the compositions to compare by name; instead of one that is not possible here, the reason."""
     gpu = args.device.type == "cuda"
     if args.switches:
         compiled = gpu and not args.no_compile
@@ -331,41 +344,29 @@ def main(args: argparse.Namespace) -> None:
         args.cuda_graph = captures(args.cuda_graph, args.device)
     with as_user_error(ValueError, BackendUnavailable, prefix=f"--fused_ops {' '.join(args.fused_ops)}: "):
         args.fused_ops = fused.use(args.fused_ops, args.device)
-    about = hardware.describe(args.device)
-    output = hardware.result_file("train", about, args.output)
+    report = hardware.Report("train", args.device, args.output, steps=args.steps)
     if args.profile not in (None, PRINTED):
         output_file(args.profile, lambda path: path.read_text(errors="replace").startswith(PROFILE), flag="--profile")
         args.profiles = [PROFILE]
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
-    print(f"{'case':<16}{'composition':<24}{'images/s':>10}{'ms/step':>10}{'busy':>8}", end="")
+    print(f"{'case, composition':<{hardware.WIDTH}}{'images/s':>10}{'ms/step':>10}{'busy':>8}", end="")
     print(f"{'MFU':>8}{'GB':>8}{'start s':>9}{'x':>7}")
-    report, speeds = {**about, "steps": args.steps, "results": []}, {}
-    chosen, lost = compositions(args), None
+    speeds: dict[tuple[str, str], float] = {}
+    chosen = compositions(args)
     todo = [(name, kind) for name in args.cases for kind in chosen]
     if args.switches:  # the first switches of all cases count more than the last of one
         todo = [(name, kind) for kind in args.switches for name in args.cases]
     for name, kind in todo:
         case = CASES[name]._replace(batch_size=args.batch_size or CASES[name].batch_size)
-        how, row = lost or chosen[kind], {"case": name, "composition": kind}
-        report["results"].append(row)
-        if isinstance(how, str):
-            print(f"{name:<16}{kind:<24}left out: {how}", flush=True)
-            row["left_out"] = how
+        args.now = title = f"{name}, {kind}"
+        how = chosen[kind]
+        row: dict = {"case": name, "composition": kind}
+        work = how if isinstance(how, str) else partial(measure_or_overflow, case, how, args)
+        if not isinstance(how, str):
+            row |= {"batch_size": case.batch_size, **how._asdict()}
+        if not report.add(title, row, work):
             continue
-        row |= {"batch_size": case.batch_size, **how._asdict()}
-        args.now = f"{name}, {kind}"
-        try:
-            row |= measure(case, how, args)
-        except torch.OutOfMemoryError:
-            print(f"{name:<16}{kind:<24}{'out of memory':>20}", flush=True)
-            row["out_of_memory"] = True
-            continue
-        except Exception as error:  # of one kernel: the others can still be measured
-            traceback.print_exc()
-            row["failed"] = hardware.failure(error)
-            print(f"{name:<16}{kind:<24}failed: {row['failed']}", flush=True)
-            if not hardware.answers(args.device):
-                lost = f"{name}, {kind} has lost the GPU"
+        if "out_of_memory" in row:
+            print(f"{title:<{hardware.WIDTH}}out of memory", flush=True)
             continue
         speeds[name, kind] = speed = row["images_per_second"]
         busy = f"{row['busy_ms_per_step']:.1f}" if row["busy_ms_per_step"] else "-"
@@ -374,20 +375,17 @@ def main(args: argparse.Namespace) -> None:
         fair = kind == "released (mamba_ssm)" and (name, "ours") in speeds
         ratio = f"{speeds[name, 'ours'] / speed:.2f}" if fair else ""
         numbers = f"{speed:>10.1f}{row['ms_per_step']:>10.1f}{busy:>8}{mfu:>8}{memory:>8}"
-        print(f"{name:<16}{kind:<24}{numbers}{row['first_epoch_seconds']:>9.1f}{ratio:>7}", flush=True)
-        hardware.write(output, report, quiet=True)  # what is measured stays, whatever comes
-    hardware.write(output, report)
-    if failed := [f"{row['case']}, {row['composition']}" for row in report["results"] if "failed" in row]:
-        raise RunError(f"failed: {'; '.join(failed)}")
+        print(f"{title:<{hardware.WIDTH}}{numbers}{row['first_epoch_seconds']:>9.1f}{ratio:>7}", flush=True)
+    report.close()
 
 
 def add_without(parser: argparse.ArgumentParser) -> None:
-    """Add the flag that turns kernels off which are known to be wrong, with "all" too."""
+    """Add `--without`, which leaves out kernels that are known to be wrong, in "all" too."""
     parser.add_argument("--without", nargs="+", choices=KERNELS, default=[], help="leave these kernels off")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     device = hardware.default_device()
     toys = [name for name in CASES if "toy" in name]
     cases = toys if device.type == "cpu" else [name for name in CASES if name not in toys]

@@ -1,10 +1,10 @@
-"""Whether `--loader fast` trains to the accuracy of `--loader pil`: the demo's recipe on JPEG files, several seeds.
+"""Compare the accuracy of training with `--loader fast` and `--loader pil`: the demo's recipe on JPEGs, several seeds.
 
     python benchmarks/compare_loaders.py
 
-stores the demo's digits as JPEGs (both loaders leave other files to Pillow), and for every seed and loader pretrains,
-finetunes with RandAugment and random erasing, and notes the accuracy on the held-out digits. The runs of a seed differ
-in pixels only: they draw the same numbers.
+stores the demo's digits as JPEGs (both loaders decode other formats with Pillow), and for every seed and loader
+pretrains, finetunes with RandAugment and random erasing, and reports the accuracy on the held-out digits. The runs of a
+seed draw the same random numbers and differ in pixels only.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from util.errors import RunError
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = cli.Parser("compare_loaders.py", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--seeds", type=arguments.number(int, 2, 1000), default=3, help="at least 2 (default: %(default)s)"
@@ -42,7 +42,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def make_jpegs(folder: Path, quality: int = 95) -> None:
-    """The demo's digits as JPEG files."""
+    """Write the demo's digits as JPEG files."""
     unpack_digits(folder)
     for path in folder.rglob("*.png"):
         Image.open(path).save(path.with_suffix(".jpg"), quality=quality)
@@ -50,7 +50,11 @@ def make_jpegs(folder: Path, quality: int = 95) -> None:
 
 
 def script(name: str, arguments: str, out: Path) -> None:
-    """Run a training script on one core."""
+    """Run a training script on one core.
+
+    Raises:
+        RunError: it failed.
+    """
     with (out.with_name(out.name + ".txt")).open("w") as log:
         command = [sys.executable, ROOT / name, *shlex.split(arguments), "--output_dir", out]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -59,8 +63,8 @@ def script(name: str, arguments: str, out: Path) -> None:
         raise RunError(f"{name} failed with exit status {done.returncode}: {log.name} says why")
 
 
-def train(folder: Path, data: Path, loader: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
-    """Pretrain and finetune; the loss of pretraining and the accuracies of the weights and of each epoch's best."""
+def train(folder: Path, data: Path, loader: str, seed: int, args: argparse.Namespace) -> dict:
+    """Pretrain and finetune; return the loss of pretraining and the accuracy of finetuning."""
     common = f"{MODEL} {RECIPE} --data_path {data} --loader {loader} --seed {seed}"
     pre, fine = folder / f"{loader}-{seed}-pre", folder / f"{loader}-{seed}-fine"
     script("main_pretrain.py", f"{common} {PRETRAIN} --epochs {args.epochs}", pre)
@@ -73,7 +77,7 @@ def train(folder: Path, data: Path, loader: str, seed: int, args: argparse.Names
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train everything, as many runs at a time as there are cores, print the table, write JSON."""
+    """Train with as many runs at a time as there are cores, print the table, write JSON."""
     about = hardware.describe(torch.device("cpu"))
     output = hardware.result_file("loaders", about, args.output)
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)

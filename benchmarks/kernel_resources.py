@@ -1,18 +1,18 @@
-"""Registers, spills and instructions of the Triton and CUDA kernels on GPUs that need not be there.
+"""Count registers, spills and instructions of the Triton and CUDA kernels; no GPU is needed.
 
     python benchmarks/kernel_resources.py
 
 Compiles each kernel exactly as a training run launches it (ARM-base: pretraining, 128 tokens in one direction;
 finetuning, 197 tokens in four; bfloat16 under autocast) for compute capabilities 8.0, 9.0 and 10.0, and disassembles
-the result with the tools that Triton brings along. "fused" are the kernels of --fused_ops. The scan in CUDA C++ is
-counted with chunks of 8 and of 4 tokens, on 8.6 and 8.9 too, which decides where it is offered: its default where it
-is, "not used" elsewhere.
+the result with the tools that come with Triton. "fused" are the kernels of --fused_ops. The scan in CUDA C++ is counted
+with chunks of 8 and of 4 tokens, also on 8.6 and 8.9; the counts decide where it is offered. "default" marks the chunk
+that is used, "not used" a capability where it is not offered.
 
 Instructions are counted per step, from the longest loop: one token of one warp's channels (32 channels of 16 states in
 the scan, 128 channels in the convolution; in the other fused operators a warp's share of a row). Divided by what a GPU
-issues (4 a cycle and multiprocessor) they bound the kernel's time from below; "warps" is what the registers and the
-shared memory of a multiprocessor have room for. Expected on 9.0: about 185 and 515 instructions for the scan's forward
-and backward pass in Triton, 131 and 339 in CUDA.
+issues (4 a cycle and multiprocessor) they are a lower bound of the kernel's time. "warps" is how many fit into the
+registers and the shared memory of a multiprocessor. Expected on 9.0: about 185 and 515 instructions for the scan's
+forward and backward pass in Triton, 131 and 339 in CUDA.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -50,7 +50,7 @@ TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
 
 
 class Launch(NamedTuple):
-    """What the host code hands to a kernel."""
+    """A kernel and the arguments that the host code launches it with."""
 
     kernel: triton.JITFunction
     args: tuple
@@ -59,7 +59,7 @@ class Launch(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """Of one kernel on one generation; `spilled` is the stack in bytes per thread, `instructions` are per step."""
+    """Counts of one kernel on one capability; `spilled`: bytes of stack per thread, `instructions`: per step."""
 
     kernel: str
     capability: int
@@ -74,7 +74,7 @@ class Resources(NamedTuple):
 
 @contextmanager
 def noted_launches() -> Iterator[list[Launch]]:
-    """Run host code on tensors without memory, with what starts a kernel replaced by a note of it."""
+    """Run host code on meta tensors; collect the launches in the list instead of starting kernels."""
     seen: list[Launch] = []
 
     def note(kernel: triton.JITFunction, paths: int, *args: object, **constants: object) -> None:
@@ -89,7 +89,7 @@ def noted_launches() -> Iterator[list[Launch]]:
 
 
 def launches(K: int, batch: int, L: int, width: int, N: int = 16, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
-    """Every launch of both ops, forward and backward, as the backend's host code makes them."""
+    """Return every launch of scan and convolution, forward and backward, as the backend's host code makes them."""
     with noted_launches() as seen:
         rank = width // 16
         projected = torch.empty(K, batch, L, rank + 2 * N, dtype=dtype)
@@ -106,7 +106,7 @@ def launches(K: int, batch: int, L: int, width: int, N: int = 16, dtype: torch.d
 
 
 def fused_launches(K: int, batch: int, L: int, width: int, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
-    """Every launch of the fused operators that have kernels of their own; with four directions, of drop path too."""
+    """Return every launch of the fused operators with kernels of their own; of drop path too if K is 4."""
     fused.use(["none"], torch.device("cpu"))
     with noted_launches() as seen:
         h, branch = torch.empty(batch, L, width), torch.empty(batch, L, width, dtype=dtype)
@@ -121,12 +121,12 @@ def fused_launches(K: int, batch: int, L: int, width: int, dtype: torch.dtype = 
 
 
 def compile_launch(launch: Launch, capability: int) -> CompiledKernel:
-    """The kernel as Triton's runtime would specialise and compile it for these arguments."""
+    """Compile a kernel as Triton's runtime specialises it for these arguments."""
     names = launch.kernel.arg_names
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(names):
         value = launch.constants[name] if name in launch.constants else launch.args[i]
-        aligned = False
+        aligned: object = False
         if name in launch.constants or value is None:
             signature[name], constants[(i,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
@@ -142,7 +142,7 @@ def compile_launch(launch: Launch, capability: int) -> CompiledKernel:
 
 
 def disassemble(cubin: bytes, kernel: str) -> tuple[int, int, list[list[str]]]:
-    """Registers, spilled bytes, and the instructions of every loop of a kernel, or of all of it if it has none."""
+    """Return registers, spilled bytes, and the instructions of every loop of a kernel, or of all of it."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(cubin)
@@ -153,11 +153,15 @@ def disassemble(cubin: bytes, kernel: str) -> tuple[int, int, list[list[str]]]:
 
         usage = re.search(rf"Function {kernel}:\s+REG:(\d+) STACK:(\d+)", tool("cuobjdump", "-res-usage"))
         listing = tool("nvdisasm", "-c").partition(f".text.{kernel}")[2].partition("//-")[0]
+    assert usage is not None, f"cuobjdump does not list {kernel}"
     return int(usage[1]), int(usage[2]), _loops(listing)
 
 
 def _loops(listing: str) -> list[list[str]]:
-    labels, body, found = {}, [], []
+    """Return the instructions of every loop in a listing of nvdisasm, or all of them if there is no loop."""
+    labels: dict[str, int] = {}
+    body: list[str] = []
+    found: list[list[str]] = []
     for line in listing.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(body)
@@ -170,7 +174,7 @@ def _loops(listing: str) -> list[list[str]]:
 
 
 def per_step(launch: Launch, lengths: list[int]) -> float:
-    """Instructions per step, from the lengths of a kernel's loops.
+    """Return the instructions per step, from the lengths of a kernel's loops.
 
     The convolution has one loop, over tokens, AHEAD at a time; the other fused operators have one, or none, over rows.
     The scan's outer loop is over chunks (forward) or over blocks of T tokens (backward), its inner one over the blocks
@@ -186,24 +190,24 @@ def per_step(launch: Launch, lengths: list[int]) -> float:
 
 
 def resident_warps(capability: int, registers: int, warps: int, shared: int) -> int:
-    """Return the warps that fit on a multiprocessor, in blocks of `warps` that take `shared` bytes."""
-    of_registers = 65536 // (-(-registers // 8) * 8 * 32)  # handed out by 8 a thread
+    """Return the warps that fit on a multiprocessor, in blocks of `warps` with `shared` bytes of shared memory."""
+    of_registers = 65536 // (-(-registers // 8) * 8 * 32)  # allocated by 8 a thread
     blocks = min(of_registers, WARPS[capability]) // warps
     return warps * min(blocks, SHARED_KB[capability] * 1024 // (shared + 1024))
 
 
 def measure_triton(capability: int, K: int, L: int, variant: str) -> Iterator[Resources]:
-    """Resources of the four Triton kernels, or of the fused operators, of one setting of ARM-base."""
+    """Yield the counts of the four Triton kernels, or of the fused operators, in one setting of ARM-base."""
     for launch in launches(K, 2, L, 768) if variant == "triton" else fused_launches(K, 2, L, 768):
         kernel, name = compile_launch(launch, capability), launch.kernel.__name__
         registers, spilled, loops = disassemble(kernel.asm["cubin"], name)
         steps = per_step(launch, [len(loop) for loop in loops])
-        fit = resident_warps(capability, registers, launch.warps, kernel.metadata.shared)
-        yield Resources(name, capability, K, L, registers, spilled, steps, fit, variant)
+        resident = resident_warps(capability, registers, launch.warps, kernel.metadata.shared)
+        yield Resources(name, capability, K, L, registers, spilled, steps, resident, variant)
 
 
 def measure_cuda(capability: int, K: int, L: int) -> Iterator[Resources]:
-    """Resources of the scan in CUDA C++ with either chunk, in one setting of ARM-base."""
+    """Yield the counts of the scan in CUDA C++ with either chunk, in one setting of ARM-base."""
     version, warps = divmod(capability, 10), cuda_backend.block_warps(768)
     for chunk in (8, 4):
         variant = cuda_backend.Variant(warps, chunk, K > 1)
@@ -212,12 +216,12 @@ def measure_cuda(capability: int, K: int, L: int) -> Iterator[Resources]:
         label = f"cuda chunk {chunk}" + ("" if used else ", not used") + (", default" if chunk == used else "")
         for name in cuda_backend.KERNELS:
             registers, spilled, loops = disassemble(cubin, name)
-            fit = resident_warps(capability, registers, warps, variant.shared_bytes(name))
-            yield Resources(name, capability, K, L, registers, spilled, max(map(len, loops)) / chunk, fit, label)
+            resident = resident_warps(capability, registers, warps, variant.shared_bytes(name))
+            yield Resources(name, capability, K, L, registers, spilled, max(map(len, loops)) / chunk, resident, label)
 
 
 def measure(backend: str, capability: int, K: int, L: int) -> Iterator[Resources]:
-    """Resources of the kernels of a backend; capability 8.0 stands for all of 8.x with "cuda"."""
+    """Yield the counts of the kernels of a backend; 8.0 stands for all of 8.x with "cuda"."""
     if backend in ("triton", "fused"):
         yield from measure_triton(capability, K, L, backend)
     else:
@@ -225,30 +229,29 @@ def measure(backend: str, capability: int, K: int, L: int) -> Iterator[Resources
             yield from measure_cuda(one, K, L)
 
 
-def main(args: argparse.Namespace, show: Callable[[str], None] = print) -> list[Resources]:
-    """Print a table, or JSON."""
+def main(args: argparse.Namespace) -> None:
+    """Count, and print a table or JSON."""
     settings = [(b, c, *sizes) for b in args.backends for c in args.capabilities for sizes in ((1, 128), (4, 197))]
     rows = [row for setting in settings for row in measure(*setting)]
     if args.json:
-        show(json.dumps([row._asdict() for row in rows]))
-        return rows
+        print(json.dumps([row._asdict() for row in rows]))
+        return
     versions = {
         "triton": lambda: f"triton {triton.__version__}",
         "fused": lambda: f"triton {triton.__version__}",
         "cuda": lambda: f"NVRTC {cuda_backend.nvrtc_version()}",
     }
-    show(", ".join(dict.fromkeys(versions[backend]() for backend in args.backends)))
+    print(", ".join(dict.fromkeys(versions[backend]() for backend in args.backends)))
     columns = f"{'registers':>11}{'spilled B':>11}{'instructions':>14}{'warps':>7}"
-    show(f"{'kernel':<22}{'sm':>5}{'K':>3}{'L':>5}{columns}  variant")
+    print(f"{'kernel':<22}{'sm':>5}{'K':>3}{'L':>5}{columns}  variant")
     for row in rows:
         name = row.kernel.removesuffix("_kernel")
         numbers = f"{row.capability:>5}{row.directions:>3}{row.tokens:>5}{row.registers:>11}{row.spilled:>11}"
-        show(f"{name:<22}{numbers}{row.instructions:>14.0f}{row.warps:>7}  {row.variant}")
-    return rows
+        print(f"{name:<22}{numbers}{row.instructions:>14.0f}{row.warps:>7}  {row.variant}")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = cli.Parser("kernel_resources.py", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--capabilities",

@@ -11,13 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-WIDTH, HEIGHT = 9.0, 6.3  # inches; the README shows them 900 pixels wide, so that a point is 1.4 pixels
+WIDTH, HEIGHT = 9.0, 6.3  # inches; the README shows them 900 pixels wide, so a point is 1.4 pixels
 INK, GREY, BLUE, ORANGE = "#222222", "#8a8a8a", "#2f6db3", "#d9771e"
 CLUSTERS, PATCHES, PIXELS = 3, 4, 16  # clusters a side, patches a side of a cluster, pixels a side of a patch
 
 
 def landscape() -> np.ndarray:
-    """A sun over hills and a lake, (192, 192, 3) from 0 to 1."""
+    """Return a picture of a sun over hills and a lake, (192, 192, 3) from 0 to 1."""
     side = CLUSTERS * PATCHES * PIXELS
     y, x = np.mgrid[0:side, 0:side] / side
     sky = np.stack([0.98 - 0.45 * (1 - y), 0.80 - 0.05 * y, 0.62 + 0.35 * (1 - y)], axis=-1)
@@ -37,20 +37,20 @@ def landscape() -> np.ndarray:
 
 
 def blurred(cluster: np.ndarray) -> np.ndarray:
-    """A cluster as a model may predict it: half of each patch's detail is gone."""
+    """Return a cluster as a model may predict it, (h, w, 3): patches with less detail."""
     p = PIXELS
-    patches = cluster.reshape(PATCHES, p, PATCHES, p, 3)
+    patches = cluster.reshape(PATCHES, p, PATCHES, p, 3)  # (h, w, 3) -> (rows, p, columns, p, 3)
     return (0.25 * patches + 0.75 * patches.mean(axis=(1, 3), keepdims=True)).reshape(cluster.shape)
 
 
 def picture(axis: Axes, pixels: np.ndarray, x: float, y: float, side: float, edge: str = INK) -> None:
-    """Pixels in a square with its lower left corner at (x, y)."""
+    """Draw pixels in a square with its lower left corner at (x, y)."""
     axis.imshow(pixels, extent=(x, x + side, y, y + side), interpolation="nearest", zorder=2)
     axis.add_patch(Rectangle((x, y), side, side, fill=False, edgecolor=edge, linewidth=1.2, zorder=3))
 
 
 def box(axis: Axes, x: float, y: float, width: float, height: float, colour: str, text: str) -> None:
-    """A rounded box with a text in it."""
+    """Draw a rounded box with a text in it."""
     style = "round,pad=0,rounding_size=0.08"
     axis.add_patch(
         FancyBboxPatch((x, y), width, height, style, facecolor=colour, edgecolor="none", alpha=0.16, zorder=1)
@@ -59,18 +59,19 @@ def box(axis: Axes, x: float, y: float, width: float, height: float, colour: str
 
 
 def arrow(axis: Axes, start: tuple, end: tuple, colour: str = GREY, width: float = 1.2) -> None:
+    """Draw an arrow between two points."""
     style = {"arrowstyle": "-|>", "color": colour, "linewidth": width, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 9}
     axis.annotate("", end, start, arrowprops=style, zorder=4)
 
 
 def badge(axis: Axes, x: float, y: float, text: str, size: float = 10) -> None:
-    """A number that can be read on any picture."""
+    """Draw a number that is legible on any picture."""
     how = {"boxstyle": "circle,pad=0.18", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
     axis.text(x, y, text, ha="center", va="center", fontsize=size, color=INK, bbox=how, zorder=5)
 
 
 def draw_pretraining(axis: Axes, image: np.ndarray) -> None:
-    """The image in clusters on the left; on the right what is read below, and what is predicted above."""
+    """Draw the image in clusters on the left; on the right clusters as they are read and predicted."""
     axis.text(0.1, 6.23, "Pretraining", fontsize=13, fontweight="bold", color=INK, va="center")
     axis.text(1.5, 6.22, "predict each next cluster of patches", fontsize=10.5, color=GREY, va="center")
     x0, y0, side = 0.1, 3.0, 2.4
@@ -122,7 +123,7 @@ def draw_pretraining(axis: Axes, image: np.ndarray) -> None:
 
 
 def draw_finetuning(axis: Axes, image: np.ndarray) -> None:
-    """Four grids with the path of each direction, and what becomes of them."""
+    """Draw four grids with the path of each direction, their average, and the classification."""
     axis.plot([0.1, 8.9], [2.28, 2.28], color="#dddddd", linewidth=1)
     axis.text(0.1, 2.03, "Finetuning", fontsize=13, fontweight="bold", color=INK, va="center")
     text = "the pretrained scan is copied into four directions over all patches"
@@ -156,6 +157,7 @@ def draw_finetuning(axis: Axes, image: np.ndarray) -> None:
 
 
 def main() -> None:
+    """Draw the figure and write it beside this file."""
     figure = Figure(figsize=(WIDTH, HEIGHT), facecolor="white")
     axis = figure.add_axes((0, 0, 1, 1))
     image = landscape()

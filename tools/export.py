@@ -131,7 +131,7 @@ def build(about: dict) -> Model:
 
 def files_of(description: Path) -> dict[str, str]:
     """Return the files that earlier exports with this JSON file have written: SHA-256 by name."""
-    files = read_json(description).get("files", {}) if description.is_file() else {}
+    files = cast(dict, read_json(description)).get("files", {}) if description.is_file() else {}
     return files if isinstance(files, dict) else {}
 
 

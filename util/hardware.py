@@ -1,23 +1,28 @@
-"""What benchmarks and studies share: the machine's name, times of a step, and the file of results."""
+"""Tools of benchmarks and studies: name the hardware, time a call, write results."""
 
 import datetime
 import os
 import platform
 import re
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from util.errors import RunError
 from util.files import json_with, output_file, printable, write_json
 
+T = TypeVar("T")
+WIDTH = 40  # characters of the column of titles
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
 
 def cpu_model() -> str:
-    """Name the CPU."""
+    """Return the name of the CPU."""
     if os.path.exists("/proc/cpuinfo"):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -27,8 +32,8 @@ def cpu_model() -> str:
 
 
 def describe(device: torch.device) -> dict[str, str | int]:
-    """Date, versions and hardware of this run."""
-    machine = {"date": datetime.date.today().isoformat(), "torch": torch.__version__}
+    """Return date, versions and hardware of this run."""
+    machine: dict[str, str | int] = {"date": datetime.date.today().isoformat(), "torch": torch.__version__}
     machine |= {"cpu": cpu_model(), "threads": torch.get_num_threads()}
     if device.type == "cuda":
         import triton
@@ -38,22 +43,23 @@ def describe(device: torch.device) -> dict[str, str | int]:
 
 
 def default_device() -> torch.device:
+    """Return the GPU, or the CPU where there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def result_file(kind: str, machine: dict, given: str | Path | None = None) -> Path:
-    """Return where a report goes: `given`, else `results/<gpu or cpu>-<date>-<kind>.json`.
+    """Return the path of a report: `given`, or `results/<gpu or cpu>-<date>-<kind>.json`.
 
     Raises:
-        UserError: it cannot be written there, or a file is there that is no report.
+        UserError: the file cannot be written, or is there and no report.
     """
-    name = re.sub(r"[^a-z0-9]+", "-", machine.get("gpu", "cpu").lower()).strip("-")
+    name = re.sub(r"[^a-z0-9]+", "-", str(machine.get("gpu", "cpu")).lower()).strip("-")
     path = RESULTS / f"{name}-{machine['date']}-{kind}.json" if given is None else Path(given)
     return output_file(path, json_with(date=str, torch=str, cpu=str, threads=int))
 
 
 def write(path: Path, report: dict, quiet: bool = False) -> None:
-    """Write a report as JSON and, unless `quiet`, say where.
+    """Write a report as JSON and, unless `quiet`, print its path.
 
     Raises:
         RunError: the file cannot be written.
@@ -67,12 +73,12 @@ def write(path: Path, report: dict, quiet: bool = False) -> None:
 
 
 def failure(error: Exception) -> str:
-    """Return what went wrong in one line."""
+    """Return an exception as one line."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def answers(device: torch.device) -> bool:
-    """Return whether this process can still use the device: after a kernel's invalid access no other kernel runs."""
+    """Return whether this process can still use the device: after an illegal memory access no kernel runs any more."""
     try:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -81,17 +87,125 @@ def answers(device: torch.device) -> bool:
     return True
 
 
-def time_once(function: Callable[[], object], device: torch.device) -> tuple[float, object]:
-    """Seconds that one call takes on the device, by CUDA events there, and its result."""
+class Report:
+    """The report of a benchmark. Its file is written after every row, so that a benchmark that ends early loses none.
+
+    Args:
+        kind: of the benchmark, for the name of the file.
+        device: that is measured.
+        output: path of the file; None chooses one, see `result_file`.
+        **settings: of the benchmark.
+
+    Attributes:
+        rows: "results" in the file.
+
+    Raises:
+        UserError: see `result_file`.
+    """
+
+    def __init__(self, kind: str, device: torch.device, output: str | Path | None, **settings: object) -> None:
+        about = describe(device)
+        self.path, self.device = result_file(kind, about, output), device
+        self.rows: list[dict] = []
+        self.content = {**about, **settings, "results": self.rows}
+        self.problems: list[str] = []
+        self.lost = ""
+        print(", ".join(f"{key} {value}" for key, value in about.items()))
+
+    def add(self, title: str, row: dict, work: Callable[[], dict] | str) -> dict | None:
+        """Measure a row; if that fails, note it and let the benchmark continue.
+
+        Args:
+            title: of the row.
+            row: its labels and settings.
+            work: measures, and returns what the row gets: numbers, or a reason as "left_out" or "wrong". Or the reason
+                why the row is left out.
+
+        Returns:
+            The row; None where there are no numbers, which is printed and noted in the row.
+        """
+        self.rows.append(row)
+        if self.lost or isinstance(work, str):
+            row["left_out"] = self.lost or work
+        else:
+            try:
+                row |= work()
+            except Exception as error:  # of one kernel: the others can still be measured
+                traceback.print_exc()
+                row["failed"] = failure(error)
+        problem = row.get("failed") or row.get("wrong")
+        if problem:
+            self.problems.append(f"{title}: {problem}")
+            if not answers(self.device):
+                self.lost = f"{title} has lost the GPU"
+        self.save()
+        for key in ("left_out", "failed", "wrong"):
+            if key in row:
+                print(f"{title:<{WIDTH}}{key.replace('_', ' ')}: {row[key]}", flush=True)
+                return None
+        return row
+
+    def save(self) -> None:
+        """Write the file.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        write(self.path, self.content, quiet=True)
+
+    def close(self) -> None:
+        """Write the file and print its path.
+
+        Raises:
+            RunError: it cannot be written; or rows have failed, or are wrong.
+        """
+        write(self.path, self.content)
+        if self.problems:
+            raise RunError("; ".join(self.problems))
+
+
+def time_once(function: Callable[[], T], device: torch.device) -> tuple[float, T]:
+    """Return the seconds that one call takes, on a GPU by CUDA events, and its result."""
     if device.type != "cuda":
-        start = time.perf_counter()
+        began = time.perf_counter()
         result = function()
-        return time.perf_counter() - start, result
+        return time.perf_counter() - began, result
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
-    torch.cuda._sleep(2_000_000)  # about a millisecond, in which the host gets ahead: its own time does not count
+    torch.cuda._sleep(2_000_000)  # about a millisecond, in which the host gets ahead: its time is not measured
     start.record()
     result = function()
     end.record()
     torch.cuda.synchronize(device)
     return start.elapsed_time(end) / 1000, result
+
+
+def time_rounds(
+    forms: dict[str, Callable[[], Tensor]],
+    backward: Callable[[Tensor], Callable[[], object]],
+    device: torch.device,
+    rounds: int,
+    before: Callable[[str], object] = lambda name: None,
+) -> dict[str, dict[str, list[float]]]:
+    """Time forward and backward passes of several forms of a computation; rounds interleave, as noise varies with time.
+
+    Args:
+        forms: forward passes by name.
+        backward: result of a forward pass -> its backward pass.
+        device: of the computation.
+        rounds: that are timed, after three more.
+        before: called with the name before each forward pass, outside of the timing.
+
+    Returns:
+        By name, microseconds of `forward`, `backward` and `both` in each round.
+    """
+    times: dict[str, dict[str, list[float]]] = {name: {"forward": [], "backward": [], "both": []} for name in forms}
+    for number in range(rounds + 3):
+        for name, form in forms.items():
+            before(name)
+            ahead, y = time_once(form, device)
+            back, _ = time_once(backward(y), device)
+            if number >= 3:
+                for key, seconds in (("forward", ahead), ("backward", back), ("both", ahead + back)):
+                    times[name][key].append(1e6 * seconds)
+    return times

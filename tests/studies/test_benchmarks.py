@@ -99,7 +99,7 @@ def test_a_wrong_backend_is_not_timed(name, tmp_path, monkeypatch):
         return first * 1.01, *others
 
     monkeypatch.setattr(torch_backend, function, wrong)
-    with pytest.raises(RuntimeError, match=f"torch is wrong.*: {'y' if name == 'result' else 'u'} differs"):
+    with pytest.raises(RunError, match=f"torch is wrong.*: {'y' if name == 'result' else 'u'} differs"):
         run(bench_scan, "--sizes", "1,2,8,5,4", "--output", tmp_path / "scan.json")
 
 
@@ -113,7 +113,7 @@ def test_a_backend_that_fails_is_not_timed(answers, tmp_path, monkeypatch):
     monkeypatch.setattr(torch_backend, "scan_forward", fail)
     monkeypatch.setattr(hardware, "answers", lambda device: answers)
     output = tmp_path / "scan.json"
-    with pytest.raises(RuntimeError, match=r"torch is not timed, it fails: ValueError: it broke$"):
+    with pytest.raises(RunError, match=r"torch is not timed, it fails: ValueError: it broke$"):
         run(bench_scan, "--sizes", "1,2,8,5,4", "1,2,8,6,4", "--repetitions", 1, "--output", output)
     results = json.loads(output.read_text())["results"]
     assert len(results) == (2 if answers else 1)
@@ -369,7 +369,7 @@ def test_switches(tmp_path, capsys, monkeypatch):
     right = bench_train.measure
     monkeypatch.setattr(bench_train, "measure", measure)
     words = ["--steps", 1, "--rounds", 1, "--batch_size", 2, "--profile", profile, "--output", output]
-    with pytest.raises(RunError, match="failed: finetune_toy, none; finetune_toy, released"):
+    with pytest.raises(RunError, match="finetune_toy, none: ValueError: it broke; finetune_toy, released: "):
         run(bench_train, *words, "--switches", "none", "cuda_graph", "released")
     rows = json.loads(output.read_text())["results"]
     found = [(row["case"], row["composition"]) for row in rows]
