@@ -1,4 +1,4 @@
-"""Probes: values against NumPy, features against the models' own, whole runs from the images to the JSON file."""
+"""Test probes: compare values with NumPy and features with the models, run the script from images to the JSON file."""
 
 import argparse
 import errno
@@ -48,7 +48,7 @@ def test_knn_against_numpy():
 
 
 def test_attention_pooling_against_a_formula():
-    """Softmax of query and keys over the tokens, head by head, pools the values; BatchNorm takes all tokens alike."""
+    """Each head pools the values by the softmax of query and keys; batch norm treats all tokens alike."""
     torch.manual_seed(0)
     heads = [probes.AttentiveHead(6, 5, num_heads=2)]
     x = 3 + 2 * torch.randn(4, 7, 6)
@@ -65,7 +65,7 @@ def test_attention_pooling_against_a_formula():
 
 
 def separable(count, shape=(), seed=0):
-    """Four classes, told apart by two of eight channels whose scale is a hundredth of the others'."""
+    """Return four classes that differ in two of eight channels, whose scale is a hundredth of the others'."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(4, (count,), generator=generator)
     x = torch.randn(count, *shape, 8, generator=generator)
@@ -90,8 +90,8 @@ def test_probes_learn_what_is_separable(kind):
     assert result["held_out"] > 90
 
 
-def test_the_choice_does_not_see_val():
-    """Whatever the labels of val, the same learning rate is chosen, by the same held-out images; -1 is never right."""
+def test_the_learning_rate_is_chosen_without_val():
+    """The labels of val change neither the learning rate nor the held-out accuracy; the label -1 is never right."""
     data, (x, y) = separable(300), separable(100, seed=1)
     truths = (y, (y + 1) % 4, torch.full((100,), -1))
     right, wrong, broken = (train(data, (x, truth)) for truth in truths)
@@ -100,12 +100,12 @@ def test_the_choice_does_not_see_val():
     assert right["correct"] >= 95
     assert wrong["correct"] <= 5
     assert (broken["correct"], broken["correct5"]) == (0, 0)
-    single = train(data, (x[:1], y[:1]))  # as beside any others
+    single = train(data, (x[:1], y[:1]))  # as among many images
     assert single["correct"] == 1
 
 
-def test_a_low_temperature_asks_the_nearest():
-    """Its weights are beyond float32 where they are not relative to the nearest one's."""
+def test_a_low_temperature_gives_the_nearest_neighbour():
+    """Weights that are not relative to the nearest one's would overflow float32."""
     rng = torch.Generator().manual_seed(0)
     train, labels = torch.randn(200, 8, generator=rng), torch.arange(200) % 4
     for temperature in (0.07, 0.01, 1e-4):
@@ -114,8 +114,8 @@ def test_a_low_temperature_asks_the_nearest():
     assert torch.equal(best[20][:, 0], labels)
 
 
-def test_heads_side_by_side_do_not_meet(monkeypatch):
-    """A head ends where it ends alone, and the best one on held-out images is chosen."""
+def test_heads_trained_side_by_side_are_independent(monkeypatch):
+    """A head gets the same weights as alone; the best head on held-out images is chosen."""
     data = separable(200)
     found = {}
     for lrs in ((0.0,), (0.3,), (0.0, 0.3, 1e-5)):
@@ -133,7 +133,7 @@ HEADS = probes.Heads
 
 
 def test_a_diverged_learning_rate_is_never_chosen():
-    """Nor does its NaN, which topk takes for the largest logit, count as right."""
+    """NaN, which topk treats as the largest logit, does not count as right either."""
     data = separable(200)
 
     def found(*starts, lr=0.3, data=data):
@@ -142,7 +142,7 @@ def test_a_diverged_learning_rate_is_never_chosen():
         def make_head(*_):
             head = probes.LinearHead(8, 4)
             torch.nn.init.constant_(head.weight, next(heads))
-            torch.nn.init.ones_(head.bias[:1])  # without learning the answer is 0
+            torch.nn.init.ones_(head.bias[:1])  # the prediction is 0 without training
             return head
 
         return train(data, data, replace(probes.LINEAR, lrs=(lr,) * len(starts), make_head=make_head))
@@ -164,7 +164,7 @@ def test_logits_that_are_not_finite_count_as_wrong():
 
 
 def test_features_without_a_direction(capsys):
-    """They have no cosine: in train no neighbours, in val wrong, also where chance would be right."""
+    """They have no cosine: those of train are no neighbours, those of val count as wrong."""
     train = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0, 0], [3e38, 3e38]]), torch.tensor([0, 0, 1, 0, 0])
     val = torch.tensor([[1.0, 0.2], [0.1, 1], [0, 0]]), torch.tensor([0, 1, 0])
     args = argparse.Namespace(k=[1, 4], temperature=0.07)
@@ -204,6 +204,7 @@ def test_too_few_images_are_refused_before_features_are_computed(checkpoints, tm
 
 
 def zeroed(head):
+    """Return the head with weights of zero."""
     torch.nn.init.zeros_(head.weight)
     return head
 
@@ -220,8 +221,8 @@ def models():
     return {"pretrain": pretrain, **pools}
 
 
-def test_pretrained_blocks_are_those_the_decoder_reads(models):
-    """Without the last cluster; a cluster does not change what is read before it, and the last one is read."""
+def test_features_are_what_the_decoder_reads(models):
+    """Up to the last cluster; a cluster changes no earlier features, and the last cluster is encoded too."""
     model, imgs = models["pretrain"], torch.randn(2, 3, 48, 32)
     with torch.no_grad():
         blocks = [features.encode(model, imgs, range(n, n + 1)) for n in model.taps]
@@ -236,7 +237,7 @@ def test_pretrained_blocks_are_those_the_decoder_reads(models):
 
 
 def test_features_beyond_float16_are_named(models, image_folder, monkeypatch):
-    """Tokens are kept in float16: what is larger is no value there."""
+    """Tokens are stored in float16, which larger values overflow."""
     dataset = image_dataset(str(image_folder), "val", eval_transform((48, 32), "square"), "pil")
     args = cli_args("--batch_size", 2)
     seen = []
@@ -295,8 +296,8 @@ def run(folder, *words):
 
 
 @pytest.mark.parametrize(("kind", "blocks"), [("pretrain", ["--block", 2]), ("finetune", ["--average_last", 2])])
-def test_whole_run(models, checkpoints, image_folder, tmp_path, capsys, kind, blocks):
-    """The three classes differ in brightness, which even random features show."""
+def test_script_with_every_probe(models, checkpoints, image_folder, tmp_path, capsys, kind, blocks):
+    """The three classes differ in brightness, so that random features classify them."""
     words = [checkpoints / f"{kind}.pth", "--data_path", image_folder, "--cache", tmp_path / "cache", *blocks]
     found = run(tmp_path, *words, "--probe", "knn", "linear", "attentive", "--k", 1, 3, 500, "--seeds", 2)
     rows = {row["probe"]: row for row in found["results"]}
@@ -358,8 +359,8 @@ class NearestMean(probes.Probe):
         return [{"probe": "nearest mean", **probes.accuracy(int(hits.sum()), len(labels), len(labels))}]
 
 
-def test_a_probe_of_its_own(checkpoints, image_folder, tmp_path, capsys, monkeypatch):
-    """One entry in the table of probes is enough for the flags, the checks, the features and the results."""
+def test_a_new_probe(checkpoints, image_folder, tmp_path, capsys, monkeypatch):
+    """An entry in the table of probes is enough for its flags, checks, features and results."""
     monkeypatch.setitem(probes.PROBES, "mean", NearestMean())
     words = ["--data_path", image_folder, "--cache", tmp_path / "cache", "--probe", "mean", "linear", "--power", 1]
     found = run(tmp_path, checkpoints / "pretrain.pth", *words)
@@ -386,7 +387,7 @@ def test_two_processes_equal_one(checkpoints, image_folder, tmp_path):
 
 
 def test_broken_images(checkpoints, image_folder, tmp_path):
-    """Broken ones are not trained on, and count as wrong where they are evaluated."""
+    """Broken images of train are left out, broken images of val count as wrong."""
     shutil.copytree(image_folder, tmp_path / "data")
     for split, label in (("train", 0), ("val", 1)):
         (tmp_path / "data" / split / f"class_{label}" / "x.png").write_bytes(b"")
@@ -433,8 +434,8 @@ def test_mistakes(checkpoints, image_folder, tmp_path, run_script, capsys, words
     assert not (tmp_path / "cache").exists()
 
 
-def test_what_killed_processes_have_left(checkpoints, image_folder, tmp_path):
-    """Goes, if they are of this host; another host may be writing its own."""
+def test_files_of_killed_processes_are_removed(checkpoints, image_folder, tmp_path):
+    """Those of this host; another host may still be writing its own."""
     words = [checkpoints / "finetune.pth", "--data_path", image_folder, "--cache", tmp_path / "cache"]
     words += ["--probe", "knn", "--k", 1]
     run(tmp_path, *words)
@@ -447,7 +448,7 @@ def test_what_killed_processes_have_left(checkpoints, image_folder, tmp_path):
     assert {p.name for p in (tmp_path / "cache").iterdir()} == names | {f".{name}.other.999999999" for name in names}
 
 
-def test_too_large_files_are_refused_before_smaller_ones_are_made(checkpoints, image_folder, tmp_path, run_script):
+def test_too_large_files_are_refused_before_smaller_ones_are_written(checkpoints, image_folder, tmp_path, run_script):
     words = ["--data_path", image_folder, "--cache", tmp_path, "--probe", "knn", "attentive", "--max_gb", 4e-6, *QUIET]
     with pytest.raises(SystemExit):  # 24 pooled features would take 3.3e-6 GB
         run_script(probe, checkpoints / "pretrain.pth", *words)

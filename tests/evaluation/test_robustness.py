@@ -1,4 +1,4 @@
-"""Robustness sets as small folders of their published layouts, against accuracies computed with NumPy."""
+"""Test robustness.py on small folders with the published layouts, against accuracies computed with NumPy."""
 
 import argparse
 import json
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class World:
-    """A classifier whose answers are known, and folders of images that get it right in a part of the cases."""
+    """A classifier with known predictions, and folders of images of which it predicts some right."""
 
     def __init__(self, root):
         self.root, self.checkpoint = root, root / "tiny.pth"
@@ -44,7 +44,7 @@ class World:
         self.images = [Image.fromarray(c).resize((50, 40), Image.Resampling.BICUBIC) for c in colours]
 
     def answers(self, i, crop=True, columns=slice(None)):
-        """Classes of an image from the best to the worst, as positions among the columns."""
+        """Return the classes of an image from the best to the worst, as positions among the columns."""
         return np.argsort(-self.logits(i, crop)[columns])
 
     @cache  # noqa: B019
@@ -55,7 +55,7 @@ class World:
             return self.model(transforms.Compose(steps)(self.images[i])[None])[0].numpy()
 
     def fill(self, folder, names, ranks, crop=True, columns=slice(None), chosen=range(24)):
-        """Put an image in the folder of the class that it is answered with at each of these ranks."""
+        """Save images in the folders of the classes that the classifier ranks so for them."""
         for i, rank in zip(chosen, ranks, strict=False):
             name = names[self.answers(i, crop, columns)[rank]]
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def world(tmp_path_factory, one_thread):
             names = [str(number) for number in range(1000)]
         world.fill(world.root / name, names, ranks, columns=columns)
     sensitive = [i for i in range(24) if world.answers(i)[0] != world.answers(i, crop=False)[0]]
-    assert len(sensitive) > 1  # to the crop, which C is spared
+    assert len(sensitive) > 1  # to the crop, which c has not
     for corruption in robustness.ALEXNET:
         for severity in range(1, 6):
             right = {"snow": 2, "fog": 1}.get(corruption, 0) if severity < 3 else 0
@@ -94,7 +94,7 @@ def world(tmp_path_factory, one_thread):
 
 @pytest.fixture(scope="module")
 def results(world):
-    """Of all sets at once, through the script."""
+    """Return the results of all sets from one run of the script."""
     words = [world.checkpoint, *QUIET, "--data", *(f"{name}={world.root / name}" for name in (*RANKS, "c"))]
     robustness.main(robustness.get_args_parser().parse_args([str(word) for word in words]))
     return json.loads((world.root / "tiny.robustness.json").read_text())["results"]
@@ -102,7 +102,7 @@ def results(world):
 
 @pytest.mark.parametrize("name", RANKS)
 def test_accuracies(results, name):
-    """By the ranks that the images were sorted into: classes of a part, and folders 9 and 10 in numeric order."""
+    """They follow from the ranks of the images, also among a part of the classes; folders are sorted by number."""
     ranks = np.array(RANKS[name])
     row = results[name]
     assert row["images"] == len(ranks)
@@ -112,7 +112,7 @@ def test_accuracies(results, name):
 
 
 def test_corruption_error(results):
-    """AlexNet's error under fog and snow is 81.9324 and 86.6816 %; a fifth of ten images is one severity."""
+    """AlexNet's errors on fog and snow are 81.9324 and 86.6816 %; each severity has two of ten images."""
     row = results["c"]
     assert row["images"] == 150
     assert row["acc1"] == pytest.approx(100 * (4 + 2) / 150)
@@ -124,7 +124,7 @@ def test_corruption_error(results):
 
 
 def test_alexnet_errors():
-    """Hendrycks & Dietterich give them rounded in their table: noise 88.6 89.4 92.3, and so on."""
+    """Hendrycks & Dietterich list them rounded: noise 88.6 89.4 92.3, and so on."""
     rounded = [88.6, 89.4, 92.3, 82.0, 82.6, 78.6, 79.8, 86.7, 82.7, 81.9, 56.5, 85.3, 64.6, 71.8, 60.7]
     assert list(robustness.ALEXNET.values()) == pytest.approx(rounded, abs=0.051)
 
@@ -136,7 +136,7 @@ def test_wilson():
 
 
 def test_real_labels(world, tmp_path, run_script):
-    """Several labels are right, images without one are left out, and folders do not count."""
+    """Several labels are right, images without one are left out, names of folders are ignored."""
     hits, number = [], {n for n, classes in enumerate(REAL) if classes}
     for i, image in enumerate(world.images[:8]):
         answers = world.answers(i)
@@ -165,7 +165,7 @@ def test_two_images_of_one_number(world, tmp_path, run_script, capsys):
 
 
 def test_outputs_are_matched_by_name(world, results, tmp_path, run_script, capsys):
-    """A classifier whose outputs stand in another order answers alike; one of other classes is refused."""
+    """The order of a classifier's outputs changes no result; a classifier with other classes is refused."""
     content = torch.load(world.checkpoint, weights_only=False)
     order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
     for part in ("weight", "bias"):
@@ -201,7 +201,7 @@ def test_what_is_left_out_is_said(world, tmp_path, run_script, capsys):
 
 
 def test_loss_of_a_set_of_labels():
-    """Minus the log of their probability together; a broken image has none."""
+    """It is minus the log of their summed probability; a broken image has no loss."""
     logits = torch.randn(3, 7)
     classes = torch.tensor([[1, -1], [2, 5], [0, -1]])
     hits, loss = robustness.score_sets(classes, logits, torch.tensor([1, -1, 0]))
@@ -213,7 +213,7 @@ def test_loss_of_a_set_of_labels():
 
 
 def test_an_image_counts_once_among_five():
-    """Also where several of its labels are."""
+    """Even if several of its labels are among them."""
     loader = Batches([torch.tensor([[5.0, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5]]), torch.tensor([0, 1])])
     loader.sampler.distributed = False
     score = partial(robustness.score_sets, torch.tensor([[1, 2, 4], [0, -1, -1]]))
@@ -251,7 +251,7 @@ def test_broken_images_of_corruptions():
     assert robustness.cells(row)[2] == "600, 3 of them broken, 4 of them with logits that are not finite"
 
 
-def test_output_is_tried_before_the_work(world, tmp_path, run_script, capsys):
+def test_the_output_is_checked_first(world, tmp_path, run_script, capsys):
     words = [world.checkpoint, "--data", "sketch=/nowhere", "--output"]
     assert_mistake(run_script, capsys, "--output /dev/null/x cannot be written: ", *words, "/dev/null/x")
     assert_mistake(run_script, capsys, f"--output {tmp_path} cannot be written: Is a directory", *words, tmp_path)

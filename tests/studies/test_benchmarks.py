@@ -1,4 +1,4 @@
-"""The benchmarks from end to end at toy size: what they print and write, and that they refuse what is wrong."""
+"""Run the benchmarks at toy size: check what they print and write, and that they reject mistakes."""
 
 import importlib.util
 import json
@@ -64,7 +64,7 @@ def test_scan_without_mambapy(tmp_path, capsys, monkeypatch):
 
 
 def test_contestants_on_a_gpu(monkeypatch):
-    """Each with its own chunk, in any number of rounds; the defaults are left behind."""
+    """Each runs with its own chunk in every round; the defaults are restored."""
     device, seen = torch.device("cuda"), []
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(bench_scan.ops, "unavailable", lambda name: "not here" if name == "mamba_ssm" else None)
@@ -105,7 +105,7 @@ def test_a_wrong_backend_is_not_timed(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("answers", [True, False])
 def test_a_backend_that_fails_is_not_timed(answers, tmp_path, monkeypatch):
-    """The others are, unless it has taken the GPU along."""
+    """The others are timed, unless the GPU is lost."""
 
     def fail(*args):
         raise ValueError("it broke\nand more")
@@ -126,8 +126,8 @@ def test_a_backend_that_fails_is_not_timed(answers, tmp_path, monkeypatch):
 
 
 def test_augment(tmp_path, capsys, monkeypatch):
-    """Both forms, the kernels interpreted where there is no GPU; the CPU has one clock."""
-    monkeypatch.setattr(fused, "_USED", set())  # which the benchmark fills
+    """Both forms are timed; without a GPU the kernels are interpreted, and there is one clock."""
+    monkeypatch.setattr(fused, "_USED", set())  # set by the benchmark
     output = tmp_path / "augment.json"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     words = ["--device", device, "--batch_size", 4, "--input_size", 8, "--rounds", 1, "--output", output]
@@ -158,7 +158,7 @@ def test_a_form_of_augmentation_that_is_wrong_is_not_timed(tmp_path, monkeypatch
 
 @pytest.fixture
 def swiglu_otherwise(monkeypatch):
-    """A fused operator of the tree: SwiGLU's activation times `factor` by other operators than the plain form's."""
+    """Replace the fused SwiGLU: other operators compute the activation times `factor`."""
     plain, form = mamba.SwiGLU.forward, SimpleNamespace(factor=1.0)
 
     def forward(mlp, x):
@@ -204,7 +204,7 @@ def test_an_operator_that_is_wrong_is_not_timed(tmp_path, swiglu_otherwise):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted on a CPU")
 @pytest.mark.parametrize("operator", bench_ops.OPERATORS)
 def test_bricks(operator):
-    """With the Triton backend, interpreted, each brick computes what it does in float64 with torch's."""
+    """Each brick computes the same with the Triton backend, interpreted, as in float64 with torch's."""
     device = torch.device("cpu")
     for size in ("pretraining_toy", "finetuning_toy"):
         module, inputs = bench_ops.brick(operator, bench_ops.SIZES[size], "triton", device)
@@ -212,7 +212,7 @@ def test_bricks(operator):
         assert len(errors["compiled"]) == 2 + len(list(module.parameters()))
 
 
-def test_an_operator_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
+def test_operators_after_one_that_fails(tmp_path, monkeypatch, capsys):
     def missing(operator, device):
         if operator == "swiglu":
             raise ValueError("it broke\nand more")
@@ -243,7 +243,7 @@ def test_an_operator_that_is_not_there(swiglu_otherwise, monkeypatch):
 
 
 def test_losses(tmp_path, capsys, monkeypatch):
-    """Forms of equal kernels have equal losses; a kernel that is off by a thousandth shows."""
+    """Forms with equal kernels have equal losses; an error of a thousandth in a kernel is found."""
     output = tmp_path / "losses.json"
     words = ["--cases", "pretrain_toy", "--steps", 3, "--batch_size", 2, "--output", output, "--forms"]
     right, calls = torch_backend.scan_forward, []
@@ -308,7 +308,7 @@ def test_losses(tmp_path, capsys, monkeypatch):
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_mistakes(run_script, capsys, benchmark, words, message):
-    """One line, before anything is measured."""
+    """A mistake gives one line before anything is measured."""
     with pytest.raises(SystemExit) as exit_info:
         run_script(benchmark, *words.split())
     err = capsys.readouterr().err
@@ -358,7 +358,7 @@ def test_training(tmp_path, capsys):
 
 
 def test_switches(tmp_path, capsys, monkeypatch):
-    """The first switches of all cases come first; one that fails does not stop those after it."""
+    """All cases run with a switch before the next switch; later rows are measured after one that fails."""
     output, profile = tmp_path / "train.json", tmp_path / "profile.txt"
 
     def measure(case, how, args):
@@ -388,8 +388,8 @@ def test_switches(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("benchmark", [bench_train, bench_losses])
-def test_a_kernel_that_takes_the_gpu_along(benchmark, tmp_path, monkeypatch):
-    """Later ones are called not measured, and not failed."""
+def test_a_kernel_that_makes_the_gpu_unusable(benchmark, tmp_path, monkeypatch):
+    """Later rows are left out and do not count as failed."""
 
     def fail(*args):
         raise RuntimeError("an illegal memory access")
@@ -405,8 +405,8 @@ def test_a_kernel_that_takes_the_gpu_along(benchmark, tmp_path, monkeypatch):
     assert [row.get("left_out") for row in rows] == [None, "pretrain_toy, none has lost the GPU"]
 
 
-def test_kernels_that_are_left_off(monkeypatch):
-    """By themselves, and among all."""
+def test_kernels_that_are_left_out(monkeypatch):
+    """They are left out alone and in "all"."""
     monkeypatch.setattr(bench_train, "unavailable", lambda switch, device: "not here" if switch == "casts" else None)
     device, off = torch.device("cpu"), ["cuda", "norm"]
     how = bench_train.switched("all", device, True, off)
@@ -425,7 +425,7 @@ def test_a_composition_by_hand(tmp_path):
 
 
 def test_operations_of_an_image():
-    """Against the products of ARM-base counted by hand, two operations per multiplication and addition."""
+    """Compare with the products of ARM-base counted by hand: a multiplication and an addition are two operations."""
     C, R, N, hidden, L, Cd, pixels = 768, 48, 16, 2048, 128, 512, 768
     mixer = 3 * C * C + C * (R + 2 * N) + R * C
     encoder = 144 * pixels * C + 12 * L * (mixer + 3 * C * hidden)

@@ -42,14 +42,14 @@ def assert_gone(pid):
     for _ in range(100):
         try:
             if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
-                return  # nobody has waited for it yet
+                return  # a zombie
         except (FileNotFoundError, ProcessLookupError):
             return
         time.sleep(0.05)
-    raise AssertionError(f"{pid} lives")
+    raise AssertionError(f"{pid} is alive")
 
 
-def test_order_failures_and_what_builds_on_them(tmp_path, capsys):
+def test_failed_parts_and_the_parts_after_them(tmp_path, capsys):
     chosen = [
         stand_in("scan", "print('first'); raise SystemExit('it broke')"),
         stand_in("ncu", after=("scan",)),
@@ -71,7 +71,7 @@ def test_order_failures_and_what_builds_on_them(tmp_path, capsys):
     assert done["losses"]["reason"] == "there is no program no_such_program"
     assert (tmp_path / "scan.log").read_text() == "first\nit broke\n"
     assert (tmp_path / "ops.json").exists()
-    assert len(seen) == 9  # before and after each of three that began, after each of three that did not
+    assert len(seen) == 9  # before and after the three parts that ran, after the three that did not
     printed = capsys.readouterr().out
     assert [line.split()[0] for line in printed.splitlines()] == [part.name for part in chosen]
 
@@ -82,7 +82,7 @@ def test_a_part_that_hangs_is_killed_with_its_children(tmp_path):
     assert time.monotonic() - start < 8
     assert done["scan"]["status"] == "stopped"
     assert done["scan"]["reason"] == "its time of 2 s was over"
-    assert "KeyboardInterrupt" in (tmp_path / "scan.log").read_text()  # it says where it was
+    assert "KeyboardInterrupt" in (tmp_path / "scan.log").read_text()  # its traceback
     assert done["ops"]["status"] == "done"
     assert_gone(int((tmp_path / "child").read_text()))
 
@@ -94,7 +94,7 @@ def test_a_part_that_does_not_end_when_asked(tmp_path):
     assert_gone(int((tmp_path / "child").read_text()))
 
 
-def test_tests_that_are_stopped_report_those_that_ran(tmp_path):
+def test_stopped_tests_report_those_that_ran(tmp_path):
     (tmp_path / "test_some.py").write_text("import time\ndef test_a(): assert 0\ndef test_b(): time.sleep(60)\n")
     words = ("-m", "pytest", "-p", "no:cacheprovider", "-c", "/dev/null", "--junitxml", "FOLDER/tests.xml")
     done = run([Part("tests", 1.0, (*words, str(tmp_path / "test_some.py")), "tests.xml")], tmp_path, 6.0)
@@ -105,15 +105,14 @@ def test_tests_that_are_stopped_report_those_that_ran(tmp_path):
 @pytest.mark.parametrize(
     ("writes", "status"), [("open('FOLDER/train.json', 'w').write('{}'); ", "done"), ("", "left out")]
 )
-def test_what_builds_on_a_part_that_was_stopped(writes, status, tmp_path):
-    """A result of some of the steps is enough."""
+def test_the_part_after_a_stopped_one(writes, status, tmp_path):
+    """It runs if the stopped part has left a result."""
     train = Part("train", 1.0, ("-c", f"{writes}import time; time.sleep(60)"), "train.json")
     done = run([train, stand_in("profile", after=("train",))._replace(seconds=3.0)], tmp_path, 4.0)
     assert statuses(done) == {"train": "stopped", "profile": status}
 
 
-def test_kernels_that_are_wrong_by_themselves(tmp_path, capsys):
-    """Training goes without them."""
+def test_training_without_wrong_kernels(tmp_path, capsys):
     scan = {"results": [{"microseconds": {"triton": {}}, "wrong": {"cuda": "cuda is wrong"}}]}
     ops = {"results": [{"operator": "norm", "wrong": "it fails"}, {"operator": "conv", "microseconds": {}}]}
     chosen = [
@@ -128,7 +127,7 @@ def test_kernels_that_are_wrong_by_themselves(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("status", ["failed", "stopped", "done", None])
-def test_a_scan_that_leaves_no_result(status, tmp_path):
+def test_a_scan_without_a_result(status, tmp_path):
     done = {"scan": {"status": status}} if status else {}
     crashed = status in ("failed", "stopped")
     assert gpu_check.faulty(tmp_path, done) == ({"cuda": f"part scan {status} before it was timed"} if crashed else {})
@@ -137,7 +136,7 @@ def test_a_scan_that_leaves_no_result(status, tmp_path):
     assert gpu_check.faulty(tmp_path, done) == {}
 
 
-def test_children_that_a_part_leaves_behind(tmp_path):
+def test_children_of_a_finished_part_are_killed(tmp_path):
     done = run([stand_in("scan", HANG.rpartition(";")[0])], tmp_path)
     assert done["scan"]["status"] == "done"
     assert_gone(int((tmp_path / "child").read_text()))
@@ -152,7 +151,7 @@ exec "$@"
 
 
 def test_a_part_that_runs_under_a_program(tmp_path, monkeypatch):
-    """As ncu does, it gets the command of Python at its end."""
+    """Like ncu, the program gets the command of Python as its last words."""
     program = tmp_path / "ncu"
     program.write_text(NCU)
     program.chmod(0o755)
@@ -169,7 +168,7 @@ def test_a_part_that_runs_under_a_program(tmp_path, monkeypatch):
 
 
 def test_shares_of_the_time(tmp_path, monkeypatch):
-    """A part that ends early leaves its time to the others; late parts take nothing from them."""
+    """A part that ends early leaves its time to the others; late parts take no time from them."""
     limits, now = {}, [0.0]
     took = {"scan": 10, "ops": 100, "train": 200, "released": 5}
 
@@ -187,7 +186,7 @@ def test_shares_of_the_time(tmp_path, monkeypatch):
     assert done["large"]["reason"] == "290 s are left, its share is 26 s and it needs 30"
 
 
-def test_a_later_call_keeps_what_it_does_not_repeat(tmp_path):
+def test_a_later_call_keeps_other_results(tmp_path):
     scan, ops = writes("scan", {"n": 1}), writes("ops", {"n": 1})
     done = run([scan, ops], tmp_path)
     done = run([writes("ops", {"n": 2})], tmp_path, done=done)
@@ -197,7 +196,7 @@ def test_a_later_call_keeps_what_it_does_not_repeat(tmp_path):
     )
     assert statuses(done) == {"scan": "done", "ops": "failed"}
     assert json.loads((tmp_path / "scan.json").read_text()) == {"n": 1}
-    assert not (tmp_path / "ops.json").exists()  # it is not of this run
+    assert not (tmp_path / "ops.json").exists()  # a result of the earlier call
 
 
 CHECK = """
@@ -216,7 +215,7 @@ cli.run_main(main, cli.Parser("check"))
 """
 
 
-def test_a_check_that_is_told_to_stop_takes_its_part_along(tmp_path):
+def test_a_stopped_check_kills_its_part(tmp_path):
     script = CHECK.format(code=HANG, folder=str(tmp_path))
     process = subprocess.Popen([sys.executable, "-c", script], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     child = tmp_path / "child"
@@ -269,7 +268,7 @@ def test_results_of_another_machine(before, run_script, tmp_path, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal on a CPU")
 def test_rehearsal(run_script, tmp_path, capsys, monkeypatch):
-    """Two parts as they are, at toy size; the others are rehearsed by hand and in test_benchmarks.py."""
+    """Run two real parts at toy size; the others are rehearsed by hand and in test_benchmarks.py."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     run_script(gpu_check, "--toy", "--parts", "scan", "augment", "--minutes", 2, "--output", tmp_path)
     report, printed = json.loads((tmp_path / "summary.json").read_text()), capsys.readouterr().out
@@ -307,7 +306,7 @@ def test_benchmarks_where_only_some_packages_are_installed():
 
 
 def test_busy_time(monkeypatch):
-    """Kernels and copies count once where they overlap; annotations, which span gaps, and host events do not."""
+    """Overlapping kernels and copies count once; annotations, which span gaps, and host events do not count."""
     events = [
         {"cat": "kernel", "ts": 10.0, "dur": 20.0}, {"cat": "gpu_memcpy", "ts": 20.0, "dur": 20.0},
         {"cat": "gpu_memset", "ts": 100.0, "dur": 1.0}, {"cat": "gpu_user_annotation", "ts": 0.0, "dur": 500.0},
@@ -337,7 +336,7 @@ def test_busy_time(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_busy_time_on_a_gpu():
-    """Some 50 products of 0.1 to 10 ms: the GPU is busy for nearly all of the time, and never for longer."""
+    """During 50 products of 0.1 to 10 ms each, the GPU is busy nearly all of the time."""
     from util import hardware
 
     x = torch.randn(4096, 4096, device="cuda")

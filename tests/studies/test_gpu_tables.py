@@ -1,4 +1,4 @@
-"""The decisions of gpu_check.py, from results that are written down here."""
+"""Test the table and the decisions of gpu_check.py on given results."""
 
 import json
 
@@ -96,7 +96,7 @@ JUNIT = '<testsuites><testsuite tests="{}" failures="{}" errors="0" skipped="2" 
 
 
 def written(folder, failures=0, losses=True):
-    """Fill a folder as the parts do; return how they ended."""
+    """Write results into a folder as the parts do; return how the parts ended."""
     (folder / "tests.xml").write_text(JUNIT.format(10, failures))
     us = scan_us(300.0)
     (folder / "scan.json").write_text(json.dumps({"results": [{"microseconds": us}] * 2}))
@@ -109,7 +109,7 @@ def test_the_table(tmp_path):
     done = written(tmp_path)
     done["train"] = {"status": "stopped", "reason": "its time of 9 s was over"}
     rows = [train_row("none", 70.0), train_row("cuda", 60.0)]
-    (tmp_path / "train.json").write_text(json.dumps({"results": rows}))  # what it had measured until then
+    (tmp_path / "train.json").write_text(json.dumps({"results": rows}))  # measured before it was stopped
     text = gpu_check.summary(tmp_path, ABOUT | GPU, gpu_check.parts(toy=False), done)
     assert text == (tmp_path / "summary.md").read_text()
     assert "| GPU tests | 8 passed, 2 skipped, 0 failed | 0 failed | keep |" in text
@@ -134,14 +134,14 @@ def test_the_table(tmp_path):
         ({"losses": None}, "its losses are not compared"),
     ],
 )
-def test_what_forbids_to_adopt(changes, doubt, tmp_path):
+def test_doubts_prevent_adoption(changes, doubt, tmp_path):
     done = written(tmp_path, **changes)
     text = gpu_check.summary(tmp_path, ABOUT | GPU, gpu_check.parts(toy=False), done)
     assert text.count(f"| look: faster, but {doubt} |") == 2
     assert "ops/measured.py" not in text
 
 
-def test_tests_that_were_killed_forbid_to_adopt(tmp_path):
+def test_killed_tests_prevent_adoption(tmp_path):
     done = written(tmp_path)
     (tmp_path / "tests.xml").unlink()
     done["tests"] = {"status": "stopped", "reason": "its time of 9 s was over"}

@@ -1,4 +1,4 @@
-"""Export: files that other programs read, from real checkpoints; what they compute is what the model computes."""
+"""Test export.py: other programs read the files of real checkpoints and compute what the model computes."""
 
 import json
 import logging
@@ -29,8 +29,7 @@ FORMATS = ("safetensors", "onnx", "pt2")
 
 @pytest.fixture(scope="session")
 def runs(image_folder, tmp_path_factory):
-    """A checkpoint of pretraining, and one of finetuning (class token, with EMA) from it."""
-
+    """Return a checkpoint of pretraining, and one of finetuning (class token, with EMA) from it."""
     folder, small = tmp_path_factory.mktemp("runs"), ("--depth", 2)
     with pytest.MonkeyPatch.context() as patch:
         for script, argv in (
@@ -67,7 +66,7 @@ def classifier(path, key="model"):
 
 
 def compute(path, imgs):
-    """The outputs of an exported file by its own runtime, with what is in the file alone."""
+    """Return the outputs of an exported file in its own runtime, from the file alone."""
     if path.suffix == ".onnx":
         onnx.checker.check_model(onnx.load(path), full_check=True)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -124,7 +123,7 @@ def test_the_encoder_of_pretraining(runs, run_script, tmp_path, imgs, kind):
     model.load_state_dict(torch.load(runs[0], weights_only=False)["model"])
     want = model.forward_features(imgs).detach()
     assert want.shape == (3, 24, 32)
-    # the last tap of pretraining, where every patch but those of the last cluster has been read
+    # pretraining reads every patch but those of the last cluster
     seen = []
     model.layers[-1].register_forward_hook(lambda module, args, output: seen.append(output))
     model(imgs)
@@ -145,8 +144,8 @@ def test_the_encoder_of_pretraining(runs, run_script, tmp_path, imgs, kind):
 
 
 @pytest.mark.parametrize(("number", "words"), [(0, ["--encoder"]), (1, [])], ids=["pretraining", "classifier"])
-def test_a_safetensors_file_says_what_its_weights_do_not(runs, run_script, tmp_path, number, words):
-    """Pooling, sizes and switches come back when the scripts of this repository read it."""
+def test_a_safetensors_file_keeps_the_options(runs, run_script, tmp_path, number, words):
+    """The scripts of this repository read pooling, sizes and options of pretraining from it."""
     content = torch.load(runs[number], weights_only=False)
     content["args"].order = "column"
     torch.save(content, tmp_path / "a.pth")
@@ -159,7 +158,7 @@ def test_a_safetensors_file_says_what_its_weights_do_not(runs, run_script, tmp_p
 
 
 def test_names_of_classes(runs, run_script, tmp_path):
-    """In timm's form, where timm reads them; and from the weights' own file when our scripts read it."""
+    """timm reads them from config.json, the scripts of this repository from the file of the weights."""
     names = ["class_0", "class_1", "class_2"]
     run_script(export, runs[1], "--to", "safetensors", "--output", tmp_path / "model.safetensors")
     (tmp_path / "model.json").rename(tmp_path / "config.json")
@@ -180,7 +179,7 @@ def test_the_file_is_named_after_the_checkpoint(runs, run_script):
 
 
 def test_a_released_file(run_script, tmp_path, imgs, caplog):
-    """A bare state dict of a square model: sizes and pooling as evaluation takes them."""
+    """A bare state dict of a square model gets the sizes and pooling that evaluation assumes."""
     model = models_arm.create_classifier("arm_tiny_pz16", img_size=32, num_classes=3)
     torch.save(model.state_dict(), tmp_path / "bare.pth")
     with caplog.at_level(logging.INFO):
@@ -251,7 +250,7 @@ OLD = pytest.mark.skipif(
     "direct", [pytest.param(True, id="torch.onnx.export"), pytest.param(False, id="export.program", marks=OLD)]
 )
 def test_with_gradients_enabled(tmp_path, imgs, direct):
-    """Without `torch.no_grad`: the model as timm builds it for exporters, and what `export.program` records."""
+    """The model that timm builds for exporters, and `export.program`, need no `torch.no_grad`."""
     assert torch.is_grad_enabled()
     sizes = {"embed_dim": 32, "depth": 2, "patch_size": 8, "img_size": (48, 32), "num_classes": 3}
     model = timm.create_model("arm_tiny_pz16", exportable=True, **sizes).eval()
@@ -265,7 +264,7 @@ def test_with_gradients_enabled(tmp_path, imgs, direct):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("ordered", [True, False])
 def test_exported_ops(dtype, ordered):
-    """What torch.export records of both ops is the formula, in their dtype."""
+    """Both ops, as torch.export records them, compute the formula in their dtype."""
     torch.manual_seed(0)
     K, B, L, D, N = 4, 2, 7, 8, 3
     order = torch.stack([torch.randperm(L) for _ in range(K)]) if ordered else None

@@ -1,4 +1,4 @@
-"""Results replace nothing but results of their kind; caches of features tell when they are damaged."""
+"""Test that results replace results of their kind only, and that damaged caches of features are refused."""
 
 import json
 import os
@@ -25,7 +25,7 @@ OURS = json_with(results=list)
 
 
 def links_and_others(folder: Path) -> dict[str, Path]:
-    """Paths that a result must not be written to, by what they are."""
+    """Return paths that a result must not be written to, by name."""
     checkpoint, stranger = folder / "c.pth", folder / "notes.json"
     checkpoint.write_bytes(b"weights")
     stranger.write_text('{"results": "of someone else"}')
@@ -68,7 +68,7 @@ def test_figures_are_known_by_their_title(tmp_path, kind):
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    """A pretraining checkpoint of random weights, and a classifier's of 1000 classes."""
+    """Return a folder with a pretraining model (pre.pth) and a classifier of 1000 classes (fine.pth)."""
     folder = tmp_path_factory.mktemp("weights")
     args = main_pretrain.get_args_parser().parse_args([*TINY_PRETRAIN, "--data_path", "x"])
     torch.manual_seed(0)
@@ -81,7 +81,7 @@ def pretrained(tmp_path_factory):
 
 @pytest.fixture
 def commands(pretrained, image_folder, tmp_path):
-    """Of each script with an --output its words without it, and the suffix of its result."""
+    """Return each script that has --output, with its other arguments."""
     photo = tmp_path / "photo.png"
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(photo)
     (tmp_path / "log.txt").write_text('{"epoch": 0, "train_loss": 1}\n')
@@ -149,7 +149,7 @@ def test_odd_images_are_told_before_the_model_is_read(odd, tmp_path, run_script,
 
 
 def test_an_image_too_long_for_the_model(pretrained, tmp_path, run_script, capsys):
-    """Resized to the input its shorter side would make it too large; no other sheet is written then."""
+    """If its shorter side is resized to the input, it is too large; no sheet is written then."""
     photo, line = tmp_path / "photo.png", tmp_path / "line.png"
     Image.new("RGB", (40, 40)).save(photo)
     Image.new("L", (60_000, 1)).save(line)
@@ -204,7 +204,7 @@ def test_reports_of_benchmarks_replace_reports_alone(tmp_path):
 
 @pytest.fixture
 def probed(pretrained, image_folder, tmp_path, run_script):
-    """Probe a copy of the images; return the files of the cache."""
+    """Return a function that probes a copy of the images and returns the files of the cache, and the copy."""
     data = shutil.copytree(image_folder, tmp_path / "images")
     words = [pretrained / "pre.pth", "--data_path", data, "--device", "cpu", "--num_workers", 0, "--probe", "knn"]
     words += ["--k", 1, "--cache", tmp_path / "cache", "--output", tmp_path / "x.json"]
@@ -226,7 +226,7 @@ def test_a_changed_image_has_new_features(probed):
     (new,) = second - first
     assert new.name.startswith("val-")
     content = image.read_bytes()
-    image.write_bytes(content)  # the same bytes, written anew: their time is another
+    image.write_bytes(content)  # the same bytes with another time
     os.utime(image, ns=(0, 0))
     assert len(run() - second) == 1
 

@@ -1,4 +1,4 @@
-"""What is shown: sheets of predictions, curves of runs, trackers."""
+"""Test sheets of predictions, curves of runs, and trackers."""
 
 import json
 import re
@@ -58,7 +58,7 @@ def test_only_the_first_cluster_is_given(build):
 
 
 def test_losses_stand_where_their_patches_are(build, monkeypatch):
-    """A patch that is predicted worse than the others, in the third row and second column."""
+    """The patch in the third row and second column is predicted worse than the others."""
     model, imgs = build(), torch.randn(1, 3, 48, 32)
     worse = imgs.clone()
     worse[:, :, 16:24, 8:16] += 1
@@ -78,7 +78,7 @@ def test_losses_stand_where_their_patches_are(build, monkeypatch):
     ],
 )
 def test_pictures_of_every_order(build, order, places):
-    """The cluster that is read first is the one that is given."""
+    """The cluster that is read first is given."""
     model, imgs = build("--order", order), torch.randn(2, 3, 48, 32)
     predicted = model.predicted_images(imgs)
     assert predicted.places.tolist() == [places] * 2
@@ -124,7 +124,7 @@ def pretrained(image_folder, tmp_path_factory):
 
 
 def test_one_sheet_an_image(pretrained, tmp_path, run_script, capsys):
-    """Of any size and mode; images of one name keep apart."""
+    """Images have any size and mode; those of one name get sheets of their own."""
     images = []
     for i, (mode, size) in enumerate({"L": (1, 1), "P": (300, 20), "RGBA": (20, 300), "I;16": (50, 40)}.items()):
         images.append(tmp_path / str(i) / "same.png")
@@ -175,7 +175,7 @@ def test_mistakes_of_visualize(pretrained, image_folder, tmp_path, run_script, c
 
 
 def test_fixed_images(image_folder, tmp_path):
-    """Of all classes of val/, of train/ without val/ or with an unsorted one, and no broken ones."""
+    """They cover all classes of val/, or of train/ if val/ is missing or unsorted; broken images are left out."""
     want = [
         image_folder / "val" / name for name in ("class_0/0.png", "class_0/2.png", "class_1/1.png", "class_2/1.png")
     ]
@@ -194,7 +194,7 @@ def test_fixed_images(image_folder, tmp_path):
 
 
 def test_sheets_of_a_run(pretrained, image_folder, tmp_path, run_script, monkeypatch):
-    """Every --vis_freq epochs, and the run ends as it does without them."""
+    """They are drawn every --vis_freq epochs and do not change the run."""
     shown = []
     monkeypatch.setattr(SummaryWriter, "add_image", lambda self, name, pixels, step, **how: shown.append((name, step)))
     argv = [*TINY_PRETRAIN, *ONE_EPOCH, "--data_path", image_folder, "--output_dir", tmp_path]
@@ -229,7 +229,7 @@ def log_file(folder, *rows):
 
 
 def test_runs_are_compared(tmp_path):
-    """A panel for each quantity that there is; the last line of an epoch; half a line is no line."""
+    """There is a panel for each logged quantity; the last line of an epoch is drawn; half a line is ignored."""
     first = log_file(tmp_path / "a" / "run", *({"epoch": e, "train_loss": 1 / (e + 1)} for e in range(3)))
     rows = [{"epoch": 1, "train_loss": 9.0}, {"epoch": 0, "train_loss": 3.0, "test_acc1": 50.0}]
     second = log_file(
@@ -248,8 +248,8 @@ def test_runs_are_compared(tmp_path):
     assert np.asarray(Image.open(tmp_path / "runs.png").convert("L")).std() > 10
 
 
-def test_a_run_that_went_back(tmp_path):
-    """What it logged later replaces what it had logged of these epochs and of those after them."""
+def test_a_run_that_repeats_epochs(tmp_path):
+    """Its later lines replace the earlier lines of these epochs and of all later epochs."""
     rows = [{"epoch": epoch, "train_loss": loss} for epoch, loss in enumerate([4, 3, 2, 1])]
     folder = log_file(tmp_path / "a", *rows, {"epoch": 1, "train_loss": 5})
     assert [(row["epoch"], row["train_loss"]) for row in plot_log.read(folder)] == [(0, 4), (1, 5)]
@@ -291,20 +291,20 @@ def test_a_run_logs_its_speed(pretrained):
 
 @pytest.fixture(params=["wandb", "trackio"])
 def tracker(request, monkeypatch):
-    """Stands in for a tracker: notes what it is told."""
-    module, told = ModuleType(request.param), []
-    module.init = lambda **values: told.append(("init", values))
-    module.log = lambda values, step: told.append((values, step))
+    """Return a stand-in for a tracker that records its calls."""
+    module, calls = ModuleType(request.param), []
+    module.init = lambda **values: calls.append(("init", values))
+    module.log = lambda values, step: calls.append((values, step))
     module.Image = lambda pixels: SimpleNamespace(pixels=pixels)
-    module.told = told
+    module.calls = calls
     monkeypatch.setitem(sys.modules, request.param, module)
     return module
 
 
-def test_a_run_tells_a_tracker(tracker, image_folder, tmp_path, run_script):
+def test_a_run_logs_to_a_tracker(tracker, image_folder, tmp_path, run_script):
     argv = [*TINY_PRETRAIN, *ONE_EPOCH, "--data_path", image_folder, "--output_dir", tmp_path / "out"]
     run_script(main_pretrain, *argv, "--vis_freq", 1, "--tracker", tracker.__name__)
-    (_, started), *points = tracker.told
+    (_, started), *points = tracker.calls
     assert (started["project"], started["resume"]) == ("arm", "allow")
     assert started["name"].startswith("out-")
     assert started.get("id") == (started["name"] if tracker.__name__ == "wandb" else None)
@@ -317,7 +317,7 @@ def test_a_run_tells_a_tracker(tracker, image_folder, tmp_path, run_script):
 
 
 def test_a_tracker_that_fails_later(tracker, image_folder, tmp_path, run_script, capsys):
-    """The run goes on without it; its next part is the same run there, and another run in its folder is another."""
+    """The run continues without it. When resumed, it has the same name there; a new run in the folder has another."""
 
     def log(*_, **__):
         raise ValueError("quota exceeded")
@@ -331,7 +331,7 @@ def test_a_tracker_that_fails_later(tracker, image_folder, tmp_path, run_script,
     run_script(main_pretrain, *argv, "--epochs", 2)
     shutil.rmtree(tmp_path / "out")
     run_script(main_pretrain, *argv)
-    first, again, other = (values["name"] for kind, values in tracker.told if kind == "init")
+    first, again, other = (values["name"] for kind, values in tracker.calls if kind == "init")
     assert first == again != other
 
 

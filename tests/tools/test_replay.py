@@ -1,4 +1,4 @@
-"""Odd bundles of `replay_nonfinite.py`: one line each."""
+"""Test replay_nonfinite.py: a damaged folder gives one line."""
 
 import os
 
@@ -12,7 +12,7 @@ from tools import replay_nonfinite
 
 @pytest.fixture
 def bundle(tmp_path):
-    """Return a bundle as a run of one process leaves it."""
+    """Return state and batches as a run of one process writes them, and a folder."""
     args = main_pretrain.get_args_parser().parse_args([*TINY_PRETRAIN, "--data_path", "x"])
     args.world_size = 1
     state = {"model": main_pretrain.build_model(args).state_dict(), "args": args, "epoch": 0}
