@@ -180,7 +180,7 @@ def build_classifier(args: argparse.Namespace, found: Checkpoint | None) -> mode
     elif found is not None and trained not in (None, args.global_pool) and not args.allow_changed_args:
         raise UserError(
             f"{found.name} was trained with --global_pool {trained}, and --global_pool {args.global_pool} is another "
-            "model; --allow_changed_args takes it all the same"
+            "model; --allow_changed_args allows it"
         )
     with as_user_error(ValueError, BackendUnavailable):
         model = models_arm.create_classifier(
