@@ -1,10 +1,9 @@
-"""Probes of the frozen features of a checkpoint, of pretraining or finetuning.
+"""Evaluate the frozen features of a checkpoint, of pretraining or finetuning, by probes.
 
     python Evaluation/probe.py out_b/checkpoint-last.pth --data_path /path/to/ImageNet --probe knn linear attentive
 
-prints a table and writes it as JSON beside the checkpoint. Features are computed once, each process a share of the
-images, and kept in --cache; under torchrun the processes share out queries and seeds, too, and the numbers are those
-of one process.
+prints a table and writes it as JSON beside the checkpoint. Features are computed once and kept in --cache. Under
+torchrun each process takes a share of the images, queries and seeds; the results are those of one process.
 """
 
 import argparse
@@ -50,7 +49,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--cache",
         type=arguments.nonempty,
         metavar="DIR",
-        help="where features are kept (default: features/ beside CKPT)",
+        help="folder of the features (default: features/ beside CKPT)",
     )
     group.add_argument(
         "--max_gb",
@@ -60,7 +59,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("probes")
     group.add_argument("--probe", nargs="+", choices=tuple(PROBES), default=["knn", "linear"])
-    group.add_argument("--seeds", type=arguments.few, default=3, help="trained probes of a kind (default: %(default)s)")
+    group.add_argument(
+        "--seeds", type=arguments.few, default=3, help="trained probes of each kind (default: %(default)s)"
+    )
     group.add_argument("--probe_epochs", type=arguments.positive, default=50, help="(default: %(default)s)")
     group.add_argument(
         "--probe_batch_size", type=arguments.number(int, 2, 10**6), default=256, help="(default: %(default)s)"
@@ -76,7 +77,7 @@ def main(args: argparse.Namespace) -> None:
     """Compute features, train and evaluate probes.
 
     Raises:
-        UserError: something that was asked for cannot be.
+        UserError: arguments, checkpoint or data do not fit.
     """
     arguments.check_input_size(args)
     if world_size() != int(os.environ.get("LOCAL_WORLD_SIZE", 1)):

@@ -45,7 +45,7 @@ TESTS = (
     "tests/ops/test_fused_choice.py", "tests/ops/test_cuda_graph_gpu.py", "tests/ops/test_randaugment.py",
     "tests/data/test_device_loader_gpu.py",
 )  # fmt: skip
-TRAINING = ("timm", "einops", "tensorboard", "torchvision", "safetensors")  # what training imports beside torch
+TRAINING = ("timm", "einops", "tensorboard", "torchvision", "safetensors")  # imported by training, besides torch
 GRACE = 5  # seconds from the request to end until a part is killed
 OPERATORS = ("swiglu", "norm", "conv", "projections")  # fused operators of the model
 

@@ -1,4 +1,4 @@
-"""The released composition of ARM, which bench_train.py compares with: its training step, written anew.
+"""The training step of the released ARM, written for this repository; bench_train.py compares with it.
 
 It has four separate scans on flipped and transposed copies, each with its own gate and its own projections; two
 products in SwiGLU; an optimizer that loops over the parameters; loss scaling; and a host that waits for the device
