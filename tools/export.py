@@ -34,6 +34,7 @@ import pretrained
 from mamba import Mixer
 from models_arm import PretrainModel
 from models_classifier import ARMClassifier
+from objectives import encoder_part
 from pretrained import Checkpoint
 from timm_models import CONFIG, input_config, pooling
 from util import arguments, cli

@@ -21,7 +21,7 @@ from util.data.datasets import image_dataset
 from util.data.loaders import eval_loader
 from util.data.transforms import eval_transform
 from util.errors import RunError, UserError
-from util.tracking.run_log import SilentLog
+from util.tracking.run_log import Log
 
 SIZES = {"img_size": (48, 32), "patch_size": 8, "embed_dim": 32, "depth": 4}
 QUIET = ["--device", "cpu", "--num_workers", 0, "--probe_epochs", 30]

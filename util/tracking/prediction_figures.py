@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import Tensor, nn
+from torch import Tensor
 
 from util.data.decode import BrokenImage, with_pillow
 from util.data.readers import open_source
@@ -75,7 +75,6 @@ def draw_sheets(model: Predicts, imgs: Tensor) -> "list[Figure]":
         model: a `PretrainModel`; compiled blocks run eagerly here, so that drawing compiles nothing.
         imgs: (B, 3, H, W), normalised, on the model's device.
     """
-    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     with torch.compiler.set_stance("force_eager"):
         predicted, losses, places = model.predicted_images(imgs)
@@ -92,7 +91,6 @@ def draw_sheets(model: Predicts, imgs: Tensor) -> "list[Figure]":
 
 def pixels(figure: "Figure") -> np.ndarray:
     """Return a figure as pixels, (h, w, 3) uint8."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -113,7 +111,6 @@ def _sheet(
         side: side of a cluster in pixels.
     """
     from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
 
     height, width = image.shape[:2]
     inch = SIDE / max(height, width)
