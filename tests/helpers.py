@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import sitecustomize  # noqa: F401
 import torch
 from PIL import Image
@@ -136,3 +138,12 @@ def finetune_args(**changes):
 def loader_args(**changes):
     args = {"batch_size": 4, "num_workers": 0, "pin_mem": True, "accum_iter": 1, "seed": 3, "worker_timeout": 60}
     return argparse.Namespace(**{**args, "max_bad_samples": None, "dist_eval": False, "eval_bad": "stop", **changes})
+
+
+def assert_one_line(capsys: pytest.CaptureFixture, exit_info: pytest.ExceptionInfo, message: str) -> None:
+    """Assert that a script has ended by a user's mistake, stated in one line."""
+    assert exit_info.value.code == 2
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"main_\w+\.py: error: .{,2000}\n", err), err
+    assert re.search(message, err), err
+    assert "epoch 0" not in out

@@ -1,0 +1,206 @@
+"""README.md, docs/ and recipes: commands parse, examples run, links lead somewhere, files that they name exist."""
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import REPOSITORY
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+import main_pretrain
+import models_arm
+import studies.run
+from Evaluation import features, probe, robustness
+from Finetuning import main_finetune
+from tools import export, pack_images, plot_log, visualize
+
+SCRIPTS = {
+    "main_pretrain.py": main_pretrain,
+    "Finetuning/main_finetune.py": main_finetune,
+    "Evaluation/probe.py": probe,
+    "Evaluation/robustness.py": robustness,
+    "studies.run": studies.run,
+    "tools/export.py": export,
+    "tools/pack_images.py": pack_images,
+    "tools/plot_log.py": plot_log,
+    "tools/visualize.py": visualize,
+}
+
+
+README = REPOSITORY / "README.md"
+PAGES = [README, *sorted((REPOSITORY / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """What stands between the fences of a page."""
+    return [
+        body for found, body in re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.M | re.S) if found == language
+    ]
+
+
+def commands(pages: list[Path]) -> list[str]:
+    """Each line of Python or of a launcher in some pages: those of blocks, and those within a text."""
+    found = []
+    for page in pages:
+        lines = [line for body in blocks(page, "") for line in body.replace("\\\n", " ").splitlines()]
+        text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+        lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text)]
+        found += [line for line in lines if re.match(r"(python|torchrun|sbatch) .*(\.py\b|-m )", line)]
+    return found
+
+
+def parsed(words: list[str]) -> argparse.Namespace:
+    """The arguments that the script in a command gets."""
+    at = next(i for i, word in enumerate(words) if word.endswith(".py") or word in SCRIPTS)
+    return SCRIPTS[words[at]].get_args_parser().parse_args(words[at + 1 :])
+
+
+@pytest.mark.parametrize("command", [command for command in commands(PAGES) if "benchmarks/" not in command])
+def test_commands_of_the_pages_parse(command):
+    args = parsed(shlex.split(command))
+    if any(name in command for name in ("main_", "probe.py")):
+        assert args.data_path
+    assert getattr(args, "model", None) in (None, *models_arm.SIZES)
+
+
+@pytest.mark.parametrize("command", [command for command in commands(PAGES) if "benchmarks/" in command])
+def test_benchmarks_of_the_pages_exist(command):
+    """Importing them would change the process; their flags stand in their source."""
+    _, script, *words = shlex.split(command)
+    source = (REPOSITORY / script).read_text()
+    for word in words:
+        assert not word.startswith("-") or f'"{word}"' in source
+
+
+RECIPES = sorted((REPOSITORY / "recipes").iterdir())
+
+
+def parsed_recipe(path: Path, *more: str) -> argparse.Namespace:
+    """The arguments that a recipe's script gets."""
+    environment = {**os.environ, "LAUNCH": r"printf %s\n"}
+    done = subprocess.run(["bash", path, "/data", *more], env=environment, capture_output=True, text=True, check=True)
+    return parsed(done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_recipes(path):
+    """They parse, say what they reach and how long it takes, and go on with the run that they have begun."""
+    kind, size, *resolution = path.stem.split("_")
+    args = parsed_recipe(path, "--seed", "7")
+    assert (args.model, args.data_path, args.resume, args.seed) == (f"arm_{size}_pz16", "/data", "auto", 7)
+    assert args.input_size == ([int(resolution[0])] if resolution else [192] if kind == "pretrain" else None)
+    header = path.read_text().partition("\nset ")[0]
+    for word in ("Recipe: published" if size in ("base", "large") else "Recipe: not published", "Reaches: ", "Takes: "):
+        assert f"\n# {word}" in header
+    assert f"recipes/{path.name} " in header
+
+
+@pytest.mark.parametrize("command", [command for command in commands(PAGES) if "--blr" in command])
+def test_published_recipes_are_those_of_the_readme(command):
+    want = parsed(shlex.split(command))
+    kind, size = "finetune" if "main_finetune" in command else "pretrain", want.model.split("_")[1]
+    got = parsed_recipe(REPOSITORY / "recipes" / f"{kind}_{size}.sh")
+    for args in (got, want):
+        for path in ("data_path", "output_dir", "resume", "finetune"):
+            vars(args).pop(path, None)
+    assert got == want
+
+
+def run_examples(page: Path) -> dict:
+    """The names that a page's blocks of Python leave behind."""
+    names = {}
+    for code in blocks(page, "python"):
+        exec(code, names)
+    return names
+
+
+@pytest.fixture
+def example_files(tmp_path, monkeypatch):
+    """A folder with the files that examples read: checkpoints of the smallest size, and a photograph."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out_b").mkdir()
+    (tmp_path / "out_finetune_b").mkdir()
+    args = main_pretrain.get_args_parser().parse_args(["--data_path", "x", "--model", "arm_tiny_pz16"])
+    model = models_arm.create_pretrain_model("arm_tiny_pz16")
+    torch.save({"model": model.state_dict(), "args": args}, "out_b/checkpoint-1599.pth")
+    model = models_arm.create_classifier("arm_tiny_pz16", num_classes=10)
+    args = argparse.Namespace(input_size=[224, 224], global_pool=True)
+    torch.save({"model": model.state_dict(), "args": args}, "out_finetune_b/checkpoint-best.pth")
+    Image.fromarray(load_sample_images().images[0]).save("photo.jpg")
+
+
+def test_the_example_of_the_readme_runs(example_files, capsys):
+    (code,) = blocks(README, "python")
+    assert sum(map(bool, code.splitlines())) <= 10
+    names = run_examples(README)
+    assert capsys.readouterr().out == "torch.Size([1, 192])\n"
+    tokens = features.encode(names["model"], names["image"][None], range(12, 13))
+    assert torch.allclose(names["features"], features.pool(names["model"], tokens), atol=1e-5)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks(page, "python")], ids=lambda page: page.name)
+def test_the_examples_of_a_page_run(example_files, page):
+    names = run_examples(page)
+    if page.name == "using.md":
+        assert names["loss"].shape == (128,)
+        assert names["latents"].shape == (2, 128, 192, 4)
+        assert names["tokens"].shape == (2, 169, 192)
+        assert names["features"].shape == (2, 192)
+        assert names["pooled"].shape == (1, 192)
+        assert names["model"].grid_size == (14, 12)
+        assert names["pyramid"].feature_info.channels() == [768] * 3
+
+
+def test_readme_has_the_four_recipes():
+    models = [re.search(r"--model (\w+)", command) for command in commands([README])]
+    assert [m[1] for m in models if m].count("arm_base_pz16") >= 2
+    assert [m[1] for m in models if m].count("arm_large_pz16") >= 2
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_have_no_marks_left(page):
+    """Files that a page names exist, and no place waits for a figure."""
+    text = page.read_text()
+    assert not re.findall(r"\b[A-Z]{3,}_[A-Z_]+\b", text)
+    folders = "benchmarks|recipes|demo|slurm|util|tests|Evaluation|Finetuning"
+    for name in re.findall(rf"\b(?:{folders})/[\w./*-]+\.\w+", text):
+        assert list(REPOSITORY.glob(name)), name
+
+
+def anchors(page: Path) -> set[str]:
+    """What can follow a # in a link to a page, as GitHub makes it of the headings."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"https?://", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_each_page_is_linked_from_the_readme():
+    text = README.read_text()
+    for page in PAGES[1:]:
+        assert f"(docs/{page.name})" in text, page.name
+
+
+def test_the_ratios_of_the_readme_are_those_of_the_tables():
+    """Its table of speeds repeats six figures."""
+    section = README.read_text().partition("\n## Speed\n")[2].partition("\n## ")[0]
+    ratios = re.findall(r"\| (\d+\.\d) \(", section)
+    tables = "".join((REPOSITORY / "docs" / name).read_text() for name in ("kernels.md", "data.md"))
+    assert len(ratios) == 6
+    for ratio in ratios:
+        assert f"({ratio})" in tables, ratio
