@@ -9,8 +9,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import pytest
 import torch
+from fork_server import ForkedScript
 from helpers import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN
 
 from util.checkpoints import checkpoint_file
@@ -31,10 +31,12 @@ FINETUNE = ["Finetuning/main_finetune.py", *TINY_FINETUNE, *LENGTH, *RANDOM]
 class Process:
     """A process whose output goes to a file; `how` is for Popen."""
 
+    popen = subprocess.Popen
+
     def __init__(self, out: Path, *words: object, **how: object) -> None:
         self.out = out
         with out.open("w") as file:
-            self.process = subprocess.Popen([str(word) for word in words], stdout=file, stderr=subprocess.STDOUT, **how)
+            self.process = self.popen([str(word) for word in words], stdout=file, stderr=subprocess.STDOUT, **how)
 
     @property
     def text(self) -> str:
@@ -71,6 +73,8 @@ class Process:
 class Started(Process):
     """One of our scripts, or several processes of it under torchrun."""
 
+    popen = ForkedScript
+
     def __init__(self, out: Path, script: str, *argv: object, processes: int = 1, restarts: int = 0) -> None:
         launcher = [sys.executable]
         if processes > 1:
@@ -80,13 +84,8 @@ class Started(Process):
 
     def ranks(self) -> list[int]:
         """The processes that torchrun started, by rank."""
-        found = {}
-        for pid in children(self.process.pid):
-            values = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            rank = next((v for v in values if v.startswith(b"RANK=")), None)
-            if rank is not None:
-                found[int(rank.removeprefix(b"RANK="))] = pid
-        return [found[rank] for rank in sorted(found)]
+        names = {Path(f"/proc/{pid}/comm").read_text().strip(): pid for pid in children(self.process.pid)}
+        return [names[name] for name in sorted(names) if name.startswith("rank ")]
 
 
 def written(path: Path) -> int:
@@ -103,22 +102,6 @@ def descendants(pid: int) -> list[int]:
     with suppress(FileNotFoundError, ProcessLookupError):
         return [one for child in children(pid) for one in (child, *descendants(child))]
     return []
-
-
-@pytest.fixture
-def start(tmp_path, images):
-    """Start a script on the images; what is still running at the end of the test is killed."""
-    started = []
-
-    def begin(command: list, *more: object, data: bool = True, **how: int) -> Started:
-        words = [*command, *(["--data_path", images] if data else []), *more]
-        started.append(Started(tmp_path / f"output-{len(started)}.txt", *words, **how))
-        return started[-1]
-
-    yield begin
-    for one in started:
-        if one.process.poll() is None:
-            one.kill()
 
 
 def assert_same_end(folder: Path, reference: Path) -> None:

@@ -3,10 +3,7 @@
 import argparse
 import io
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +12,7 @@ import numpy as np
 import pytest
 import sitecustomize  # noqa: F401
 import torch
+from fork_server import run_forked
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -107,14 +105,8 @@ def loop_args(**changes: object) -> argparse.Namespace:
 
 def torchrun(script: str, *argv: object, processes: int = 2) -> str:
     """Run a script on several processes; returns what it prints."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    done = subprocess.run(
-        [str(word) for word in (*command, REPOSITORY / script, *argv)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, REPOSITORY / script, *argv]
+    done = run_forked(words)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

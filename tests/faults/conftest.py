@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from fault_helpers import Started
 from helpers import noise_images
 
 
@@ -10,3 +11,19 @@ from helpers import noise_images
 def images(tmp_path_factory) -> Path:
     """Three classes: 16 images each to train, 7 in all to validate."""
     return noise_images(tmp_path_factory.mktemp("images"), train=16, height=50)
+
+
+@pytest.fixture
+def start(tmp_path, images):
+    """Start a script on the images; what is still running at the end of the test is killed."""
+    started = []
+
+    def begin(command: list, *more: object, data: bool = True, **how: int) -> Started:
+        words = [*command, *(["--data_path", images] if data else []), *more]
+        started.append(Started(tmp_path / f"output-{len(started)}.txt", *words, **how))
+        return started[-1]
+
+    yield begin
+    for one in started:
+        if one.process.poll() is None:
+            one.kill()

@@ -9,10 +9,12 @@ import sys
 import pytest
 import torch
 from fault_helpers import FINETUNE, PRETRAIN, assert_same_end, written
+from fork_server import ForkedScript, run_forked
 from helpers import REPOSITORY
 
 import models_arm
 from Finetuning import main_finetune
+from pretrained import Checkpoint
 from tools import replay_nonfinite
 from util.checkpoints import checkpoint_file
 from util.training import resume
@@ -77,11 +79,7 @@ def test_one_of_two_processes_breaks(start, tmp_path, kind):
     for name, value in want["model"].items():
         assert torch.equal(state["model"][name], value), name
 
-    replay = subprocess.run(
-        [sys.executable, REPOSITORY / "tools" / "replay_nonfinite.py", folder, "--device", "cpu"],
-        capture_output=True,
-        text=True,
-    )
+    replay = run_forked([REPOSITORY / "tools" / "replay_nonfinite.py", folder, "--device", "cpu"])
     assert len(re.findall(r"^rank [01], batch 3: loss ", replay.stdout, re.MULTILINE)) == 2
     if kind == "images":  # the others were broken outside of model and data
         assert replay.returncode == 1
@@ -101,7 +99,7 @@ def test_replay_of_a_classifier_whose_sizes_came_from_a_checkpoint():
     small = models_arm.create_classifier("arm_tiny_pz16", img_size=48, patch_size=8, embed_dim=32, depth=2)
     words = "--data_path x --finetune x.pth --input_size 40 --nb_classes 3 --model_key model_ema"
     args = main_finetune.get_args_parser().parse_args(words.split())
-    model = main_finetune.build_classifier(args, {"model_ema": small.state_dict()})
+    model = main_finetune.build_classifier(args, Checkpoint("x.pth", {"model_ema": small.state_dict()}, "model_ema"))
     replayed, _ = replay_nonfinite.build({"args": args, "model": model.state_dict()})
     for name, value in model.state_dict().items():
         assert torch.equal(replayed.state_dict()[name], value), name
@@ -174,14 +172,18 @@ def test_changed_arguments(start, tmp_path, images):
     assert re.search(r"other arguments: data \w{16} -> \w{16};", running.text)
 
 
+PATH = f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}"
+
 WORKER = """
 import argparse, multiprocessing, os, signal, sys, torch
 from helpers import loader_args
-from util import datasets
+from util.data.datasets import image_dataset
+from util.data.loaders import train_loader
+from util.data.transforms import pretrain_transform
 
-transform = datasets.pretrain_transform((32, 32), argparse.Namespace(scale=[0.2, 1.0], hflip=0.5))
-dataset = datasets.image_dataset(sys.argv[1], "train", transform, "fast")
-loader = datasets.train_loader(dataset, loader_args(num_workers=1), torch.device("cpu"))
+transform = pretrain_transform((32, 32), argparse.Namespace(scale=[0.2, 1.0], hflip=0.5))
+dataset = image_dataset(sys.argv[1], "train", transform, "fast")
+loader = train_loader(dataset, loader_args(num_workers=1), torch.device("cpu"))
 batches = iter(loader)
 next(batches)
 (worker,) = multiprocessing.active_children()
@@ -196,20 +198,17 @@ print(1 + sum(1 for _ in batches), worker.is_alive())
 
 def test_workers_leave_signals_to_the_run(images):
     """Those to all processes, as Slurm sends them; at the end of a script they go all the same."""
-    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}"}
-    done = subprocess.run(
-        [sys.executable, "-c", WORKER, images], capture_output=True, text=True, timeout=60, env=environment
-    )
+    done = run_forked(["-c", WORKER, images], env={**os.environ, "PYTHONPATH": PATH}, timeout=60)
     assert (done.returncode, done.stdout) == (0, "12 True\n"), done.stderr
 
 
 MEETS = """
 import sys, time
 import torch.distributed
-from util import dist
+from util.distributed.processes import _meet
 time.sleep(float(sys.argv[2]))
 store = torch.distributed.TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False)
-print(dist._meet(store, time.monotonic() + 60))
+print(_meet(store, time.monotonic() + 60))
 """
 
 
@@ -222,14 +221,9 @@ def test_processes_meet_in_a_round_of_their_own():
         if complete:
             store.set(f"round {number} is complete", "")
     processes = [
-        subprocess.Popen(
+        ForkedScript(
             [sys.executable, "-c", MEETS, str(store.port), delay],
-            env={
-                **os.environ,
-                "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}",
-                "RANK": rank,
-                "WORLD_SIZE": "3",
-            },
+            env={**os.environ, "PYTHONPATH": PATH, "RANK": rank, "WORLD_SIZE": "3"},
             stdout=subprocess.PIPE,
             text=True,
         )

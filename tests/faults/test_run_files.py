@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from fault_helpers import FINETUNE, PRETRAIN, assert_same_end, content
+from fork_server import ForkedScript
 from helpers import REPOSITORY
 
 from util.checkpoints import checkpoint_file
@@ -89,31 +90,25 @@ def test_a_writer_killed_at_20_random_moments(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}"}
-    command = [sys.executable, "-c", FORKER, tmp_path / "writer.py", out]
-    with subprocess.Popen(
-        [str(word) for word in command], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, env=environment
-    ) as parent:
-        for _ in range(20):
-            pid = int(parent.stdout.readline())
-            announced = int(parent.stdout.readline())
+    command = [sys.executable, str(tmp_path / "writer.py"), str(out)]
+    for _ in range(20):
+        with ForkedScript(command, stdout=subprocess.PIPE, text=True, env=environment) as writer:
+            announced = int(writer.stdout.readline())
             time.sleep(rng.uniform(0, 0.15))
-            os.kill(pid, signal.SIGKILL)
-            while (line := parent.stdout.readline()) != "dead\n":
+            writer.kill()
+            for line in writer.stdout:
                 announced = int(line)
-            found = {}
-            for path in out.glob("checkpoint-*.pth"):
-                kept = checkpoint_file.read(path)  # by its hash, too
-                found[path.name] = kept["epoch"] + 1
-                assert (kept["model"]["weight"] == found[path.name]).all()
-                number = re.fullmatch(r"checkpoint-(\d+)\.pth", path.name)
-                assert number is None or int(number[1]) == found[path.name]
-            assert found["checkpoint-last.pth"] >= announced
-            assert found.get("checkpoint-last-1.pth", -1) <= found["checkpoint-last.pth"]
-            assert CheckpointFolder(out, 2, print).newest() == (out / "checkpoint-last.pth", [])
-            parent.stdin.write("next\n")
-            parent.stdin.flush()
-        os.kill(int(parent.stdout.readline()), signal.SIGKILL)
-        parent.stdin.close()
+        assert writer.returncode == -signal.SIGKILL
+        found = {}
+        for path in out.glob("checkpoint-*.pth"):
+            kept = checkpoint_file.read(path)  # by its hash, too
+            found[path.name] = kept["epoch"] + 1
+            assert (kept["model"]["weight"] == found[path.name]).all()
+            number = re.fullmatch(r"checkpoint-(\d+)\.pth", path.name)
+            assert number is None or int(number[1]) == found[path.name]
+        assert found["checkpoint-last.pth"] >= announced
+        assert found.get("checkpoint-last-1.pth", -1) <= found["checkpoint-last.pth"]
+        assert CheckpointFolder(out, 2, print).newest() == (out / "checkpoint-last.pth", [])
     assert announced > 20
 
 
@@ -145,22 +140,6 @@ def written_aside(folder, data):
     path = folder / ".checkpoint.tmp"
     torch.save(data, path)
     return path, sha256_of(path)
-
-
-FORKER = """
-import os, runpy, sys
-import torch, util.checkpoints.checkpoint_folder, fault_helpers
-while True:
-    pid = os.fork()
-    if pid == 0:
-        print(os.getpid(), flush=True)
-        sys.argv = sys.argv[1:]
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    os.waitpid(pid, 0)
-    print("dead", flush=True)
-    if not sys.stdin.readline():
-        break
-"""
 
 
 def flip_a_bit(path):
@@ -354,11 +333,11 @@ def test_the_best_file_on_a_disk_that_is_full_for_a_while(small_disk, freed):
     assert checkpoint_file.read(small_disk / "checkpoint-best.pth")["epoch"] == (0 if freed else -1)
     run = Run(Namespace(start_epoch=None), None, None)
     run.folder = folder
-    with nullcontext() if freed else pytest.raises(RunError, match=r"^checkpoint-best\.pth could not be written"):
-        run.close()
-    folder.save(content(4, 100_000), "checkpoint-best.pth")
-    folder.wait()
-    run.close()
+    with nullcontext() if freed else pytest.raises(RunError, match=r"^checkpoint-best\.pth could not be written"), run:
+        pass
+    with run:
+        folder.save(content(4, 100_000), "checkpoint-best.pth")
+        folder.wait()
 
 
 def test_a_run_on_a_full_disk(start, small_disk):
