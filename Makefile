@@ -1,18 +1,24 @@
 PYTHON ?= python3
+VENV ?= .venv
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test lint
+.PHONY: demo check test lint
 
-demo: .venv/installed
-	.venv/bin/python demo/demo.py
+demo: $(VENV)/installed
+	$(VENV)/bin/python demo/demo.py
 
-test: .venv/installed
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
+check: lint
+	$(PYTEST) -m "not slow"
 
-lint: .venv/installed
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
+test: $(VENV)/installed
+	$(PYTEST)
 
-.venv/installed: requirements.txt
-	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --requirement requirements.txt
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python -m mypy .
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --requirement requirements.txt
 	touch $@
