@@ -16,6 +16,7 @@ import ctypes
 import gc
 import importlib
 import io
+import math
 import os
 import pickle
 import runpy
@@ -24,6 +25,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -51,7 +53,8 @@ def become(words: list[str], environment: dict[str, str], folder: str, files: li
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    sys.path[:] = ["", *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep)), *SYSTEM_PATH]
+    added = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[:] = dict.fromkeys(["", *added, *SYSTEM_PATH])
     sys.modules["numpy"].random.seed()
     if "RANK" in environment:
         Path("/proc/self/comm").write_text(f"rank {environment['RANK']}")  # for `Started.ranks`
@@ -164,6 +167,7 @@ class ForkServer:
     def __init__(self) -> None:
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.ended: dict[int, int] = {}
+        self.lock = threading.Lock()
         paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
         with theirs:
             self.process = subprocess.Popen(
@@ -179,23 +183,22 @@ class ForkServer:
         self.process.wait()
 
     def fork(self, words: list[str], environment: dict, folder: str, files: list[int], new_session: bool) -> int:
-        self.receive()
-        socket.send_fds(self.socket, [pickle.dumps((words, environment, folder, new_session))], files)
-        while (pid := self.receive(wait=True)) is None:
-            pass
-        return pid
+        with self.lock:
+            socket.send_fds(self.socket, [pickle.dumps((words, environment, folder, new_session))], files)
+            while True:
+                pid, status = pickle.loads(self.socket.recv(1000))
+                if status is None:
+                    self.ended.pop(pid, None)  # an earlier process of this number
+                    return pid
+                self.ended[pid] = status
 
-    def receive(self, wait: bool = False) -> int | None:
-        """Take in what the server has said, and return the number of a new process."""
-        while select.select([self.socket], [], [], None if wait else 0)[0]:
-            message = self.socket.recv(1000)
-            assert message, "the fork server has ended"
-            pid, status = pickle.loads(message)
-            if status is None:
-                return pid
-            self.ended[pid] = status
-            wait = False
-        return None
+    def status(self, pid: int) -> int | None:
+        """Return the exit status of a process, None while it runs."""
+        with self.lock:
+            while select.select([self.socket], [], [], 0)[0]:
+                ended, status = pickle.loads(self.socket.recv(1000))
+                self.ended[ended] = status
+        return self.ended.get(pid)
 
 
 _SERVER: list[ForkServer] = []
@@ -207,23 +210,19 @@ class ForkedScript(_Popen):
     def _fork(self, *how):
         if not _SERVER:
             _SERVER.append(ForkServer())
-        self._ended = _SERVER[0].ended
-        self._ended.pop(pid := _SERVER[0].fork(*how), None)  # an earlier process of this number
-        return pid
+        return _SERVER[0].fork(*how)
 
     def _internal_poll(self, *_, **__):
         if self.returncode is None:
-            _SERVER[0].receive()
-            self.returncode = self._ended.get(self.pid)
+            self.returncode = _SERVER[0].status(self.pid)
         return self.returncode
 
     def _wait(self, timeout):
-        end = None if timeout is None else time.monotonic() + timeout
+        end = math.inf if timeout is None else time.monotonic() + timeout
         while self.poll() is None:
-            left = None if end is None else end - time.monotonic()
-            if left is not None and left <= 0:
+            if time.monotonic() >= end:
                 raise subprocess.TimeoutExpired(self.args, timeout)
-            select.select([_SERVER[0].socket], [], [], left)
+            select.select([_SERVER[0].socket], [], [], max(0, min(end - time.monotonic(), 0.05)))
         return self.returncode
 
 

@@ -1,0 +1,19 @@
+"""Studies and the demo start scripts; here these are forked."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+from fork_server import ForkedScript
+
+from util import launch
+
+
+@pytest.fixture(autouse=True)
+def _forked_scripts(monkeypatch):
+    """What `launch.start` adds, the end with its parent, is tested with a parent of its own."""
+
+    def popen(words: list[str], **options: object) -> ForkedScript:
+        return ForkedScript(words[words.index(str(os.getpid())) + 1 :], **options)
+
+    monkeypatch.setattr(launch, "subprocess", SimpleNamespace(Popen=popen))
