@@ -9,12 +9,14 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 # Before the other imports, which read them: no test needs the network, nor a cache, a setting or a token of the user.
-HOME = tempfile.TemporaryDirectory(prefix="home-")  # removed when Python ends
+# xdist's workers share the home of the session: kernels are compiled once.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    HOME = tempfile.TemporaryDirectory(prefix="home-")  # removed when Python ends
+    os.environ["HOME"] = HOME.name
 TESTS = str(Path(__file__).resolve().parent)
 for name in [*os.environ]:
     if name.startswith(("XDG_", "HF_", "HUGGING_FACE_", "TORCH_HOME", "MPLCONFIGDIR", "TRITON_HOME", "TRITON_CACHE")):
         del os.environ[name]
-os.environ["HOME"] = HOME.name
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [TESTS, os.environ.get("PYTHONPATH")]))
 sys.path.insert(0, TESTS)
 sys.modules.pop("sitecustomize", None)  # of the system
@@ -26,9 +28,15 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on CPU tensors
 
-from helpers import Golden, noise_images
+from helpers import SLOW, Golden, noise_images
 from PIL import Image
 from sklearn.datasets import load_sample_images
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SLOW & {item.path.parent.name, item.path.stem, item.originalname}:
+            item.add_marker("slow")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -19,6 +19,14 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+# Folders, files and functions of tests that `make check` leaves out: real processes, training runs, exports, studies.
+SLOW = set(
+    """
+    faults studies
+""".split()
+)
+
+
 GOLDEN = REPOSITORY / "tests" / "golden"
 
 

@@ -1,5 +1,6 @@
 """Real processes that something happens to."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,23 @@ from helpers import noise_images
 def images(tmp_path_factory) -> Path:
     """Three classes: 16 images each to train, 7 in all to validate."""
     return noise_images(tmp_path_factory.mktemp("images"), train=16, height=50)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, images) -> Callable[..., Path]:
+    """Return the output folder of a run that nothing has happened to; each command runs once."""
+    root, folders = tmp_path_factory.mktemp("finished"), {}
+
+    def run(command: list, *more: object, **how: int) -> Path:
+        key = str((command, more, how))
+        if key not in folders:
+            folders[key] = root / str(len(folders))
+            words = [*command, "--data_path", images, "--output_dir", folders[key], *more]
+            running = Started(root / f"{len(folders)}.txt", *words, **how)
+            assert running.status() == 0, running.text
+        return folders[key]
+
+    return run
 
 
 @pytest.fixture

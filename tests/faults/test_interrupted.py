@@ -28,11 +28,10 @@ def kind(request):
     return request.param
 
 
-@pytest.fixture
-def whole(kind, start, tmp_path):
+@pytest.fixture(scope="module")
+def whole(kind, finished):
     """The run that nothing happens to."""
-    assert start(COMMANDS[kind], "--batch_size", 4, "--output_dir", tmp_path / "whole").status() == 0
-    return tmp_path / "whole"
+    return finished(COMMANDS[kind], "--batch_size", 4)
 
 
 def test_a_run_that_is_told_to_stop(kind, whole, start, tmp_path):
@@ -95,10 +94,9 @@ def test_two_processes(start, tmp_path):
     assert_same_end(out, tmp_path / "whole")
 
 
-def test_another_number_of_processes(start, tmp_path):
+def test_another_number_of_processes(start, finished, tmp_path):
     """1, then 2, then 1: the same images in the same order of updates; sums over processes round differently."""
-    assert start(PRETRAIN, "--batch_size", 4, "--output_dir", tmp_path / "whole").status() == 0
-    out = tmp_path / "out"
+    whole, out = finished(PRETRAIN, "--batch_size", 4), tmp_path / "out"
     for processes, stops in ((1, True), (2, True), (1, False)):
         begun = written(out / "checkpoint-last.pth")
         argv = ["--output_dir", out, "--resume", "auto", "--batch_size", 4 // processes, "--save_every_steps", 1]
@@ -109,10 +107,10 @@ def test_another_number_of_processes(start, tmp_path):
         running.until(lambda begun=begun: written(out / "checkpoint-last.pth") > begun)
         assert running.signal(signal.SIGTERM).status() in (INTERRUPTED, 1)
         assert "stopped in epoch" in running.text
-    got, want = (checkpoint_file.read(path / "checkpoint-last.pth")["model"] for path in (out, tmp_path / "whole"))
+    got, want = (checkpoint_file.read(path / "checkpoint-last.pth")["model"] for path in (out, whole))
     for name, value in want.items():
         assert (got[name] - value).nan_to_num().abs().max() < 2e-4, name  # of weights that moved by up to 2e-2
-    for epoch, row in log_of(tmp_path / "whole").items():
+    for epoch, row in log_of(whole).items():
         assert log_of(out)[epoch]["train_loss"] == pytest.approx(row["train_loss"], rel=1e-4)
 
 

@@ -55,12 +55,12 @@ cli.run_main(main_pretrain.main, main_pretrain.get_args_parser())
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient", "images"])
-def test_one_of_two_processes_breaks(start, tmp_path, kind):
+def test_one_of_two_processes_breaks(start, finished, tmp_path, kind):
     """Both skip three updates and stop, with weights of before and what reproduces the first broken one."""
     script = tmp_path / "breaks.py"
     script.write_text(BREAKS.format(repository=str(REPOSITORY), kind=kind, first=15))
-    two = ["--batch_size", 2, "--output_dir"]
-    running = start([script, *PRETRAIN[1:]], *two, tmp_path / "out", processes=2)
+    two = ["--batch_size", 2]
+    running = start([script, *PRETRAIN[1:]], *two, "--output_dir", tmp_path / "out", processes=2)
     assert running.status() == 1
     folder = tmp_path / "out" / "nonfinite-epoch1-batch3"  # of 12 batches an epoch
     message = f"the gradient was not finite in 3 updates in a row, from batch 3 of epoch 1; .*{re.escape(str(folder))}"
@@ -68,11 +68,10 @@ def test_one_of_two_processes_breaks(start, tmp_path, kind):
     assert checkpoint_file.read(tmp_path / "out" / "checkpoint-last.pth")["epoch"] == 0
 
     # the state is that of a run that did not break and was stopped there
-    whole = start(PRETRAIN, *two, tmp_path / "whole", "--save_every_steps", 15, "--keep", 9, processes=2)
-    assert whole.status() == 0
+    whole = finished(PRETRAIN, *two, "--save_every_steps", 15, "--keep", 9, processes=2)
     state = checkpoint_file.read(folder / "state.pth")
     assert (state["epoch"], state["samples"]) == (0, 12)
-    for path in (tmp_path / "whole").glob("checkpoint-last*.pth"):
+    for path in whole.glob("checkpoint-last*.pth"):
         content = checkpoint_file.read(path)
         if resume.position(content) == (1, 12):
             want = content
@@ -90,8 +89,9 @@ def test_one_of_two_processes_breaks(start, tmp_path, kind):
         assert replay.returncode == 0, replay.stdout + replay.stderr
         assert replay.stdout.endswith("everything is finite here\n")
     if kind == "loss":  # the evidence is a checkpoint to go on from
-        assert start(PRETRAIN, *two, tmp_path / "on", "--resume", folder / "state.pth", processes=2).status() == 0
-        assert_same_end(tmp_path / "on", tmp_path / "whole")
+        argv = ["--output_dir", tmp_path / "on", "--resume", folder / "state.pth"]
+        assert start(PRETRAIN, *two, *argv, processes=2).status() == 0
+        assert_same_end(tmp_path / "on", whole)
 
 
 def test_replay_of_a_classifier_whose_sizes_came_from_a_checkpoint():
