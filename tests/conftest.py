@@ -35,7 +35,7 @@ from sklearn.datasets import load_sample_images
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if SLOW & {item.path.parent.name, item.path.stem, item.originalname}:
+        if SLOW & {item.path.parent.name, item.path.stem, item.originalname, f"{item.path.stem}::{item.originalname}"}:
             item.add_marker("slow")
 
 

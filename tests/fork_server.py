@@ -174,6 +174,7 @@ class ForkServer:
                 [sys.executable, "-c", f"import fork_server; fork_server.serve({theirs.fileno()})"],
                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
                 pass_fds=[theirs.fileno()],
+                cwd=REPOSITORY,
                 stdin=subprocess.DEVNULL,
             )
         atexit.register(self.close)

@@ -22,7 +22,21 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # Folders, files and functions of tests that `make check` leaves out: real processes, training runs, exports, studies.
 SLOW = set(
     """
-    faults studies
+    faults studies test_a_file_that_cannot_be_read_ends_packing test_a_full_disk_behind_stdout_does_not_end_a_run
+    test_a_full_shared_memory test_a_memory_limit test_a_pretraining_run
+    test_a_run_that_is_killed_inside_an_epoch_shows_each_step_once test_a_run_that_resumes
+    test_a_whole_block_is_one_graph test_a_worker_that_is_killed_or_hangs_ends_the_run
+    test_accumulation_equals_the_large_batch test_all_processes_find_broken_weights_together
+    test_all_processes_skip_together test_an_accuracy_that_cannot_be_shown_is_no_success
+    test_broken_images_of_two_processes test_cache_without_a_hub test_casts_are_an_option_of_the_compiler
+    test_compiled_blocks test_compiled_run_equals_the_eager_one test_each_step_is_shown_once_after_going_back
+    test_each_update_is_shown_once_after_going_back test_ema_of_two_processes test_evaluation_by_name
+    test_evaluation_counts_every_image_once test_evaluation_stops_or_counts_as_wrong test_export test_fork_server
+    test_fsdp test_help_and_mistakes_import_little test_live_bar_on_a_terminal test_names_that_an_output_cannot_show
+    test_no_fused_multiply_adds test_no_spills test_outputs_that_end_early test_packing_killed_at_any_moment
+    test_registers_spills_and_instructions test_runs_are_compared test_switches::test_compiled test_table_of_resources
+    test_the_line_that_starts_timms_scripts test_two_processes test_two_processes_equal_one
+    test_two_processes_have_one_order test_under_torchrun_one_process_speaks test_whole_model
 """.split()
 )
 
