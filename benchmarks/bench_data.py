@@ -44,6 +44,7 @@ from util import arguments, cli, hardware
 from util.data import datasets, decode, loaders, transforms
 from util.data.device_loader import DeviceLoader
 from util.data.samplers import EpochSampler
+from util.tracking.run_log import Log
 from util.training.run import Run
 
 CORES = sorted(os.sched_getaffinity(0))

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.bench_train import CASES, KERNELS, Case, Composition, add_without, epoch_runner, switched
 from util import arguments, cli, hardware
 from util.distributed.processes import init_device
-from util.tracking.run_log import SilentLog
+from util.tracking.run_log import Log
 from util.training import loop
 
 FORMS = ("none", "again", "eager", *KERNELS, "all")
@@ -30,7 +30,7 @@ FLOOR = 1e-6  # on a CPU, where "eager" is the same form
 LR = 1e-4
 
 
-class Losses(SilentLog):
+class Losses(Log):
     """A log that keeps the loss and the gradient norm of each update."""
 
     def __init__(self) -> None:

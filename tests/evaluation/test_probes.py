@@ -9,7 +9,7 @@ import torch
 
 from Evaluation import probes
 from util.errors import RunError
-from util.tracking.run_log import SilentLog, open_log
+from util.tracking.run_log import Log, open_log
 
 CPU = torch.device("cpu")
 HEADS = probes.Heads
@@ -60,7 +60,7 @@ def separable(count, shape=(), seed=0):
 
 
 def train(train, val, probe=probes.LINEAR):
-    return probe.train(probes.Task(train, val, 4, ARGS, CPU, SilentLog()), seed=0)
+    return probe.train(probes.Task(train, val, 4, ARGS, CPU, Log()), seed=0)
 
 
 @pytest.mark.parametrize("kind", ["linear", "attentive"])
