@@ -217,7 +217,7 @@ def main(args: argparse.Namespace) -> None:
         evaluate_checkpoint(args, found, model, val, device, open_log())
         return
     folders = arguments.output_folders(args)
-    log = open_log(*folders, tracker=args.tracker)
+    log = open_log(folders, tracker=args.tracker)
     content = starting_point(args, folders[0], log.say)
     start = None
     if content is not None:

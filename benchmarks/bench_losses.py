@@ -36,9 +36,9 @@ class Losses(Log):
     def __init__(self) -> None:
         self.curves: dict[str, list[float]] = {"loss": [], "grad_norm": []}
 
-    def scalars(self, step: int, train_loss: float, lr: float, grad_norm: float) -> None:
-        self.curves["loss"].append(train_loss)
-        self.curves["grad_norm"].append(grad_norm)
+    def scalars(self, step: int, **values: float) -> None:
+        self.curves["loss"].append(values["train_loss"])
+        self.curves["grad_norm"].append(values["grad_norm"])
 
 
 def losses_of(case: Case, how: Composition, steps: int, device: torch.device) -> dict[str, list[float]]:

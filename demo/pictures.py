@@ -1,6 +1,7 @@
 """The demo's pictures: curves of the three runs, and images beside the model's predictions."""
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from matplotlib.figure import Figure
@@ -9,6 +10,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.datasets import ImageFolder
 
 import pretrained
+from models_arm import PretrainModel
 from tools import plot_log
 from util.data.decode import with_pillow
 from util.data.transforms import eval_transform
@@ -37,7 +39,7 @@ def draw_predictions(path: Path, image_folder: Path, picture: Path) -> None:
         image_folder: has one folder of images for each class.
         picture: PNG file to write.
     """
-    model, _ = pretrained.load(path)
+    model = cast(PretrainModel, pretrained.load(path)[0])
     height, width = model.image_size
     transform = eval_transform((height, width), "square")
     dataset = ImageFolder(str(image_folder), transform, loader=lambda path: with_pillow(Path(path).read_bytes()))

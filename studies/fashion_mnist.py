@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 from torchvision.datasets import FashionMNIST
 
 from studies.shards import write_shard
+from util.data.readers import hash_states
 from util.errors import UserError
 
 PACKAGE = Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist
@@ -17,7 +19,7 @@ FILES = {"train": "train", "val": "t10k"}
 
 
 class IdxImages:
-    """The images of one split as a `util.sources.Source` of PNG files."""
+    """The images of one split as a `util.data.readers.Source` of PNG files."""
 
     def __init__(self, folder: Path, split: str) -> None:
         self.root, self.classes = str(folder), CLASSES
@@ -31,6 +33,9 @@ class IdxImages:
 
     def name(self, index: int) -> str:
         return f"{self.root}/{index:05d}.png"
+
+    def state(self) -> str:
+        return hash_states([os.fsencode(path) for path in sorted(Path(self.root).glob("*.gz"))])
 
 
 def _read(path: Path, header: int) -> np.ndarray:

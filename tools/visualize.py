@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 
 import pretrained
+from models_arm import PretrainModel
 from util import arguments, cli
 from util.data.decode import BrokenImage, with_pillow
 from util.distributed.processes import init_device
@@ -89,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
     if not found.has_decoder:
         what = "has no decoder" if found.is_pretraining else "is of a classifier"
         raise UserError(f"{found.name} {what}: only a pretraining checkpoint predicts images")
-    model = found.load_model().to(device)
+    model = cast(PretrainModel, found.load_model().to(device))
     seed_everything(0)  # the same hidden patches and the same random order in each call
     transform = prediction_figures.input_transform(model.image_size)
     imgs = []
