@@ -1,4 +1,4 @@
-"""Files of weights with random damage: the right content, or one line; never another content where a CRC tells."""
+"""Files of weights with random damage: the right content or one line; no wrong content if the file has CRCs."""
 
 import io
 import json
@@ -139,7 +139,7 @@ def marked_as_folder(data):
 
 
 def larger(data):
-    """The largest record is said to have 10^9 bytes, in both of its headers."""
+    """Both headers of the largest record claim 10^9 bytes."""
     return data.replace(struct.pack("<II", 1200, 1200), struct.pack("<II", 10**9, 10**9))
 
 

@@ -1,4 +1,4 @@
-"""Small files: atomic, strict JSON, never through a link."""
+"""Small files: atomic writes, strict JSON, no writing through links."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def test_json_is_strict(tmp_path):
         (b" " * (MAX_JSON + 1), "larger than"),
     ],
 )
-def test_what_is_no_json_is_refused_by_name(tmp_path, content, reason):
+def test_invalid_json_is_refused_by_name(tmp_path, content, reason):
     path = tmp_path / "a.json"
     path.write_bytes(content)
     with pytest.raises(UserError, match=reason) as refused:

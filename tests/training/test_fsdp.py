@@ -1,4 +1,4 @@
-"""--fsdp: what DDP computes, and files that tell no difference."""
+"""--fsdp computes the same as DDP, and writes the same files."""
 
 import re
 import signal
@@ -16,7 +16,6 @@ import models_arm
 from Finetuning import main_finetune
 from util.checkpoints import checkpoint_file
 from util.distributed.parallel import full_tensor, no_sync, shard, unsharded
-from util.distributed.processes import end_groups
 from util.training import resume
 
 # 48 images, 8 an update: 6 updates an epoch of two batches each on two processes
@@ -96,9 +95,9 @@ def assert_same_run(folder: Path, reference: Path, name: str = "checkpoint-last.
 
 
 def test_pretraining(images, tmp_path, run_script):
-    """Accumulated and clipped. Both processes skip an update that one breaks, draw, and leave with what they had.
+    """Gradient accumulation and clipping. Both processes skip a non-finite update of one, draw, and end with a dump.
 
-    From there, in the middle of an epoch, one process goes on.
+    From it, in the middle of an epoch, one process resumes.
     """
     (tmp_path / "breaks.py").write_text(BREAKS.format(repository=str(REPOSITORY)))
     for name, more in (("ddp", []), ("fsdp", ["--fsdp"])):
@@ -134,7 +133,7 @@ def in_the_middle(folder: Path) -> Path:
 
 
 def test_finetuning(runs, images, run_script, capsys):
-    """With an EMA, and unequal shares of what is evaluated; one process reads the file and finds the same."""
+    """With an EMA and unequal shares of the evaluated images; one process evaluates the file with the same result."""
     assert_same_run(runs / "fsdp", runs / "ddp")
     run_script(
         main_finetune, *TINY_FINETUNE, "--eval", "--resume", runs / "fsdp" / "checkpoint-last.pth",
@@ -146,7 +145,7 @@ def test_finetuning(runs, images, run_script, capsys):
     ]
 
 
-def test_goes_on_from_the_other(runs, images, tmp_path):
+def test_resumes_from_the_other(runs, images, tmp_path):
     """From DDP in the middle of an epoch, and to it after a signal; each process evaluating all images."""
     common = [*FINETUNE, "--data_path", images]
     resume = ["--fsdp", "--resume", in_the_middle(runs / "ddp")]
@@ -164,23 +163,16 @@ def test_goes_on_from_the_other(runs, images, tmp_path):
     assert_same_run(tmp_path / "stopped", runs / "ddp")
 
 
-# ---- one process, whose share is everything
-
-
-@pytest.fixture
-def _alone_in_a_group(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    end_groups()
+# ---- one process, which has all shards
 
 
 def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
     return [full_tensor(p.grad) for p in model.parameters() if p.grad is not None]
 
 
-@pytest.mark.usefixtures("_alone_in_a_group")
-def test_compiled_blocks_stay_whole_graphs():
-    """What gathers a block is outside of its graph, which all blocks share, also while the model is whole."""
+@pytest.mark.usefixtures("group_of_one")
+def test_compiled_blocks_have_no_graph_breaks():
+    """All blocks share one graph, and gathering is outside of it, also while the model is unsharded."""
     sizes = {"img_size": 24, "patch_size": 8, "num_classes": 3, "embed_dim": 32, "depth": 12}
     torch.manual_seed(0)
     plain = models_arm.create_classifier("arm_tiny_pz16", **sizes)
@@ -203,9 +195,9 @@ def test_compiled_blocks_stay_whole_graphs():
     torch._dynamo.reset()
 
 
-@pytest.mark.usefixtures("_alone_in_a_group")
-def test_drawn_before_it_is_trained():
-    """As where a run goes on from the very end of an epoch."""
+@pytest.mark.usefixtures("group_of_one")
+def test_images_are_drawn_before_training():
+    """As when a run resumes at the end of an epoch."""
     sizes = {"img_size": 32, "patch_size": 8, "cluster_size": 2, "embed_dim": 32, "dec_embed_dim": 64, "dec_depth": 2}
     model = models_arm.create_pretrain_model("arm_tiny_pz16", **sizes, depth=4)
     imgs = torch.randn(2, 3, 32, 32)
@@ -218,7 +210,7 @@ def test_drawn_before_it_is_trained():
     assert len(gradients(model)) == sum(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.usefixtures("_alone_in_a_group")
+@pytest.mark.usefixtures("group_of_one")
 def test_gradients_are_all_reduced_once_per_update():
     model = torch.nn.Linear(2, 1)
     shard(model, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""log.txt and TensorBoard tell one story, in strict JSON; damaged lines are counted."""
+"""log.txt is strict JSON and agrees with TensorBoard; damaged lines are counted."""
 
 import json
 import os
@@ -135,7 +135,7 @@ def test_files_that_are_no_log_are_refused(tmp_path):
 
 
 def test_a_log_that_cannot_be_written_is_reported_once(tmp_path, capsys):
-    """A pipe that nobody reads does not stop the run; nothing is written through a link."""
+    """A pipe without a reader does not block the run; nothing is written through a link."""
     for make in (os.mkfifo, os.mkdir):
         (folder := tmp_path / make.__name__).mkdir()
         make(folder / "log.txt")

@@ -13,7 +13,6 @@ from training_helpers import NotedLog, one_weight_run, plain_sgd
 
 from Finetuning import engine_finetune
 from util.distributed.parallel import distribute
-from util.distributed.processes import end_groups
 from util.tracking.run_log import Log, Progress
 from util.training.loop import train_epoch
 from util.training.run import Run
@@ -95,7 +94,7 @@ def test_loss_spikes_are_logged():
 
 
 def test_nonfinite_losses_are_not_in_the_mean_of_earlier_losses():
-    """Of a whole window, here of one update, too."""
+    """Also if all losses between two log points are not finite, here of one update."""
     log = NotedLog()
     samples = [1.0] * 5 + [math.nan] + [1.0] * 24
     weight, stats = one_weight_run([*samples, 7.0], log=log, lr=0.0, min_lr=0.0, save_every_steps=1)
@@ -103,15 +102,7 @@ def test_nonfinite_losses_are_not_in_the_mean_of_earlier_losses():
     assert log.said[-1] == "epoch 0, batch 30: the loss rose to 7, from 1"
 
 
-@pytest.fixture
-def alone_in_a_group(tmp_path):
-    """A process group of this process alone."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    end_groups()
-
-
-@pytest.mark.usefixtures("alone_in_a_group")
+@pytest.mark.usefixtures("group_of_one")
 def test_gradients_are_all_reduced_once_per_update(monkeypatch):
     monkeypatch.setattr("util.distributed.parallel.world_size", lambda: 2)
     model = distribute(torch.nn.Linear(1, 1), torch.device("cpu"))
@@ -119,14 +110,14 @@ def test_gradients_are_all_reduced_once_per_update(monkeypatch):
     assert model.gradient_as_bucket_view
     loader = Batches(*([torch.ones(1, 1)] for _ in range(6)))
     run = Run(loop_args(accum_iter=3), model.module, plain_sgd(model.parameters()))
-    travels = []
+    synced = []
 
     def compute_loss(x):
-        travels.append(model.require_backward_grad_sync)
+        synced.append(model.require_backward_grad_sync)
         return model(x).mean()
 
     train_epoch(model, loader, compute_loss, run, torch.device("cpu"), Log())
-    assert travels == [False, False, True] * 2
+    assert synced == [False, False, True] * 2
 
 
 class CountReads(TorchDispatchMode):

@@ -25,7 +25,7 @@ from util.checkpoints import checkpoint_file
 
 
 def assert_same_run(folder, reference, start):
-    """The runs end within 1 % of the distance that the reference has gone, and every logged loss within 1e-4.
+    """Final weights differ by less than 1 % of the way from start to reference, every logged loss by less than 1e-4.
 
     AdamW divides by the gradient's size, so rounding noise becomes a step where the true gradient is zero (the keys'
     bias): weights are therefore compared as one vector.
@@ -56,22 +56,22 @@ def runs(request, image_folder, tmp_path_factory):
 
     torch.manual_seed(0)
     start = here("start", "--batch_size", 8, "--lr", 0)[0]
-    whole = here("whole", "--batch_size", 8)
+    reference = here("reference", "--batch_size", 8)
     accumulated = here("accumulated", "--batch_size", 2, "--accum_iter", 4)
     output = torchrun(file, *argv("two", "--batch_size", 4), processes=2)
     two = final_weights(folder / "two"), read_log(folder / "two")
     return argparse.Namespace(
-        kind=request.param, folder=folder, start=start, whole=whole, accumulated=accumulated, two=two,
+        kind=request.param, folder=folder, start=start, reference=reference, accumulated=accumulated, two=two,
         output=output, here=here,
     )  # fmt: skip
 
 
 def test_accumulation_equals_the_large_batch(runs):
-    assert_same_run(runs.accumulated, runs.whole, runs.start)
+    assert_same_run(runs.accumulated, runs.reference, runs.start)
 
 
 def test_two_processes_equal_one(runs):
-    assert_same_run(runs.two, runs.whole, runs.start)
+    assert_same_run(runs.two, runs.reference, runs.start)
 
 
 def test_only_rank_0_prints(runs):
@@ -84,23 +84,23 @@ def test_only_rank_0_prints(runs):
 
 def test_resumed_run_equals_the_uninterrupted_one(runs):
     """Between epochs, bitwise: samples depend on seed, epoch and index only."""
-    more = ["--batch_size", 8, "--resume", runs.folder / "whole" / "checkpoint-0.pth"]
+    more = ["--batch_size", 8, "--resume", runs.folder / "reference" / "checkpoint-0.pth"]
     state, log = runs.here("resumed", *more)
-    for name, value in runs.whole[0].items():
+    for name, value in runs.reference[0].items():
         assert torch.equal(state[name], value), name
-    assert log == runs.whole[1][1:]
+    assert log == runs.reference[1][1:]
 
 
 def test_checkpoints_hold_their_true_epoch(runs):
     """The released code writes epoch -1 into its latest file and -10 or -20 into its best ones."""
     for name, epoch in (("checkpoint-0.pth", 0), ("checkpoint-1.pth", 1), ("checkpoint-last.pth", 1)):
-        content = checkpoint_file.read(runs.folder / "whole" / name)
+        content = checkpoint_file.read(runs.folder / "reference" / name)
         assert content["epoch"] == epoch
         assert content["args"].batch_size == 8
 
 
 def test_log_file(runs):
-    rows = runs.whole[1]
+    rows = runs.reference[1]
     assert [row["epoch"] for row in rows] == [0, 1]
     keys = {"train_loss", "train_lr", "epoch"}
     if runs.kind == "finetune":
@@ -110,7 +110,7 @@ def test_log_file(runs):
     low = 1e-6 if runs.kind == "finetune" else 0
     want = low + (1e-3 - low) * 0.5 * (1 + math.cos(math.pi * last_update / 2))
     assert rows[1]["train_lr"] == pytest.approx(want)
-    assert list((runs.folder / "whole").glob("events.out.tfevents.*"))
+    assert list((runs.folder / "reference").glob("events.out.tfevents.*"))
 
 
 def test_pretrain_finetune_evaluate(image_folder, tmp_path, run_script, capsys):
@@ -212,14 +212,14 @@ RANDOM = ["--drop_path", 0.3, "--mixup", 0.8, "--cutmix", 1, "--reprob", 0.5, "-
 
 
 def test_resume_with_random_augmentation(image_folder, tmp_path, run_script):
-    """Drop path, mixup, erasing and EMA go on as in the uninterrupted run, bitwise."""
+    """Drop path, mixup, erasing and EMA are as in the uninterrupted run, bitwise."""
     common = [*FINETUNE, "--data_path", image_folder, *FAST, "--batch_size", 8, *RANDOM]
-    run_script(main_finetune, *common, "--output_dir", tmp_path / "whole")
-    first = tmp_path / "whole" / "checkpoint-0.pth"
+    run_script(main_finetune, *common, "--output_dir", tmp_path / "reference")
+    first = tmp_path / "reference" / "checkpoint-0.pth"
     run_script(
         main_finetune, *common, "--output_dir", tmp_path / "resumed", "--resume", first, "--finetune", "gone.pth"
     )
-    want, got = (checkpoint_file.read(tmp_path / name / "checkpoint-last.pth") for name in ("whole", "resumed"))
+    want, got = (checkpoint_file.read(tmp_path / name / "checkpoint-last.pth") for name in ("reference", "resumed"))
     for key in ("model", "model_ema"):
         for name, value in want[key].items():
             assert torch.equal(got[key][name], value), (key, name)
