@@ -1,4 +1,4 @@
-"""Compiled models: no graph breaks, one graph for all blocks, the numbers of the eager model."""
+"""Compiled models: no graph breaks, one graph for all blocks, the values of the eager model."""
 
 import copy
 
@@ -92,8 +92,8 @@ def test_pretraining_model():
 
 
 @torch._dynamo.config.patch(optimize_ddp=True)  # undone afterwards, whatever `distribute` sets
-def test_graphs_stay_whole_under_ddp(tmp_path, monkeypatch):
-    """By default the compiler cuts them where a bucket of gradients is full."""
+def test_ddp_does_not_break_graphs(tmp_path, monkeypatch):
+    """By default the compiler splits graphs where a bucket of gradients is full."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
         monkeypatch.setattr("util.distributed.processes.world_size", lambda: 2)
@@ -141,7 +141,7 @@ def test_whether_to_compile(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
-def test_forward_mode_of_what_is_compiled(backend):
+def test_forward_mode_of_compiled_modules(backend):
     """Of a block that was compiled and called before, as usual: the right tangent or an error, never one of 0."""
     torch.manual_seed(0)
     block = Block(32, 2, ONE_DIRECTION, backend).requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Claims of docs/differences.md about this code that no other test holds."""
+"""Claims of docs/differences.md about this code that no other test checks."""
 
 import argparse
 import re
@@ -92,7 +92,7 @@ def test_arguments_that_are_not_taken(script, words, message):
 
 
 def test_plain_torch_reads_a_checkpoint(run_script, image_folder, tmp_path, monkeypatch):
-    """With the page's lines, all that a run writes."""
+    """The page's lines read all that a run writes."""
     monkeypatch.chdir(tmp_path)
     words = ["--data_path", image_folder, "--output_dir", "out_b", "--batch_size", 8, "--epochs", 1]
     run_script(main_finetune, *TINY_FINETUNE, *words, "--warmup_epochs", 0, "--ema_decay", 0.9)

@@ -200,7 +200,7 @@ def test_initialisation_statistics(kind, create):
 
 
 @pytest.mark.parametrize(("side", "channels"), [(16, 3), (8, 1)])
-def test_patch_embedding_is_a_whole_normal(side, channels):
+def test_patch_embedding_is_an_untruncated_normal(side, channels):
     """Of the released code's standard deviation, with tails that a cut at two deviations does not leave."""
     torch.manual_seed(0)
     weight = mamba.PatchEmbed(side, 768, channels).proj.weight

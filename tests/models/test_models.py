@@ -1,4 +1,4 @@
-"""The models beyond the golden values: which sizes fit, which grids, what sees what."""
+"""The models beyond the golden values: sizes and grids that fit, and which pixels each prediction depends on."""
 
 import math
 import re
@@ -213,7 +213,7 @@ def test_no_prediction_sees_its_own_or_later_clusters(order, cluster_size, taps)
 
 
 def test_hidden_patches_are_not_seen():
-    """And the loss is that of them alone: neither gradient reaches what it must not."""
+    """The loss counts only hidden patches. Gradients show that neither rule is broken."""
     model = small_pretrain(objective="mae", order="column")
     imgs = torch.randn(2, 3, 48, 32, dtype=torch.float64, requires_grad=True)
     hidden = model.draw_hidden(2)
@@ -263,7 +263,7 @@ def test_one_direction_is_the_pretrained_scan():
     assert not torch.equal(tokens[:, -1], after[:, -1])
 
 
-def test_what_a_finished_classifier_refuses():
+def test_a_built_classifier_refuses_one_patch_and_its_token():
     model = models_arm.create_classifier("arm_tiny_pz16", embed_dim=32, depth=1, directions=1, dynamic_img_size=True)
     assert model(torch.zeros(1, 3, 16, 32)).isfinite().all()
     with pytest.raises(ValueError, match="single patch"):
@@ -272,8 +272,8 @@ def test_what_a_finished_classifier_refuses():
         model.reset_classifier(3, "token")
 
 
-def test_weights_that_are_no_parameters():
-    """As torch.func and torch.nn.utils.prune put into their place."""
+def test_weights_replaced_by_tensors():
+    """As torch.func and torch.nn.utils.prune replace parameters."""
     model = small_pretrain()
     imgs = torch.randn(2, 3, 48, 32, dtype=torch.float64)
     doubled = {name: 2 * value for name, value in model.named_parameters()}
@@ -367,7 +367,7 @@ def test_initial_step_sizes_lie_in_their_range():
 
 
 def test_drop_path_factors():
-    """Whole branches of whole images, at each block's rate, scaled so that the mean stays."""
+    """A branch is dropped for an image as a whole, at the block's rate; the others are scaled to keep the mean."""
     torch.manual_seed(0)
     rates = torch.tensor([0.0, 0.25, 0.5])
     keep = drop_path_factors(rates, 4000)

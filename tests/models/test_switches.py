@@ -1,4 +1,4 @@
-"""The switches of pretraining and finetuning, each through the scripts and everything that reads their checkpoints."""
+"""The options of pretraining and finetuning, through the scripts and all readers of their checkpoints."""
 
 import argparse
 
@@ -24,7 +24,7 @@ SWITCHES = {
 
 @pytest.mark.parametrize("words", SWITCHES.values(), ids=SWITCHES)
 def test_a_pretraining_run(words, image_folder, tmp_path, run_script, capsys):
-    """Its checkpoint goes on, is drawn, gives features and an exported encoder, and is finetuned."""
+    """Its checkpoint is resumed and loaded, gives features and an exported encoder, and is finetuned."""
     data = ["--data_path", image_folder]
     run_script(main_pretrain, *TINY_PRETRAIN, *words.split(), *RUN, *data, "--output_dir", tmp_path)
     last = tmp_path / "checkpoint-last.pth"
@@ -50,7 +50,7 @@ def test_a_pretraining_run(words, image_folder, tmp_path, run_script, capsys):
         run_script(export, last, "--to", kind, "--encoder", "--output", tmp_path / f"encoder.{kind}")
     again, _ = pretrained.load(tmp_path / "encoder.safetensors", encoder=True, scan_backend="torch")
     assert torch.allclose(again.forward_features(imgs), want, atol=1e-5)  # another backend
-    # without what it was trained with; the cluster size of masked prediction stands there alone
+    # with few saved arguments; of masked prediction, only the saved arguments tell the cluster size
     told = {"input_size": [48, 32], "cluster_size": model.cluster_size}
     torch.save({"model": content["model"], "args": argparse.Namespace(**told)}, tmp_path / "untold.pth")
     untold = pretrained.load(tmp_path / "untold.pth")[0]
@@ -63,7 +63,7 @@ def test_a_pretraining_run(words, image_folder, tmp_path, run_script, capsys):
 
 
 def test_two_processes_have_one_order(image_folder, tmp_path, run_script):
-    """A random order is that of rank 0: what two processes compute is what one does."""
+    """All ranks take the random order of rank 0: two processes compute the same as one."""
     words = [*TINY_PRETRAIN, *"--order random --vis_freq 0 --epochs 2 --warmup_epochs 0 --lr 1e-3".split()]
     words += ["--data_path", image_folder]
     torchrun("main_pretrain.py", *words, "--batch_size", 4, "--output_dir", tmp_path / "two")
@@ -74,8 +74,8 @@ def test_two_processes_have_one_order(image_folder, tmp_path, run_script):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_switches_that_a_file_does_not_tell_are_the_published_ones(image_folder, tmp_path, run_script, capsys):
-    """A file of an earlier version does not go on with others."""
+def test_options_missing_in_a_file_have_the_published_values(image_folder, tmp_path, run_script, capsys):
+    """A file of an earlier version is not resumed with other values."""
     data = ["--data_path", image_folder, "--output_dir", tmp_path]
     run_script(main_pretrain, *TINY_PRETRAIN, *RUN, *data)
     content = checkpoint_file.read(tmp_path / "checkpoint-last.pth")
@@ -96,7 +96,7 @@ def test_switches_that_a_file_does_not_tell_are_the_published_ones(image_folder,
     "switches", [{"order": "column"}, {"order": "random_per_image"}, {"objective": "mae"}, {"taps": "last"}], ids=str
 )
 def test_compiled(switches):
-    """In whole graphs, with the values of eager code."""
+    """Without graph breaks, with the values of eager code."""
     sizes = {"img_size": 32, "patch_size": 8, "cluster_size": 2, "embed_dim": 32, "dec_embed_dim": 64, "dec_depth": 2}
     model = models_arm.create_pretrain_model("arm_tiny_pz16", **sizes, depth=4, norm_pix_loss=True, **switches)
     imgs, losses = torch.randn(2, 3, 32, 32), []
@@ -109,7 +109,7 @@ def test_compiled(switches):
 
 @pytest.mark.parametrize("directions", [1, 4])
 def test_finetuning_with_some_directions(directions, image_folder, tmp_path, run_script, capsys):
-    """What the checkpoint has is what --eval and --resume build."""
+    """--eval and --resume build as many directions as the checkpoint has."""
     data = ["--data_path", image_folder]
     args = [*TINY_FINETUNE, *RUN, *data, "--output_dir", tmp_path, "--nb_classes", 4, "--directions", directions]
     run_script(main_finetune, *args)

@@ -1,4 +1,4 @@
-"""The classifiers through timm: what create_model and the methods of timm's models promise, on small models."""
+"""The classifiers in timm: create_model and the methods of timm's models, on small models."""
 
 import copy
 import pickle
@@ -109,7 +109,7 @@ def test_factory_device(create):
     ],
 )
 def test_buffers_that_no_state_dict_holds(create, options, how):
-    """They are those of a model that was built in the ordinary way, whichever way the weights come."""
+    """They equal those of a model that was built directly, whichever way the weights are loaded."""
     want = create(**options)
     state = {name: value for name, value in want.state_dict().items() if name != "mask"}  # old checkpoints lack it
     if how in ("pickle", "deepcopy"):
@@ -142,7 +142,7 @@ def test_buffers_that_no_state_dict_holds(create, options, how):
 
 
 def test_hugging_face_wrapper(tmp_path, imgs):
-    """Saved and loaded by transformers, which builds the model without memory and fills in what the file holds."""
+    """Saved and loaded by transformers, which builds the model on "meta" and loads the file's tensors."""
     transformers = pytest.importorskip("transformers", minversion="5.0", exc_type=ImportError)
     args = {name: value for name, value in SMALL.items() if name != "num_classes"} | {"drop_path_rate": 0.5}
     config = transformers.TimmWrapperConfig(architecture="arm_base_pz16", num_labels=5, model_args=args)
@@ -350,7 +350,7 @@ def test_no_weight_decay():
 
 @pytest.mark.parametrize("size", [(32, 48), (64, 40), (24, 24), (48, 32)])
 def test_dynamic_size(size):
-    """A dynamic model computes what a model of that size with the interpolated embedding computes."""
+    """A dynamic model computes the same as a model of that size with the interpolated embedding."""
     model, fixed = small(dynamic_img_size=True), small(img_size=size)
     fixed.load_state_dict(pretrain_to_classifier(model.state_dict(), fixed, (48, 32)))
     imgs = torch.randn(2, 3, *size)
@@ -430,8 +430,8 @@ def test_pretrained_files_are_adapted(tmp_path):
         assert model.num_classes == classes
 
 
-def test_what_is_not_promised(imgs):
-    """torch.fx and TorchScript say so at once, and what serves instead."""
+def test_fx_and_torchscript_are_refused(imgs):
+    """The message names the alternatives."""
     model, instead = small(), "use torch.export or torch.compile"
     with pytest.raises(TypeError, match=f"torch.fx cannot trace this model, .*{instead}"):
         torch.fx.symbolic_trace(model)

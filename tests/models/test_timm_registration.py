@@ -77,9 +77,9 @@ def test_the_line_that_starts_timms_scripts(tmp_path):
     assert done.stdout == "__main__ ['script.py', '--x', '1'] 5\n", done.stderr
 
 
-# Questions that timm's tests/models/test_models.py asks of registered models, asked of ours. It is not in the wheel.
+# The checks of timm's tests/models/test_models.py, which is not in the wheel, for our models.
 # Run with it (timm's repository of August 2026, timm 1.0.31), arm_tiny_pz16 passes all but the four tests that use
-# torch.fx or TorchScript; see test_what_is_not_promised.
+# torch.fx or TorchScript; see test_fx_and_torchscript_are_refused.
 
 
 @pytest.fixture(scope="module", params=["arm_tiny_pz16"])
