@@ -371,7 +371,7 @@ class PretrainModel(nn.Module, ABC):
 
 
 class ARMPretrain(PretrainModel):
-    """ARM's objective: predict the pixels of each cluster of patches from the clusters before it (paper, section 3.2).
+    """ARM's objective: predict the pixels of each cluster of patches from the clusters before it (paper, section 3).
 
     The encoder reads all clusters but the last (n tokens). The decoder predicts all clusters but the first (n
     positions).

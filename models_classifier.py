@@ -1,4 +1,4 @@
-"""The classifier: a Mamba encoder with a class token in the middle of the sequence, and a head (paper, section 3.3)."""
+"""The classifier: a Mamba encoder with a class token in the middle of the sequence, and a head."""
 
 from collections.abc import Collection
 from typing import Any
