@@ -1,16 +1,19 @@
 """One epoch of finetuning."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from timm.data import Mixup
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from util.data.device_loader import DeviceLoader
 from util.tracking.run_log import Log
 from util.training.loop import train_epoch
 from util.training.run import Run
+
+if TYPE_CHECKING:
+    from timm.data import Mixup
+    from timm.utils import ModelEmaV3
 
 
 def train_one_epoch(
@@ -20,7 +23,7 @@ def train_one_epoch(
     run: Run,
     device: torch.device,
     log: Log,
-    mixup: Mixup | None = None,
+    mixup: "Mixup | None" = None,
 ) -> dict[str, float]:
     """Train the classifier on labelled images, and update the EMA of `run` after every update.
 
@@ -35,7 +38,7 @@ def train_one_epoch(
 
 
 @torch.no_grad()
-def update_ema(ema: ModelEmaV3, model: nn.Module, skipped: Tensor) -> None:
+def update_ema(ema: "ModelEmaV3", model: nn.Module, skipped: Tensor) -> None:
     """Update the averages of the parameters as `ModelEmaV3.update` does, unless the update of the weights was skipped.
 
     Only the device knows whether it was: `skipped` is 1 or 0 there, so that the host does not wait.
@@ -47,7 +50,7 @@ def update_ema(ema: ModelEmaV3, model: nn.Module, skipped: Tensor) -> None:
     torch._foreach_add_(averages, steps)
 
 
-def loss_of(model: nn.Module, criterion: nn.Module, mixup: Mixup | None) -> Callable[[Tensor, Tensor], Tensor]:
+def loss_of(model: nn.Module, criterion: nn.Module, mixup: "Mixup | None") -> Callable[[Tensor, Tensor], Tensor]:
     """Return the function that computes the loss of a batch: images (B, 3, H, W), labels (B,) int64 -> scalar.
 
     `criterion` takes logits and labels; with `mixup`, which mixes images and labels, logits and class probabilities.

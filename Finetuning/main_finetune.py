@@ -20,28 +20,20 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from timm.data import Mixup
-from timm.layers import trunc_normal_
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.utils import ModelEmaV3
 from torch import nn
 
 import kernels
-import models_arm
-import pretrained
 from Finetuning.engine_finetune import train_one_epoch
 from ops import BackendUnavailable
-from pretrained import Checkpoint
 from util import arguments, cli
 from util.checkpoints import checkpoint_file
 from util.data.class_names import differing, known_names, match_classes, names_by_output
-from util.data.datasets import ImageDataset, image_dataset
-from util.data.loaders import eval_loader, train_loader
-from util.data.transforms import eval_transform, finetune_transform
+from util.data.readers import Source, open_source
 from util.distributed.parallel import distribute
 from util.distributed.processes import init_device
 from util.errors import UserError, as_user_error
@@ -51,6 +43,15 @@ from util.seeding import seed_everything
 from util.tracking.run_log import Log, clock, open_log
 from util.training.evaluation import describe_result, evaluate
 from util.training.run import Run, fingerprint, starting_point
+
+if TYPE_CHECKING:
+    from timm.data import Mixup
+
+    from models_classifier import ARMClassifier
+    from pretrained import Checkpoint
+    from util.data.datasets import ImageDataset
+
+# timm, torchvision and the models are imported after the checks, so that --help and mistakes take half of the time.
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -136,7 +137,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_classifier(args: argparse.Namespace, found: Checkpoint | None) -> models_arm.ARMClassifier:
+def build_classifier(args: argparse.Namespace, found: "Checkpoint | None") -> "ARMClassifier":
     """Build the classifier that the command line and the checkpoint describe, with random weights.
 
     The command line comes first, then the checkpoint: width, depth, patch size and directions; for evaluation also
@@ -151,6 +152,8 @@ def build_classifier(args: argparse.Namespace, found: Checkpoint | None) -> mode
         UserError: sizes do not fit together; the checkpoint is of pretraining, for evaluation or resuming; or the
             pooling differs from the checkpoint's and `args.allow_changed_args` is not set.
     """
+    from models_arm import create_classifier
+
     sizes: dict[str, object] = {}
     trained = None  # pooling of the run that is evaluated or resumed
     if found is not None:
@@ -183,7 +186,7 @@ def build_classifier(args: argparse.Namespace, found: Checkpoint | None) -> mode
             "model; --allow_changed_args allows it"
         )
     with as_user_error(ValueError, BackendUnavailable):
-        model = models_arm.create_classifier(
+        model = create_classifier(
             args.model or "arm_base_pz16",
             drop_path_rate=args.drop_path,
             global_pool=args.global_pool,
@@ -210,38 +213,42 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--eval needs a checkpoint: --resume FILE")
     device = init_device(args.device, args.dist_timeout, args.deterministic)
     seed_everything(args.seed)
+    content: dict | None
     if args.eval:
-        file = args.resume or args.finetune
-        found = Checkpoint(file, checkpoint_file.read(file, args.ignore_keys), args.model_key)
-        model, val = prepare(args, found, device)
-        evaluate_checkpoint(args, found, model, val, device, open_log())
-        return
-    folders = arguments.output_folders(args)
-    log = open_log(folders, tracker=args.tracker)
-    content = starting_point(args, folders[0], log.say)
-    start = None
-    if content is not None:
-        start = Checkpoint(args.resume, content)
-    elif args.finetune:
-        start = pretrained.read(args.finetune, args.model_key, args.ignore_keys)
-    model, val = prepare(args, start, device)
-    finetune(args, start, model, val, device, log)
+        log, content = open_log(), checkpoint_file.read(args.resume or args.finetune, args.ignore_keys)
+    else:
+        folders = arguments.output_folders(args)
+        log = open_log(folders, tracker=args.tracker)
+        content = starting_point(args, folders[0], log.say)
+        if content is None and args.finetune:
+            content = checkpoint_file.read(args.finetune, args.ignore_keys)
+            args.model_key = checkpoint_file.chosen_key(content, args.model_key)
+    source = open_source(args.data_path, "val")
+
+    from pretrained import Checkpoint
+
+    found = None if content is None else Checkpoint(args.resume or args.finetune, content, args.model_key)
+    model, val = prepare(args, found, source, device)
+    (evaluate_checkpoint if args.eval else finetune)(args, found, model, val, device, log)
 
 
 def prepare(
-    args: argparse.Namespace, found: Checkpoint | None, device: torch.device
-) -> tuple[models_arm.ARMClassifier, ImageDataset]:
+    args: argparse.Namespace, found: "Checkpoint | None", source: Source, device: torch.device
+) -> "tuple[ARMClassifier, ImageDataset]":
     """Return the classifier, with random weights, and the images to validate; choose the kernels.
 
     Raises:
-        UserError: see `build_classifier`; or the images or the kernels are not there.
+        UserError: see `build_classifier`; or the kernels are not there.
     """
+    from util.data.datasets import ImageDataset, pixels_by
+    from util.data.transforms import eval_transform
+
     if found is not None:
         new = set() if args.resume or args.eval else {"global_pool"}
         found.say_guesses(new | arguments.given(args, "global_pool", "input_size").keys())
     model = build_classifier(args, found)
     transform = eval_transform(arguments.image_size(args), args.eval_resize)
-    val = image_dataset(args.data_path, "val", transform, args.eval_loader)
+    val = ImageDataset(source, pixels_by(args.eval_loader, transform))
     kernels.choose(args, device, model.embed_dim, idle_operators(args))
     return model, val
 
@@ -253,7 +260,7 @@ def idle_operators(args: argparse.Namespace) -> dict[str, str]:
     return {}
 
 
-def check_labels(dataset: ImageDataset, nb_classes: int) -> None:
+def check_labels(dataset: "ImageDataset", nb_classes: int) -> None:
     """Make sure that every label has an output of the classifier.
 
     Raises:
@@ -266,9 +273,9 @@ def check_labels(dataset: ImageDataset, nb_classes: int) -> None:
 
 def evaluate_checkpoint(
     args: argparse.Namespace,
-    found: Checkpoint,
-    model: models_arm.ARMClassifier,
-    val: ImageDataset,
+    found: "Checkpoint",
+    model: "ARMClassifier",
+    val: "ImageDataset",
     device: torch.device,
     log: Log,
 ) -> None:
@@ -277,6 +284,9 @@ def evaluate_checkpoint(
     Raises:
         UserError: the checkpoint does not fit the model, or val has classes that it does not know.
     """
+    from pretrained import Checkpoint
+    from util.data.loaders import eval_loader
+
     keys = [args.model_key] if args.model_key else checkpoint_file.weight_keys(found.content)
     loader = eval_loader(val, args, device)
     model.to(device)
@@ -300,9 +310,9 @@ def evaluate_checkpoint(
 
 def finetune(
     args: argparse.Namespace,
-    found: Checkpoint | None,
-    model: models_arm.ARMClassifier,
-    val: ImageDataset,
+    found: "Checkpoint | None",
+    model: "ARMClassifier",
+    val: "ImageDataset",
     device: torch.device,
     log: Log,
 ) -> None:
@@ -311,6 +321,12 @@ def finetune(
     Raises:
         UserError: arguments, checkpoint or data do not fit; no training has started then.
     """
+    from timm.utils import ModelEmaV3
+
+    from util.data.datasets import image_dataset
+    from util.data.loaders import eval_loader, train_loader
+    from util.data.transforms import finetune_transform
+
     with as_user_error(AssertionError, ValueError, KeyError, prefix=f"--aa {args.aa}: "):
         transform = finetune_transform(arguments.image_size(args), args)
     train = image_dataset(args.data_path, "train", transform, args.loader)
@@ -369,8 +385,8 @@ def finetune(
 
 def start_from(
     args: argparse.Namespace,
-    found: Checkpoint,
-    model: models_arm.ARMClassifier,
+    found: "Checkpoint",
+    model: "ARMClassifier",
     names: list[str],
     log: Log,
 ) -> None:
@@ -386,6 +402,8 @@ def start_from(
     Raises:
         UserError: the checkpoint does not fit the model.
     """
+    from timm.layers import trunc_normal_
+
     file, saved = found.name, found.class_names
     fits = found.load_into(model, keep_head=False)
     others = differing(saved, names)
@@ -410,8 +428,11 @@ def mixes(args: argparse.Namespace) -> bool:
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
-def training_loss(args: argparse.Namespace) -> tuple[Mixup | None, nn.Module]:
+def training_loss(args: argparse.Namespace) -> "tuple[Mixup | None, nn.Module]":
     """Return (mixup or None, criterion)."""
+    from timm.data import Mixup
+    from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+
     if not mixes(args):
         return None, LabelSmoothingCrossEntropy(args.smoothing)
     mixup = Mixup(
