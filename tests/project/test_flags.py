@@ -185,11 +185,12 @@ def test_help_names_every_flag(capsys):
 LATE = "matplotlib", "tensorboard", "torch._dynamo", "sympy", "datasets", "onnx"  # imported where they are first needed
 
 
-@pytest.mark.parametrize(
-    "script", ["main_pretrain.py", "Finetuning/main_finetune.py", "Evaluation/probe.py", "Evaluation/robustness.py"]
-)
+EAGER = pytest.mark.xfail(strict=True, reason="imports torchvision, and so torch._dynamo, before it parses")
+EXAMINED = "Finetuning/main_finetune.py", "Evaluation/probe.py", "Evaluation/robustness.py"
+
+
+@pytest.mark.parametrize("script", ["main_pretrain.py", *(pytest.param(script, marks=EAGER) for script in EXAMINED)])
 @pytest.mark.parametrize("words", ["--help", "--batch_size 0"])
-@pytest.mark.xfail(strict=True, reason="scripts import them before they parse")
 def test_help_and_mistakes_import_little(script, words):
     """They answer within 2.5 s of CPU time, which is a matter of what is imported."""
     command = [sys.executable, "-X", "importtime", REPOSITORY / script, *words.split()]
