@@ -16,12 +16,13 @@ from torch._dynamo.utils import counters
 from torch.autograd import forward_ad
 
 import decoder
+import kernels
 import main_pretrain
 import models_arm
 from Finetuning import main_finetune
 from ops import cuda_graph, measured
 from util import arguments
-from util.training import loop, precision
+from util.training import precision
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,7 +53,12 @@ def test_nothing_is_copied_between_blocks(kind, replayed, monkeypatch):
     """
     copied = []
     count = lambda self, other: (copied.append(self.shape), COPY(self, other))[1]  # noqa: E731
-    monkeypatch.setattr(Trained, "prepare", lambda self: monkeypatch.setattr(torch.Tensor, "copy_", count))
+
+    def count_copies(self, *args, train=Trained.epoch):
+        monkeypatch.setattr(torch.Tensor, "copy_", count)
+        train(self, *args)
+
+    monkeypatch.setattr(Trained, "epoch", count_copies)
     trained = Trained(kind, True, batches_of(kind, [4, 4, 4]))
     once = 2 if kind == "pretrain" else 3 + 3  # for the rehearsal
     assert len(copied) == once + 2 * replayed
@@ -275,7 +281,7 @@ def test_two_processes(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("script", "tiny"), [(main_pretrain, TINY_PRETRAIN), (main_finetune, TINY_FINETUNE)])
 def test_a_run_that_resumes(script, tiny, image_folder, tmp_path, run_script, monkeypatch, caplog):
     """Through the scripts, with evaluations, EMA or pictures in between: the same losses as without graphs."""
-    monkeypatch.setattr(loop, "captures", lambda asked, device: asked)
+    monkeypatch.setattr(kernels, "captures", lambda asked, device: asked)
     caplog.set_level(logging.INFO)
     common = [*tiny, "--data_path", image_folder, "--batch_size", 4, "--warmup_epochs", 0, "--lr", 1e-3, "--epochs", 2]
     common += ["--vis_freq", 1] if script is main_pretrain else ["--drop_path", 0.3, "--reprob", 0, "--ema_decay", 0.9]
