@@ -95,7 +95,7 @@ def selective_scan(
     order: Tensor | None, backend: str, trains: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return y and, where it `trains`, the states that the backward pass starts from (else an empty tensor)."""
-    y, states = backend_module(backend).scan_forward(u, dt, A, B, C, D, dt_bias, order, trains)
+    y, states = backend_module(backend).scan_forward((u, dt, A, B, C, D, dt_bias), order, trains)
     return y.contiguous(), u.new_empty(0) if states is None else states
 
 
@@ -106,23 +106,33 @@ def selective_scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of u, dt, A, B, C, D and dt_bias."""
     inputs = (u, dt, A, B, C, D, dt_bias)
-    return as_inputs(backend_module(backend).scan_backward(dy, *inputs, order, states), inputs)
+    return as_inputs(backend_module(backend).scan_backward(dy, inputs, order, states), inputs)
 
 
-def _scan_context(ctx: Any, inputs: tuple, output: Any) -> None:
-    *tensors, ctx.backend, ctx.trains = inputs
-    save(ctx, tensors, output[1:])
+def register_scan_grads(forward: CustomOpDef, backward: CustomOpDef) -> None:
+    """Give gradients to an operator whose last inputs are `order`, `backend` and `trains`, and whose first output is y.
+
+    Args:
+        forward: its other outputs are saved for the backward pass.
+        backward: takes the gradient of y, the tensors of `forward`, its other outputs, and the backend.
+    """
+
+    def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.count = len(inputs)
+        *tensors, ctx.backend, ctx.trains = inputs
+        save(ctx, tensors, output[1:])
+
+    def grads(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple:
+        if dy is None:  # nothing depends on y
+            return (None,) * ctx.count
+        if not ctx.trains:  # there are no states to start from
+            raise RuntimeError(f"{forward._qualname} was computed with trains=False: it has no gradients")
+        return *backward(dy, *ctx.saved_tensors, ctx.backend), None, None, None
+
+    forward.register_autograd(grads, setup_context=setup)
 
 
-def _scan_grads(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple:
-    if dy is None:  # nothing depends on y
-        return (None,) * 10
-    if not ctx.trains:  # there are no states to start from
-        raise RuntimeError("arm::selective_scan was computed with trains=False: it has no gradients")
-    return *selective_scan_backward(dy, *ctx.saved_tensors, ctx.backend), None, None, None
-
-
-selective_scan.register_autograd(_scan_grads, setup_context=_scan_context)
+register_scan_grads(selective_scan, selective_scan_backward)
 
 
 @operator(lambda x, weight, *_: x.new_empty(weight.shape[0], *x.shape))

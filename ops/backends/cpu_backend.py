@@ -7,6 +7,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -134,34 +135,29 @@ def scan_states(u: Tensor, A: Tensor) -> Tensor:
     return u.new_empty(K, batch, -(-L // CHUNK), A.shape[-1], width)
 
 
-def _scan_inputs(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, order: Tensor | None
-) -> dict[str, Tensor | None]:
+def _scan_inputs(inputs: Sequence[Tensor], order: Tensor | None) -> dict[str, Tensor | None]:
+    u, dt, A, B, C, D, dt_bias = inputs
     varying = {"u": u, "dt": dt, "B": B, "C": C}
-    inputs = {name: _dense_channels(x.float()) for name, x in varying.items()}
+    described = {name: _dense_channels(x.float()) for name, x in varying.items()}
     constant = {"A": A.float().mT, "D": D.float(), "bias": dt_bias.float()}  # A: (K, N, D)
-    inputs |= {name: x.contiguous() for name, x in constant.items()}
-    return inputs | {"order": _checked(order, u.shape[2])}
+    described |= {name: x.contiguous() for name, x in constant.items()}
+    return described | {"order": _checked(order, u.shape[2])}
 
 
-def scan_forward(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
-    order: Tensor | None, trains: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+def scan_forward(inputs: Sequence[Tensor], order: Tensor | None, trains: bool) -> tuple[Tensor, Tensor | None]:
     """See torch_backend.py; u in float32."""
-    inputs = _scan_inputs(u, dt, A, B, C, D, dt_bias, order)
+    u, _, A, *_ = inputs
+    described = _scan_inputs(inputs, order)
     states, y = scan_states(u, A) if trains else None, u.new_empty(u.shape)
-    job = _job(_ScanJob, u.shape, **inputs, states=states, y=y)
+    job = _job(_ScanJob, u.shape, **described, states=states, y=y)
     load(states=A.shape[-1]).scan_forward(ctypes.byref(job), torch.get_num_threads())
     return y, states
 
 
-def scan_backward(
-    dy: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
-    order: Tensor | None, states: Tensor,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def scan_backward(dy: Tensor, inputs: Sequence[Tensor], order: Tensor | None, states: Tensor) -> tuple[Tensor, ...]:
     """See torch_backend.py; u in float32."""
-    inputs = _scan_inputs(u, dt, A, B, C, D, dt_bias, order)
+    u, _, A, *_ = inputs
+    described = _scan_inputs(inputs, order)
     (K, batch, L, width), N = u.shape, A.shape[-1]
     kernels = load(states=N)
     du, ddt = u.new_empty(u.shape), u.new_empty(u.shape)
@@ -170,7 +166,7 @@ def scan_backward(
     dB, dC = u.new_empty(2, kernels.scan_groups(width), K, batch, L, N)
     grads = {"du": du, "ddt": ddt, "dA": dA, "dB": dB, "dC": dC, "dD": dD, "dbias": dbias}
     dy = _dense_channels(dy)
-    job = _job(_ScanJob, u.shape, **inputs, states=states, dy=dy, **grads)
+    job = _job(_ScanJob, u.shape, **described, states=states, dy=dy, **grads)
     kernels.scan_backward(ctypes.byref(job), torch.get_num_threads())
     return du, ddt, dA.sum(1).mT, dB.sum(0), dC.sum(0), dD.sum(1), dbias.sum(1)
 

@@ -6,7 +6,7 @@ It computes bfloat16 activations with 16 states; everything else is left to Trit
 import ctypes
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -181,7 +181,7 @@ def load() -> None:
     channels = torch.zeros(1, 4 * GROUP, device="cuda")
     u, A = channels.bfloat16()[None, None], channels[..., None].repeat(1, 1, STATES)  # (1, 1, 1, D), (1, D, N)
     try:
-        scan_forward(u, u, A, u[..., :STATES], u[..., :STATES], channels, channels, None, False)
+        scan_forward((u, u, A, u[..., :STATES], u[..., :STATES], channels, channels), None, False)
     except ImportError as error:
         raise BackendUnavailable(f"{error}; to install it: pip install cuda-bindings") from error
     except (RuntimeError, OSError) as error:
@@ -207,11 +207,9 @@ def _aligned(x: Tensor) -> Tensor:
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
-def _inputs(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
-    order: Tensor | None, **more: Tensor,
-) -> dict[str, Tensor | None]:  # fmt: skip
-    """Return the inputs as the kernels read them, by name."""
+def _fields(inputs: Sequence[Tensor], order: Tensor | None, **more: Tensor) -> dict[str, Tensor | None]:
+    """Return the inputs as the kernels read them, by the name of their field in `Args`."""
+    u, dt, A, B, C, D, dt_bias = inputs
     rows = {"u": u, "dt": dt, "B": B, "C": C, **more}
     if A.shape[-1] != STATES or u.shape[-1] % GROUP or any(x.dtype != torch.bfloat16 for x in rows.values()):
         raise TypeError(f"backend 'cuda' computes only bfloat16, {STATES} states and multiples of {GROUP} channels")
@@ -249,31 +247,26 @@ def scan_states(u: Tensor, A: Tensor) -> Tensor:
     return u.new_empty(K, batch, -(-L // _chunk(u.device)), groups, quarters, GROUP, 4, dtype=torch.float32)
 
 
-def scan_forward(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
-    order: Tensor | None, trains: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+def scan_forward(inputs: Sequence[Tensor], order: Tensor | None, trains: bool) -> tuple[Tensor, Tensor | None]:
     """See torch_backend.py; u, dt, B and C in bfloat16."""
-    inputs = _inputs(u, dt, A, B, C, D, dt_bias, order)
+    u, _, A, *_ = inputs
+    fields = _fields(inputs, order)
     y, states = u.new_empty(u.shape), scan_states(u, A) if trains else None
-    _launch("scan_forward", u, inputs | {"y": y, "states": states})
+    _launch("scan_forward", u, fields | {"y": y, "states": states})
     return y, states
 
 
-def scan_backward(
-    dy: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
-    order: Tensor | None, states: Tensor,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def scan_backward(dy: Tensor, inputs: Sequence[Tensor], order: Tensor | None, states: Tensor) -> tuple[Tensor, ...]:
     """See torch_backend.py; dy, u, dt, B and C in bfloat16."""
+    u, fields = inputs[0], _fields(inputs, order, dy=dy)
     K, batch, L, width = u.shape
-    inputs = _inputs(u, dt, A, B, C, D, dt_bias, order, dy=dy)
     du, ddt = u.new_empty(u.shape), u.new_empty(u.shape)
     # Partial sums, of one image or of the channels of one block: added up here in a fixed order.
     blocks = width // GROUP // block_warps(width)
     dA, dCB = states.new_empty(K, batch, *states.shape[3:]), states.new_empty(K, batch, L, blocks, 2 * STATES)
     dD, dbias = (states.new_empty(K, batch, width) for _ in range(2))
     grads = {"du": du, "ddt": ddt, "dA": dA, "dCB": dCB, "dD": dD, "ddt_bias": dbias}
-    _launch("scan_backward", u, inputs | grads | {"states": states})
+    _launch("scan_backward", u, fields | grads | {"states": states})
     dC, dB = dCB.sum(3).split(STATES, dim=-1)
     dA = dA.sum(1).transpose(2, 3)  # (K, D / 32, N / 4, 32, 4) -> (K, D / 32, 32, N / 4, 4)
     return du, ddt, dA.reshape(K, width, STATES), dB, dC, dD.sum(1), dbias.sum(1)

@@ -10,6 +10,7 @@ module must work on every machine: optional packages are imported in functions. 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -71,18 +72,16 @@ def scan_states(u: Tensor, A: Tensor) -> Tensor:
     return u.new_empty(L + 1, K, batch, A.shape[-1], width, dtype=torch.promote_types(u.dtype, torch.float32))
 
 
-def scan_forward(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
-    order: Tensor | None, trains: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+def scan_forward(inputs: Sequence[Tensor], order: Tensor | None, trains: bool) -> tuple[Tensor, Tensor | None]:
     """Return y of `ops.selective_scan` and, where it `trains`, the states that `scan_backward` needs (else None).
 
+    `inputs` are u, dt, A, B, C, D and dt_bias of `ops.selective_scan`.
     h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t, y_t = <C_t, h_t> + D u_t. Channels come last so that every product
     runs along contiguous memory, and the decay is a power of 2, which torch computes faster than a power of e.
     """
+    dtype = inputs[0].dtype
+    u, dt, A, B, C, D, dt_bias = in_state_dtype(*inputs)
     h = scan_states(u, A)  # (L + 1, K, B, N, D): the state before each token, and after the last
-    dtype = u.dtype
-    u, dt, A, B, C, D, dt_bias = in_state_dtype(u, dt, A, B, C, D, dt_bias)
     delta = F.softplus(dt + dt_bias[:, None, None])
     x, delta, B, C = (_to_time(tensor, order) for tensor in (delta * u, delta, B, C))  # (L, K, B, D or N)
     x, step, column = x[..., None, :], delta[..., None, :], B[..., None]
@@ -98,13 +97,9 @@ def scan_forward(
     return y, h if trains else None
 
 
-def scan_backward(
-    dy: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
-    order: Tensor | None, states: Tensor,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return the gradients of u, dt, A, B, C, D and dt_bias from that of y, in float32 or float64."""
-    h = states
-    u, dy, dt, A, B, C, D, dt_bias = in_state_dtype(u, dy, dt, A, B, C, D, dt_bias)
+def scan_backward(dy: Tensor, inputs: Sequence[Tensor], order: Tensor | None, states: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients of the inputs from that of y, in float32 or float64."""
+    u, dt, A, B, C, D, dt_bias, dy = in_state_dtype(*inputs, dy)
     raw = dt + dt_bias[:, None, None]
     delta = F.softplus(raw)
     x, step, dy_t, B_t, C_t = (_to_time(tensor, order) for tensor in (delta * u, delta, dy, B, C))  # (L, K, B, D or N)
@@ -113,15 +108,15 @@ def scan_backward(
     x, step, dy_t, row = (tensor[..., None, :] for tensor in (x, step, dy_t, B_t))
     column = C_t[..., None]
     A2 = A / math.log(2)
-    dA, dh, decay, product = (torch.zeros_like(h[0]) for _ in range(4))
+    dA, dh, decay, product = (torch.zeros_like(states[0]) for _ in range(4))
     with torch.autocast(u.device.type, enabled=False):
         for t in reversed(range(len(x))):
             dh.addcmul_(dy_t[t], column[t])
-            torch.sum(torch.mul(dy_t[t], h[t + 1], out=product), -1, out=dC[t])
+            torch.sum(torch.mul(dy_t[t], states[t + 1], out=product), -1, out=dC[t])
             torch.sum(torch.mul(x[t], dh, out=product), -1, out=dB[t])
             dx[t] = (row[t] @ dh).squeeze(-2)
             dh.mul_(torch.mul(step[t], A2, out=decay).exp2_())
-            torch.mul(dh, h[t], out=product)  # the gradient of delta_t A
+            torch.mul(dh, states[t], out=product)  # the gradient of delta_t A
             dA.addcmul_(product, step[t])
             torch.sum(product.mul_(A), -2, out=ddecay[t])
     dx, ddecay, dB, dC = (_to_tokens(grad, order) for grad in (dx, ddecay, dB, dC))  # (K, B, L, D or N)

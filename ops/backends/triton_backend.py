@@ -2,6 +2,7 @@
 
 import math
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -96,8 +97,9 @@ def checked_order(order: Tensor | None, L: int) -> Tensor | None:
 
 
 def _scan_setup(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, order: Tensor | None
+    inputs: Sequence[Tensor], order: Tensor | None
 ) -> tuple[tuple[Tensor | None, ...], list[int], dict[str, int]]:
+    u, dt, A, B, C, D, dt_bias = inputs
     A, D, dt_bias = (x.float().contiguous() for x in (A, D, dt_bias))
     u, dt, B, C = _dense_channels(u, dt, B, C)
     strides = [stride for x in (u, dt, B, C) for stride in x.stride()[:3]]
@@ -112,26 +114,22 @@ def scan_states(u: Tensor, A: Tensor) -> Tensor:
     return u.new_empty(K, batch, -(-L // CHUNK), width, A.shape[-1], dtype=torch.float32)
 
 
-def scan_forward(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
-    order: Tensor | None, trains: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+def scan_forward(inputs: Sequence[Tensor], order: Tensor | None, trains: bool) -> tuple[Tensor, Tensor | None]:
     """See torch_backend.py."""
+    u, _, A, *_ = inputs
     K, batch, L, _ = u.shape
-    tensors, strides, constants = _scan_setup(u, dt, A, B, C, D, dt_bias, order)
+    tensors, strides, constants = _scan_setup(inputs, order)
     y, states = u.new_empty(u.shape), scan_states(u, A) if trains else None
     args = (*tensors, y, states if trains else y, batch, L, *strides)
     _launch(_kernels().scan_forward_kernel, K * batch, *args, **constants, TRAINS=trains)
     return y, states
 
 
-def scan_backward(
-    dy: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
-    order: Tensor | None, states: Tensor,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def scan_backward(dy: Tensor, inputs: Sequence[Tensor], order: Tensor | None, states: Tensor) -> tuple[Tensor, ...]:
     """See torch_backend.py."""
+    u, dt, A, *_ = inputs
     (K, batch, L, width), N = u.shape, A.shape[-1]
-    tensors, strides, constants = _scan_setup(u, dt, A, B, C, D, dt_bias, order)
+    tensors, strides, constants = _scan_setup(inputs, order)
     (dy,) = _dense_channels(dy)
     blocks = width // SCAN_BLOCK
     du, ddt = u.new_empty(u.shape), dt.new_empty(u.shape)

@@ -134,12 +134,11 @@ def _add_branches_fused(h: Tensor, branches: Sequence, keep: Tensor | None) -> T
     # (branches, B, 1, 1) -> (branches, B)
     factors = [None] * len(branches) if keep is None else keep.flatten(1).float()
     (norm, branch), *others = branches
-    normed, stand_in, _ = fused_operators.norm(h, norm.weight, norm.bias, norm.eps, dtype)
+    normed, stand_in, _ = fused_operators.norm(h, None, None, None, norm.weight, norm.bias, norm.eps, dtype)
     out = branch(normed)
     for (norm, branch), factor in zip(others, factors[:-1], strict=True):
-        normed, h, _ = fused_operators.add_norm(
-            h.detach(), stand_in, out, factor, norm.weight, norm.bias, norm.eps, dtype
-        )
+        added = (h.detach(), stand_in, out, factor)
+        normed, h, _ = fused_operators.norm(*added, norm.weight, norm.bias, norm.eps, dtype)
         stand_in, out = h, branch(normed)
     # The stand-in carries the gradient of h, where h is the input.
     return h + (out if keep is None else keep[-1] * out)

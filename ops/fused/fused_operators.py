@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends import backend_module
-from ..operators import as_inputs, empty_grads, empty_states, operator, save
+from ..operators import as_inputs, empty_grads, empty_states, operator, register_scan_grads, save
 
 
 def _kernels() -> ModuleType:
@@ -43,37 +43,25 @@ swiglu.register_autograd(
 # ---- residual sums and layer norms ----
 
 
-def _empty_norm(h: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(h, dtype=others[-1]), h.new_zeros(1).expand(h.shape), h.new_empty(2, *h.shape[:-1])
+def _empty_norm(h: Tensor, stand_in: Tensor | None, branch: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
+    total = h.new_zeros(1).expand(h.shape) if branch is None else torch.empty_like(h)
+    return torch.empty_like(h, dtype=others[-1]), total, h.new_empty(2, *h.shape[:-1])
 
 
 @operator(_empty_norm)
-def norm(h: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the layer norm of h (B, L, C) in `dtype`, a stand-in for h, and the statistics for `norm_backward`.
-
-    The stand-in is one expanded number. Operators that use h too send its gradient to the stand-in, and this operator
-    adds it in the pass that computes its own gradient.
-    """
-    normed = torch.empty_like(h, dtype=dtype)
-    _, statistics = _kernels().norm_forward(h, None, None, weight, bias, eps, normed)
-    return normed, h.new_zeros(1).expand(h.shape), statistics
-
-
-def _empty_add_norm(h: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(h, dtype=others[-1]), torch.empty_like(h), h.new_empty(2, *h.shape[:-1])
-
-
-@operator(_empty_add_norm)
-def add_norm(
-    h: Tensor, stand_in: Tensor, branch: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor,
+def norm(
+    h: Tensor, stand_in: Tensor | None, branch: Tensor | None, keep: Tensor | None, weight: Tensor, bias: Tensor,
     eps: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the layer norm of h + keep * branch in `dtype`, that sum, and the statistics for `norm_backward`.
 
-    The gradient of h goes to `stand_in`. Shapes are those of `triton_fused.norm_forward`.
+    The gradient of h goes to `stand_in`. Without a branch the sum is a stand-in for h, one expanded number, and h gets
+    the gradient. Operators that use h too send its gradient to the stand-in, and this operator adds it in the pass that
+    computes its own gradient. Shapes are those of `triton_fused.norm_forward`.
     """
     normed = torch.empty_like(h, dtype=dtype)
-    return normed, *_kernels().norm_forward(h, branch, keep, weight, bias, eps, normed)
+    total, statistics = _kernels().norm_forward(h, branch, keep, weight, bias, eps, normed)
+    return normed, h.new_zeros(1).expand(h.shape) if branch is None else total, statistics
 
 
 def _empty_norm_grads(dnormed: Tensor, dtotal: Tensor | None, x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,15 +81,9 @@ def norm_backward(
 
 
 def _norm_context(ctx: Any, inputs: tuple, output: Any) -> None:
-    h, weight, *_ = inputs
-    ctx.branch = None  # the dtype of the branch
-    save(ctx, [h, None, weight], output[2:])
-
-
-def _add_norm_context(ctx: Any, inputs: tuple, output: Any) -> None:
-    _, _, branch, keep, weight, *_ = inputs
-    ctx.branch = branch.dtype
-    save(ctx, [output[1], keep, weight], output[2:])
+    h, _, branch, keep, weight, *_ = inputs
+    ctx.branch = None if branch is None else branch.dtype
+    save(ctx, [h if branch is None else output[1], keep, weight], output[2:])
 
 
 def _norm_grads(ctx: Any, dnormed: Tensor | None, dtotal: Tensor | None, _: Tensor | None) -> tuple:
@@ -110,13 +92,11 @@ def _norm_grads(ctx: Any, dnormed: Tensor | None, dtotal: Tensor | None, _: Tens
         dnormed = torch.zeros_like(total)
     dh, dbranch, sums = norm_backward(dnormed, dtotal, total, keep, weight, statistics, ctx.branch)
     dweight, dbias = sums.to(weight.dtype).unbind()  # (2, C) -> (C,) each
-    if ctx.branch is None:
-        return dh, dweight, dbias, None, None
-    return None, dh, dbranch, None, dweight, dbias, None, None
+    first = (dh, None, None) if ctx.branch is None else (None, dh, dbranch)
+    return *first, None, dweight, dbias, None, None
 
 
 norm.register_autograd(_norm_grads, setup_context=_norm_context)
-add_norm.register_autograd(_norm_grads, setup_context=_add_norm_context)
 
 
 def _empty_norm_cat(
@@ -199,7 +179,7 @@ def selective_ssm(
     projected = u.flatten(1, 2) @ x_proj.mT  # (K, B * L, R + 2N)
     low, b, c = _selection(projected, dt_proj, u)
     dt = (low @ dt_proj.mT).view(u.shape)  # (K, B * L, C) -> (K, B, L, C)
-    y, states = backend_module(backend).scan_forward(u, dt, A, b, c, D, dt_bias, order, trains)
+    y, states = backend_module(backend).scan_forward((u, dt, A, b, c, D, dt_bias), order, trains)
     return y.contiguous(), projected, dt, u.new_empty(0) if states is None else states
 
 
@@ -210,9 +190,8 @@ def selective_ssm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of u, x_proj, dt_proj, A, D and dt_bias."""
     low, b, c = _selection(projected, dt_proj, u)
-    du, ddt, dA, db, dc, dD, dbias = backend_module(backend).scan_backward(
-        dy, u, dt, A, b, c, D, dt_bias, order, states
-    )
+    scanned = (u, dt, A, b, c, D, dt_bias)
+    du, ddt, dA, db, dc, dD, dbias = backend_module(backend).scan_backward(dy, scanned, order, states)
     dprojected = torch.empty_like(projected)
     dlow, *slices = _selection(dprojected, dt_proj, u)
     for part, grad in zip(slices, (db, dc), strict=True):
@@ -227,17 +206,4 @@ def selective_ssm_backward(
     return as_inputs((du, dx_proj, ddt_proj, dA, dD, dbias), inputs)
 
 
-def _ssm_context(ctx: Any, inputs: tuple, output: Any) -> None:
-    *tensors, ctx.backend, ctx.trains = inputs
-    save(ctx, tensors, output[1:])
-
-
-def _ssm_grads(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple:
-    if dy is None:
-        return (None,) * 9
-    if not ctx.trains:
-        raise RuntimeError("arm::selective_ssm was computed with trains=False: it has no gradients")
-    return *selective_ssm_backward(dy, *ctx.saved_tensors, ctx.backend), None, None, None
-
-
-selective_ssm.register_autograd(_ssm_grads, setup_context=_ssm_context)
+register_scan_grads(selective_ssm, selective_ssm_backward)

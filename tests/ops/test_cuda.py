@@ -358,7 +358,7 @@ def test_arguments_that_reach_the_driver(driver):
     )
     order = random_order(2, 9).int()
     for _ in range(2):
-        y, states = cuda_backend.scan_forward(u, dt, A, B, C, D, bias, order, True)
+        y, states = cuda_backend.scan_forward((u, dt, A, B, C, D, bias), order, True)
     assert states.shape == (2, 3, 2, 6, 4, 32, 4)
     names = [call[0] for call in driver.calls]
     loading = ["cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent", "cuModuleLoadData"]
@@ -374,7 +374,7 @@ def test_arguments_that_reach_the_driver(driver):
     assert [getattr(args.B_strides, n) for n in ("direction", "image", "token")] == list(B.stride()[:3])
     assert args.order not in (None, order.data_ptr())  # made int64
     driver.calls.clear()
-    cuda_backend.scan_backward(y, u, dt, A, B, C, D, bias, None, states)
+    cuda_backend.scan_backward(y, (u, dt, A, B, C, D, bias), None, states)
     assert "cuModuleLoadData" in [call[0] for call in driver.calls]  # without orders
     assert driver.args.order is None
     assert driver.calls[-1][2:-2] == (18, 1, 1, 64, 1, 1, 2 * 27648, 77)

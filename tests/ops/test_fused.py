@@ -351,11 +351,11 @@ def test_opcheck():
     check = torch.library.opcheck
     check(fused_operators.swiglu, (drawn(2, 5, 8), drawn(8)))
     check(fused_operators.swiglu_backward, (h.detach()[..., :4], branch.detach(), bias.detach()))
-    check(fused_operators.norm, (h, weight, bias, eps, float32))
+    check(fused_operators.norm, (h, None, None, None, weight, bias, eps, float32))
     stand_in = torch.zeros(1, device=DEVICE, requires_grad=True).expand(2, 5, 8)
-    check(fused_operators.add_norm, (h.detach(), stand_in, branch, keep, weight, bias, eps, torch.bfloat16))
+    check(fused_operators.norm, (h.detach(), stand_in, branch, keep, weight, bias, eps, torch.bfloat16))
     inputs = [x.detach() for x in (h, branch, weight)]
-    statistics = fused_operators.norm(*inputs[::2], bias.detach(), eps, float32)[2]
+    statistics = fused_operators.norm(inputs[0], None, None, None, inputs[2], bias.detach(), eps, float32)[2]
     check(fused_operators.norm_backward, (inputs[0], inputs[1], inputs[0], keep, inputs[2], statistics, torch.bfloat16))
     check(fused_operators.norm_backward, (inputs[0], None, inputs[0], None, inputs[2], statistics, None))
     check(fused_operators.norm_cat, ([h, branch], [weight, bias], [bias, weight], eps, float32))
