@@ -142,7 +142,7 @@ def contestants(inputs: list[Tensor]) -> dict[str, Scan | str]:
     for backend in [name for name, kinds in reversed(ops.BACKENDS.items()) if u.device.type in kinds]:
         if reason := ops.unavailable(backend):
             found[backend] = reason
-        elif problem := ops.misfit(backend, u.device, u.dtype, u.shape[-1], A.shape[-1]):
+        elif problem := ops.backends.backend_module(backend).misfit(u.device, u.dtype, u.shape[-1], A.shape[-1]):
             found[backend] = f"does not compute {problem}"
         elif backend in ("triton", "cuda"):
             default, other = chunks(backend, u.device)

@@ -2,15 +2,16 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends, operators
-from .backends import BACKENDS, BackendUnavailable, check_backend, choose_backend, misfit, unavailable  # noqa: F401
+from .backends import BACKENDS, BackendUnavailable, check_backend, choose_backend, unavailable  # noqa: F401
 
 
 @backends.constant  # the compiler guards on both by itself
 def transformed() -> bool:
     """Return whether forward-mode derivatives or a transform of `torch.func` may be active."""
-    return operators.in_forward_mode() or torch._C._functorch.maybe_current_level() is not None
+    return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
 
 
 def _check(x: Tensor, sizes: dict[str, int], **tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:

@@ -17,17 +17,12 @@ from .backends import backend_module
 Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
 
 
-def in_forward_mode() -> bool:
-    """Return whether a level of forward-mode derivatives is entered."""
-    return forward_ad._current_level >= 0
-
-
 def _refusing_forward_mode(function: Callable) -> Callable:
     """Return the function, raising where inputs may have tangents: torch would silently drop them from its result."""
 
     @wraps(function)
     def call(*args: object) -> object:
-        if in_forward_mode():
+        if forward_ad._current_level >= 0:
             raise NotImplementedError(
                 "the operators arm::... have no forward-mode derivatives: call ops.selective_scan and "
                 "ops.causal_conv1d instead, uncompiled and inside the forward-mode level; backend='export' where only "
@@ -110,11 +105,9 @@ def selective_scan_backward(
 
 
 def register_scan_grads(forward: CustomOpDef, backward: CustomOpDef) -> None:
-    """Give gradients to an operator whose last inputs are `order`, `backend` and `trains`, and whose first output is y.
+    """Register the gradients of an operator with inputs (*tensors, backend, trains) and outputs (y, *saved).
 
-    Args:
-        forward: its other outputs are saved for the backward pass.
-        backward: takes the gradient of y, the tensors of `forward`, its other outputs, and the backend.
+    `backward` takes the gradient of y, the tensors, the saved outputs and the backend.
     """
 
     def setup(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -155,8 +148,7 @@ def _conv_context(ctx: Any, inputs: tuple, output: Any) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _conv_grads(ctx: Any, dy: Tensor | None) -> tuple:
-    return *causal_conv1d_backward(dy, *ctx.saved_tensors, ctx.backend), None, None
-
-
-causal_conv1d.register_autograd(_conv_grads, setup_context=_conv_context)
+causal_conv1d.register_autograd(
+    lambda ctx, dy: (*causal_conv1d_backward(dy, *ctx.saved_tensors, ctx.backend), None, None),
+    setup_context=_conv_context,
+)

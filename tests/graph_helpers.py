@@ -1,4 +1,4 @@
-"""CUDA graphs emulated on the CPU, and a model that is trained with them."""
+"""Emulate CUDA graphs on the CPU, and train a model with them."""
 
 import math
 
@@ -16,21 +16,16 @@ from util.tracking.run_log import Log
 from util.training.run import Run
 
 CPU, COPY = torch.device("cpu"), torch.Tensor.copy_
-
-
 DECODER = {"cluster_size": 2, "dec_embed_dim": 64, "dec_depth": 2, "norm_pix_loss": True}
-
-
 PRETRAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, **DECODER}
-
-
 CLASSIFIER = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_classes": 3, "drop_path_rate": 0.3}
 
 
 class Emulation:
-    """Do as `cuda_graph.Recorder`, with the semantics of graphs: fixed inputs, fixed outputs.
+    """Replace `cuda_graph.Recorder`, with the semantics of graphs: fixed inputs and fixed outputs.
 
-    All graphs share memory. So whatever any of them wrote may be gone as soon as the first one runs again: here it is.
+    All graphs share memory, so the outputs of all of them may be lost when the first one runs again: here they become
+    NaN.
     """
 
     def __init__(self, device):
@@ -58,18 +53,16 @@ class Emulation:
             replays.append(function)
 
         for x in self.memory:
-            x.data.fill_(math.nan)  # nothing is computed while graphs are captured
+            x.data.fill_(math.nan)  # a capture computes nothing
         return replay, outputs
 
 
 replays = []
-
-
 RECORDER = cuda_graph.Recorder
 
 
 class Trained:
-    """A model after some epochs of training, and all that was seen of it: losses, and the gradients of each update."""
+    """A model after some epochs of training, with its losses and the gradients of each update in `seen`."""
 
     device = CPU
 
@@ -81,7 +74,7 @@ class Trained:
             self.model = models_arm.create_classifier("arm_tiny_pz16", **CLASSIFIER)
         self.model.to(self.device)
         args = loop_args(lr=0.1, min_lr=0.0, epochs=epochs, cuda_graph=graphs, clip_grad=0.5, batch_size=4, **changes)
-        optimizer = torch.optim.SGD(self.model.parameters(), fused=True)  # AdamW makes steps of rounding noise
+        optimizer = torch.optim.SGD(self.model.parameters(), fused=True)  # AdamW would turn rounding noise into steps
         self.ema = ModelEmaV3(self.model, decay=0.9) if kind == "finetune" else None
         optimizer.register_step_pre_hook(self.note_gradients)
         self.prepare()
@@ -97,7 +90,7 @@ class Trained:
                 self.seen.append({"evaluated": self.model.eval()(here[0][0])})
 
     def prepare(self):
-        """For tests that change the model first."""
+        """Change the model before training; tests replace this."""
 
     def note_gradients(self, *_):
         self.addresses = {p.grad.data_ptr() for p in self.model.parameters() if p.grad is not None}
@@ -122,7 +115,10 @@ def batches_of(kind, sizes):
 
 
 def assert_equal(graphed, eager, exact=False):
-    """The classifier bit for bit. Of a tapped block autograd adds up three gradients, of a captured one two of them."""
+    """Check that runs are equal, the classifier bit for bit.
+
+    In pretraining, autograd adds three gradients of a tapped block, but two of a captured one.
+    """
 
     def same(got, want, name=""):
         if exact or eager.ema is not None:

@@ -65,11 +65,6 @@ def unavailable(name: str) -> str | None:
     return None
 
 
-def misfit(name: str, device: torch.device, dtype: torch.dtype, width: int, states: int = 16) -> str | None:
-    """Return what backend `name` does not compute about these activations, None if it computes them."""
-    return backend_module(name).misfit(device, dtype, width, states)
-
-
 def check_backend(name: str) -> None:
     """Raise unless backend `name` exists and works on this machine; called when a model is built.
 
@@ -112,16 +107,17 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, width: i
         TypeError: the requested backend does not compute these activations.
     """
     check_backend(name)
+    activations = device, dtype, width, states
     if name != "auto":
-        if problem := misfit(name, device, dtype, width, states):
+        if problem := backend_module(name).misfit(*activations):
             other = getattr(backend_module(name), "FALLBACK", None)
-            if other and not misfit(other, device, dtype, width, states):
+            if other and not backend_module(other).misfit(*activations):
                 return fall_back(name, problem)
             raise TypeError(f"backend {name!r} does not compute {problem}: use backend 'torch'")
         return name
     chosen, broken = "torch", []
     for candidate, kinds in BACKENDS.items():
-        if device.type not in kinds or misfit(candidate, device, dtype, width, states):
+        if device.type not in kinds or backend_module(candidate).misfit(*activations):
             continue
         if candidate in FASTER and not faster(candidate, device):
             continue

@@ -24,9 +24,8 @@ def private_folder() -> tempfile.TemporaryDirectory:
 def cache_folder() -> Path:
     """Return the user's folder of compiled files."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    return (
-        cache / "arm-ops" if cache.is_absolute() else Path(private_folder().name)
-    )  # relative: there is no home folder
+    # A relative path means that there is no home folder.
+    return cache / "arm-ops" if cache.is_absolute() else Path(private_folder().name)
 
 
 def cached_or_private(stem: str, suffix: str, build: Callable[[Path], object]) -> Path:

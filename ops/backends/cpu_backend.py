@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import BackendUnavailable
 from .compiled import cached_or_private
+from .torch_backend import dense_channels
 
 INSTALL = ""  # a C compiler is no Python package
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
@@ -115,10 +116,6 @@ def _job(kind: type[ctypes.Structure], sizes: tuple[int, ...], **tensors: Tensor
     return kind(*sizes, **fields)
 
 
-def _dense_channels(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _checked(order: Tensor | None, L: int) -> Tensor | None:
     """Return `order` as the kernels read it, after a check: they would read from any address that it names."""
     if order is None:
@@ -136,10 +133,10 @@ def scan_states(u: Tensor, A: Tensor) -> Tensor:
 
 
 def _scan_inputs(inputs: Sequence[Tensor], order: Tensor | None) -> dict[str, Tensor | None]:
-    u, dt, A, B, C, D, dt_bias = inputs
-    varying = {"u": u, "dt": dt, "B": B, "C": C}
-    described = {name: _dense_channels(x.float()) for name, x in varying.items()}
-    constant = {"A": A.float().mT, "D": D.float(), "bias": dt_bias.float()}  # A: (K, N, D)
+    u, dt, A, B, C, D, dt_bias = (x.float() for x in inputs)
+    rows = {"u": u, "dt": dt, "B": B, "C": C}
+    constant = {"A": A.mT, "D": D, "bias": dt_bias}  # A: (K, N, D)
+    described = {name: dense_channels(x) for name, x in rows.items()}
     described |= {name: x.contiguous() for name, x in constant.items()}
     return described | {"order": _checked(order, u.shape[2])}
 
@@ -165,7 +162,7 @@ def scan_backward(dy: Tensor, inputs: Sequence[Tensor], order: Tensor | None, st
     dA, dD, dbias = (u.new_empty(K, batch, *shape) for shape in ((N, width), (width,), (width,)))
     dB, dC = u.new_empty(2, kernels.scan_groups(width), K, batch, L, N)
     grads = {"du": du, "ddt": ddt, "dA": dA, "dB": dB, "dC": dC, "dD": dD, "dbias": dbias}
-    dy = _dense_channels(dy)
+    dy = dense_channels(dy)
     job = _job(_ScanJob, u.shape, **described, states=states, dy=dy, **grads)
     kernels.scan_backward(ctypes.byref(job), torch.get_num_threads())
     return du, ddt, dA.sum(1).mT, dB.sum(0), dC.sum(0), dD.sum(1), dbias.sum(1)
@@ -173,7 +170,7 @@ def scan_backward(dy: Tensor, inputs: Sequence[Tensor], order: Tensor | None, st
 
 def _conv_inputs(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) -> dict[str, Tensor | None]:
     return {
-        "x": _dense_channels(x)[None],  # (1, B, L, D)
+        "x": dense_channels(x)[None],  # (1, B, L, D)
         "weight": weight.float().flip(-1).mT.contiguous(),  # (K, W, D), the tap of the present token first
         "bias": bias.float().contiguous(),
         "order": _checked(order, x.shape[1]),
@@ -196,7 +193,7 @@ def conv_backward(
     inputs, (K, width, W) = _conv_inputs(x, weight, bias, order), weight.shape
     dx = x.new_empty(x.shape)
     dweight, dbias = x.new_empty(len(dx), K, W, width), x.new_empty(len(dx), K, width)  # per image
-    dy = _dense_channels(dy)
+    dy = dense_channels(dy)
     job = _job(_ConvJob, (K, *dx.shape), **inputs, dy=dy, dx=dx, dweight=dweight, dbias=dbias)
     load(taps=W).conv_backward(ctypes.byref(job), torch.get_num_threads())
     return dx, dweight.sum(0).mT.flip(-1), dbias.sum(0)

@@ -76,9 +76,6 @@ class Args(ctypes.Structure):
     ]
 
 
-# ---- compiling and loading ----
-
-
 def _call(function: Callable[..., tuple], *args: object) -> Any:
     """Call a function of CUDA and return its result.
 
@@ -186,9 +183,6 @@ def load() -> None:
         raise BackendUnavailable(f"{error}; to install it: pip install cuda-bindings") from error
     except (RuntimeError, OSError) as error:
         raise BackendUnavailable(f"cannot compile or start a CUDA kernel: {error}") from error
-
-
-# ---- the functions of a backend ----
 
 
 def _chunk(device: torch.device) -> int:

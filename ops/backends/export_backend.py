@@ -27,10 +27,6 @@ def _inverse(order: Tensor | None) -> Tensor | None:
     return torch.zeros_like(order).scatter(1, order, steps)
 
 
-def _steps(x: Tensor, order: Tensor | None) -> Tensor:
-    return _gather(x, order).permute(2, 0, 1, 3)  # (K, B, L, D) -> (L, K, B, D)
-
-
 def selective_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, order: Tensor | None
 ) -> Tensor:
@@ -46,7 +42,8 @@ def selective_scan(
         return h, (row[..., None] * h).sum(2)
 
     h = u.new_zeros(*u.shape[:2], *A.shape[1:])
-    tokens = tuple(_steps(x, order) for x in (delta * u, delta, C, B))
+    # (K, B, L, D or N) -> (L, K, B, D or N)
+    tokens = tuple(_gather(x, order).permute(2, 0, 1, 3) for x in (delta * u, delta, C, B))
     if torch.compiler.is_compiling():  # in ONNX: Scan; it holds the graph of one step, not of every token
         _, y = scan(step, h, tokens)
     else:  # scan lacks forward mode and loses parts of second derivatives

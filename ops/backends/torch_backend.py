@@ -66,6 +66,11 @@ def in_state_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
+def dense_channels(x: Tensor) -> Tensor:
+    """Return x, or a copy if its channels are not contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def scan_states(u: Tensor, A: Tensor) -> Tensor:
     """Return an empty tensor of the shape and dtype of the states that `scan_forward` returns for these inputs."""
     K, batch, L, width = u.shape

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import fused
 from . import BackendUnavailable
+from .torch_backend import dense_channels
 
 if TYPE_CHECKING:
     from triton import JITFunction
@@ -68,10 +69,6 @@ def misfit(device: torch.device, dtype: torch.dtype, width: int, states: int) ->
     return f"{states} states (not a power of 2)" if states & (states - 1) else None
 
 
-def _dense_channels(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
-
-
 def _launch(kernel: "JITFunction", paths: int, *args: object, **constants: int) -> None:
     """Start a program for each block of channels of each of `paths` sequences."""
     with torch.cuda.device_of(args[0]):
@@ -101,7 +98,7 @@ def _scan_setup(
 ) -> tuple[tuple[Tensor | None, ...], list[int], dict[str, int]]:
     u, dt, A, B, C, D, dt_bias = inputs
     A, D, dt_bias = (x.float().contiguous() for x in (A, D, dt_bias))
-    u, dt, B, C = _dense_channels(u, dt, B, C)
+    u, dt, B, C = (dense_channels(x) for x in (u, dt, B, C))
     strides = [stride for x in (u, dt, B, C) for stride in x.stride()[:3]]
     (K, _, L, width), N = u.shape, A.shape[-1]
     constants = {"K": K, "WIDTH": width, "N": N, "BLOCK": SCAN_BLOCK, "CHUNK": CHUNK, "T": STEPS}
@@ -130,7 +127,7 @@ def scan_backward(dy: Tensor, inputs: Sequence[Tensor], order: Tensor | None, st
     u, dt, A, *_ = inputs
     (K, batch, L, width), N = u.shape, A.shape[-1]
     tensors, strides, constants = _scan_setup(inputs, order)
-    (dy,) = _dense_channels(dy)
+    dy = dense_channels(dy)
     blocks = width // SCAN_BLOCK
     du, ddt = u.new_empty(u.shape), dt.new_empty(u.shape)
     # Partial sums, one per program: added up here in a fixed order.
@@ -145,7 +142,7 @@ def _conv_setup(
     x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None
 ) -> tuple[tuple[Tensor | None, ...], tuple[int, ...], int, dict[str, int]]:
     """Return the kernels' tensors, sizes and strides of x, the number of segments, and the constants."""
-    (x,), (K, width, W), L = _dense_channels(x), weight.shape, x.shape[1]
+    x, (K, width, W), L = dense_channels(x), weight.shape, x.shape[1]
     constants = {"K": K, "WIDTH": width, "TAPS": W, "BLOCK": math.gcd(width, CONV_BLOCK), "SEGMENT": SEGMENT}
     constants |= {"AHEAD": 4 if fused.uses("conv") else 1, "ORDERED": order is not None}
     tensors = (x, weight.float().contiguous(), bias.float().contiguous(), checked_order(order, L))
@@ -165,7 +162,7 @@ def conv_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See torch_backend.py."""
     tensors, layout, segments, constants = _conv_setup(x, weight, bias, order)
-    (dy,), (K, width, W) = _dense_channels(dy), weight.shape
+    dy, (K, width, W) = dense_channels(dy), weight.shape
     dx = x.new_empty(K, *x.shape)
     sums = dx.new_empty(K, len(x), segments, W + 1, width, dtype=torch.float32)
     args = (*tensors, dy, dx, sums, *layout, *dy.stride()[:3])

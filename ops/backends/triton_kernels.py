@@ -4,9 +4,7 @@ A program owns 32 or more channels of one image in one direction and walks throu
 registers. Channels are contiguous in memory, so every access is coalesced without a transpose, and a direction is only
 a map from steps to tokens. Gradients of inputs that several programs share (B and C of a token, A, D, biases) are
 written as one partial sum per program and added up afterwards in a fixed order: two runs are equal bit for bit.
-Addresses have 64 bits, tensors may have any strides.
-
-Shapes are those of `ops`. With TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors, slowly.
+Addresses have 64 bits, tensors may have any strides, shapes are those of `ops`.
 """
 
 import triton

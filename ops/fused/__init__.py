@@ -65,7 +65,7 @@ def uses(name: str) -> bool:
 
 
 def triton_device() -> str:
-    """Return the kind of device on which Triton's kernels run: "cpu" where they are interpreted."""
+    """Return the kind of device on which Triton's kernels run: with TRITON_INTERPRET=1 "cpu", slowly, for tests."""
     return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
@@ -88,15 +88,9 @@ def _autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 def swiglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """SiLU of the first half of a linear layer's outputs, times the second half (Shazeer 2020).
+    """Return SiLU of the first half of a linear layer's outputs, times the second half (Shazeer 2020): (..., H).
 
-    Args:
-        x: (..., C).
-        weight: (2 H, C).
-        bias: (2 H,).
-
-    Returns:
-        (..., H).
+    x is (..., C), weight (2 H, C) and bias (2 H,).
     """
     if _fuses("swiglu", x):
         from .fused_operators import swiglu as operator
@@ -155,6 +149,14 @@ def norm_cat(xs: Sequence[Tensor], norms: Sequence[nn.LayerNorm]) -> Tensor:
     return torch.cat([norm(x) for x, norm in zip(xs, norms, strict=True)], dim=-1)
 
 
+def split_projected(projected: Tensor, dt_proj: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return low-rank steps (K, B * L, R), B and C (K, B, L, N) as views of the output of x_proj."""
+    rank = dt_proj.shape[-1]
+    states = (projected.shape[-1] - rank) // 2
+    low, b, c = projected.split([rank, states, states], dim=-1)
+    return low, *(x.unflatten(1, u.shape[1:3]) for x in (b, c))  # (K, B * L, N) -> (K, B, L, N)
+
+
 def selective_ssm(
     u: Tensor, x_proj: Tensor, dt_proj: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor,
     order: Tensor | None = None, backend: str = "auto",
@@ -177,10 +179,8 @@ def selective_ssm(
     Raises:
         ValueError, IndexError, TypeError, BackendUnavailable, NotImplementedError: see `ops.selective_scan`.
     """
-    K, B, L, C = u.shape
-    N, R = A.shape[-1], dt_proj.shape[-1]
     if _fuses("projections", u) and u.dtype == _autocast_dtype(u):
-        name = choose_backend(backend, u.device, u.dtype, C, N)
+        name = choose_backend(backend, u.device, u.dtype, u.shape[-1], A.shape[-1])
         if not computes_whole(name):
             from .fused_operators import selective_ssm as operator
 
@@ -189,7 +189,6 @@ def selective_ssm(
             trains = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
             return operator(*tensors, order, name, trains)[0]
     projected = u.flatten(1, 2) @ x_proj.mT  # (K, B * L, R + 2N)
-    dt, b, c = projected.split([R, N, N], dim=-1)
-    dt = (dt @ dt_proj.mT).view(K, B, L, C)  # (K, B * L, R) -> (K, B * L, C) -> (K, B, L, C)
-    b, c = b.unflatten(1, (B, L)), c.unflatten(1, (B, L))  # (K, B * L, N) -> (K, B, L, N)
+    low, b, c = split_projected(projected, dt_proj, u)
+    dt = (low @ dt_proj.mT).view(u.shape)  # (K, B * L, R) -> (K, B * L, C) -> (K, B, L, C)
     return selective_scan(u, dt, A, b, c, D, dt_bias, order, backend)

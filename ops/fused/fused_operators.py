@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..backends import backend_module
 from ..operators import as_inputs, empty_grads, empty_states, operator, register_scan_grads, save
+from . import split_projected
 
 
 def _kernels() -> ModuleType:
@@ -99,11 +100,9 @@ def _norm_grads(ctx: Any, dnormed: Tensor | None, dtotal: Tensor | None, _: Tens
 norm.register_autograd(_norm_grads, setup_context=_norm_context)
 
 
-def _empty_norm_cat(
-    xs: list[Tensor], weights: list[Tensor], biases: list[Tensor], eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _empty_norm_cat(xs: list[Tensor], *others: Any) -> tuple[Tensor, Tensor]:
     *rows, C = xs[0].shape
-    return xs[0].new_empty(*rows, len(xs) * C, dtype=dtype), xs[0].new_empty(len(xs), 2, *rows)
+    return xs[0].new_empty(*rows, len(xs) * C, dtype=others[-1]), xs[0].new_empty(len(xs), 2, *rows)
 
 
 @operator(_empty_norm_cat)
@@ -117,9 +116,7 @@ def norm_cat(
     return normed, torch.stack([forward(x, None, None, w, b, eps, s)[1] for x, w, b, s in inputs])
 
 
-def _empty_norm_cat_grads(
-    dnormed: Tensor, xs: list[Tensor], weights: list[Tensor], statistics: Tensor
-) -> tuple[list[Tensor], Tensor]:
+def _empty_norm_cat_grads(dnormed: Tensor, xs: list[Tensor], *_: Any) -> tuple[list[Tensor], Tensor]:
     return [torch.empty_like(x) for x in xs], xs[0].new_empty(len(xs), 2, xs[0].shape[-1])
 
 
@@ -157,14 +154,6 @@ norm_cat.register_autograd(_norm_cat_grads, setup_context=_norm_cat_context)
 # ---- the products around the scan ----
 
 
-def _selection(projected: Tensor, dt_proj: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return low-rank steps (K, B * L, R), B and C (K, B, L, N) as views of the output of x_proj."""
-    rank = dt_proj.shape[-1]
-    states = (projected.shape[-1] - rank) // 2
-    low, b, c = projected.split([rank, states, states], dim=-1)
-    return low, *(x.unflatten(1, u.shape[1:3]) for x in (b, c))  # (K, B * L, N) -> (K, B, L, N)
-
-
 def _empty_ssm(u: Tensor, x_proj: Tensor, dt_proj: Tensor, A: Tensor, *others: Any) -> tuple[Tensor, ...]:
     projected = u.new_empty(len(u), u.shape[1] * u.shape[2], x_proj.shape[1])
     return u.new_empty(u.shape), projected, u.new_empty(u.shape), empty_states(u, A, *others[-2:])
@@ -177,7 +166,7 @@ def selective_ssm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return y, the output of x_proj, steps before bias and softplus, and the states (empty unless it `trains`)."""
     projected = u.flatten(1, 2) @ x_proj.mT  # (K, B * L, R + 2N)
-    low, b, c = _selection(projected, dt_proj, u)
+    low, b, c = split_projected(projected, dt_proj, u)
     dt = (low @ dt_proj.mT).view(u.shape)  # (K, B * L, C) -> (K, B, L, C)
     y, states = backend_module(backend).scan_forward((u, dt, A, b, c, D, dt_bias), order, trains)
     return y.contiguous(), projected, dt, u.new_empty(0) if states is None else states
@@ -189,11 +178,11 @@ def selective_ssm_backward(
     order: Tensor | None, projected: Tensor, dt: Tensor, states: Tensor, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of u, x_proj, dt_proj, A, D and dt_bias."""
-    low, b, c = _selection(projected, dt_proj, u)
+    low, b, c = split_projected(projected, dt_proj, u)
     scanned = (u, dt, A, b, c, D, dt_bias)
     du, ddt, dA, db, dc, dD, dbias = backend_module(backend).scan_backward(dy, scanned, order, states)
     dprojected = torch.empty_like(projected)
-    dlow, *slices = _selection(dprojected, dt_proj, u)
+    dlow, *slices = split_projected(dprojected, dt_proj, u)
     for part, grad in zip(slices, (db, dc), strict=True):
         part.copy_(grad)
     ddt = ddt.to(u.dtype).flatten(1, 2)  # (K, B, L, C) -> (K, B * L, C)

@@ -3,8 +3,6 @@
 Rows are tokens, channels are contiguous. Sums over rows, gradients of weights and biases, are written as one partial
 sum per program and added up afterwards in a fixed order: two runs are equal bit for bit. The number of programs depends
 only on the sizes, not on the GPU. Sums are in float32, addresses have 64 bits.
-
-With TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors, slowly.
 """
 
 import torch
@@ -19,9 +17,6 @@ COLUMNS = 512  # per program of SwiGLU
 ROWS = 4  # that such a program reads at a time
 GROUP = 64  # rows that such a program sums up
 WARPS = 2048  # of the layer norm's backward pass: all run at once from 8.0 on; one partial sum per program
-
-
-# ---- device code ----
 
 
 @triton.jit
@@ -142,9 +137,6 @@ def norm_backward_kernel(
     tl.store(sums + C + c, dbias, mask=here)
 
 
-# ---- host code, called by fused_operators.py ----
-
-
 def _launch(kernel: triton.JITFunction, programs: int, warps: int, *args: object, **constants: object) -> None:
     with torch.cuda.device_of(args[0]):
         kernel[(programs,)](*args, **constants, num_warps=warps)
@@ -188,16 +180,10 @@ def _row_stride(x: Tensor) -> int:
 def norm_forward(
     h: Tensor, branch: Tensor | None, keep: Tensor | None, weight: Tensor, bias: Tensor, eps: float, normed: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Write the layer norm of h (B, L, C) float32, or of its sum with keep * branch, to `normed`.
+    """Write the layer norm of h (B, L, C) float32 contiguous, or of h + keep * branch, to `normed`.
 
-    Args:
-        h: contiguous.
-        branch: (B, L, C) or None.
-        keep: (B,) float32, factor of each image's branch; None is 1.
-        weight: (C,).
-        bias: (C,).
-        eps: of the layer norm.
-        normed: (B, L, C) of any floating dtype, evenly strided rows of contiguous channels; the output.
+    branch is (B, L, C); keep (B,) float32 is the factor of each image's branch, None is 1; weight and bias are (C,).
+    normed (B, L, C), of any floating dtype, has evenly strided rows of contiguous channels.
 
     Returns:
         The sum (B, L, C) float32 (h itself without a branch); mean and 1 / standard deviation (2, B, L) float32.
@@ -218,16 +204,10 @@ def norm_backward(
     dnormed: Tensor, dtotal: Tensor | None, x: Tensor, keep: Tensor | None, weight: Tensor, statistics: Tensor,
     branch: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """Return the gradients of `norm_forward`.
+    """Return the gradients of `norm_forward`; arguments are as there, and `branch` is the dtype of its branch, if any.
 
-    Args:
-        dnormed: (B, L, C), evenly strided rows of contiguous channels.
-        dtotal: (B, L, C) float32, the gradient of the sum from other operators; None is 0.
-        x: the input of the norm: the sum, or h.
-        keep: as in the forward pass.
-        weight: (C,).
-        statistics: as the forward pass returned them.
-        branch: dtype of the branch; None if there was none.
+    dnormed (B, L, C) has evenly strided rows of contiguous channels. dtotal (B, L, C) float32 is the gradient of the
+    sum from other operators, None is 0. x is the input of the norm: the sum, or h.
 
     Returns:
         dh (B, L, C) float32, the branch's gradient (B, L, C) or None, those of weight and bias (2, C) float32.

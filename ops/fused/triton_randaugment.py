@@ -6,8 +6,6 @@ operations in the batch, and between two layers an image is written and read onc
 
 Pillow rounds every product and every sum. Therefore the kernels are compiled without fused multiply-adds, which round
 once and sometimes change a byte. Warps are computed in float64, blends in float32, both in Pillow's order.
-
-With TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors, slowly.
 """
 
 import torch
@@ -125,12 +123,9 @@ def _warp(image, out, fill, operation, first, second, pixels, here, height, widt
     The image continues with the pixels of its border, but nothing is taken from points that lie outside.
     """
     w, h = tl.cast(width, tl.float64), tl.cast(height, tl.float64)
-    a = tl.full([], 1.0, tl.float64)
-    e = tl.full([], 1.0, tl.float64)
-    b = tl.full([], 0.0, tl.float64)
-    c = tl.full([], 0.0, tl.float64)
-    d = tl.full([], 0.0, tl.float64)
-    f = tl.full([], 0.0, tl.float64)
+    one, zero = tl.full([], 1.0, tl.float64), tl.full([], 0.0, tl.float64)
+    a, b, c = one, zero, zero
+    d, e, f = zero, one, zero
     if operation == SHEAR_X:
         b = first
     elif operation == SHEAR_Y:

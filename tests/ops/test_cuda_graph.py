@@ -1,4 +1,4 @@
-"""Blocks in CUDA graphs, emulated on the CPU: the bookkeeping, with true values. test_cuda_graph_gpu.py: the rest."""
+"""Test the CUDA graphs of blocks with an emulation on the CPU; test_cuda_graph_gpu.py tests them on a GPU."""
 
 import copy
 import logging
@@ -36,17 +36,17 @@ def _emulated(monkeypatch):
 @pytest.mark.parametrize("accum_iter", [1, 3])
 @pytest.mark.parametrize("kind", ["pretrain", "finetune"])
 def test_training_equals_the_eager_one(kind, accum_iter):
-    """With taps, drop path, mixup, EMA, an evaluation after each epoch, and a batch of another size in the middle."""
+    """Check losses and gradients with taps, drop path, mixup, EMA, evaluations, and a batch of another size."""
     batches = batches_of(kind, [4, 4, 4, 4, 2, 4])
     eager, graphed = (Trained(kind, g, batches, epochs=2, accum_iter=accum_iter) for g in (False, True))
     assert_equal(graphed, eager)
     blocks = 6 if kind == "pretrain" else 3
-    assert len(replays) == 2 * blocks * 9  # but the first of 12 batches, and two of another size
+    assert len(replays) == 2 * blocks * 9  # not in the first of 12 batches, nor in two of another size
 
 
 @pytest.mark.parametrize(("kind", "replayed"), [("pretrain", 4 + 3), ("finetune", 1 + 3 + 1)])
 def test_nothing_is_copied_between_blocks(kind, replayed, monkeypatch):
-    """Only what comes from elsewhere is, and mask and orders once.
+    """Check the number of copies: only tensors from outside the blocks are copied, mask and orders once.
 
     Pretraining: the first input, queries, two latents; gradients of two taps and the output. Classifier: the first
     input, the blocks' factors of drop path; the output's gradient.
@@ -62,12 +62,12 @@ def test_nothing_is_copied_between_blocks(kind, replayed, monkeypatch):
     trained = Trained(kind, True, batches_of(kind, [4, 4, 4]))
     once = 2 if kind == "pretrain" else 3 + 3  # for the rehearsal
     assert len(copied) == once + 2 * replayed
-    mlp = {*trained.model.layers[0].mlp.parameters()}  # of some gradients in the mixer autograd changes the strides
+    mlp = {*trained.model.layers[0].mlp.parameters()}  # autograd changes the strides of some gradients in the mixer
     assert {address for p, address in trained.run.graphs.gradients if p in mlp} <= trained.addresses
 
 
 def test_compiled_blocks(monkeypatch):
-    """They are compiled once, for the first batch and the capture, and equal bit for bit what is compiled alone."""
+    """Blocks are compiled once, for the first batch and the capture; results equal those without graphs bit for bit."""
     compiled = []
     for graphs in (False, True):
         torch._dynamo.reset()
@@ -106,7 +106,7 @@ def captured(kind="finetune"):
     return Trained(kind, True, batches).model.train(), batches[0][0]
 
 
-def test_a_backward_pass_that_comes_too_late():
+def test_a_late_backward_pass_is_refused():
     model, imgs = captured()
     first = model(imgs).sum()
     model(imgs).sum().backward()
@@ -123,8 +123,8 @@ def test_a_backward_pass_that_comes_too_late():
         second.backward()
 
 
-def test_what_else_calls_a_block():
-    """Evaluation, other autocast, forward mode, a deep copy: the block itself, with its own values."""
+def test_other_calls_run_the_block_itself():
+    """Evaluation, another batch size or autocast, forward mode and a deep copy replay no graph."""
     model, imgs = captured()
     eager = models_arm.create_classifier("arm_tiny_pz16", **CLASSIFIER).train()
     eager.load_state_dict(model.state_dict())
@@ -159,11 +159,11 @@ def test_what_else_calls_a_block():
     assert not replays
 
 
-def test_weights_that_are_loaded_later():
-    """Parameters and buffers: what the graphs read changes with them."""
+def test_weights_loaded_after_the_capture():
+    """The graphs read parameters and buffers that change in place."""
     model, imgs = captured()
     other = models_arm.create_classifier("arm_tiny_pz16", **CLASSIFIER).train()
-    model.load_state_dict(other.state_dict())  # which also makes the order anew
+    model.load_state_dict(other.state_dict())  # also creates a new order
     for _ in range(2):
         replays.clear()
         results = []
@@ -176,7 +176,7 @@ def test_weights_that_are_loaded_later():
 
 
 def test_the_rehearsal_adds_no_warning(monkeypatch):
-    """torch warns at the first look for waits that it does not notice all of them."""
+    """torch would warn at the first search for waits that it does not find all of them."""
     modes, calls = [], []
 
     def set_mode(mode):
@@ -209,7 +209,7 @@ WAITS = []
 
 @pytest.mark.parametrize("stage", ["rehearsal", "capture", "repeated"])
 def test_a_block_that_cannot_be_captured(stage, monkeypatch, caplog):
-    """One line says which, and why; training continues without."""
+    """One line names the block and the reason; training continues without graphs."""
     kind = "finetune" if stage == "repeated" else "pretrain"
     batches = batches_of(kind, [4, 4, 4])
     eager = Trained(kind, False, batches)
@@ -269,7 +269,7 @@ end_groups()
 
 
 def test_two_processes(tmp_path, monkeypatch):
-    """DDP sees every gradient, also of batches that are accumulated before."""
+    """DDP receives every gradient, also with gradient accumulation."""
     (tmp_path / "two.py").write_text(ON_TWO)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     said = torchrun(tmp_path / "two.py")
@@ -280,7 +280,7 @@ def test_two_processes(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("script", "tiny"), [(main_pretrain, TINY_PRETRAIN), (main_finetune, TINY_FINETUNE)])
 def test_a_run_that_resumes(script, tiny, image_folder, tmp_path, run_script, monkeypatch, caplog):
-    """Through the scripts, with evaluations, EMA or pictures in between: the same losses as without graphs."""
+    """Run the scripts with evaluations, EMA or figures: the losses equal those without graphs."""
     monkeypatch.setattr(kernels, "captures", lambda asked, device: asked)
     caplog.set_level(logging.INFO)
     common = [*tiny, "--data_path", image_folder, "--batch_size", 4, "--warmup_epochs", 0, "--lr", 1e-3, "--epochs", 2]
@@ -320,7 +320,9 @@ def test_whether_to_capture(monkeypatch):
         (main_finetune, ["--eval"], "--cuda_graph does not go together with --eval"),
     ],
 )
-def test_where_it_cannot_be(script, words, problem, image_folder, tmp_path, run_script, capsys, monkeypatch):
+def test_refused_where_graphs_cannot_be_used(
+    script, words, problem, image_folder, tmp_path, run_script, capsys, monkeypatch
+):
     monkeypatch.setattr("util.arguments.world_size", lambda: 2 if "--fsdp" in words else 1)
     with pytest.raises(SystemExit) as exit_info:
         run_script(script, *words, "--cuda_graph", "--data_path", image_folder, "--output_dir", tmp_path)
@@ -329,7 +331,7 @@ def test_where_it_cannot_be(script, words, problem, image_folder, tmp_path, run_
     assert problem in line
 
 
-def test_left_out_where_it_cannot_be():
+def test_default_is_off_where_graphs_cannot_be_used():
     for flag in ("--fsdp", "--deterministic", None):
         args = main_pretrain.get_args_parser().parse_args(["--data_path", "x", *[flag] * bool(flag)])
         with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Blocks in CUDA graphs on a GPU: what training computes, how it waits and what it holds, with graphs and without."""
+"""Test the CUDA graphs of blocks on a GPU: results, waits and memory."""
 
 import logging
 
@@ -19,7 +19,7 @@ pytestmark = [
 
 
 class Trained(graph_helpers.Trained):
-    """As on the CPU, but wide enough for every backend, under autocast, compiled where it is asked for."""
+    """Train as on the CPU, but wide enough for every backend, under autocast, compiled on request."""
 
     def __init__(self, *args, compiled=False, backend="auto", **kwargs):
         self.device, self.compiled, self.backend = torch.device("cuda", 0), compiled, backend
@@ -37,7 +37,7 @@ class Trained(graph_helpers.Trained):
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
-    torch._dynamo.reset()  # which keeps a handful of graphs for all tests together
+    torch._dynamo.reset()  # it keeps only a few graphs for all tests together
     yield
     torch._dynamo.reset()
 
@@ -47,16 +47,16 @@ def vector(tensors):
 
 
 def error(got, want):
-    """Largest difference as a fraction of the largest wanted value."""
+    """Return the largest difference as a fraction of the largest expected value."""
     return ((got - want).abs().max() / want.abs().max().clamp(min=1e-12)).item()
 
 
 def assert_as_equal(graphed, eager, again):
-    """Losses, each gradient and the weights are those of the eager run.
+    """Check that losses, gradients and weights are those of the eager run.
 
-    They differ by no more than two eager runs do, and a margin: attention does not promise equal runs, and of a tapped
-    block autograd adds up three gradients, of a captured one two of them, which bfloat16 makes more of. Memory that is
-    overwritten too early makes errors of the size of the values.
+    They may differ by as much as two eager runs do, plus a margin. Attention is not deterministic, and autograd adds
+    the gradients of a tapped block in another order than a captured block, which bfloat16 amplifies. Memory that is
+    overwritten too early causes errors as large as the values.
     """
     end, start = vector(eager.model.parameters()), vector(eager.start)
     noise, difference = ((vector(run.model.parameters()) - end).norm() for run in (again, graphed))
@@ -77,7 +77,7 @@ def assert_as_equal(graphed, eager, again):
 )
 @pytest.mark.parametrize("kind", ["pretrain", "finetune"])
 def test_ten_updates(kind, backend, compiled, sizes, accum_iter, caplog):
-    """With taps, drop path, mixup, EMA, an evaluation in between, and a batch of another size."""
+    """Check training with taps, drop path, mixup, EMA, an evaluation in between, and a batch of another size."""
     if backend not in ops.BACKENDS:
         pytest.skip(f"this version has no backend {backend}")
     if reason := ops.unavailable(backend):
@@ -92,7 +92,7 @@ def test_ten_updates(kind, backend, compiled, sizes, accum_iter, caplog):
 
 @pytest.mark.parametrize("kind", ["pretrain", "finetune"])
 def test_ddp(kind, tmp_path):
-    """Wrapped before the capture, as the scripts do it, with gradients that are views of its buckets."""
+    """DDP wraps the model before the capture, as in the scripts; gradients are views of its buckets."""
     torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
 
@@ -112,7 +112,7 @@ def test_ddp(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["pretrain", "finetune"])
 def test_memory_does_not_grow(kind):
-    """After the capture each epoch ends with as much in use as the one before."""
+    """After the capture each epoch ends with as much memory in use as the one before."""
     held = []
 
     class Noting(Trained):
@@ -127,7 +127,7 @@ def test_memory_does_not_grow(kind):
 
 
 def test_replays_do_not_wait(monkeypatch):
-    """From the capture on, any wait for the device raises, but where the loop logs."""
+    """After the capture, waits for the device raise an error, except where the loop logs."""
     to_list, capture = torch.Tensor.tolist, cuda_graph.BlockGraphs.capture
     waits = []
 
@@ -153,7 +153,7 @@ def test_replays_do_not_wait(monkeypatch):
 
 @pytest.mark.parametrize("stage", ["rehearsal", "capture"])
 def test_a_block_that_waits(stage, monkeypatch, caplog):
-    """The operator is named before the capture, or the driver refuses; training continues, and memory is freed."""
+    """The message names the operator, or the driver refuses; training continues, and memory is freed."""
     forward = decoder.DecoderBlock.forward
     stream, side = torch.cuda.current_stream(), torch.cuda.Stream()
 
@@ -167,7 +167,7 @@ def test_a_block_that_waits(stage, monkeypatch, caplog):
         x.record_stream(side)
         del x
         torch.cuda.synchronize()
-        torch.empty(1, device="cuda")  # the allocator looks for what it can take back
+        torch.empty(1, device="cuda")  # makes the allocator look for freed memory
         return torch.cuda.memory_stats()["active_bytes.all.current"]
 
     if stage == "capture":
