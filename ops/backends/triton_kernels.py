@@ -16,9 +16,9 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _softplus(x):
-    """log(1 + e^x) as max(x, 0) + log1p(e^-|x|), the logarithm as a polynomial (relative error below 2e-7).
+    """Return log(1 + e^x) as max(x, 0) + log1p(e^-|x|), the logarithm as a polynomial (relative error below 2e-7).
 
-    Fewer instructions than a logarithm, and exact where e^x vanishes beside 1: initial steps are about 0.001.
+    It takes fewer instructions than a logarithm, and is exact where 1 + e^x rounds to 1: initial steps are about 0.001.
     """
     e = tl.exp2(-tl.abs(x) * LOG2_E)
     p = 0.005126102361828089 * e - 0.029074065387248993
@@ -94,7 +94,7 @@ def scan_forward_kernel(
     K: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, T: tl.constexpr,
     ORDERED: tl.constexpr, TRAINS: tl.constexpr,
 ):  # fmt: skip
-    """y and, where it TRAINS, the state before every chunk of tokens; `*_sk, *_sb, *_st` are strides."""
+    """Write y and, where it TRAINS, the state before every chunk of tokens; `*_sk, *_sb, *_st` are strides."""
     k, b, _, block = _program(1, K, WIDTH, BLOCK)
     row = k * batch + b
     n, d = tl.arange(0, N), block * BLOCK + tl.arange(0, BLOCK)
@@ -137,7 +137,7 @@ def scan_backward_kernel(
     K: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, T: tl.constexpr,
     ORDERED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients, T tokens at a time from the last to the first.
+    """Write the gradients, T tokens at a time from the last to the first.
 
     dA (K, B, D, N), dD and dt_dbias (K, B, D) are sums over the tokens of one image; dB and dC (K, B, L, blocks, N)
     over the channels of one program. Where T does not divide the length, the last block repeats the last token with
@@ -226,7 +226,7 @@ def conv_forward_kernel(
     K: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
     AHEAD: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
-    """The convolution after SiLU, one segment of tokens; the last inputs stay in registers.
+    """Write the convolution after SiLU of one segment of tokens; the last inputs stay in registers.
 
     AHEAD tokens are loaded before the first of them is used, because no load is moved across a store later.
     """
@@ -267,9 +267,9 @@ def conv_backward_kernel(
     K: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
     AHEAD: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
-    """dx (K, B, L, D) of each direction, and sums over one segment, (K, B, segments, TAPS + 1, D): dweight, dbias.
+    """Write dx (K, B, L, D) of each direction, and dweight and dbias of each segment: (K, B, segments, TAPS + 1, D).
 
-    Walks back in time, AHEAD tokens at once as the forward pass. A token's dx needs the gradients of the TAPS - 1
+    It walks back in time, AHEAD tokens at once like the forward pass. A token's dx needs the gradients of the TAPS - 1
     tokens after it, so a segment begins with those of the next one.
     """
     segments = tl.cdiv(length, SEGMENT)

@@ -21,7 +21,7 @@ WARPS = 2048  # of the layer norm's backward pass: all run at once from 8.0 on; 
 
 @triton.jit
 def _swiglu_inputs(x, row, column, here, H: tl.constexpr):
-    """Gate and value (rows, columns) float32, and the sigmoid of the gate."""
+    """Return gate and value (rows, columns) float32, and the sigmoid of the gate."""
     gate = tl.load(x + row * (2 * H) + column, mask=here, other=0.0).to(tl.float32)
     value = tl.load(x + row * (2 * H) + H + column, mask=here, other=0.0).to(tl.float32)
     return gate, value, 1.0 / (1.0 + tl.exp2(-gate * LOG2_E))
@@ -29,7 +29,7 @@ def _swiglu_inputs(x, row, column, here, H: tl.constexpr):
 
 @triton.jit
 def _swiglu_block(GROUP: tl.constexpr, H: tl.constexpr, COLUMNS: tl.constexpr):
-    """First row, columns and number of the group of rows of this program."""
+    """Return the first row, the columns and the number of the group of rows of this program."""
     blocks: tl.constexpr = (H + COLUMNS - 1) // COLUMNS
     group = tl.program_id(0) // blocks
     return group * GROUP, tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS), group
@@ -37,7 +37,7 @@ def _swiglu_block(GROUP: tl.constexpr, H: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def swiglu_forward_kernel(x, y, rows, H: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
-    """y = silu(gate) * value; x (rows, 2 H) holds the gates, then the values, y is (rows, H)."""
+    """Write y = silu(gate) * value, (rows, H); x (rows, 2 H) holds the gates, then the values."""
     first, column, _ = _swiglu_block(ROWS, H, COLUMNS)
     row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     here = (row < rows) & (column < H)[None, :]
@@ -49,7 +49,7 @@ def swiglu_forward_kernel(x, y, rows, H: tl.constexpr, COLUMNS: tl.constexpr, RO
 def swiglu_backward_kernel(
     dy, x, dx, sums, rows, H: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr
 ):
-    """dx (rows, 2 H) as x, and its sums over GROUP rows: (groups, 2 H) float32."""
+    """Write dx (rows, 2 H), in the order of x, and its sums over GROUP rows: (groups, 2 H) float32."""
     first, column, group = _swiglu_block(GROUP, H, COLUMNS)
     # One sum for each of ROWS rows: they are added once, at the end, because warps wait for each other in such a sum.
     dgate_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -76,7 +76,7 @@ def norm_forward_kernel(
     h, branch, keep, weight, bias, total, normed, statistics, length, normed_stride,
     C: tl.constexpr, WIDE: tl.constexpr, EPS: tl.constexpr, BRANCH: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """The layer norm of one row of h, or of h + keep * branch, which is then written to `total`."""
+    """Write the layer norm of one row of h, or of h + keep * branch, which goes to `total`."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, WIDE)
     here = c < C
@@ -103,7 +103,7 @@ def norm_backward_kernel(
     C: tl.constexpr, WIDE: tl.constexpr, PROGRAMS: tl.constexpr,
     TOTAL: tl.constexpr, BRANCH: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """dh = dtotal + the layer norm's gradient, dbranch = keep * dh; x is what was normed, h or the total.
+    """Write dh = dtotal + the layer norm's gradient, dbranch = keep * dh; x is the input of the norm: h or the sum.
 
     A program takes every PROGRAMS-th row. Its `sums` (2, C) are the partial gradients of weight and bias.
     """

@@ -1,4 +1,4 @@
-"""The operations of RandAugment as Triton kernels: two launches per layer for a whole batch, equal to Pillow's bytes.
+"""Carry out RandAugment by Triton kernels: two launches per layer for a whole batch, equal to Pillow's bytes.
 
 The first kernel makes a table of 256 values for each image whose operation maps each value by itself; the second
 applies the operations, each program on a block of pixels of one image. The number of launches does not depend on the
@@ -26,13 +26,13 @@ EXACT = {"enable_fp_fusion": False}  # a fused multiply-add rounds once where Pi
 
 @triton.jit
 def _grey(red, green, blue):
-    """Brightness from 0 to 255, int32."""
+    """Return the brightness from 0 to 255, int32."""
     return (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16
 
 
 @triton.jit
 def _blend(first, values, factor):
-    """From `first` at a factor of 0 to `values` at 1 and beyond, int32, in float32; 0 to 255, truncated."""
+    """Return (1 - factor) * first + factor * values, in float32, limited to 0 to 255 and truncated to int32."""
     start = first.to(tl.float32)
     mixed = (values.to(tl.float32) - start) * factor + start
     return tl.minimum(tl.maximum(mixed, 0.0), 255.0).to(tl.int32)
@@ -40,7 +40,7 @@ def _blend(first, values, factor):
 
 @triton.jit
 def _values(image, plane, pixels, here):
-    """The three channels of these pixels, int32."""
+    """Return the three channels of these pixels, int32."""
     red = tl.load(image + pixels, mask=here, other=0).to(tl.int32)
     green = tl.load(image + plane + pixels, mask=here, other=0).to(tl.int32)
     blue = tl.load(image + 2 * plane + pixels, mask=here, other=0).to(tl.int32)
@@ -49,7 +49,7 @@ def _values(image, plane, pixels, here):
 
 @triton.jit(do_not_specialize=["notes_stride"], do_not_specialize_on_alignment=["notes"])
 def tables_kernel(images, notes, tables, plane, notes_stride, READ: tl.constexpr):
-    """The table (256,) uint8 of one channel of one image, if its operation is one; plane = height * width."""
+    """Write the table (256,) uint8 of one channel of one image, if its operation has one; plane = height * width."""
     program = tl.program_id(0).to(tl.int64)
     number, channel = program // 3, program % 3
     image = images + number * 3 * plane
@@ -111,16 +111,16 @@ def _cubic(v0, v1, v2, v3, d):
 
 @triton.jit
 def _tap(image, row, left, k: tl.constexpr, width, here):
-    """The pixel k columns right of `left` in the row that starts at `row`, or the border's; float64."""
+    """Return the pixel k columns right of `left` in the row that starts at `row`, or the border's; float64."""
     column = tl.minimum(tl.maximum(left + k, 0), width - 1)
     return tl.load(image + row + column, mask=here, other=0).to(tl.float64)
 
 
 @triton.jit
 def _warp(image, out, fill, operation, first, second, pixels, here, height, width, plane):
-    """Take each pixel from x = a column + b row + c and y = d column + e row + f, of centres; or from `fill` outside.
+    """Write each pixel from x = a column + b row + c and y = d column + e row + f, of centres; outside it is `fill`.
 
-    The image continues with the pixels of its border, but nothing is taken from points that lie outside.
+    The interpolation repeats the border's pixels outside the image, but points outside get `fill`.
     """
     w, h = tl.cast(width, tl.float64), tl.cast(height, tl.float64)
     one, zero = tl.full([], 1.0, tl.float64), tl.full([], 0.0, tl.float64)
@@ -165,7 +165,7 @@ def _warp(image, out, fill, operation, first, second, pixels, here, height, widt
 
 @triton.jit
 def _smooth(channel, pixels, inner, width):
-    """The mean of 3 x 3 pixels, the middle one 5 times; int32, rounded. No thirteenth lies half way."""
+    """Return the mean of 3 x 3 pixels, the middle one 5 times, rounded to int32; no thirteenth is half way."""
     total = 4 * tl.load(channel + pixels, mask=inner, other=0).to(tl.int32)
     for j in tl.static_range(3):
         for i in tl.static_range(3):
