@@ -229,7 +229,10 @@ def main(args: argparse.Namespace) -> None:
 
     found = None if content is None else Checkpoint(args.resume or args.finetune, content, args.model_key)
     model, val = prepare(args, found, source, device)
-    (evaluate_checkpoint if args.eval else finetune)(args, found, model, val, device, log)
+    if args.eval and found is not None:
+        evaluate_checkpoint(args, found, model, val, device, log)
+    else:
+        finetune(args, found, model, val, device, log)
 
 
 def prepare(
