@@ -179,6 +179,19 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def test_tests_that_the_pages_name_exist():
+    """They may stand without their file; with it, they are in it."""
+    defined = {
+        (file.name, name)
+        for file in (REPOSITORY / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
+    }
+    names = {name for _, name in defined}
+    for page in (REPOSITORY / "docs" / "faults.md", REPOSITORY / "CONTRIBUTING.md"):
+        for file, name in re.findall(r"`(?:[\w/]*/)?(?:(test_\w+\.py): )?(test_\w+)`", page.read_text()):
+            assert (file, name) in defined if file else name in names, f"{page.name}: {file} {name}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
