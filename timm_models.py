@@ -10,12 +10,7 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import is_exportable, to_2tuple, trunc_normal_
-from timm.models import (
-    build_model_with_cfg,
-    generate_default_cfgs,
-    register_model,
-    resolve_pretrained_cfg,
-)
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from util.checkpoints.checkpoint_file import StateDict
@@ -70,10 +65,7 @@ def register(name: str, classifier: Callable[..., nn.Module], check_names: Calla
     """
 
     def create(
-        pretrained: bool = False,
-        pretrained_cfg: Any = None,
-        pretrained_cfg_overlay: dict | None = None,
-        **kwargs: Any,
+        pretrained: bool = False, pretrained_cfg: Any = None, pretrained_cfg_overlay: dict | None = None, **kwargs: Any
     ) -> nn.Module:
         overlay = dict(pretrained_cfg_overlay or {})
         if "img_size" in kwargs:

@@ -387,11 +387,7 @@ def finetune(
 
 
 def start_from(
-    args: argparse.Namespace,
-    found: "Checkpoint",
-    model: "ARMClassifier",
-    names: list[str],
-    log: Log,
+    args: argparse.Namespace, found: "Checkpoint", model: "ARMClassifier", names: list[str], log: Log
 ) -> None:
     """Load the weights of `--finetune`, and say whether its head is kept, which needs the classes of this run.
 
