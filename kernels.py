@@ -16,17 +16,16 @@ LOGGER = logging.getLogger("arm")
 
 def add_arguments(parser: argparse._ActionsContainer) -> None:
     """Add `--cuda_graph`, `--no_cuda_graph` and `--fused_ops`."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--cuda_graph",
         action="store_true",
         default=None,
         help="train with the blocks captured in CUDA graphs, which takes less CPU time (default: where that is "
         "measured to be faster on this GPU)",
     )
-    parser.add_argument(
-        "--no_cuda_graph", action="store_false", dest="cuda_graph", help="launch each kernel separately"
-    )
-    parser.add_argument(
+    add("--no_cuda_graph", action="store_false", dest="cuda_graph", help="launch each kernel separately")
+    add(
         "--fused_ops",
         nargs="+",
         choices=("auto", "all", "none", *fused.FUSED),

@@ -41,38 +41,34 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser; its defaults are the published recipe of the base model."""
     parser = cli.Parser("main_pretrain.py", description=__doc__.splitlines()[0])
     arguments.add_shared_arguments(parser)
-    group = parser.add_argument_group("pretraining")
-    group.add_argument("--cluster_size", type=arguments.side, default=4, help="patches a side (default: %(default)s)")
-    group.add_argument(
-        "--dec_embed_dim", type=arguments.side, help="decoder channels (default: 512; tiny 192, small 384)"
-    )
-    group.add_argument("--dec_depth", type=arguments.few, default=4, help="decoder blocks (default: %(default)s)")
-    group.add_argument(
+    add = parser.add_argument_group("pretraining").add_argument
+    add("--cluster_size", type=arguments.side, default=4, help="patches a side (default: %(default)s)")
+    add("--dec_embed_dim", type=arguments.side, help="decoder channels (default: 512; tiny 192, small 384)")
+    add("--dec_depth", type=arguments.few, default=4, help="decoder blocks (default: %(default)s)")
+    add(
         "--order",
         choices=ORDERS,
         default="row",
         help="of the clusters; random is one permutation for all images, random_per_image one for each image (default: "
         "%(default)s)",
     )
-    group.add_argument(
+    add(
         "--taps",
         choices=TAPS,
         default="even",
         help="which encoder blocks the decoder's blocks read: evenly from the middle to the last, or only the last "
         "(default: %(default)s)",
     )
-    group.add_argument("--norm_pix_loss", action="store_true", help="standardise the target pixels of each patch")
-    group.add_argument(
-        "--no_norm_pix_loss", action="store_false", dest="norm_pix_loss", help="predict pixels as they are (default)"
-    )
-    group.add_argument(
+    add("--norm_pix_loss", action="store_true", help="standardise the target pixels of each patch")
+    add("--no_norm_pix_loss", action="store_false", dest="norm_pix_loss", help="predict pixels as they are (default)")
+    add(
         "--objective",
         choices=tuple(OBJECTIVES),
         default="arm",
         help="arm predicts the next cluster; mae, a baseline, 75 %% of the patches, hidden at random (default: "
         "%(default)s)",
     )
-    group.add_argument(
+    add(
         "--vis_freq",
         type=arguments.natural,
         default=20,

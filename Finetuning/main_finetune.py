@@ -59,79 +59,68 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.Parser("main_finetune.py", description=__doc__.splitlines()[0])
     arguments.add_shared_arguments(parser)
     group = parser.add_argument_group("finetuning")
-    group.add_argument(
+    add = group.add_argument
+    add(
         "--finetune",
         type=arguments.nonempty,
         metavar="FILE",
         help="start from these weights, of pretraining or finetuning: path, URL or hf://OWNER/REPO/FILE",
     )
-    group.add_argument(
-        "--model_key", choices=("model", "model_ema"), help="which weights of --finetune, or to evaluate"
-    )
+    add("--model_key", choices=("model", "model_ema"), help="which weights of --finetune, or to evaluate")
     arguments.add_ignore_keys(group)
-    group.add_argument("--nb_classes", type=arguments.number(int, 1, 10**6), help="number of classes (default: 1000)")
-    group.add_argument(
+    add("--nb_classes", type=arguments.number(int, 1, 10**6), help="number of classes (default: 1000)")
+    add(
         "--global_pool",
         type=arguments.boolean,
         nargs="?",
         const=True,
         help="classify the mean of the patches, or with False the class token (default: True, or what --resume used)",
     )
-    group.add_argument("--cls_token", action="store_false", dest="global_pool", help="the same as --global_pool False")
-    group.add_argument(
+    add("--cls_token", action="store_false", dest="global_pool", help="the same as --global_pool False")
+    add(
         "--directions",
         type=int,
         choices=(4, 1),
         help="scans: rows and columns, forward and backward, or the pretrained one alone (default: 4, or what the "
         "checkpoint has)",
     )
-    group.add_argument(
-        "--drop_path", type=arguments.rate, default=0.1, help="stochastic depth rate (default: %(default)s)"
-    )
-    group.add_argument(
+    add("--drop_path", type=arguments.rate, default=0.1, help="stochastic depth rate (default: %(default)s)")
+    add(
         "--layer_decay",
         type=arguments.number(float, 0, 1, above=True),
         default=0.65,
         help="lr factor per layer (default: %(default)s)",
     )
-    group.add_argument(
-        "--ema_decay", type=arguments.rate, help="also keep a moving average of the weights, with this decay"
-    )
+    add("--ema_decay", type=arguments.rate, help="also keep a moving average of the weights, with this decay")
 
-    group = parser.add_argument_group("augmentation")
-    group.add_argument("--color_jitter", type=arguments.amount, help="strength; only where --aa is none")
-    group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm policy, or none (default: %(default)s)")
-    group.add_argument(
+    add = parser.add_argument_group("augmentation").add_argument
+    add("--color_jitter", type=arguments.amount, help="strength; only where --aa is none")
+    add("--aa", default="rand-m9-mstd0.5-inc1", help="timm policy, or none (default: %(default)s)")
+    add(
         "--smoothing",
         type=arguments.number(float, 0, 0.999),
         default=0.1,
         help="label smoothing (default: %(default)s)",
     )
-    group.add_argument("--reprob", type=arguments.rate, default=0.25, help="random erasing rate (default: %(default)s)")
-    group.add_argument(
+    add("--reprob", type=arguments.rate, default=0.25, help="random erasing rate (default: %(default)s)")
+    add(
         "--remode",
         choices=("const", "rand", "pixel"),
         default="pixel",
         help="random erasing mode (default: %(default)s)",
     )
-    group.add_argument("--recount", type=arguments.few, default=1, help="random erasing count (default: %(default)s)")
-    group.add_argument("--mixup", type=arguments.amount, default=0.0, help="alpha; 0 is off (default: %(default)s)")
-    group.add_argument("--cutmix", type=arguments.amount, default=0.0, help="alpha; 0 is off (default: %(default)s)")
-    group.add_argument("--cutmix_minmax", type=arguments.rate, nargs=2, help="size range of the cut, instead of alpha")
-    group.add_argument(
-        "--mixup_prob", type=arguments.rate, default=1.0, help="rate of mixed batches (default: %(default)s)"
-    )
-    group.add_argument("--mixup_switch_prob", type=arguments.rate, default=0.5, help="rate of cutmix among them")
-    group.add_argument(
-        "--mixup_mode", choices=("batch", "pair", "elem"), default="batch", help="images that share one lambda"
-    )
+    add("--recount", type=arguments.few, default=1, help="random erasing count (default: %(default)s)")
+    add("--mixup", type=arguments.amount, default=0.0, help="alpha; 0 is off (default: %(default)s)")
+    add("--cutmix", type=arguments.amount, default=0.0, help="alpha; 0 is off (default: %(default)s)")
+    add("--cutmix_minmax", type=arguments.rate, nargs=2, help="size range of the cut, instead of alpha")
+    add("--mixup_prob", type=arguments.rate, default=1.0, help="rate of mixed batches (default: %(default)s)")
+    add("--mixup_switch_prob", type=arguments.rate, default=0.5, help="rate of cutmix among them")
+    add("--mixup_mode", choices=("batch", "pair", "elem"), default="batch", help="images that share one lambda")
 
     kernels.add_arguments(parser.add_argument_group("kernels"))
-    group = parser.add_argument_group("evaluation")
-    group.add_argument("--eval", action="store_true", help="only evaluate --resume (or --finetune)")
-    group.add_argument(
-        "--dist_eval", action="store_true", help="each process evaluates a share; the result is the same"
-    )
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval", action="store_true", help="only evaluate --resume (or --finetune)")
+    add("--dist_eval", action="store_true", help="each process evaluates a share; the result is the same")
     arguments.add_eval_arguments(parser)
     parser.set_defaults(epochs=100, recipe_epochs=100, warmup_epochs=5, blr=5e-4, min_lr=1e-6, scale=[0.08, 1.0])
     return parser
