@@ -25,7 +25,7 @@ class CrossAttention(nn.Module):
 
         k, v = self.kv(context).chunk(2, dim=-1)
         q = heads(self.q(queries)).expand(len(context), -1, -1, -1)
-        mask = mask if mask is None else mask.to(q.dtype)
+        mask = None if mask is None else mask.to(q.dtype)
         out = F.scaled_dot_product_attention(q, heads(k), heads(v), attn_mask=mask)
         return self.proj(out.transpose(1, 2).flatten(2))  # (B, heads, m, 64) -> (B, m, C)
 
@@ -81,8 +81,7 @@ def decoder_taps(depth: int, dec_depth: int, kind: str = "even") -> list[int]:
     taps = [round(tap) for tap in taps]
     if len(set(taps)) < dec_depth or taps[0] < 1:
         raise ValueError(
-            f"depth {depth} is too small for {dec_depth} decoder blocks: they would share encoder blocks, which only "
-            "taps 'last' allows"
+            f"depth {depth} is too small for {dec_depth} decoder blocks to differ: only taps 'last' allows it"
         )
     return taps
 
@@ -92,11 +91,4 @@ def init_xavier(module: nn.Module) -> None:
     for m in module.modules():
         if isinstance(m, nn.Linear):
             nn.init.xavier_uniform_(m.weight)
-    zero_bias(module)
-
-
-def zero_bias(module: nn.Module) -> None:
-    """Initialise the biases of all linear layers with zeros."""
-    for m in module.modules():
-        if isinstance(m, nn.Linear):
             nn.init.zeros_(m.bias)

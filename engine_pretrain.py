@@ -14,17 +14,10 @@ from util.training.run import Run
 def train_one_epoch(
     model: nn.Module, loader: DeviceLoader, run: Run, device: torch.device, log: Log
 ) -> dict[str, float]:
-    """Train one epoch on the model's objective, without labels.
-
-    For arguments, result and errors see `util.training.loop.train_epoch`.
-    """
+    """Train one epoch on the model's objective, without labels; see `util.training.loop.train_epoch`."""
     return train_epoch(model, loader, loss_of(model), run, device, log)
 
 
 def loss_of(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     """Return a function that computes the loss () of a batch: images (B, 3, H, W) and labels (B,)."""
-
-    def compute_loss(imgs: Tensor, _: Tensor) -> Tensor:
-        return model(imgs).mean()  # (any shape) -> ()
-
-    return compute_loss
+    return lambda imgs, _: model(imgs).mean()  # (any shape) -> ()

@@ -49,15 +49,13 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--order",
         choices=ORDERS,
         default="row",
-        help="of the clusters; random is one permutation for all images, random_per_image one for each image (default: "
-        "%(default)s)",
+        help="of the clusters; random: one for all images; random_per_image: one for each (default: %(default)s)",
     )
     add(
         "--taps",
         choices=TAPS,
         default="even",
-        help="which encoder blocks the decoder's blocks read: evenly from the middle to the last, or only the last "
-        "(default: %(default)s)",
+        help="encoder blocks that the decoder reads: even: middle to last, or the last (default: %(default)s)",
     )
     add("--norm_pix_loss", action="store_true", help="standardise the target pixels of each patch")
     add("--no_norm_pix_loss", action="store_false", dest="norm_pix_loss", help="predict pixels as they are (default)")
@@ -65,16 +63,14 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--objective",
         choices=tuple(OBJECTIVES),
         default="arm",
-        help="arm predicts the next cluster; mae, a baseline, 75 %% of the patches, hidden at random (default: "
-        "%(default)s)",
+        help="arm predicts the next cluster; mae, a baseline, random 75 %% of the patches (default: %(default)s)",
     )
     add(
         "--vis_freq",
         type=arguments.natural,
         default=20,
         metavar="N",
-        help="epochs between figures of the predictions for four images of val/, or of train/ if there is no val/; "
-        "0 draws none (default: %(default)s)",
+        help="epochs between figures of predictions for four images of val/ or train/; 0: none (default: %(default)s)",
     )
     kernels.add_arguments(parser.add_argument_group("kernels"))
     parser.set_defaults(
@@ -150,10 +146,8 @@ def main(args: argparse.Namespace) -> None:
     )  # fmt: skip
 
     log.say(run.describe(len(dataset), device))
-    target = "normalised pixels" if args.norm_pix_loss else "pixels as they are"
-    log.say(
-        f"objective {args.objective}, {target}, clusters of {args.cluster_size} x {args.cluster_size}, {args.order}"
-    )
+    target, side = "normalised pixels" if args.norm_pix_loss else "pixels as they are", args.cluster_size
+    log.say(f"objective {args.objective}, {target}, clusters of {side} x {side}, {args.order}")
     start, first = time.monotonic(), run.epoch
     with run:
         while run.epoch < args.epochs:
@@ -164,9 +158,8 @@ def main(args: argparse.Namespace) -> None:
             if args.vis_freq and run.epoch % args.vis_freq == 0:
                 with unsharded(model), autocast(device):  # only rank 0 draws
                     figures = [] if shown is None else prediction_figures.draw_sheets(model, shown.to(device))
-                log.images(
-                    epoch, **{f"image_{i}": prediction_figures.pixels(figure) for i, figure in enumerate(figures)}
-                )
+                pixels = {f"image_{i}": prediction_figures.pixels(figure) for i, figure in enumerate(figures)}
+                log.images(epoch, **pixels)
             loader.report(log.say)  # may end the run
             passed = clock(start, run.epoch - first, args.epochs - first)
             log.say(f"epoch {epoch}: loss {stats['train_loss']:.4f}; {passed}")

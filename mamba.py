@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from operator import attrgetter
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,11 +35,9 @@ def scan_orders(grid: tuple[int, int]) -> Tensor:
     middle = rows * columns // 2
     patches = torch.arange(rows * columns, device="cpu")
     patches += patches >= middle  # the class token takes index `middle`
-    row_major = patches
-    column_major = patches.view(rows, columns).t().flatten()  # (rows, columns) -> (columns * rows,)
-    token = torch.tensor([middle], device="cpu")
-    forward = [torch.cat([p[:middle], token, p[middle:]]) for p in (row_major, column_major)]
-    return torch.stack([forward[0], forward[0].flip(0), forward[1], forward[1].flip(0)])
+    token, column_major = patches.new_tensor([middle]), patches.view(rows, columns).t().flatten()  # (columns * rows,)
+    forward = [torch.cat([p[:middle], token, p[middle:]]) for p in (patches, column_major)]
+    return torch.stack([order for tokens in forward for order in (tokens, tokens.flip(0))])
 
 
 MAX_SIZE = 2**31  # some 28 billion parameters; ARM-huge has 24 x 1536^2 = 0.03 x 2^31
@@ -48,9 +46,7 @@ MAX_SIZE = 2**31  # some 28 billion parameters; ARM-huge has 24 x 1536^2 = 0.03 
 def check_size(embed_dim: int, depth: int) -> None:
     """Raise ValueError for a width and depth that exceed any memory."""
     if depth * embed_dim**2 > MAX_SIZE:
-        raise ValueError(
-            f"{depth} blocks of {embed_dim} channels are too many: depth x channels^2 is at most {MAX_SIZE}"
-        )
+        raise ValueError(f"{depth} blocks of {embed_dim} channels are too many: depth x channels^2 exceeds {MAX_SIZE}")
 
 
 def grid_of(img_size: int | tuple[int, int], unit: int, what: str) -> tuple[int, int]:
@@ -281,13 +277,6 @@ def drop_path_factors(rates: Tensor, batch: int) -> Tensor:
     return torch.bernoulli(keep) / keep
 
 
-class HasBuffers(Protocol):
-    """A model with buffers that no state dict holds."""
-
-    def init_non_persistent_buffers(self) -> None:
-        """Compute them."""
-
-
-def fill_buffers(model: HasBuffers, _: object) -> None:
+def fill_buffers(model: Any, _: object) -> None:
     """Compute the buffers that no state dict holds, after loading one: a model built on "meta" has none yet."""
     model.init_non_persistent_buffers()

@@ -19,7 +19,7 @@ from einops import rearrange
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from decoder import DecoderBlock, decoder_taps, init_xavier, zero_bias
+from decoder import DecoderBlock, decoder_taps, init_xavier
 from mamba import ONE_DIRECTION, Block, PatchEmbed, check_size, cluster_order, fill_buffers, grid_of
 from models_classifier import ARMClassifier
 from objectives import OBJECTIVES as OBJECTIVES  # the place to register an objective
@@ -150,11 +150,10 @@ class PretrainModel(nn.Module, ABC):
         if dec_embed_dim % 64 or dec_embed_dim <= 0:
             raise ValueError(f"decoder width {dec_embed_dim} is not a multiple of 64, the width of a head")
         self.patch_size, self.cluster_size, self.norm_pix_loss = patch_size, cluster_size, norm_pix_loss
-        self.embed_dim, self.order = embed_dim, order
+        self.embed_dim, self.dec_depth, self.order = embed_dim, dec_depth, order
         self.grid_size = (clusters[0] * cluster_size, clusters[1] * cluster_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.taps = decoder_taps(depth, dec_depth, taps)
-        self.dec_depth = dec_depth
 
         # Registration order is that of the published code: optimizer states are stored by it.
         self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, self.grid_size), requires_grad=False)
@@ -172,8 +171,8 @@ class PretrainModel(nn.Module, ABC):
         self.ar_pred = nn.Linear(dec_embed_dim, 3 * patch_size**2)
 
         trunc_normal_(self.ar_token, std=0.02)
-        zero_bias(self.enc2dec)
-        zero_bias(self.ar_pred)
+        for layer in (self.enc2dec, self.ar_pred):
+            nn.init.zeros_(layer.bias)
         init_xavier(self.dec_block)
 
     @property
@@ -184,7 +183,7 @@ class PretrainModel(nn.Module, ABC):
     def _new_order(self) -> Tensor | None:
         rows, columns = (side // self.cluster_size for side in self.grid_size)
         order = cluster_order(self.order, (rows, columns))
-        return order if order is None else order.to(self.pos_embed.device)
+        return None if order is None else order.to(self.pos_embed.device)
 
     def init_non_persistent_buffers(self) -> None:
         """Compute the buffers that no state dict holds, on the device of the parameters; needed after `to_empty`.

@@ -85,22 +85,18 @@ def register(name: str, classifier: Callable[..., nn.Module], check_names: Calla
             **kwargs,
         )
 
-    def adapt(state_dict: StateDict, model: "TimmModel") -> StateDict:
+    def adapt(state_dict: StateDict, model: TimmModel) -> StateDict:
         if is_pretrained(state_dict):
             check_names(state_dict)
-        return _adapted(state_dict, model)
+        if "head.weight" in state_dict and len(state_dict["head.weight"]) == model.num_classes:
+            model.pretrained_cfg["num_classes"] = model.num_classes  # timm keeps only a head of that many classes
+        own = model.state_dict()
+        new = {name: own[name] for name in NEW_IN_CLASSIFIER if name in own}
+        return new | pretrain_to_classifier(state_dict, model)
 
     create.__name__ = name
     default_cfgs.update(generate_default_cfgs({name: CONFIG}))
     register_model(create)
-
-
-def _adapted(state_dict: StateDict, model: "TimmModel") -> StateDict:
-    own = model.state_dict()
-    new = {name: own[name] for name in NEW_IN_CLASSIFIER if name in own}
-    if "head.weight" in state_dict and len(state_dict["head.weight"]) == model.num_classes:
-        model.pretrained_cfg["num_classes"] = model.num_classes  # timm keeps only a head of that many classes
-    return new | pretrain_to_classifier(state_dict, model)
 
 
 class TimmModel(nn.Module, ABC):

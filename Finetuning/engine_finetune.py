@@ -1,6 +1,7 @@
 """One epoch of finetuning."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,16 +26,11 @@ def train_one_epoch(
     log: Log,
     mixup: "Mixup | None" = None,
 ) -> dict[str, float]:
-    """Train the classifier on labelled images, and update the EMA of `run` after every update.
-
-    For `criterion` and `mixup` see `loss_of`, for the rest `util.training.loop.train_epoch`.
-    """
-
-    def after_update(skipped: Tensor) -> None:
-        if run.ema is not None:
-            update_ema(run.ema, run.model, skipped)
-
-    return train_epoch(model, loader, loss_of(model, criterion, mixup), run, device, log, after_update)
+    """Train the classifier on labelled images, and update the EMA of `run`: see `loss_of` and `train_epoch`."""
+    compute_loss = loss_of(model, criterion, mixup)
+    if run.ema is None:
+        return train_epoch(model, loader, compute_loss, run, device, log)
+    return train_epoch(model, loader, compute_loss, run, device, log, partial(update_ema, run.ema, run.model))
 
 
 @torch.no_grad()
