@@ -21,8 +21,7 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
         "--cuda_graph",
         action="store_true",
         default=None,
-        help="train with the blocks captured in CUDA graphs, which takes less CPU time (default: where that is "
-        "measured to be faster on this GPU)",
+        help="capture the blocks in CUDA graphs, which takes less CPU time (default: if measured faster on this GPU)",
     )
     add("--no_cuda_graph", action="store_false", dest="cuda_graph", help="launch each kernel separately")
     add(
@@ -69,9 +68,8 @@ def should_compile(asked: bool | None, device: torch.device) -> bool:
 
 def compile_models(args: argparse.Namespace, device: torch.device, *models: nn.Module) -> None:
     """Compile models in place, block by block, if the run is to be compiled."""
-    if should_compile(args.compile, device):
-        for model in models:
-            model.compile(**fused.compile_options())
+    for model in models if should_compile(args.compile, device) else ():
+        model.compile(**fused.compile_options())
 
 
 def block_graphs(args: argparse.Namespace, model: nn.Module) -> BlockGraphs | None:

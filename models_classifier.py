@@ -84,8 +84,7 @@ class ARMClassifier(TimmModel):
         self.head = new_head(embed_dim, num_classes)
         self.layers = nn.ModuleList(Block(embed_dim, depth, names, scan_backend) for _ in range(depth))
         self.norm_f = nn.LayerNorm(embed_dim)
-        order = torch.empty(directions, num_patches + 1, dtype=torch.int64)
-        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("order", torch.empty(directions, num_patches + 1, dtype=torch.int64), persistent=False)
         self.register_buffer("drop_path_rates", torch.empty(depth), persistent=False)
         self.init_non_persistent_buffers()
         self.register_load_state_dict_post_hook(fill_buffers)
@@ -157,7 +156,15 @@ class ARMClassifier(TimmModel):
     def encode(
         self, imgs: Tensor, indices: Collection[int] = (), depth: int | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run the blocks; see `TimmModel.encode`.
+        """Run the blocks.
+
+        Args:
+            imgs: (B, in_chans, H, W).
+            indices: of the blocks whose outputs are returned too, from 0.
+            depth: how many blocks run; None runs all.
+
+        Returns:
+            Tokens (B, M + 1, C) after the last block, and a list of those after each of `indices`.
 
         Raises:
             ValueError: an image size that does not fit; see `for_grid`.
@@ -168,12 +175,9 @@ class ARMClassifier(TimmModel):
         pos_embed, order = self.for_grid(patch_grid((imgs.shape[-2], imgs.shape[-1]), self.patch_size))
         x = self.patch_embed(imgs).flatten(1, 2)  # (B, rows, columns, C) -> (B, M, C)
         h = insert_middle(x, self.cls_token.expand(x.shape[0], -1, -1)) + pos_embed  # (B, M + 1, C)
-        layers = self.layers[:depth]
-        keep: Tensor | None = None
-        if self.training and self.drop_path_rate:
-            keep = drop_path_factors(self.drop_path_rates, len(h))
+        keep = drop_path_factors(self.drop_path_rates, len(h)) if self.training and self.drop_path_rate else None
         outputs = []
-        for i, layer in enumerate(layers):
+        for i, layer in enumerate(self.layers[:depth]):
             factors = None if keep is None else keep[i]  # (2, B, 1, 1)
             if self.grad_checkpointing and torch.is_grad_enabled():
                 h = checkpoint(layer, h, order, factors, use_reentrant=False)

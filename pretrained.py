@@ -10,6 +10,8 @@ from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any
 
+from timm.layers import to_2tuple
+
 import models_arm
 from models_arm import PretrainModel
 from models_classifier import ARMClassifier
@@ -83,8 +85,7 @@ class Checkpoint:
     @property
     def saved_pooling(self) -> bool | str | None:
         """Return `global_pool` of the run that wrote the file, or None if the file does not have it."""
-        saved: dict[str, Any] = inspection.saved_arguments(self.content)
-        return saved.get("global_pool")
+        return inspection.saved_arguments(self.content).get("global_pool")
 
     @property
     def epoch(self) -> int | None:
@@ -95,10 +96,8 @@ class Checkpoint:
     def guesses(self, given: Collection[str] = ()) -> dict[str, str]:
         """Return the arguments that the file does not have, and the value that is assumed for each.
 
-        A file of this code has all arguments; the released code saves only those that it knows.
-
-        Args:
-            given: names of arguments that need no guess.
+        A file of this code has all arguments; the released code saves only those that it knows. Those `given` need no
+        guess.
         """
         saved = inspection.saved_arguments(self.content)
         assumed = {} if self.is_pretraining else {"global_pool": "mean of the patches"}
@@ -123,8 +122,7 @@ class Checkpoint:
         Raises:
             UserError: the decoder is incomplete, or sizes do not fit together.
         """
-        size = overrides.get("img_size") or self.input_size
-        size = (size, size) if isinstance(size, int) else tuple(size)
+        size = to_2tuple(overrides.get("img_size") or self.input_size)
         found: dict[str, Any] = self.sizes | self.options
         if self.is_pretraining:
             found |= SMALLEST_DECODER if encoder else inspection.decoder_sizes(self.state_dict)
@@ -152,9 +150,8 @@ class Checkpoint:
             check_names(self.state_dict)
         if isinstance(model, ARMClassifier):
             return convert.load_into_classifier(self.state_dict, model, inspection.saved_size(self.content), keep_head)
-        state_dict = self.state_dict
+        state_dict = encoder_part(self.state_dict) if encoder else self.state_dict
         if encoder:
-            state_dict = encoder_part(state_dict)
             trained = self.input_size[0] // model.patch_size, self.input_size[1] // model.patch_size
             state_dict["pos_embed"] = resize_pos_embed(state_dict["pos_embed"], trained, model.grid_size)
         convert.load(model, state_dict, set(model.state_dict()) - state_dict.keys() if encoder else set())
@@ -192,12 +189,9 @@ def load(
 ) -> tuple[PretrainModel | ARMClassifier, Checkpoint]:
     """Return the model of a checkpoint, with its weights and in evaluation mode, and the checkpoint.
 
-    Args:
-        name: see `read`.
-        model_key: see `read`.
-        ignore_keys: see `read`.
-        encoder: load only the encoder of a pretraining model, beside the smallest decoder with random weights.
-        **overrides: arguments of the model that replace those found in the file, such as `img_size`, `scan_backend`.
+    For `name`, `model_key` and `ignore_keys` see `read`. With `encoder` only the encoder of a pretraining model is
+    loaded, beside the smallest decoder with random weights. `overrides` replace arguments of the model found in the
+    file, such as `img_size` or `scan_backend`.
 
     Raises:
         UserError: see `read`; or the weights do not fit the model.

@@ -4,8 +4,7 @@ import models_arm  # registers
 model = timm.create_model("arm_base_pz16", num_classes=10, img_size=(224, 192))
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -99,7 +98,7 @@ def register(name: str, classifier: Callable[..., nn.Module], check_names: Calla
     register_model(create)
 
 
-class TimmModel(nn.Module, ABC):
+class TimmModel(nn.Module):
     """The methods that timm calls, for a classifier with `encode` and the attributes below; see `ARMClassifier`."""
 
     embed_dim: int
@@ -113,21 +112,7 @@ class TimmModel(nn.Module, ABC):
     head: nn.Module
     order: Tensor  # (directions, M + 1) int64
     pretrained_cfg: dict[str, Any]  # set by timm
-
-    @abstractmethod
-    def encode(
-        self, imgs: Tensor, indices: Collection[int] = (), depth: int | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Run the blocks.
-
-        Args:
-            imgs: (B, in_chans, H, W).
-            indices: of the blocks whose outputs are returned too, from 0.
-            depth: how many blocks run; None runs all.
-
-        Returns:
-            Tokens (B, M + 1, C) after the last block, and a list of those after each of `indices`.
-        """
+    encode: Callable[..., tuple[Tensor, list[Tensor]]]
 
     @property
     def feature_info(self) -> list[dict]:
@@ -176,8 +161,7 @@ class TimmModel(nn.Module, ABC):
             The indices, from 0; see `forward_intermediates`.
         """
         taken = chosen(len(self.layers), indices)
-        last = max(taken)
-        self.layers = self.layers[: last + 1]
+        self.layers = self.layers[: max(taken) + 1]
         if prune_norm:
             self.norm_f = nn.Identity()
         if prune_head:
@@ -218,8 +202,7 @@ class TimmModel(nn.Module, ABC):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"unknown output_fmt {output_fmt!r}; choose from NCHW, NLC")
         taken = chosen(len(self.layers), indices)
-        last = max(taken)
-        h, states = self.encode(x, taken, last + 1 if stop_early else None)
+        h, states = self.encode(x, taken, max(taken) + 1 if stop_early else None)
         rows = x.shape[-2] // self.patch_size
         intermediates, prefixes = [], []
         for state in states:
@@ -244,20 +227,10 @@ class TimmModel(nn.Module, ABC):
         return_prefix_tokens: bool = False,
         norm: bool = False,
     ) -> Any:
-        """Return the patches after some of the blocks, with the arguments of DINO's method.
+        """Return the intermediates of `forward_intermediates`, with the arguments of DINO's method.
 
-        Args:
-            x: images (B, 3, H, W).
-            n: indices of blocks, or how many of the last ones.
-            reshape: return (B, C, H / p, W / p) instead of (B, M, C).
-            return_prefix_tokens: see `forward_intermediates`.
-            norm: apply `norm_f` to each.
-
-        Returns:
-            One tensor or pair for each block, in the order of the blocks.
-
-        Raises:
-            ValueError: see `forward_intermediates`.
+        `n` are indices of blocks, or how many of the last ones; the patches after each are (B, M, C), or with `reshape`
+        (B, C, H / p, W / p). For the other arguments and errors see `forward_intermediates`.
         """
         output_fmt = "NCHW" if reshape else "NLC"
         return self.forward_intermediates(x, n, return_prefix_tokens, norm, True, output_fmt, intermediates_only=True)

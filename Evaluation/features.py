@@ -38,10 +38,7 @@ BLOCK = 2**24  # bytes that are hashed at a time
 def load_model(args: argparse.Namespace, device: torch.device) -> Model:
     """Load the frozen model of a checkpoint: a classifier, or a pretraining model whose decoder stays random.
 
-    Args:
-        args: `checkpoint`, `model_key`, `ignore_keys`, `input_size` and `scan_backend` are read. `model_key` and
-            `input_size` are set to those of the model, `class_names` to the names of a classifier's outputs.
-        device: of the model.
+    `args.model_key` and `args.input_size` are set to those of the model, `args.class_names` to a classifier's outputs.
 
     Raises:
         UserError: the file is no checkpoint of ARM, or the input size or backend does not fit.
@@ -125,19 +122,9 @@ def features(
     weights, of the images' folder, files and labels, and of all settings that change a value. It ends with a checksum
     of its content, which is checked once, before the file is used.
 
-    Args:
-        args: `cache`, `max_gb`, what `eval_loader` reads, and the settings of the images.
-        model: as `load_model` returns it.
-        dataset: of one split.
-        split: its name, for the file's name.
-        blocks: see `encode`.
-        tokens: return all tokens in float16 instead of pooled features in float32.
-        device: of the model.
-        log: of this rank.
-
     Returns:
-        (n, C) float32 or (n, L, C) float16, and labels (n,) int64, in the order of the data; the label of a broken
-        image is -1. Memory-mapped from the file.
+        Pooled features (n, C) float32, or with `tokens` all tokens (n, L, C) float16, and labels (n,) int64, in the
+        order of the data; the label of a broken image is -1. Memory-mapped from the file.
 
     Raises:
         UserError: the file would be larger than `--max_gb`, cannot be written, or is damaged.
@@ -190,7 +177,7 @@ def features(
         try:
             compute(model, loader, np.lib.format.open_memmap(partial, "r+"), blocks, tokens, device, log, split)
             barrier()
-            digest = digest_of(Path(partial))
+            digest, _ = digest_of(Path(partial))
             on_main(lambda: publish(Path(partial), path, digest))
         except BaseException:
             Path(partial).unlink(missing_ok=True)
@@ -198,47 +185,36 @@ def features(
     with as_user_error(ValueError, OSError, prefix=f"{printable(path)} is damaged, delete it: "):
         if not stat.S_ISREG(path.stat().st_mode):
             raise ValueError("it is no regular file")
-        if partial is None and digest_of(path) != last_bytes(path):
-            raise ValueError("its checksum does not match its content")
+        if partial is None:
+            digest, stored = digest_of(path)
+            if digest != stored:
+                raise ValueError("its checksum does not match its content")
         rows = np.load(path, mmap_mode="c", allow_pickle=False)  # copy on write: torch has no read-only tensors
         if (rows.dtype, rows.shape) != (record, (len(dataset),)):
             raise ValueError(f"it holds {rows.dtype} {rows.shape}, not {record} {(len(dataset),)}")
     return torch.from_numpy(rows["feature"]), torch.from_numpy(rows["label"])
 
 
-def digest_of(path: Path) -> bytes:
-    """Return the SHA-256 of the SHA-256s of a file's blocks, without its last `DIGEST` bytes.
+def digest_of(path: Path) -> tuple[bytes, bytes]:
+    """Return the SHA-256 of the SHA-256s of a file's blocks, without its last `DIGEST` bytes, and these.
 
     Each process hashes some of the blocks: 1.3 GB a second (AMD EPYC, with SHA instructions) of a file in memory.
 
     Raises:
         OSError: the file cannot be read.
     """
-    end = path.stat().st_size - DIGEST
+    end = max(0, path.stat().st_size - DIGEST)
     starts = range(0, end, BLOCK)
     with path.open("rb") as file:
-        own = [
-            hashlib.sha256(os.pread(file.fileno(), min(BLOCK, end - at), at)).digest()
-            for at in starts[rank() :: world_size()]
-        ]
-    shares = gather_late(own)
+        parts = (os.pread(file.fileno(), min(BLOCK, end - at), at) for at in starts[rank() :: world_size()])
+        shares = gather_late([hashlib.sha256(part).digest() for part in parts])
+        stored = os.pread(file.fileno(), DIGEST, end)
     blocks = [shares[i % world_size()][i // world_size()] for i in range(len(starts))]
-    return hashlib.sha256(b"".join(blocks)).digest()
-
-
-def last_bytes(path: Path) -> bytes:
-    """Return the last `DIGEST` bytes of a file."""
-    with path.open("rb") as file:
-        return os.pread(file.fileno(), DIGEST, max(0, path.stat().st_size - DIGEST))
+    return hashlib.sha256(b"".join(blocks)).digest(), stored
 
 
 def publish(partial: Path, path: Path, digest: bytes) -> None:
-    """Write the digest into the last bytes of a complete file and rename the file.
-
-    Args:
-        partial: the file; its last `DIGEST` bytes are free.
-        path: its new name.
-        digest: of all other bytes.
+    """Write the digest into the last bytes of a complete file, `partial`, and rename it to `path`.
 
     Raises:
         UserError: the folder cannot be written.

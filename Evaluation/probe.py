@@ -39,34 +39,25 @@ def get_args_parser() -> argparse.ArgumentParser:
     arguments.add_eval_arguments(parser)
     arguments.add_checkpoint_arguments(parser)
     group = parser.add_argument_group("features")
-    group.add_argument(
-        "--data_path", type=arguments.nonempty, required=True, help="images with train and val, as for training"
-    )
+    add = group.add_argument
+    add("--data_path", type=arguments.nonempty, required=True, help="images with train and val, as for training")
     which = group.add_mutually_exclusive_group()
     which.add_argument("--block", type=arguments.few, metavar="N", help="the output of block N, from 1 (default: last)")
     which.add_argument("--average_last", type=arguments.few, metavar="N", help="the mean of the last N blocks")
-    group.add_argument(
-        "--cache",
-        type=arguments.nonempty,
-        metavar="DIR",
-        help="folder of the features (default: features/ beside CKPT)",
-    )
-    group.add_argument(
+    add("--cache", type=arguments.nonempty, metavar="DIR", help="folder of features (default: features/ beside CKPT)")
+    add(
         "--max_gb",
         type=arguments.amount,
         default=32,
         help="largest file of features; the attentive probe keeps all tokens, in float16 (default: %(default)s)",
     )
     group = parser.add_argument_group("probes")
-    group.add_argument("--probe", nargs="+", choices=tuple(PROBES), default=["knn", "linear"])
-    group.add_argument(
-        "--seeds", type=arguments.few, default=3, help="trained probes of each kind (default: %(default)s)"
-    )
-    group.add_argument("--probe_epochs", type=arguments.positive, default=50, help="(default: %(default)s)")
-    group.add_argument(
-        "--probe_batch_size", type=arguments.number(int, 2, 10**6), default=256, help="(default: %(default)s)"
-    )
-    group.add_argument("--seed", type=arguments.seed_number, default=0, help="(default: %(default)s)")
+    add = group.add_argument
+    add("--probe", nargs="+", choices=tuple(PROBES), default=["knn", "linear"])
+    add("--seeds", type=arguments.few, default=3, help="trained probes of each kind (default: %(default)s)")
+    add("--probe_epochs", type=arguments.positive, default=50, help="(default: %(default)s)")
+    add("--probe_batch_size", type=arguments.number(int, 2, 10**6), default=256, help="(default: %(default)s)")
+    add("--seed", type=arguments.seed_number, default=0, help="(default: %(default)s)")
     for probe in PROBES.values():
         probe.add_arguments(group)
     parser.set_defaults(dist_eval=True)
@@ -87,7 +78,7 @@ def main(args: argparse.Namespace) -> None:
     output = result_file(args, ".probe.json", list)
     model = load_model(args, device)
     torch.set_float32_matmul_precision("highest")  # TF32 would choose other neighbours than a CPU
-    args.cache = beside(args.checkpoint).parent / "features" if args.cache is None else args.cache
+    args.cache = args.cache or beside(args.checkpoint).parent / "features"
     blocks = chosen_blocks(args, len(model.layers))
     probes = [probe for name, probe in PROBES.items() if name in args.probe]
     transform = eval_transform(arguments.image_size(args), args.eval_resize)
@@ -127,7 +118,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def check_images(args: argparse.Namespace, dim: int, labels: dict[str, Tensor], names: list[str]) -> list[str]:
-    """Check that the images are enough for every probe.
+    """Check that the images are enough for every probe of features with `dim` channels.
 
     Args:
         args: of this script.

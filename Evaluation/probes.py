@@ -59,12 +59,7 @@ class Probe:
         """Add the flags of this probe."""
 
     def check(self, args: argparse.Namespace, images: int, dim: int) -> list[str]:
-        """Check the arguments before any work.
-
-        Args:
-            args: of probe.py.
-            images: number of training images that are not broken.
-            dim: channels of the features.
+        """Check the arguments before any work, with the number of intact training images and the features' channels.
 
         Returns:
             Lines that tell the user what differs from the arguments.
@@ -121,11 +116,7 @@ def knn(
 
 
 def possible(ks: list[int], images: int) -> list[int]:
-    """Return the numbers of neighbours that there are enough images for.
-
-    Raises:
-        UserError: there are too few for each of them.
-    """
+    """Return the numbers of neighbours that there are enough images for; raise UserError if there are none."""
     if min(ks) > images:
         raise UserError(f"--k {min(ks)}: there are {images} training images")
     return [k for k in dict.fromkeys(ks) if k <= images]
@@ -138,9 +129,8 @@ class NearestNeighbours(Probe):
 
     def add_arguments(self, group: argparse._ActionsContainer) -> None:
         group.add_argument("--k", type=arguments.positive, nargs="+", default=[10, 20, 100, 200], help="neighbours")
-        group.add_argument(
-            "--temperature", type=arguments.number(float, 1e-6, 1e9), default=0.07, help="of kNN's votes"
-        )
+        temperature = arguments.number(float, 1e-6, 1e9)
+        group.add_argument("--temperature", type=temperature, default=0.07, help="of kNN's votes")
 
     def check(self, args: argparse.Namespace, images: int, dim: int) -> list[str]:
         possible(args.k, images)
@@ -162,8 +152,7 @@ class NearestNeighbours(Probe):
             task.log.say(f"{intact.sum()} training images: larger --k are left out")
         queries, labels = (part[rank() :: world_size()] for part in val)
         labels = labels.masked_fill(~has_direction(queries), -1)
-        rows = []
-        neighbours = train[0][intact], train[1][intact]
+        rows, neighbours = [], (train[0][intact], train[1][intact])
         for k, best in knn(*neighbours, queries, ks, args.temperature, task.classes).items():
             hits = (best == labels[:, None]) & (labels[:, None] >= 0)  # (m, up to 5)
             correct, correct5 = reduce_sum(torch.stack([hits[:, 0].sum(), hits.sum()])).tolist()
@@ -266,18 +255,13 @@ class TrainedProbe(Probe):
         correct, correct5 = (statistics.mean(run[name] for run in runs) for name in ("correct", "correct5"))
         each = [100 * run["correct"] / images for run in runs]
         deviation = statistics.stdev(each) if len(each) > 1 else None
-        row = {"probe": self.name, **accuracy(correct, correct5, images)}
-        return [row | {"acc1_std": deviation, "seeds": runs}]
+        return [{"probe": self.name, **accuracy(correct, correct5, images), "acc1_std": deviation, "seeds": runs}]
 
     def train(self, task: Task, seed: int) -> dict[str, float]:
         """Train a head at each learning rate, choose one on held-out training images, evaluate it.
 
         A tenth of the training images, drawn by the seed, is held out; the seed also draws the initial weights and the
         order of the images. The learning rate falls to 0 along a half-cosine.
-
-        Args:
-            task: of its arguments `seed`, `probe_epochs` and `probe_batch_size` are read, and what `make_head` reads.
-            seed: of this probe.
 
         Returns:
             `correct` and `correct5`: images of `val` whose label is the best, or among the five best; `lr`, the
@@ -298,12 +282,10 @@ class TrainedProbe(Probe):
         steps = len(used) // size  # an epoch
         dim = features.shape[-1]
         model = Heads(dim, [self.make_head(args, dim, task.classes) for _ in self.lrs]).to(device)
-        optimizer = self.make_optimizer(
-            [
-                {"params": list(head.parameters()), "lr_scale": lr * size / 256}
-                for head, lr in zip(model.heads, self.lrs, strict=True)
-            ]
-        )
+        parameters = ([*head.parameters()] for head in model.heads)
+        rates = [lr * size / 256 for lr in self.lrs]
+        groups = [{"params": own, "lr_scale": rate} for own, rate in zip(parameters, rates, strict=True)]
+        optimizer = self.make_optimizer(groups)
         for epoch in range(args.probe_epochs):
             for step, index in enumerate(used[torch.randperm(len(used), generator=order)].split(size)[:steps]):
                 set_lr(optimizer, lr_at(epoch + step / steps, 1, 0, 0, args.probe_epochs))
@@ -356,9 +338,7 @@ class AttentiveProbe(TrainedProbe):
     """Attention pooling of all tokens and a linear layer."""
 
     def add_arguments(self, group: argparse._ActionsContainer) -> None:
-        group.add_argument(
-            "--attn_heads", type=arguments.side, help="of the attentive probe (default: 64 channels each)"
-        )
+        group.add_argument("--attn_heads", type=arguments.side, help="attentive probe (default: 64 channels each)")
 
     def check(self, args: argparse.Namespace, images: int, dim: int) -> list[str]:
         if dim % attention_heads(args, dim):

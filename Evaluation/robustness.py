@@ -37,7 +37,7 @@ from util.data.readers import Folder
 from util.data.transforms import eval_transform
 from util.distributed.processes import init_device
 from util.errors import UserError, as_user_error
-from util.files import printable
+from util.files import printable, some
 from util.tracking.run_log import open_log
 from util.training.evaluation import evaluate, score_labels
 
@@ -89,9 +89,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     arguments.add_machine_arguments(parser)
     arguments.add_eval_arguments(parser)
     arguments.add_checkpoint_arguments(parser)
-    parser.add_argument(
-        "--data", type=named_path, nargs="+", required=True, metavar="SET=FOLDER", help=f"any of {', '.join(SETS)}"
-    )
+    sets = f"any of {', '.join(SETS)}"
+    parser.add_argument("--data", type=named_path, nargs="+", required=True, metavar="SET=FOLDER", help=sets)
     parser.set_defaults(dist_eval=True)
     return parser
 
@@ -108,14 +107,13 @@ def parts_of(name: str, path: Path) -> dict[str, Part]:
     synsets = timm_list("imagenet_synsets.txt")
     if name == "c":
         folders = {f"{c} {s}": path / c / str(s) for c in ALEXNET for s in SEVERITIES}
-        missing = [str(folder) for folder in folders.values() if not folder.is_dir()]
-        if missing:
+        if missing := [str(folder) for folder in folders.values() if not folder.is_dir()]:
             raise UserError(f"--data c={path}: {len(missing)} folders are missing: {', '.join(missing[:3])}")
         return {title: Part(labelled(folder, synsets), score_labels) for title, folder in folders.items()}
     if name in ("imagenet-a", "imagenet-r"):
         subset = timm_list(f"{name.replace('-', '_')}_synsets.txt")
         columns = [synsets.index(synset) for synset in subset]
-        return {name: Part(labelled(path, subset), partial(score_columns, columns))}
+        return {name: Part(labelled(path, subset), lambda logits, labels: score_labels(logits[:, columns], labels))}
     if name == "real":
         return {name: real_labelled(path, timm_list("imagenet_real_labels.json"))}
     return {name: Part(labelled(path, [str(n) for n in range(1000)] if name == "v2" else synsets), score_labels)}
@@ -128,8 +126,7 @@ def labelled(path: Path, names: list[str]) -> Folder:
         UserError: there are no images, or a class that is not in `names`.
     """
     source = Folder(str(path), "")
-    unknown = sorted(set(source.classes) - set(names))
-    if unknown:
+    if unknown := sorted(set(source.classes) - set(names)):
         raise UserError(f"{path}: {len(unknown)} folders are no class of this set: {', '.join(unknown[:3])}")
     source.labels = np.array([names.index(name) for name in source.classes])[source.labels]
     return source
@@ -138,9 +135,7 @@ def labelled(path: Path, names: list[str]) -> Folder:
 def real_labelled(path: Path, real: list[list[int]]) -> Part:
     """Return ImageNet's validation images without those that have no ReaL label (Beyer et al. 2020).
 
-    Args:
-        path: folder with one folder a class.
-        real: right classes of each of the 50,000 images, by its number.
+    `real` holds the right classes of each of the 50,000 images, by its number.
 
     Raises:
         UserError: the name of a file does not hold its number, or no image has a label.
@@ -161,11 +156,6 @@ def real_labelled(path: Path, real: list[list[int]]) -> Part:
     source.paths, source.labels = source.paths[kept], numbers[kept]
     classes = pad_sequence([torch.tensor(own or [-1]) for own in real], batch_first=True, padding_value=-1)
     return Part(source, partial(score_sets, classes), len(numbers) - len(kept))
-
-
-def score_columns(columns: list[int], logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Score predictions among some of the classes; labels are positions in `columns`. See `evaluate`."""
-    return score_labels(logits[:, columns], labels)
 
 
 def score_sets(classes: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,12 +181,11 @@ def result_of(name: str, results: dict[str, dict]) -> dict:
         (result,) = results.values()
         correct, correct5 = (result[key] * result["images"] / 100 for key in ("acc1", "acc5"))
         return result | accuracy(correct, correct5, result["images"])
-    counts = {kind: sum(result.get(kind, 0) for result in results.values()) for kind in UNANSWERED}
+    counts = {kind: sum(result.get(kind, 0) for result in results.values()) for kind in ("images", *UNANSWERED)}
     acc1 = {c: [results[f"{c} {s}"]["acc1"] for s in SEVERITIES] for c in ALEXNET}
     return {
         "acc1": float(np.mean(list(acc1.values()))),
         "acc5": float(np.mean([result["acc5"] for result in results.values()])),
-        "images": sum(result["images"] for result in results.values()),
         **{kind: count for kind, count in counts.items() if count},
         "mce": float(np.mean([100 * (100 - np.mean(acc1[c])) / ALEXNET[c] for c in ALEXNET])),
         "parts": results,
@@ -225,10 +214,10 @@ def main(args: argparse.Namespace) -> None:
     else:
         log.say(f"{args.checkpoint} does not name its classes: ImageNet's in the order of their synsets are assumed")
     sets = {name: parts_of(name, path) for name, path in args.data}
+    rows = {}
     for name, path in args.data:
         for line in left_out(name, path, sets[name]):
             log.say(f"{name}: {line}")
-    rows = {}
     for name, parts in sets.items():
         # images of c are stored cropped
         transform = eval_transform(arguments.image_size(args), args.eval_resize, 1.0 if name == "c" else None)
@@ -246,33 +235,20 @@ def main(args: argparse.Namespace) -> None:
 
 
 def sort_outputs(model: ARMClassifier, names: list[str], synsets: list[str], owner: str) -> None:
-    """Sort the outputs of a classifier as the synsets.
-
-    Args:
-        model: its head is changed in place.
-        names: of its classes, by output.
-        synsets: the same names in another order.
-        owner: the checkpoint, for messages.
+    """Sort the outputs of a classifier, `names`, as the synsets; its head is changed in place.
 
     Raises:
-        UserError: the names are not the synsets.
+        UserError: the names are not the synsets; it says that `owner`, the checkpoint, has others.
     """
-    other = sorted(set(names) ^ set(synsets))
-    if other or len(names) != len(synsets):
-        raise UserError(f"{owner} has other classes than ImageNet's synsets: {', '.join(map(printable, other[:5]))}")
+    if (other := sorted(set(names) ^ set(synsets))) or len(names) != len(synsets):
+        raise UserError(f"{owner} has other classes than ImageNet's synsets: {some(other)}")
     order = [names.index(synset) for synset in synsets]
     for parameter in model.head.parameters():
         parameter.copy_(parameter[order])
 
 
 def left_out(name: str, path: Path, parts: dict[str, Part]) -> list[str]:
-    """Return lines that count what is not evaluated of a set: classes without images, other files and folders.
-
-    Args:
-        name: of the set.
-        path: its folder.
-        parts: as `parts_of` returns them.
-    """
+    """Return lines that count what is not evaluated of a set: classes without images, other files and folders."""
     if name == "real":
         (part,) = parts.values()
         return [f"{part.unlabelled} images without a ReaL label are left out"] * bool(part.unlabelled)
@@ -286,8 +262,7 @@ def left_out(name: str, path: Path, parts: dict[str, Part]) -> list[str]:
         other = [f"{p.parent.name}/{p.name}" for c in used for p in (path / c).iterdir() if p.name not in used[c]]
         other += [p.name for p in path.iterdir() if p.name not in used]
         if other:
-            named = ", ".join(map(printable, sorted(other)[:5]))
-            lines.append(f"{len(other)} files or folders are no part of mCE and left out: {named}")
+            lines.append(f"{len(other)} files or folders are no part of mCE and left out: {some(sorted(other))}")
     return lines
 
 

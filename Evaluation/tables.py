@@ -36,12 +36,9 @@ def table(*rows: list) -> str:
 
 
 def result_file(args: argparse.Namespace, suffix: str, results: type) -> Path:
-    """Return the path of a result's JSON file: `--output`, or beside the checkpoint; see `output_file`.
+    """Return the path of a result's JSON file: `--output`, or the checkpoint's with another suffix; see `output_file`.
 
-    Args:
-        args: `output` and `checkpoint` are read.
-        suffix: of the default, instead of the checkpoint's.
-        results: type of "results" in an earlier file of this kind.
+    An earlier file there, whose "results" have the type `results`, is overwritten.
 
     Raises:
         UserError: the file cannot be written, or one of another kind is there.

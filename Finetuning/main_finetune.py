@@ -20,20 +20,28 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from timm.data import Mixup
+from timm.layers import trunc_normal_
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
 from torch import nn
 
 import kernels
+import models_arm
+import pretrained
 from Finetuning.engine_finetune import train_one_epoch
 from ops import BackendUnavailable
+from pretrained import Checkpoint
 from util import arguments, cli
 from util.checkpoints import checkpoint_file
 from util.data.class_names import differing, known_names, match_classes, names_by_output
-from util.data.readers import Source, open_source
+from util.data.datasets import ImageDataset, image_dataset
+from util.data.loaders import eval_loader, train_loader
+from util.data.transforms import eval_transform, finetune_transform
 from util.distributed.parallel import distribute
 from util.distributed.processes import init_device
 from util.errors import UserError, as_user_error
@@ -43,15 +51,6 @@ from util.seeding import seed_everything
 from util.tracking.run_log import Log, clock, open_log
 from util.training.evaluation import describe_result, evaluate
 from util.training.run import Run, fingerprint, starting_point
-
-if TYPE_CHECKING:
-    from timm.data import Mixup
-
-    from models_classifier import ARMClassifier
-    from pretrained import Checkpoint
-    from util.data.datasets import ImageDataset
-
-# timm, torchvision and the models are imported after the checks, so that --help and mistakes take half of the time.
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -81,8 +80,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--directions",
         type=int,
         choices=(4, 1),
-        help="scans: rows and columns, forward and backward, or the pretrained one alone (default: 4, or what the "
-        "checkpoint has)",
+        help="scans: rows and columns, forward and backward, or the pretrained one (default: 4, or the checkpoint's)",
     )
     add("--drop_path", type=arguments.rate, default=0.1, help="stochastic depth rate (default: %(default)s)")
     add(
@@ -96,18 +94,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("augmentation").add_argument
     add("--color_jitter", type=arguments.amount, help="strength; only where --aa is none")
     add("--aa", default="rand-m9-mstd0.5-inc1", help="timm policy, or none (default: %(default)s)")
-    add(
-        "--smoothing",
-        type=arguments.number(float, 0, 0.999),
-        default=0.1,
-        help="label smoothing (default: %(default)s)",
-    )
+    add("--smoothing", type=arguments.number(float, 0, 0.999), default=0.1, help="of the labels (default: %(default)s)")
     add("--reprob", type=arguments.rate, default=0.25, help="random erasing rate (default: %(default)s)")
     add(
         "--remode",
         choices=("const", "rand", "pixel"),
         default="pixel",
-        help="random erasing mode (default: %(default)s)",
+        help="random erasing fill (default: %(default)s)",
     )
     add("--recount", type=arguments.few, default=1, help="random erasing count (default: %(default)s)")
     add("--mixup", type=arguments.amount, default=0.0, help="alpha; 0 is off (default: %(default)s)")
@@ -126,23 +119,17 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_classifier(args: argparse.Namespace, found: "Checkpoint | None") -> "ARMClassifier":
-    """Build the classifier that the command line and the checkpoint describe, with random weights.
+def build_classifier(args: argparse.Namespace, found: Checkpoint | None) -> models_arm.ARMClassifier:
+    """Build the classifier that the command line and the checkpoint to start from describe, with random weights.
 
     The command line comes first, then the checkpoint: width, depth, patch size and directions; for evaluation also
     input size and classes; for evaluation and resuming the pooling. The default is base at 224 pixels with 1000
     classes and global pooling. `args` is set to the values of the model.
 
-    Args:
-        args: of the script.
-        found: the checkpoint to evaluate, resume or finetune from.
-
     Raises:
         UserError: sizes do not fit together; the checkpoint is of pretraining, for evaluation or resuming; or the
             pooling differs from the checkpoint's and `args.allow_changed_args` is not set.
     """
-    from models_arm import create_classifier
-
     sizes: dict[str, object] = {}
     trained = None  # pooling of the run that is evaluated or resumed
     if found is not None:
@@ -151,10 +138,10 @@ def build_classifier(args: argparse.Namespace, found: "Checkpoint | None") -> "A
                 raise UserError(f"{found.name} comes from pretraining: --finetune it first")
             trained = found.saved_pooling
         sizes |= found.sizes
-        if args.directions not in (None, sizes.get("directions", args.directions)):
+        saved = sizes.get("directions", args.directions)
+        if args.directions not in (None, saved):
             raise UserError(
-                f"{found.name} has weights for {sizes['directions']} directions, which --directions {args.directions} "
-                "cannot take"
+                f"{found.name} has weights for {saved} directions, which --directions {args.directions} cannot take"
             )
         if args.model is not None:
             del sizes["embed_dim"], sizes["depth"]
@@ -175,7 +162,7 @@ def build_classifier(args: argparse.Namespace, found: "Checkpoint | None") -> "A
             "model; --allow_changed_args allows it"
         )
     with as_user_error(ValueError, BackendUnavailable):
-        model = create_classifier(
+        model = models_arm.create_classifier(
             args.model or "arm_base_pz16",
             drop_path_rate=args.drop_path,
             global_pool=args.global_pool,
@@ -202,72 +189,45 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--eval needs a checkpoint: --resume FILE")
     device = init_device(args.device, args.dist_timeout, args.deterministic)
     seed_everything(args.seed)
-    content: dict | None
     if args.eval:
-        log, content = open_log(), checkpoint_file.read(args.resume or args.finetune, args.ignore_keys)
-    else:
-        folders = arguments.output_folders(args)
-        log = open_log(folders, tracker=args.tracker)
-        content = starting_point(args, folders[0], log.say)
-        if content is None and args.finetune:
-            content = checkpoint_file.read(args.finetune, args.ignore_keys)
-            args.model_key = checkpoint_file.chosen_key(content, args.model_key)
-    source = open_source(args.data_path, "val")
-
-    from pretrained import Checkpoint
-
-    found = None if content is None else Checkpoint(args.resume or args.finetune, content, args.model_key)
-    model, val = prepare(args, found, source, device)
-    if args.eval and found is not None:
-        evaluate_checkpoint(args, found, model, val, device, log)
-    else:
-        finetune(args, found, model, val, device, log)
+        file = args.resume or args.finetune
+        found = Checkpoint(file, checkpoint_file.read(file, args.ignore_keys), args.model_key)
+        evaluate_checkpoint(args, found, *prepare(args, found, device), device, open_log())
+        return
+    folders = arguments.output_folders(args)
+    log = open_log(folders, tracker=args.tracker)
+    content = starting_point(args, folders[0], log.say)
+    start = None if content is None else Checkpoint(args.resume, content)
+    if content is None and args.finetune:
+        start = pretrained.read(args.finetune, args.model_key, args.ignore_keys)
+    finetune(args, start, *prepare(args, start, device), device, log)
 
 
 def prepare(
-    args: argparse.Namespace, found: "Checkpoint | None", source: Source, device: torch.device
-) -> "tuple[ARMClassifier, ImageDataset]":
+    args: argparse.Namespace, found: Checkpoint | None, device: torch.device
+) -> tuple[models_arm.ARMClassifier, ImageDataset]:
     """Return the classifier, with random weights, and the images to validate; choose the kernels.
 
     Raises:
-        UserError: see `build_classifier`; or the kernels are not there.
+        UserError: see `build_classifier`; or the images or the kernels are not there.
     """
-    from util.data.datasets import ImageDataset, pixels_by
-    from util.data.transforms import eval_transform
-
     if found is not None:
         new = set() if args.resume or args.eval else {"global_pool"}
         found.say_guesses(new | arguments.given(args, "global_pool", "input_size").keys())
     model = build_classifier(args, found)
     transform = eval_transform(arguments.image_size(args), args.eval_resize)
-    val = ImageDataset(source, pixels_by(args.eval_loader, transform))
-    kernels.choose(args, device, model.embed_dim, idle_operators(args))
+    val = image_dataset(args.data_path, "val", transform, args.eval_loader)
+    idle = {"augment": "it carries out RandAugment on the training device: --aa rand..., --loader fast"}
+    augments = not args.eval and args.loader != "pil" and (args.aa or "").startswith("rand")
+    kernels.choose(args, device, model.embed_dim, {} if augments else idle)
     return model, val
-
-
-def idle_operators(args: argparse.Namespace) -> dict[str, str]:
-    """Return the fused operators that this run does not use, and why."""
-    if args.eval or args.loader == "pil" or not (args.aa or "").startswith("rand"):
-        return {"augment": "it carries out RandAugment on the training device: --aa rand..., --loader fast"}
-    return {}
-
-
-def check_labels(dataset: "ImageDataset", nb_classes: int) -> None:
-    """Make sure that every label has an output of the classifier.
-
-    Raises:
-        UserError: there are more classes than outputs.
-    """
-    source = dataset.source
-    if len(source.classes) > nb_classes:
-        raise UserError(f"{source.root} has {len(source.classes)} classes, the classifier {nb_classes}: --nb_classes")
 
 
 def evaluate_checkpoint(
     args: argparse.Namespace,
-    found: "Checkpoint",
-    model: "ARMClassifier",
-    val: "ImageDataset",
+    found: Checkpoint,
+    model: models_arm.ARMClassifier,
+    val: ImageDataset,
     device: torch.device,
     log: Log,
 ) -> None:
@@ -276,9 +236,6 @@ def evaluate_checkpoint(
     Raises:
         UserError: the checkpoint does not fit the model, or val has classes that it does not know.
     """
-    from pretrained import Checkpoint
-    from util.data.loaders import eval_loader
-
     keys = [args.model_key] if args.model_key else checkpoint_file.weight_keys(found.content)
     loader = eval_loader(val, args, device)
     model.to(device)
@@ -302,9 +259,9 @@ def evaluate_checkpoint(
 
 def finetune(
     args: argparse.Namespace,
-    found: "Checkpoint | None",
-    model: "ARMClassifier",
-    val: "ImageDataset",
+    found: Checkpoint | None,
+    model: models_arm.ARMClassifier,
+    val: ImageDataset,
     device: torch.device,
     log: Log,
 ) -> None:
@@ -313,21 +270,17 @@ def finetune(
     Raises:
         UserError: arguments, checkpoint or data do not fit; no training has started then.
     """
-    from timm.utils import ModelEmaV3
-
-    from util.data.datasets import image_dataset
-    from util.data.loaders import eval_loader, train_loader
-    from util.data.transforms import finetune_transform
-
     with as_user_error(AssertionError, ValueError, KeyError, prefix=f"--aa {args.aa}: "):
         transform = finetune_transform(arguments.image_size(args), args)
     train = image_dataset(args.data_path, "train", transform, args.loader)
     kernels.fuse_augmentation(train.transform)
-    check_labels(train, args.nb_classes)
-    for line in match_classes(val.source, train.source.classes, train.source.root):
+    source, classes = train.source, train.source.classes
+    if len(classes) > args.nb_classes:
+        raise UserError(f"{source.root} has {len(classes)} classes, the classifier {args.nb_classes}: --nb_classes")
+    for line in match_classes(val.source, classes, source.root):
         log.say(line)
-    names = names_by_output(train.source, args.nb_classes)
-    args.data = fingerprint(train.source)
+    names = names_by_output(source, args.nb_classes)
+    args.data = fingerprint(source)
     if mixes(args) and args.batch_size % 2:
         raise UserError(f"--batch_size {args.batch_size}: mixup and cutmix pair images and need an even batch")
     for side in args.input_size if args.cutmix_minmax else ():
@@ -335,8 +288,8 @@ def finetune(
         if low >= high:
             raise UserError(f"--cutmix_minmax: of {side} pixels that is from {low} to below {high}, which is nothing")
     loader, val_loader = train_loader(train, args, device), eval_loader(val, args, device)
-    if len(train.source.classes) < args.nb_classes:
-        log.say(f"{len(train.source.classes)} classes, and {args.nb_classes} outputs: --nb_classes")
+    if len(classes) < args.nb_classes:
+        log.say(f"{len(classes)} classes, and {args.nb_classes} outputs: --nb_classes")
     if found is not None and not args.resume:
         start_from(args, found, model, names, log)
     model.to(device)
@@ -376,22 +329,12 @@ def finetune(
 
 
 def start_from(
-    args: argparse.Namespace, found: "Checkpoint", model: "ARMClassifier", names: list[str], log: Log
+    args: argparse.Namespace, found: Checkpoint, model: models_arm.ARMClassifier, names: list[str], log: Log
 ) -> None:
     """Load the weights of `--finetune`, and say whether its head is kept, which needs the classes of this run.
 
-    Args:
-        args: of the script.
-        found: the checkpoint of `--finetune`.
-        model: its weights are set.
-        names: of this run's classes, by output.
-        log: of this rank.
-
-    Raises:
-        UserError: the checkpoint does not fit the model.
+    `names` are those of this run's classes, by output. Raises UserError if the checkpoint does not fit the model.
     """
-    from timm.layers import trunc_normal_
-
     file, saved = found.name, found.class_names
     fits = found.load_into(model, keep_head=False)
     others = differing(saved, names)
@@ -416,23 +359,12 @@ def mixes(args: argparse.Namespace) -> bool:
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
-def training_loss(args: argparse.Namespace) -> "tuple[Mixup | None, nn.Module]":
+def training_loss(args: argparse.Namespace) -> tuple[Mixup | None, nn.Module]:
     """Return (mixup or None, criterion)."""
-    from timm.data import Mixup
-    from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-
     if not mixes(args):
         return None, LabelSmoothingCrossEntropy(args.smoothing)
-    mixup = Mixup(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        cutmix_minmax=args.cutmix_minmax,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        label_smoothing=args.smoothing,
-        num_classes=args.nb_classes,
-    )
+    alphas, probs = (args.mixup, args.cutmix, args.cutmix_minmax), (args.mixup_prob, args.mixup_switch_prob)
+    mixup = Mixup(*alphas, *probs, args.mixup_mode, label_smoothing=args.smoothing, num_classes=args.nb_classes)
     return mixup, SoftTargetCrossEntropy()
 
 

@@ -94,12 +94,7 @@ def load(args: argparse.Namespace) -> tuple[Model, dict]:
 
 
 def describe(found: Checkpoint, encoder: bool) -> dict:
-    """Return what timm's config.json says of a model, and the further options of a pretraining model (`switches`).
-
-    Args:
-        found: the checkpoint.
-        encoder: the head is left out.
-    """
+    """Return what timm's config.json says of a model, and the further options of a pretraining model (`switches`)."""
     sizes: dict = found.sizes | {"img_size": found.input_size}
     same = (n for n, s in models_arm.SIZES.items() if all(s[k] == sizes[k] for k in ("embed_dim", "depth")))
     about: dict = {"architecture": next(same, "arm_base_pz16"), "weights": found.key}
@@ -130,24 +125,16 @@ def build(about: dict) -> Model:
     return models_arm.create_pretrain_model(about["architecture"], **sizes).eval()
 
 
-def files_of(description: Path) -> dict[str, str]:
-    """Return the files that earlier exports with this JSON file have written: SHA-256 by name."""
-    files = cast(dict, read_json(description)).get("files", {}) if description.is_file() else {}
-    return files if isinstance(files, dict) else {}
-
-
 # Each function of WRITERS writes a file, reads it, and returns its computation: images (B, 3, H, W) -> outputs.
 
 
 def to_safetensors(module: nn.Module, about: dict, imgs: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
     """Write the weights, with the options that `checkpoint_file.read` needs in the file's metadata."""
-    sizes: dict = about["model_args"]
-    switches: dict = about.get("switches", {})
+    sizes, switches = about["model_args"], about.get("switches", {})
     known = {"input_size": sizes["img_size"], "global_pool": sizes.get("global_pool") == "avg", **switches}
     if "label_names" in about:
         known["class_names"] = about["label_names"]
-    model = module.model if isinstance(module, Encoder) else module
-    state_dict = model.state_dict()
+    state_dict = (module.model if isinstance(module, Encoder) else module).state_dict()
     if "switches" in about:
         state_dict = encoder_part(state_dict)
     path.write_bytes(safetensors.torch.save(state_dict, {"format": "pt", checkpoint_file.METADATA: json.dumps(known)}))
@@ -201,8 +188,7 @@ def main(args: argparse.Namespace) -> None:
         UserError: the checkpoint or the output file does not fit, or a package is missing.
         RunError: the file computes something else, or cannot be written; no file is left then.
     """
-    missing = [name for name in ONNX_NEEDS if find_spec(name) is None] if args.to == "onnx" else []
-    if missing:
+    if missing := [name for name in ONNX_NEEDS if args.to == "onnx" and find_spec(name) is None]:
         raise UserError(f"--to onnx needs {', '.join(missing)}: pip install {' '.join(missing)}")
     source = beside(args.checkpoint)
     with as_user_error(ValueError, prefix=f"{printable(args.checkpoint)} names no file: "):
@@ -211,11 +197,14 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--output {printable(output)}: a file of --to {args.to} ends in .{args.to}")
     with as_user_error(OSError, prefix=f"--output {printable(output)}: "):
         if not output.parent.is_dir():
-            raise UserError(f"--output {printable(output)}: {printable(output.parent)} is no folder")
+            raise OSError(f"{printable(output.parent)} is no folder")
     with as_user_error(UnicodeEncodeError, prefix=f"--output {printable(output)}: the name is not UTF-8: "):
         str(output.resolve()).encode()  # the libraries that write and read the file accept no other
     description = output_file(output.with_suffix(".json"), DESCRIPTION, source)
-    known = files_of(description)
+    earlier = cast(dict, read_json(description)).get("files") if description.is_file() else None
+    known = (
+        earlier if isinstance(earlier, dict) else {}
+    )  # files of earlier exports with this JSON file: SHA-256 by name
     for file in (output, *[output.with_name(f"{output.name}.data")] * (args.to == "onnx")):
         output_file(file, lambda path: path.name in known and known[path.name] == sha256_of(path), source)
     start = time.monotonic()

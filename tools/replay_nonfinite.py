@@ -77,37 +77,32 @@ def broken_modules(model: nn.Module) -> list[str]:
 def read_update(path: Path, size: tuple[int, int], classes: int | None) -> dict:
     """Read the batches of one process: `epoch`, `first` (number of the first batch in the epoch) and `batches`.
 
-    Args:
-        path: of the file.
-        size: height and width of the model's input.
-        classes: number of outputs of a classifier, which labels are below; None allows any label.
+    `size` is height and width of the model's input, `classes` the number of outputs of a classifier.
 
     Raises:
         UserError: the file is damaged or holds something else.
     """
     update = checkpoint_file.read(path)
-    for name in ("epoch", "first"):
-        if type(update.get(name)) is not int or not 0 <= update[name] < 2**63:
-            raise UserError(f"{printable(path)} is damaged: it has no number {name}")
-    batches = update.get("batches")
-    if not isinstance(batches, list) or not batches:
-        raise UserError(f"{printable(path)} is damaged: it has no batches")
-    for batch in batches:
-        fits = (
-            isinstance(batch, list)
-            and len(batch) == 2
-            and all(isinstance(tensor, Tensor) for tensor in batch)
-            and batch[0].shape == (len(batch[1]) if batch[1].ndim else -1, 3, *size)
-            and batch[0].is_floating_point()
-            and batch[1].dtype == torch.int64
-            and batch[1].ndim == 1
-            and (classes is None or (len(batch[1]) > 0 and batch[1].min() >= 0 and batch[1].max() < classes))
-        )
-        if not fits:
-            raise UserError(
-                f"{printable(path)} is damaged: a batch is no pair of images of {size[0]} x {size[1]} pixels and labels"
-            )
+    with as_user_error(ValueError, prefix=f"{printable(path)} is damaged: "):
+        for name in ("epoch", "first"):
+            if not inspection.is_integer(update.get(name)):
+                raise ValueError(f"it has no number {name}")
+        if not isinstance(update.get("batches"), list) or not update["batches"]:
+            raise ValueError("it has no batches")
+        if not all(is_batch(batch, size, classes) for batch in update["batches"]):
+            raise ValueError(f"a batch is no pair of images of {size[0]} x {size[1]} pixels and labels")
     return update
+
+
+def is_batch(batch: object, size: tuple[int, int], classes: int | None) -> bool:
+    """Return whether a saved batch is a list of images (B, 3, *size) and labels (B,) int64, for a model as above."""
+    if not isinstance(batch, list) or len(batch) != 2 or not all(isinstance(tensor, Tensor) for tensor in batch):
+        return False
+    imgs, labels = batch
+    if not imgs.is_floating_point() or labels.dtype != torch.int64 or labels.ndim != 1:
+        return False
+    known = classes is None or (len(labels) > 0 and labels.min() >= 0 and labels.max() < classes)
+    return known and imgs.shape == (len(labels), 3, *size)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -15,7 +15,6 @@ from typing import cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 from PIL import Image
 
 import pretrained
@@ -37,9 +36,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.Parser("visualize.py", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="checkpoint of pretraining")
     parser.add_argument("images", nargs="+", type=Path, help="image files")
-    parser.add_argument(
-        "--output", type=arguments.nonempty, default=".", metavar="DIR", help="folder (default: the current)"
-    )
+    folder = "folder (default: the current)"
+    parser.add_argument("--output", type=arguments.nonempty, default=".", metavar="DIR", help=folder)
     arguments.add_ignore_keys(parser)
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is a GPU)")
     return parser
@@ -97,9 +95,9 @@ def main(args: argparse.Namespace) -> None:
     imgs = []
     for path, image in zip(args.images, images, strict=True):
         with as_user_error(BrokenImage, prefix=f"{printable(path)}: "):  # too long and narrow for the model's input
-            imgs.append(transform(image))
+            imgs.append(transform(image)[None])  # (1, 3, H, W)
     for img, target in zip(imgs, sheets, strict=True):
-        (figure,) = prediction_figures.draw_sheets(model, torch.stack([img]).to(device))
+        (figure,) = prediction_figures.draw_sheets(model, img.to(device))
         try:
             save_figure(figure, target, TITLE)
         except OSError as error:

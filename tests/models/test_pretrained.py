@@ -166,7 +166,7 @@ def test_overrides(tmp_path):
         ({}, {"model_key": "model_ema"}, r"has no model_ema; it has model"),
         ({}, {"ignore_keys": ["nothing"]}, r"--ignore_keys nothing: .*c\.pth has no such key"),
         ({"foreign": torch.zeros(1)}, {}, r"unexpected foreign \(--ignore_keys leaves keys out\)"),
-        ({"ar_token": None}, {}, r"has no whole decoder"),
+        ({"ar_token": None}, {}, r"has no complete decoder"),
         ({"pos_embed": None}, {}, r"is not one of ARM: it has no pos_embed"),
     ],
 )
