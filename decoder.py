@@ -77,8 +77,7 @@ def decoder_taps(depth: int, dec_depth: int, kind: str = "even") -> list[int]:
         raise ValueError(f"unknown taps {kind!r}; choose from {', '.join(TAPS)}")
     if kind == "last":
         return [depth] * dec_depth
-    taps = torch.linspace(depth, depth / 2, dec_depth, dtype=torch.float64, device="cpu").flip(0).tolist()
-    taps = [round(tap) for tap in taps]
+    taps = torch.linspace(depth, depth / 2, dec_depth, dtype=torch.float64, device="cpu").flip(0).round().int().tolist()
     if len(set(taps)) < dec_depth or taps[0] < 1:
         raise ValueError(
             f"depth {depth} is too small for {dec_depth} decoder blocks to differ: only taps 'last' allows it"

@@ -38,11 +38,8 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
 def choose(args: argparse.Namespace, device: torch.device, width: int, idle: dict[str, str]) -> None:
     """Check that the scan backend supports a model of this width; choose fused operators and CUDA graphs.
 
-    Args:
-        args: reads `scan_backend`, `compile`, `fused_ops` and `cuda_graph`; the choice replaces the latter two.
-        device: of the model.
-        width: channels of its encoder.
-        idle: fused operators that would do nothing in this run, and why; they are refused if asked for by name.
+    The choice replaces `args.fused_ops` and `args.cuda_graph`. `idle` names fused operators that would do nothing in
+    this run, and why; they are refused if asked for by name.
 
     Raises:
         UserError: the backend, or an operator that was asked for, does not work here.

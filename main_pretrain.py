@@ -127,15 +127,14 @@ def main(args: argparse.Namespace) -> None:
     from util.data.transforms import pretrain_transform
     from util.tracking import prediction_figures
 
-    dataset = ImageDataset(source, pixels_by(args.loader, pretrain_transform(arguments.image_size(args), args)))
+    size = arguments.image_size(args)
+    dataset = ImageDataset(source, pixels_by(args.loader, pretrain_transform(size, args)))
     args.data = fingerprint(source)
     seed_everything(args.seed)
     model = build_model(args).to(device)
     kernels.choose(args, device, model.embed_dim, {"augment": "pretraining only crops and flips"})
     loader = train_loader(dataset, args, device)
-    shown = None
-    if args.vis_freq and is_main():
-        shown = prediction_figures.fixed_images(args.data_path, arguments.image_size(args))
+    shown = prediction_figures.fixed_images(args.data_path, size) if args.vis_freq and is_main() else None
     wrapped = distribute(model, device, args.fsdp)
     groups = param_groups_weight_decay(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)

@@ -66,14 +66,6 @@ def grid_of(img_size: int | tuple[int, int], unit: int, what: str) -> tuple[int,
     return size[0] // unit, size[1] // unit
 
 
-def patch_grid(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Return the rows and columns of a classifier's patches; raise ValueError for one patch, or see `grid_of`."""
-    grid = grid_of(img_size, patch_size, "patches")
-    if grid == (1, 1):
-        raise ValueError(f"image size {img_size} holds a single patch: both halves around the class token need one")
-    return grid
-
-
 # From the grid of the clusters' raster indices to their order; None stands for rows, or an order for each image.
 ORDERS: dict[str, Callable[[Tensor], Tensor | None]] = {
     "row": lambda grid: None,
@@ -89,17 +81,10 @@ ORDERS: dict[str, Callable[[Tensor], Tensor | None]] = {
 
 
 def cluster_order(order: str, clusters: tuple[int, int]) -> Tensor | None:
-    """Return the order in which clusters are read.
-
-    Args:
-        order: one of `ORDERS`.
-        clusters: rows and columns of clusters.
+    """Return the order, one of `ORDERS`, of rows and columns of clusters; raise ValueError for an unknown one.
 
     Returns:
         Raster indices, (rows * columns,) int64 on the CPU; None for rows, or where each image has its own order.
-
-    Raises:
-        ValueError: unknown order.
     """
     if order not in ORDERS:
         raise ValueError(f"unknown order {order!r}; choose from {', '.join(ORDERS)}")
@@ -254,11 +239,7 @@ class Block(nn.Module):
         Returns:
             (B, L, C).
         """
-
-        def mixer(x: Tensor) -> Tensor:
-            return self.mixer(x, order)
-
-        return add_branches(h, [(self.norm1, mixer), (self.norm2, self.mlp)], keep)
+        return add_branches(h, [(self.norm1, lambda x: self.mixer(x, order)), (self.norm2, self.mlp)], keep)
 
 
 def drop_path_factors(rates: Tensor, batch: int) -> Tensor:

@@ -9,18 +9,17 @@ from timm.layers import resample_patch_embed, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mamba import (
-    FOUR_DIRECTIONS,
-    Block,
-    PatchEmbed,
-    check_size,
-    drop_path_factors,
-    fill_buffers,
-    patch_grid,
-    scan_orders,
-)
+from mamba import FOUR_DIRECTIONS, Block, PatchEmbed, check_size, drop_path_factors, fill_buffers, grid_of, scan_orders
 from timm_models import INSTEAD, TimmModel, init_head, new_head, pooling
 from util.pos_embed import insert_middle, resize_around_token
+
+
+def patch_grid(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """Return the rows and columns of a classifier's patches; raise ValueError for one patch, or see `grid_of`."""
+    grid = grid_of(img_size, patch_size, "patches")
+    if grid == (1, 1):
+        raise ValueError(f"image size {img_size} holds a single patch: both halves around the class token need one")
+    return grid
 
 
 class ARMClassifier(TimmModel):

@@ -57,10 +57,7 @@ def register(name: str, classifier: Callable[..., nn.Module], check_names: Calla
 
     `exportable=True` computes the scan with operators of torch only, which exporters know.
 
-    Args:
-        name: of the model in timm.
-        classifier: builds the model from keyword arguments.
-        check_names: raises for a state dict of pretraining with unknown parameters.
+    `classifier` builds the model; `check_names` raises for a state dict of pretraining with unknown parameters.
     """
 
     def create(
@@ -137,14 +134,9 @@ class TimmModel(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | bool | None = None) -> None:
-        """Replace the head by a new one, on the same device.
+        """Replace the head by a new one of `num_classes` outputs, 0 for none, on the same device.
 
-        Args:
-            num_classes: its outputs; 0 for none.
-            global_pool: one of `POOLING`, None to keep it.
-
-        Raises:
-            ValueError: an unknown or unsuitable pooling; see `pooling`.
+        `global_pool` is one of `POOLING`, None keeps it; for the errors that it raises see `pooling`.
         """
         if global_pool is not None:
             self.global_pool = pooling(global_pool, len(self.order))

@@ -107,14 +107,7 @@ def hash_of(model: Model) -> str:
 
 
 def features(
-    args: argparse.Namespace,
-    model: Model,
-    dataset: ImageDataset,
-    split: str,
-    blocks: range,
-    tokens: bool,
-    device: torch.device,
-    log: Log,
+    args: argparse.Namespace, model: Model, dataset: ImageDataset, split: str, blocks: range, tokens: bool, log: Log
 ) -> tuple[Tensor, Tensor]:
     """Return the features of every image from the cache; compute them first, each process a share, if need be.
 
@@ -130,6 +123,7 @@ def features(
         UserError: the file would be larger than `--max_gb`, cannot be written, or is damaged.
         RunError: images are broken, or features are not finite.
     """
+    device = model.pos_embed.device
     settings = {
         "weights": hash_of(model), "data": fingerprint(dataset.source), "split": split,
         "root": os.path.abspath(dataset.source.root), "files": on_main(dataset.source.state),
@@ -175,7 +169,7 @@ def features(
     if partial is not None:
         loader = eval_loader(dataset, args, device)
         try:
-            compute(model, loader, np.lib.format.open_memmap(partial, "r+"), blocks, tokens, device, log, split)
+            compute(model, loader, np.lib.format.open_memmap(partial, "r+"), blocks, tokens, log, split)
             barrier()
             digest, _ = digest_of(Path(partial))
             on_main(lambda: publish(Path(partial), path, digest))
@@ -230,19 +224,12 @@ def publish(partial: Path, path: Path, digest: bytes) -> None:
 
 @torch.inference_mode()
 def compute(
-    model: Model,
-    loader: DeviceLoader,
-    rows: np.memmap,
-    blocks: range,
-    tokens: bool,
-    device: torch.device,
-    log: Log,
-    title: str,
+    model: Model, loader: DeviceLoader, rows: np.memmap, blocks: range, tokens: bool, log: Log, title: str
 ) -> None:
     """Compute this process's share of the rows (n,) of features and labels; for the rest see `features`."""
     progress, seen, order = log.progress(f"features of {title}", len(loader)), 0, list(loader.sampler)
     for step, (imgs, labels) in enumerate(loader, start=1):
-        with autocast(device):
+        with autocast(model.pos_embed.device):
             encoded = encode(model, imgs, blocks)
         share = order[seen : seen + len(labels)]
         with np.errstate(over="ignore"):  # values beyond float16 become infinite

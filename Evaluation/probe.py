@@ -90,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
     check_images(args, model.embed_dim, {name: torch.from_numpy(s.labels) for name, s in sources.items()}, names)
     # tokens first: what is larger than --max_gb is refused before any work
     data = {
-        tokens: {name: features(args, model, part, name, blocks, tokens, device, log) for name, part in splits.items()}
+        tokens: {name: features(args, model, part, name, blocks, tokens, log) for name, part in splits.items()}
         for tokens in sorted({probe.tokens for probe in probes}, reverse=True)
     }
     labels = {name: y for name, (_, y) in next(iter(data.values())).items()}
@@ -118,7 +118,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def check_images(args: argparse.Namespace, dim: int, labels: dict[str, Tensor], names: list[str]) -> list[str]:
-    """Check that the images are enough for every probe of features with `dim` channels.
+    """Check that the images are enough for every probe.
 
     Args:
         args: of this script.

@@ -31,9 +31,9 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import kernels
-import models_arm
 import pretrained
 from Finetuning.engine_finetune import train_one_epoch
+from models_arm import ARMClassifier, create_classifier
 from ops import BackendUnavailable
 from pretrained import Checkpoint
 from util import arguments, cli
@@ -119,7 +119,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_classifier(args: argparse.Namespace, found: Checkpoint | None) -> models_arm.ARMClassifier:
+def build_classifier(args: argparse.Namespace, found: Checkpoint | None) -> ARMClassifier:
     """Build the classifier that the command line and the checkpoint to start from describe, with random weights.
 
     The command line comes first, then the checkpoint: width, depth, patch size and directions; for evaluation also
@@ -162,7 +162,7 @@ def build_classifier(args: argparse.Namespace, found: Checkpoint | None) -> mode
             "model; --allow_changed_args allows it"
         )
     with as_user_error(ValueError, BackendUnavailable):
-        model = models_arm.create_classifier(
+        model = create_classifier(
             args.model or "arm_base_pz16",
             drop_path_rate=args.drop_path,
             global_pool=args.global_pool,
@@ -205,7 +205,7 @@ def main(args: argparse.Namespace) -> None:
 
 def prepare(
     args: argparse.Namespace, found: Checkpoint | None, device: torch.device
-) -> tuple[models_arm.ARMClassifier, ImageDataset]:
+) -> tuple[ARMClassifier, ImageDataset]:
     """Return the classifier, with random weights, and the images to validate; choose the kernels.
 
     Raises:
@@ -224,12 +224,7 @@ def prepare(
 
 
 def evaluate_checkpoint(
-    args: argparse.Namespace,
-    found: Checkpoint,
-    model: models_arm.ARMClassifier,
-    val: ImageDataset,
-    device: torch.device,
-    log: Log,
+    args: argparse.Namespace, found: Checkpoint, model: ARMClassifier, val: ImageDataset, device: torch.device, log: Log
 ) -> None:
     """Print the accuracy of a checkpoint's weights and of their EMA, or of `args.model_key` alone.
 
@@ -260,7 +255,7 @@ def evaluate_checkpoint(
 def finetune(
     args: argparse.Namespace,
     found: Checkpoint | None,
-    model: models_arm.ARMClassifier,
+    model: ARMClassifier,
     val: ImageDataset,
     device: torch.device,
     log: Log,
@@ -328,9 +323,7 @@ def finetune(
             run.end_epoch(*names)
 
 
-def start_from(
-    args: argparse.Namespace, found: Checkpoint, model: models_arm.ARMClassifier, names: list[str], log: Log
-) -> None:
+def start_from(args: argparse.Namespace, found: Checkpoint, model: ARMClassifier, names: list[str], log: Log) -> None:
     """Load the weights of `--finetune`, and say whether its head is kept, which needs the classes of this run.
 
     `names` are those of this run's classes, by output. Raises UserError if the checkpoint does not fit the model.

@@ -10,6 +10,7 @@ first parameters whose gradient, is not finite. The exit status is 1 if there ar
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -61,16 +62,13 @@ def broken_modules(model: nn.Module) -> list[str]:
     """Return a list to which the forward pass adds the names of modules whose output is not finite, in its order."""
     found: list[str] = []
 
-    def look(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple, output: object) -> None:
-            tensors = output if isinstance(output, (tuple, list)) else [output]
-            if any(isinstance(t, Tensor) and t.is_floating_point() and not t.isfinite().all() for t in tensors):
-                found.append(name or type(model).__name__)
-
-        return hook
+    def look(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
+        tensors = output if isinstance(output, (tuple, list)) else [output]
+        if any(isinstance(t, Tensor) and t.is_floating_point() and not t.isfinite().all() for t in tensors):
+            found.append(name or type(model).__name__)
 
     for name, module in model.named_modules():
-        module.register_forward_hook(look(name))
+        module.register_forward_hook(partial(look, name))
     return found
 
 
@@ -113,16 +111,14 @@ def main(args: argparse.Namespace) -> None:
     """
     content = checkpoint_file.read(args.folder / STATE)
     saved = inspection.saved_arguments(content, "world_size", "seed")
-    world_size, seed = saved["world_size"], saved["seed"]
-    is_of_run = isinstance(content["args"], argparse.Namespace)
-    if not (is_of_run and isinstance(world_size, int) and isinstance(seed, int) and seed >= 0):
+    if not isinstance(content["args"], argparse.Namespace) or not inspection.is_integer(saved["seed"]):
         raise UserError(f"{printable(args.folder / STATE)} does not hold the arguments of a run")
     device = init_device(args.device)
     with as_user_error(AttributeError, KeyError, TypeError, ValueError, prefix=f"{printable(args.folder / STATE)}: "):
         model, compute_loss = build(content)
     model.to(device).train()
     modules, finite = broken_modules(model), True
-    ranks = [rank for rank in ranks_in(args.folder) if rank < world_size]
+    ranks = [rank for rank in ranks_in(args.folder) if rank < saved["world_size"]]
     if not ranks:
         raise UserError(f"{printable(args.folder)} holds no batches")
     updates = {
@@ -130,7 +126,7 @@ def main(args: argparse.Namespace) -> None:
     }
     for rank, update in updates.items():
         for step, batch in enumerate(update["batches"], update["first"]):
-            seed_everything(seed, update["epoch"], step, of_rank=rank)
+            seed_everything(saved["seed"], update["epoch"], step, of_rank=rank)
             modules.clear()
             model.zero_grad()
             with autocast(device):

@@ -95,7 +95,7 @@ def test_features_beyond_float16_are_named(models, image_folder, monkeypatch):
     rows = np.zeros(7, [("label", np.int64), ("feature", np.float16, (24, 32))])
     loader = eval_loader(dataset, args, CPU)
     with pytest.raises(RunError, match=r"val are not finite in float16; the first: .*class_0/2\.png"):
-        features.compute(models["pretrain"], loader, rows, range(4, 5), True, CPU, Log(), "val")
+        features.compute(models["pretrain"], loader, rows, range(4, 5), True, Log(), "val")
 
 
 def cli_args(*words):
