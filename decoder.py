@@ -80,7 +80,8 @@ def decoder_taps(depth: int, dec_depth: int, kind: str = "even") -> list[int]:
     taps = torch.linspace(depth, depth / 2, dec_depth, dtype=torch.float64, device="cpu").flip(0).round().int().tolist()
     if len(set(taps)) < dec_depth or taps[0] < 1:
         raise ValueError(
-            f"depth {depth} is too small for {dec_depth} decoder blocks to differ: only taps 'last' allows it"
+            f"depth {depth} is too small for {dec_depth} decoder blocks: they would share encoder blocks, which only "
+            "taps 'last' allows"
         )
     return taps
 

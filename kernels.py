@@ -65,8 +65,9 @@ def should_compile(asked: bool | None, device: torch.device) -> bool:
 
 def compile_models(args: argparse.Namespace, device: torch.device, *models: nn.Module) -> None:
     """Compile models in place, block by block, if the run is to be compiled."""
-    for model in models if should_compile(args.compile, device) else ():
-        model.compile(**fused.compile_options())
+    if should_compile(args.compile, device):
+        for model in models:
+            model.compile(**fused.compile_options())
 
 
 def block_graphs(args: argparse.Namespace, model: nn.Module) -> BlockGraphs | None:

@@ -55,7 +55,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--taps",
         choices=TAPS,
         default="even",
-        help="encoder blocks that the decoder reads: even: middle to last, or the last (default: %(default)s)",
+        help="encoder blocks that the decoder reads: evenly from middle to last, or the last (default: %(default)s)",
     )
     add("--norm_pix_loss", action="store_true", help="standardise the target pixels of each patch")
     add("--no_norm_pix_loss", action="store_false", dest="norm_pix_loss", help="predict pixels as they are (default)")
@@ -70,7 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=arguments.natural,
         default=20,
         metavar="N",
-        help="epochs between figures of predictions for four images of val/ or train/; 0: none (default: %(default)s)",
+        help="epochs between figures of predictions of 4 images of val/, else train/; 0: none (default: %(default)s)",
     )
     kernels.add_arguments(parser.add_argument_group("kernels"))
     parser.set_defaults(

@@ -35,7 +35,8 @@ def scan_orders(grid: tuple[int, int]) -> Tensor:
     middle = rows * columns // 2
     patches = torch.arange(rows * columns, device="cpu")
     patches += patches >= middle  # the class token takes index `middle`
-    token, column_major = patches.new_tensor([middle]), patches.view(rows, columns).t().flatten()  # (columns * rows,)
+    column_major = patches.view(rows, columns).t().flatten()  # (rows, columns) -> (columns * rows,)
+    token = torch.tensor([middle], device="cpu")
     forward = [torch.cat([p[:middle], token, p[middle:]]) for p in (patches, column_major)]
     return torch.stack([order for tokens in forward for order in (tokens, tokens.flip(0))])
 
@@ -81,7 +82,7 @@ ORDERS: dict[str, Callable[[Tensor], Tensor | None]] = {
 
 
 def cluster_order(order: str, clusters: tuple[int, int]) -> Tensor | None:
-    """Return the order, one of `ORDERS`, of rows and columns of clusters; raise ValueError for an unknown one.
+    """Return an order of `ORDERS` for a grid of (rows, columns) clusters; raise ValueError for an unknown one.
 
     Returns:
         Raster indices, (rows * columns,) int64 on the CPU; None for rows, or where each image has its own order.

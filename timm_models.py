@@ -109,7 +109,7 @@ class TimmModel(nn.Module):
     head: nn.Module
     order: Tensor  # (directions, M + 1) int64
     pretrained_cfg: dict[str, Any]  # set by timm
-    encode: Callable[..., tuple[Tensor, list[Tensor]]]
+    encode: Callable[..., tuple[Tensor, list[Tensor]]]  # see `ARMClassifier.encode`
 
     @property
     def feature_info(self) -> list[dict]:

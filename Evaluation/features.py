@@ -113,7 +113,7 @@ def features(
 
     A file of the cache has NumPy's format, which executes nothing, and is memory-mapped. Its name holds a hash of the
     weights, of the images' folder, files and labels, and of all settings that change a value. It ends with a checksum
-    of its content, which is checked once, before the file is used.
+    of its content, which is checked once, before its use. `split` names the dataset; for `blocks` see `encode`.
 
     Returns:
         Pooled features (n, C) float32, or with `tokens` all tokens (n, L, C) float16, and labels (n,) int64, in the

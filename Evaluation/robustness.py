@@ -214,10 +214,10 @@ def main(args: argparse.Namespace) -> None:
     else:
         log.say(f"{args.checkpoint} does not name its classes: ImageNet's in the order of their synsets are assumed")
     sets = {name: parts_of(name, path) for name, path in args.data}
-    rows = {}
     for name, path in args.data:
         for line in left_out(name, path, sets[name]):
             log.say(f"{name}: {line}")
+    rows = {}
     for name, parts in sets.items():
         # images of c are stored cropped
         transform = eval_transform(arguments.image_size(args), args.eval_resize, 1.0 if name == "c" else None)

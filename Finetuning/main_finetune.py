@@ -100,7 +100,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--remode",
         choices=("const", "rand", "pixel"),
         default="pixel",
-        help="random erasing fill (default: %(default)s)",
+        help="random erasing mode (default: %(default)s)",
     )
     add("--recount", type=arguments.few, default=1, help="random erasing count (default: %(default)s)")
     add("--mixup", type=arguments.amount, default=0.0, help="alpha; 0 is off (default: %(default)s)")
@@ -356,8 +356,16 @@ def training_loss(args: argparse.Namespace) -> tuple[Mixup | None, nn.Module]:
     """Return (mixup or None, criterion)."""
     if not mixes(args):
         return None, LabelSmoothingCrossEntropy(args.smoothing)
-    alphas, probs = (args.mixup, args.cutmix, args.cutmix_minmax), (args.mixup_prob, args.mixup_switch_prob)
-    mixup = Mixup(*alphas, *probs, args.mixup_mode, label_smoothing=args.smoothing, num_classes=args.nb_classes)
+    mixup = Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=args.nb_classes,
+    )
     return mixup, SoftTargetCrossEntropy()
 
 

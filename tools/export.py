@@ -202,9 +202,7 @@ def main(args: argparse.Namespace) -> None:
         str(output.resolve()).encode()  # the libraries that write and read the file accept no other
     description = output_file(output.with_suffix(".json"), DESCRIPTION, source)
     earlier = cast(dict, read_json(description)).get("files") if description.is_file() else None
-    known = (
-        earlier if isinstance(earlier, dict) else {}
-    )  # files of earlier exports with this JSON file: SHA-256 by name
+    known = earlier if isinstance(earlier, dict) else {}  # SHA-256 by name, of files that this JSON file describes
     for file in (output, *[output.with_name(f"{output.name}.data")] * (args.to == "onnx")):
         output_file(file, lambda path: path.name in known and known[path.name] == sha256_of(path), source)
     start = time.monotonic()

@@ -100,7 +100,7 @@ def is_batch(batch: object, size: tuple[int, int], classes: int | None) -> bool:
     if not imgs.is_floating_point() or labels.dtype != torch.int64 or labels.ndim != 1:
         return False
     known = classes is None or (len(labels) > 0 and labels.min() >= 0 and labels.max() < classes)
-    return known and imgs.shape == (len(labels), 3, *size)
+    return bool(known) and imgs.shape == (len(labels), 3, *size)
 
 
 def main(args: argparse.Namespace) -> None:
