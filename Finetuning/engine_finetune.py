@@ -1,5 +1,7 @@
 """One epoch of finetuning."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -24,7 +26,7 @@ def train_one_epoch(
     run: Run,
     device: torch.device,
     log: Log,
-    mixup: "Mixup | None" = None,
+    mixup: Mixup | None = None,
 ) -> dict[str, float]:
     """Train the classifier on labelled images, and update the EMA of `run`: see `loss_of` and `train_epoch`."""
     compute_loss = loss_of(model, criterion, mixup)
@@ -34,7 +36,7 @@ def train_one_epoch(
 
 
 @torch.no_grad()
-def update_ema(ema: "ModelEmaV3", model: nn.Module, skipped: Tensor) -> None:
+def update_ema(ema: ModelEmaV3, model: nn.Module, skipped: Tensor) -> None:
     """Update the averages of the parameters as `ModelEmaV3.update` does, unless the update of the weights was skipped.
 
     Only the device knows whether it was: `skipped` is 1 or 0 there, so that the host does not wait.
@@ -46,7 +48,7 @@ def update_ema(ema: "ModelEmaV3", model: nn.Module, skipped: Tensor) -> None:
     torch._foreach_add_(averages, steps)
 
 
-def loss_of(model: nn.Module, criterion: nn.Module, mixup: "Mixup | None") -> Callable[[Tensor, Tensor], Tensor]:
+def loss_of(model: nn.Module, criterion: nn.Module, mixup: Mixup | None) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the function that computes the loss of a batch: images (B, 3, H, W), labels (B,) int64 -> scalar.
 
     `criterion` takes logits and labels; with `mixup`, which mixes images and labels, logits and class probabilities.

@@ -16,32 +16,26 @@ checkpoint-best.pth and checkpoint-best-ema.pth whenever the top-1 accuracy of t
 log.txt and TensorBoard files. --resume auto resumes from the checkpoint that was written last.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from timm.data import Mixup
-from timm.layers import trunc_normal_
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.utils import ModelEmaV3
 from torch import nn
 
 import kernels
-import pretrained
 from Finetuning.engine_finetune import train_one_epoch
-from models_arm import ARMClassifier, create_classifier
 from ops import BackendUnavailable
-from pretrained import Checkpoint
 from util import arguments, cli
 from util.checkpoints import checkpoint_file
 from util.data.class_names import differing, known_names, match_classes, names_by_output
-from util.data.datasets import ImageDataset, image_dataset
-from util.data.loaders import eval_loader, train_loader
-from util.data.transforms import eval_transform, finetune_transform
+from util.data.readers import Source, open_source
 from util.distributed.parallel import distribute
 from util.distributed.processes import init_device
 from util.errors import UserError, as_user_error
@@ -51,6 +45,15 @@ from util.seeding import seed_everything
 from util.tracking.run_log import Log, clock, open_log
 from util.training.evaluation import describe_result, evaluate
 from util.training.run import Run, fingerprint, starting_point
+
+if TYPE_CHECKING:
+    from timm.data import Mixup
+
+    from models_classifier import ARMClassifier
+    from pretrained import Checkpoint
+    from util.data.datasets import ImageDataset
+
+# timm, torchvision and the models are imported after the checks, so that --help and mistakes take half of the time.
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -130,6 +133,8 @@ def build_classifier(args: argparse.Namespace, found: Checkpoint | None) -> ARMC
         UserError: sizes do not fit together; the checkpoint is of pretraining, for evaluation or resuming; or the
             pooling differs from the checkpoint's and `args.allow_changed_args` is not set.
     """
+    from models_arm import create_classifier
+
     sizes: dict[str, object] = {}
     trained = None  # pooling of the run that is evaluated or resumed
     if found is not None:
@@ -189,34 +194,45 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--eval needs a checkpoint: --resume FILE")
     device = init_device(args.device, args.dist_timeout, args.deterministic)
     seed_everything(args.seed)
+    content: dict | None
     if args.eval:
-        file = args.resume or args.finetune
-        found = Checkpoint(file, checkpoint_file.read(file, args.ignore_keys), args.model_key)
-        evaluate_checkpoint(args, found, *prepare(args, found, device), device, open_log())
-        return
-    folders = arguments.output_folders(args)
-    log = open_log(folders, tracker=args.tracker)
-    content = starting_point(args, folders[0], log.say)
-    start = None if content is None else Checkpoint(args.resume, content)
-    if content is None and args.finetune:
-        start = pretrained.read(args.finetune, args.model_key, args.ignore_keys)
-    finetune(args, start, *prepare(args, start, device), device, log)
+        log, content = open_log(), checkpoint_file.read(args.resume or args.finetune, args.ignore_keys)
+    else:
+        folders = arguments.output_folders(args)
+        log = open_log(folders, tracker=args.tracker)
+        content = starting_point(args, folders[0], log.say)
+        if content is None and args.finetune:
+            content = checkpoint_file.read(args.finetune, args.ignore_keys)
+            args.model_key = checkpoint_file.chosen_key(content, args.model_key)
+    source = open_source(args.data_path, "val")
+
+    from pretrained import Checkpoint
+
+    found = None if content is None else Checkpoint(args.resume or args.finetune, content, args.model_key)
+    model, val = prepare(args, found, source, device)
+    if args.eval and found is not None:
+        evaluate_checkpoint(args, found, model, val, device, log)
+    else:
+        finetune(args, found, model, val, device, log)
 
 
 def prepare(
-    args: argparse.Namespace, found: Checkpoint | None, device: torch.device
+    args: argparse.Namespace, found: Checkpoint | None, source: Source, device: torch.device
 ) -> tuple[ARMClassifier, ImageDataset]:
     """Return the classifier, with random weights, and the images to validate; choose the kernels.
 
     Raises:
-        UserError: see `build_classifier`; or the images or the kernels are not there.
+        UserError: see `build_classifier`; or the kernels are not there.
     """
+    from util.data.datasets import ImageDataset, pixels_by
+    from util.data.transforms import eval_transform
+
     if found is not None:
         new = set() if args.resume or args.eval else {"global_pool"}
         found.say_guesses(new | arguments.given(args, "global_pool", "input_size").keys())
     model = build_classifier(args, found)
     transform = eval_transform(arguments.image_size(args), args.eval_resize)
-    val = image_dataset(args.data_path, "val", transform, args.eval_loader)
+    val = ImageDataset(source, pixels_by(args.eval_loader, transform))
     idle = {"augment": "it carries out RandAugment on the training device: --aa rand..., --loader fast"}
     augments = not args.eval and args.loader != "pil" and (args.aa or "").startswith("rand")
     kernels.choose(args, device, model.embed_dim, {} if augments else idle)
@@ -231,6 +247,9 @@ def evaluate_checkpoint(
     Raises:
         UserError: the checkpoint does not fit the model, or val has classes that it does not know.
     """
+    from pretrained import Checkpoint
+    from util.data.loaders import eval_loader
+
     keys = [args.model_key] if args.model_key else checkpoint_file.weight_keys(found.content)
     loader = eval_loader(val, args, device)
     model.to(device)
@@ -265,6 +284,12 @@ def finetune(
     Raises:
         UserError: arguments, checkpoint or data do not fit; no training has started then.
     """
+    from timm.utils import ModelEmaV3
+
+    from util.data.datasets import image_dataset
+    from util.data.loaders import eval_loader, train_loader
+    from util.data.transforms import finetune_transform
+
     with as_user_error(AssertionError, ValueError, KeyError, prefix=f"--aa {args.aa}: "):
         transform = finetune_transform(arguments.image_size(args), args)
     train = image_dataset(args.data_path, "train", transform, args.loader)
@@ -328,6 +353,8 @@ def start_from(args: argparse.Namespace, found: Checkpoint, model: ARMClassifier
 
     `names` are those of this run's classes, by output. Raises UserError if the checkpoint does not fit the model.
     """
+    from timm.layers import trunc_normal_
+
     file, saved = found.name, found.class_names
     fits = found.load_into(model, keep_head=False)
     others = differing(saved, names)
@@ -354,6 +381,9 @@ def mixes(args: argparse.Namespace) -> bool:
 
 def training_loss(args: argparse.Namespace) -> tuple[Mixup | None, nn.Module]:
     """Return (mixup or None, criterion)."""
+    from timm.data import Mixup
+    from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+
     if not mixes(args):
         return None, LabelSmoothingCrossEntropy(args.smoothing)
     mixup = Mixup(
