@@ -22,6 +22,7 @@ from util.errors import as_user_error
 from util.files import printable
 from util.pos_embed import resize_pos_embed
 
+Model = PretrainModel | ARMClassifier
 SMALLEST_DECODER = {"dec_embed_dim": 64, "dec_depth": 1}  # of a model that only encodes images
 
 
@@ -112,7 +113,7 @@ class Checkpoint:
             line = f"{printable(self.name)} does not say how it was trained; guessed: {', '.join(guessed)}"
             checkpoint_file.say_once(logging.INFO, line)
 
-    def build(self, encoder: bool = False, **overrides: Any) -> PretrainModel | ARMClassifier:
+    def build(self, encoder: bool = False, **overrides: Any) -> Model:
         """Build the model with random weights.
 
         Args:
@@ -132,7 +133,7 @@ class Checkpoint:
                 raise ValueError(f"a random order of clusters is only for {self.input_size} pixels: --input_size")
             return create("arm_base_pz16", **{**found, **overrides, "img_size": size})
 
-    def load_into(self, model: PretrainModel | ARMClassifier, keep_head: bool = True, encoder: bool = False) -> bool:
+    def load_into(self, model: Model, keep_head: bool = True, encoder: bool = False) -> bool:
         """Load the weights into a model of the same width, depth and patch size.
 
         Args:
@@ -157,7 +158,7 @@ class Checkpoint:
         convert.load(model, state_dict, set(model.state_dict()) - state_dict.keys() if encoder else set())
         return False
 
-    def load_model(self, encoder: bool = False, **overrides: Any) -> PretrainModel | ARMClassifier:
+    def load_model(self, encoder: bool = False, **overrides: Any) -> Model:
         """Return the model with its weights, in evaluation mode; log the guesses. For the rest see `build`."""
         self.say_guesses()
         model = self.build(encoder, **overrides)
@@ -186,7 +187,7 @@ def load(
     ignore_keys: Sequence[str] = (),
     encoder: bool = False,
     **overrides: Any,
-) -> tuple[PretrainModel | ARMClassifier, Checkpoint]:
+) -> tuple[Model, Checkpoint]:
     """Return the model of a checkpoint, with its weights and in evaluation mode, and the checkpoint.
 
     For `name`, `model_key` and `ignore_keys` see `read`. With `encoder` only the encoder of a pretraining model is

@@ -19,6 +19,7 @@ import pretrained
 from models_arm import ARMClassifier, PretrainModel
 from objectives import encoder_part
 from ops import BackendUnavailable, choose_backend
+from pretrained import Model
 from util import arguments
 from util.data.datasets import ImageDataset
 from util.data.device_loader import DeviceLoader
@@ -30,7 +31,6 @@ from util.tracking.run_log import LOG_EVERY, Log
 from util.training.precision import activation_dtype, autocast
 from util.training.run import fingerprint
 
-Model = PretrainModel | ARMClassifier
 DIGEST = hashlib.sha256().digest_size  # bytes: the end of a cache file
 BLOCK = 2**24  # bytes that are hashed at a time
 

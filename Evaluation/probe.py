@@ -16,20 +16,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from Evaluation.features import chosen_blocks, features, hash_of, load_model
 from Evaluation.probes import PROBES, Task
 from Evaluation.tables import result_file, table, with_interval, write_result
 from util import arguments, cli, hardware
-from util.checkpoints.hub import beside
+from util.checkpoints.hub import beside, locate
 from util.data.class_names import match_classes
-from util.data.datasets import image_dataset
-from util.data.transforms import eval_transform
+from util.data.readers import open_source
 from util.distributed.processes import init_device, world_size
 from util.errors import UserError
 from util.files import printable
 from util.seeding import seed_everything
 from util.tracking.run_log import open_log
 from util.training.run import fingerprint
+
+# timm, torchvision and the models are imported after the checks, so that --help and mistakes take half of the time.
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -76,14 +76,20 @@ def main(args: argparse.Namespace) -> None:
     device, log = init_device(args.device, args.dist_timeout), open_log()
     seed_everything(args.seed)
     output = result_file(args, ".probe.json", list)
+    locate(args.checkpoint)
+    sources = {name: open_source(args.data_path, name) for name in ("train", "val")}
+
+    from Evaluation.features import chosen_blocks, features, hash_of, load_model
+    from util.data.datasets import ImageDataset, pixels_by
+    from util.data.transforms import eval_transform
+
     model = load_model(args, device)
     torch.set_float32_matmul_precision("highest")  # TF32 would choose other neighbours than a CPU
     args.cache = args.cache or beside(args.checkpoint).parent / "features"
     blocks = chosen_blocks(args, len(model.layers))
     probes = [probe for name, probe in PROBES.items() if name in args.probe]
-    transform = eval_transform(arguments.image_size(args), args.eval_resize)
-    splits = {name: image_dataset(args.data_path, name, transform, args.eval_loader) for name in ("train", "val")}
-    sources = {name: data.source for name, data in splits.items()}
+    transform = pixels_by(args.eval_loader, eval_transform(arguments.image_size(args), args.eval_resize))
+    splits = {name: ImageDataset(source, transform) for name, source in sources.items()}
     for line in match_classes(sources["val"], sources["train"].classes, sources["train"].root):
         log.say(line)
     names = [printable(name) for name in sources["train"].classes]

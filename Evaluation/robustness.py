@@ -9,6 +9,8 @@ synset; for v2 folders 0 to 999; for c corruption/severity/synset; for real the 
 names.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import re
@@ -17,7 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -27,19 +29,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from Evaluation.features import hash_of, load_model
 from Evaluation.tables import accuracy, result_file, table, with_interval, write_result
-from models_arm import ARMClassifier
 from util import arguments, cli, hardware
-from util.data.datasets import ImageDataset, pixels_by
-from util.data.loaders import eval_loader
+from util.checkpoints.hub import locate
 from util.data.readers import Folder
-from util.data.transforms import eval_transform
 from util.distributed.processes import init_device
 from util.errors import UserError, as_user_error
 from util.files import printable, some
 from util.tracking.run_log import open_log
 from util.training.evaluation import evaluate, score_labels
+
+if TYPE_CHECKING:
+    from models_arm import ARMClassifier
+
+# timm, torchvision and the models are imported after the checks, so that --help and mistakes take half of the time.
 
 # Errors of AlexNet in percent, averaged over the five severities; mCE divides by them. Source: Hendrycks & Dietterich
 # 2019 (arXiv 1903.12261), with the digits of the authors' code (github.com/hendrycks/robustness).
@@ -203,6 +206,14 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--data names a set twice")
     device, log = init_device(args.device, args.dist_timeout), open_log()
     output = result_file(args, ".robustness.json", dict)
+    locate(args.checkpoint)
+
+    from Evaluation.features import hash_of, load_model
+    from models_arm import ARMClassifier
+    from util.data.datasets import ImageDataset, pixels_by
+    from util.data.loaders import eval_loader
+    from util.data.transforms import eval_transform
+
     model = load_model(args, device)
     weights, synsets = hash_of(model), timm_list("imagenet_synsets.txt")
     if not isinstance(model, ARMClassifier):

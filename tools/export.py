@@ -10,6 +10,8 @@ classifier then returns its normalised tokens, with the class token in the middl
 encoder can be exported: it scans in one direction and returns all patches after the last block, in cluster order.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import logging
@@ -20,32 +22,26 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import safetensors.torch
-import timm
 import torch
 from torch import Tensor, nn
 
-import models_arm
-import pretrained
 from mamba import Mixer
-from models_arm import PretrainModel
-from models_classifier import ARMClassifier
 from objectives import encoder_part
-from pretrained import Checkpoint
-from timm_models import CONFIG, input_config, pooling
 from util import arguments, cli
 from util.checkpoints import checkpoint_file, convert
-from util.checkpoints.hub import beside
+from util.checkpoints.hub import beside, locate
 from util.errors import RunError, UserError, as_user_error
 from util.files import json_with, output_file, printable, read_json, sha256_of, write_json
 
-Model = PretrainModel | ARMClassifier
+if TYPE_CHECKING:
+    from pretrained import Checkpoint, Model
+
+# timm, torchvision and the models are imported after the checks, so that --help and mistakes take half of the time.
 TOLERANCE = 1e-4  # relative to the largest output; summing in another order changes it by about 1e-6
-ANY_BATCH = ({0: torch.export.Dim("batch")},)
 DESCRIPTION = json_with(architecture=str, model_args=dict, pretrained_cfg=dict)  # the JSON beside a file
 ONNX_NEEDS = ("onnx", "onnxscript", "onnxruntime")
 
@@ -80,6 +76,10 @@ def load(args: argparse.Namespace) -> tuple[Model, dict]:
     Raises:
         UserError: the file is no checkpoint of ARM, or has no head and `--encoder` is not given.
     """
+    locate(args.checkpoint)
+
+    import pretrained
+
     found = pretrained.read(args.checkpoint, args.model_key, args.ignore_keys)
     found.say_guesses()
     if found.is_pretraining and not args.encoder:
@@ -95,8 +95,11 @@ def load(args: argparse.Namespace) -> tuple[Model, dict]:
 
 def describe(found: Checkpoint, encoder: bool) -> dict:
     """Return what timm's config.json says of a model, and the further options of a pretraining model (`switches`)."""
+    from models_arm import SIZES
+    from timm_models import CONFIG, input_config, pooling
+
     sizes: dict = found.sizes | {"img_size": found.input_size}
-    same = (n for n, s in models_arm.SIZES.items() if all(s[k] == sizes[k] for k in ("embed_dim", "depth")))
+    same = (n for n, s in SIZES.items() if all(s[k] == sizes[k] for k in ("embed_dim", "depth")))
     about: dict = {"architecture": next(same, "arm_base_pz16"), "weights": found.key}
     options: dict = found.options
     if found.is_pretraining:
@@ -118,11 +121,16 @@ def describe(found: Checkpoint, encoder: bool) -> dict:
 
 def build(about: dict) -> Model:
     """Build the model of a description with random weights, in evaluation mode; a classifier through timm."""
+    import timm
+
+    from models_arm import create_pretrain_model
+    from pretrained import SMALLEST_DECODER
+
     sizes = about["model_args"] | {"scan_backend": "torch"}
     if "switches" not in about:
-        return cast(ARMClassifier, timm.create_model(about["architecture"], **sizes).eval())
-    sizes |= about["switches"] | pretrained.SMALLEST_DECODER
-    return models_arm.create_pretrain_model(about["architecture"], **sizes).eval()
+        return cast("Model", timm.create_model(about["architecture"], **sizes).eval())
+    sizes |= about["switches"] | SMALLEST_DECODER
+    return create_pretrain_model(about["architecture"], **sizes).eval()
 
 
 # Each function of WRITERS writes a file, reads it, and returns its computation: images (B, 3, H, W) -> outputs.
@@ -130,6 +138,8 @@ def build(about: dict) -> Model:
 
 def to_safetensors(module: nn.Module, about: dict, imgs: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
     """Write the weights, with the options that `checkpoint_file.read` needs in the file's metadata."""
+    from safetensors.torch import load_file, save_file
+
     sizes, switches = about["model_args"], about.get("switches", {})
     known = {"input_size": sizes["img_size"], "global_pool": sizes.get("global_pool") == "avg", **switches}
     if "label_names" in about:
@@ -137,10 +147,15 @@ def to_safetensors(module: nn.Module, about: dict, imgs: Tensor, path: Path) -> 
     state_dict = (module.model if isinstance(module, Encoder) else module).state_dict()
     if "switches" in about:
         state_dict = encoder_part(state_dict)
-    path.write_bytes(safetensors.torch.save(state_dict, {"format": "pt", checkpoint_file.METADATA: json.dumps(known)}))
+    save_file(state_dict, path, {"format": "pt", checkpoint_file.METADATA: json.dumps(known)})
     again = build(about)
-    convert.load(again, safetensors.torch.load_file(path), set(again.state_dict()) - state_dict.keys())
+    convert.load(again, load_file(path), set(again.state_dict()) - state_dict.keys())
     return Encoder(again) if isinstance(module, Encoder) else again
+
+
+def any_batch() -> tuple[dict[int, torch.export.Dim]]:
+    """Return the dynamic shape of images whose number is free."""
+    return ({0: torch.export.Dim("batch")},)
 
 
 @torch.no_grad()  # with gradients, the graph would contain constants that ONNX does not support
@@ -149,7 +164,7 @@ def program(module: nn.Module, imgs: Tensor) -> torch.export.ExportedProgram:
     torch._dynamo.reset()  # otherwise a size that differs from that of an earlier program is taken as dynamic
     for mixer in (m for m in module.modules() if isinstance(m, Mixer)):
         mixer.scan_backend = "export"
-    return torch.export.export(module, (imgs,), dynamic_shapes=ANY_BATCH)
+    return torch.export.export(module, (imgs,), dynamic_shapes=any_batch())
 
 
 def to_pt2(module: nn.Module, about: dict, imgs: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
@@ -165,7 +180,7 @@ def to_onnx(module: nn.Module, about: dict, imgs: Tensor, path: Path) -> Callabl
 
     logging.getLogger("onnx_ir").setLevel(logging.WARNING)
     exported = torch.onnx.export(
-        program(module, imgs), dynamo=True, verbose=False, dynamic_shapes=ANY_BATCH, input_names=["imgs"],
+        program(module, imgs), dynamo=True, verbose=False, dynamic_shapes=any_batch(), input_names=["imgs"],
         output_names=["tokens" if isinstance(module, Encoder) else "logits"],
     )  # fmt: skip
     assert exported is not None  # with dynamo=True

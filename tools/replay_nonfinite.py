@@ -7,11 +7,14 @@ every process. It computes the loss and the gradient of each batch, and names th
 first parameters whose gradient, is not finite. The exit status is 1 if there are any, 0 if everything is finite here.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -21,9 +24,6 @@ from torch import Tensor, nn
 import engine_pretrain
 import main_pretrain
 from Finetuning import engine_finetune, main_finetune
-from models_arm import PretrainModel
-from models_classifier import ARMClassifier
-from pretrained import Checkpoint
 from util import cli
 from util.checkpoints import checkpoint_file, inspection
 from util.distributed.processes import init_device
@@ -32,6 +32,11 @@ from util.files import printable
 from util.seeding import seed_everything
 from util.training.nonfinite import STATE, batch_file, ranks_in
 from util.training.precision import autocast
+
+if TYPE_CHECKING:
+    from pretrained import Model
+
+# timm, torchvision and the models are imported after the checks, so that --help and mistakes take half of the time.
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -42,10 +47,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build(content: dict) -> tuple[PretrainModel | ARMClassifier, Callable[..., Tensor]]:
+def build(content: dict) -> tuple[Model, Callable[..., Tensor]]:
     """Return the model of a checkpoint, with its weights, and the function that computes the loss of a batch."""
+    from pretrained import Checkpoint
+
     args, found = content["args"], Checkpoint(STATE, content)
-    model: PretrainModel | ARMClassifier
+    model: Model
     if found.is_pretraining:
         model = main_pretrain.build_model(args)
         compute_loss = engine_pretrain.loss_of(model)

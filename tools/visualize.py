@@ -17,15 +17,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image
 
-import pretrained
-from models_arm import PretrainModel
 from util import arguments, cli
+from util.checkpoints.hub import locate
 from util.data.decode import BrokenImage, with_pillow
 from util.distributed.processes import init_device
 from util.errors import RunError, UserError, as_user_error
 from util.files import figure_of, open_regular, output_file, printable, save_figure
 from util.seeding import seed_everything
-from util.tracking import prediction_figures
+
+# timm, torchvision and the models are imported after the checks, so that --help and mistakes take half of the time.
 
 TITLE = "ARM predictions"  # in the metadata of a sheet
 MAX_BYTES = 2**30  # of an image file
@@ -85,6 +85,12 @@ def main(args: argparse.Namespace) -> None:
     images = [read_image(path) for path in args.images]
     sheets = targets(args)
     device = init_device(args.device)
+    locate(args.checkpoint)
+
+    import pretrained
+    from models_arm import PretrainModel
+    from util.tracking import prediction_figures
+
     found = pretrained.read(args.checkpoint, ignore_keys=args.ignore_keys)
     if not found.has_decoder:
         what = "has no decoder" if found.is_pretraining else "is of a classifier"
