@@ -43,7 +43,7 @@ from tools import pack_images
 from util import arguments, cli, hardware
 from util.data import datasets, decode, loaders, transforms
 from util.data.device_loader import DeviceLoader
-from util.data.samplers import EpochSampler
+from util.data.loaders import EpochSampler
 from util.tracking.run_log import Log
 from util.training.run import Run
 

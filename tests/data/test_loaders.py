@@ -18,7 +18,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from util import seeding
-from util.data import datasets, loaders, samplers, transforms
+from util.data import datasets, loaders, transforms
 from util.data.device_loader import DeviceLoader
 from util.errors import RunError
 
@@ -150,7 +150,7 @@ def test_the_shares_of_an_epoch_are_disjoint(seeded, monkeypatch, processes):
     seen = []
     for rank in range(processes):
         monkeypatch.setenv("RANK", str(rank))
-        sampler = samplers.EpochSampler(seeded, seed=3)
+        sampler = loaders.EpochSampler(seeded, seed=3)
         assert len(list(sampler)) == len(sampler) == 24 // processes
         seen += [index for _, index in sampler]
     assert len(set(seen)) == len(seen)
@@ -191,10 +191,10 @@ def test_shares_of_an_evaluation_hold_each_image_once(processes, monkeypatch):
     seen = []
     for rank in range(processes):
         monkeypatch.setenv("RANK", str(rank))
-        sampler = samplers.ShareSampler(range(7), distributed=True)
+        sampler = loaders.ShareSampler(range(7), distributed=True)
         assert len(list(sampler)) == len(sampler)
         seen += sampler
-        assert list(samplers.ShareSampler(range(7), distributed=False)) == list(range(7))
+        assert list(loaders.ShareSampler(range(7), distributed=False)) == list(range(7))
     assert sorted(seen) == list(range(7))
 
 

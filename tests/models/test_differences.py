@@ -12,7 +12,7 @@ from torch import nn
 
 import main_pretrain
 from Finetuning import main_finetune
-from util.data.samplers import EpochSampler
+from util.data.loaders import EpochSampler
 from util.errors import UserError
 from util.tracking.run_log import ScreenLog
 from util.training.evaluation import evaluate

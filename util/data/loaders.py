@@ -1,25 +1,61 @@
-"""Loaders whose samples do not depend on the number of processes or workers."""
+"""Loaders and samplers whose samples do not depend on the number of processes or workers."""
 
 import argparse
 import math
 import os
 import signal
 import threading
+from collections.abc import Iterator, Sized
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, get_worker_info
 
 from util.data.datasets import ImageDataset, Item, SeededSamples
 from util.data.device_loader import Batch, DeviceLoader, allowed_broken, too_many_broken
-from util.data.samplers import EpochSampler, ShareSampler
-from util.distributed.processes import world_size
+from util.distributed.processes import rank, world_size
 from util.distributed.signals import SIGNALS
 from util.errors import UserError
 
 PREFETCH = 2  # batches that each worker prepares ahead
+
+
+class EpochSampler(DistributedSampler):
+    """Yield this rank's share of a new permutation each epoch, as pairs (epoch, index); the shares are disjoint."""
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        super().__init__(dataset, num_replicas=world_size(), rank=rank(), shuffle=True, seed=seed, drop_last=True)
+        self.start = 0
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch, and the number of this rank's samples to skip because they have been seen already."""
+        super().set_epoch(epoch)
+        self.start = start
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((self.epoch, index) for index in islice(super().__iter__(), self.start, None))
+
+
+class ShareSampler(Sampler):
+    """Yield every n-th index in order; together the ranks yield each index exactly once.
+
+    Args:
+        dataset: its length is the number of indices.
+        distributed: share the indices among the ranks; otherwise each rank yields all of them.
+    """
+
+    def __init__(self, dataset: Sized, distributed: bool) -> None:
+        self.distributed = distributed
+        self.indices = range(rank(), len(dataset), world_size()) if distributed else range(len(dataset))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
 
 
 class SharedMemoryCollate:
