@@ -46,43 +46,22 @@ MAX_JPEG_SIDE = 65500  # of libjpeg
 _encode: Callable[[int], tuple[str, bytes] | str]  # of a worker, see `_start_worker`
 
 
+# fmt: off
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = cli.Parser("pack_images.py", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "source",
-        type=arguments.nonempty,
-        metavar="SRC",
-        help="folder with train/ and optionally val/, each with one folder of images per class",
-    )
+    parser.add_argument("source", type=arguments.nonempty, metavar="SRC",
+        help="folder with train/ and optionally val/, each with one folder of images per class")
     parser.add_argument("target", type=arguments.nonempty, metavar="DST", help="folder for the shards")
     parser.add_argument("--short_side", type=arguments.side, metavar="PX", help="resize larger training images to this")
-    parser.add_argument(
-        "--quality",
-        type=arguments.number(int, 1, 100),
-        default=90,
-        help="quality of the JPEGs that are written (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--shard_images",
-        type=arguments.positive,
-        default=4096,
-        metavar="N",
-        help="images per shard (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--num_workers",
-        type=arguments.number(int, 1, 1024),
-        default=len(os.sched_getaffinity(0)),
-        help="number of processes (default: the number of cores)",
-    )
-    parser.add_argument(
-        "--max_bad_samples",
-        type=arguments.natural,
-        metavar="N",
-        help="more broken training images than this end the run (default: 0.1 %% of the images)",
-    )
+    parser.add_argument("--quality", type=arguments.number(int, 1, 100), default=90, help="quality of written JPEGs")
+    parser.add_argument("--shard_images", type=arguments.positive, default=4096, metavar="N", help="images per shard")
+    parser.add_argument("--num_workers", type=arguments.number(int, 1, 1024), default=len(os.sched_getaffinity(0)),
+        help="number of processes (default: the number of cores)")
+    parser.add_argument("--max_bad_samples", type=arguments.natural, metavar="N",
+        help="more broken training images than this end the run (default: 0.1 %% of the images)")
     return parser
+# fmt: on
 
 
 def encode(source: Folder, short_side: int | None, quality: int, index: int) -> tuple[str, bytes] | str:
@@ -210,11 +189,7 @@ def _starting_workers() -> Iterator[None]:
 
 
 def pack(
-    source: Folder,
-    folder: Path,
-    short_side: int | None,
-    args: argparse.Namespace,
-    finished: dict[Path, list[str]],
+    source: Folder, folder: Path, short_side: int | None, args: argparse.Namespace, finished: dict[Path, list[str]]
 ) -> list[str]:
     """Write the missing shards of one split.
 

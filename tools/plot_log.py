@@ -121,10 +121,7 @@ def draw(logs: dict[str, list[dict]]) -> "Figure":
         for name, rows in logs.items():
             points = [(row["epoch"] + 1, row.get(key, math.nan)) for row in rows]
             axis.plot(
-                *zip(*points, strict=True),
-                marker="o" if len(points) < 30 else None,
-                markersize=3,
-                label=_label(name),
+                *zip(*points, strict=True), marker="o" if len(points) < 30 else None, markersize=3, label=_label(name)
             )
         axis.set_title(QUANTITIES[key], fontsize=10)
         axis.set_xlabel("epoch")

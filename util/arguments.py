@@ -22,9 +22,8 @@ def number(kind: type, low: float, high: float, above: bool = False) -> Callable
     def parse(text: str) -> float:
         value = kind(text)
         if not low <= value <= high or (above and value == low):  # no bound holds for NaN
-            raise argparse.ArgumentTypeError(
-                f"{text} is not {'above' if above else 'at least'} {low:.15g} and at most {high:.15g}"
-            )
+            least = "above" if above else "at least"
+            raise argparse.ArgumentTypeError(f"{text} is not {least} {low:.15g} and at most {high:.15g}")
         return value
 
     parse.__name__ = kind.__name__  # argparse shows it if the text is no number
@@ -57,209 +56,114 @@ class WarmUp(argparse.Action):
         namespace.warmup_epochs, namespace.recipe_epochs = values, None
 
 
+# A long help stands below its flag.
+# fmt: off
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that pretraining and finetuning share; each sets its defaults by `parser.set_defaults`.
 
     One of these is `recipe_epochs`, the length of the run that the default of `--warmup_epochs` is meant for.
     """
     add_machine_arguments(parser)
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="NAME", help="one of models_arm.SIZES (default: %(default)s)")
-    group.add_argument(
-        "--input_size", type=pixels, nargs="+", metavar="PX", help="side, or height and width, of the input"
-    )
-    group.add_argument("--patch_size", type=side, help="pixels a side")
-    group.add_argument("--embed_dim", type=side, help="number of channels, instead of the model's")
-    group.add_argument("--depth", type=few, help="number of blocks, instead of the model's")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", metavar="NAME", help="one of models_arm.SIZES")
+    add("--input_size", type=pixels, nargs="+", metavar="PX", help="side, or height and width, of the input")
+    add("--patch_size", type=side, help="pixels a side")
+    add("--embed_dim", type=side, help="number of channels, instead of the model's")
+    add("--depth", type=few, help="number of blocks, instead of the model's")
 
-    group = parser.add_argument_group("optimisation")
-    group.add_argument(
-        "--accum_iter", type=positive, default=1, help="gradient accumulation: batches per update (default: 1)"
-    )
-    group.add_argument("--epochs", type=positive, help="length of the run (default: %(default)s)")
-    group.add_argument(
-        "--warmup_epochs",
-        type=natural,
-        action=WarmUp,
-        help="linear warm-up of the learning rate (default: %(default)s, less in a shorter run)",
-    )
-    group.add_argument("--lr", type=amount, help="absolute learning rate, instead of --blr")
-    group.add_argument(
-        "--blr", type=amount, help="learning rate for an effective batch size of 256 (default: %(default)s)"
-    )
-    group.add_argument("--min_lr", type=amount, help="learning rate at the end (default: %(default)s)")
-    group.add_argument("--weight_decay", type=amount, default=0.05, help="(default: %(default)s)")
-    group.add_argument("--clip_grad", type=number(float, 0, 1e9, above=True), help="largest gradient norm")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--accum_iter", type=positive, default=1, help="gradient accumulation: batches per update (default: 1)")
+    add("--epochs", type=positive, help="length of the run")
+    add("--warmup_epochs", type=natural, action=WarmUp,
+        help="linear warm-up of the learning rate (default: %(default)s, less in a shorter run)")
+    add("--lr", type=amount, help="absolute learning rate, instead of --blr")
+    add("--blr", type=amount, help="learning rate for an effective batch size of 256")
+    add("--min_lr", type=amount, help="learning rate at the end")
+    add("--weight_decay", type=amount, default=0.05, help="of AdamW")
+    add("--clip_grad", type=number(float, 0, 1e9, above=True), help="largest gradient norm")
 
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data_path",
-        type=nonempty,
-        required=True,
-        help="; ".join(
-            ["folder with train/ and val/, one folder per class", *(words for _, words in READERS.values())]
-        ),
-    )
-    group.add_argument(
-        "--loader",
-        choices=("fast", "pil"),
-        default="fast",
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", type=nonempty, required=True,
+        help="; ".join(["folder with train/ and val/, one folder per class", *(text for _, text in READERS.values())]))
+    add("--loader", choices=("fast", "pil"), default="fast",
         help="fast: decode training images with libjpeg-turbo and augment them on the training device; pil: do both in "
-        "Pillow as the released code does (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max_bad_samples",
-        type=natural,
-        metavar="N",
-        help="end the run after an epoch with more broken training images than this (default: 0.1 %% of the images)",
-    )
-    group.add_argument("--scale", type=rate, nargs=2, help="least and largest area of crops (default: %(default)s)")
-    group.add_argument("--hflip", type=rate, default=0.5, help="rate of horizontal flips (default: %(default)s)")
+        "Pillow as the released code does")
+    add("--max_bad_samples", type=natural, metavar="N",
+        help="end the run after an epoch with more broken training images than this (default: 0.1 %% of the images)")
+    add("--scale", type=rate, nargs=2, help="least and largest area of crops")
+    add("--hflip", type=rate, default=0.5, help="rate of horizontal flips")
 
-    group = parser.add_argument_group("run")
-    group.add_argument(
-        "--output_dir", type=nonempty, default="./output_dir", help="checkpoints and log.txt (default: %(default)s)"
-    )
-    group.add_argument("--log_dir", type=nonempty, help="TensorBoard files (default: the output folder)")
-    group.add_argument(
-        "--tracker",
-        choices=("tensorboard", "wandb", "trackio"),
-        default="tensorboard",
-        help="experiment tracker (default: %(default)s)",
-    )
-    group.add_argument(
-        "--save_freq", type=positive, default=20, help="epochs between kept checkpoints (default: %(default)s)"
-    )
-    group.add_argument(
-        "--save_every_steps", type=positive, metavar="N", help="also write checkpoint-last.pth every N updates"
-    )
-    group.add_argument(
-        "--keep",
-        type=few,
-        default=2,
-        metavar="N",
-        help="number of the newest checkpoints to keep: checkpoint-last.pth, checkpoint-last-1.pth and so on "
-        "(default: %(default)s)",
-    )
-    group.add_argument(
-        "--resume",
-        type=nonempty,
-        metavar="FILE",
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", type=nonempty, default="./output_dir", help="checkpoints and log.txt")
+    add("--log_dir", type=nonempty, help="TensorBoard files (default: the output folder)")
+    add("--tracker", choices=("tensorboard", "wandb", "trackio"), default="tensorboard", help="experiment tracker")
+    add("--save_freq", type=positive, default=20, help="epochs between kept checkpoints")
+    add("--save_every_steps", type=positive, metavar="N", help="also write checkpoint-last.pth every N updates")
+    add("--keep", type=few, default=2, metavar="N",
+        help="number of the newest checkpoints to keep: checkpoint-last.pth, checkpoint-last-1.pth and so on")
+    add("--resume", type=nonempty, metavar="FILE",
         help="resume from this checkpoint: path, URL or hf://OWNER/REPO/FILE; auto: from the newest in the output "
-        "folder, if there is one",
-    )
-    group.add_argument(
-        "--allow_changed_args",
-        action="store_true",
-        help="resume although arguments differ from the checkpoint's and change the result",
-    )
-    group.add_argument("--start_epoch", type=natural, help="first epoch (default: where the checkpoint was written)")
-    group.add_argument(
-        "--compile",
-        action="store_true",
-        default=None,
-        help="torch.compile the blocks (default: when training on a GPU)",
-    )
-    group.add_argument("--no_compile", action="store_false", dest="compile", help="run them eagerly")
-    group.add_argument(
-        "--fsdp",
-        action="store_true",
-        help="shard weights, gradients and moments over torchrun's processes (FSDP2), for models too large for one GPU",
-    )
-    group.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="use deterministic algorithms, which are slower, so that runs on a GPU are repeatable",
-    )
-    group.add_argument(
-        "--max_nonfinite",
-        type=positive,
-        default=3,
-        metavar="N",
-        help="end the run after N updates in a row with a non-finite gradient (default: %(default)s)",
-    )
-    group.add_argument("--seed", type=seed_number, default=0, help="of all random numbers (default: %(default)s)")
+        "folder, if there is one")
+    add("--allow_changed_args", action="store_true",
+        help="resume although arguments differ from the checkpoint's and change the result")
+    add("--start_epoch", type=natural, help="first epoch (default: where the checkpoint was written)")
+    add("--compile", action="store_true", default=None,
+        help="torch.compile the blocks (default: when training on a GPU)")
+    add("--no_compile", action="store_false", dest="compile", help="run them eagerly")
+    add("--fsdp", action="store_true",
+        help="shard weights, gradients and moments over torchrun's processes (FSDP2), for models too large for one GPU")
+    add("--deterministic", action="store_true",
+        help="use deterministic algorithms, which are slower, so that runs on a GPU are repeatable")
+    add("--max_nonfinite", type=positive, default=3, metavar="N",
+        help="end the run after N updates in a row with a non-finite gradient")
+    add("--seed", type=seed_number, default=0, help="of all random numbers")
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of every script: the device, and how images are loaded."""
-    group = parser.add_argument_group("machine")
-    group.add_argument(
-        "--batch_size", type=batch, default=64, help="images per process and step (default: %(default)s)"
-    )
-    group.add_argument("--device", type=nonempty, help="cuda or cpu (default: cuda where there is a GPU)")
-    group.add_argument(
-        "--scan_backend", default="auto", help="auto, triton, cuda, mamba_ssm, cpu or torch (default: %(default)s)"
-    )
-    group.add_argument(
-        "--num_workers",
-        type=workers,
-        default=min(10, len(os.sched_getaffinity(0))),
-        help="processes that load images (default: 10, or the number of cores)",
-    )
-    group.add_argument(
-        "--worker_timeout",
-        type=number(int, 0, 10**6),
-        default=300,
-        metavar="S",
-        help="end the run if loading a batch takes longer; 0 waits without limit (default: %(default)s seconds)",
-    )
-    group.add_argument("--pin_mem", action="store_true", default=True, help="pin memory for the GPU (default)")
-    group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="do not pin memory")
-    group.add_argument(
-        "--dist_timeout",
-        type=seconds,
-        default=600,
-        metavar="S",
-        help="timeout of collectives, after which the run ends (default: %(default)s seconds)",
-    )
+    add = parser.add_argument_group("machine").add_argument
+    add("--batch_size", type=batch, default=64, help="images per process and step")
+    add("--device", type=nonempty, help="cuda or cpu (default: cuda where there is a GPU)")
+    add("--scan_backend", default="auto", help="auto, triton, cuda, mamba_ssm, cpu or torch")
+    add("--num_workers", type=workers, default=min(10, len(os.sched_getaffinity(0))),
+        help="processes that load images (default: 10, or the number of cores)")
+    add("--worker_timeout", type=number(int, 0, 10**6), default=300, metavar="S",
+        help="end the run if loading a batch takes longer; 0 waits without limit (default: %(default)s seconds)")
+    add("--pin_mem", action="store_true", default=True, help="pin memory for the GPU (default)")
+    add("--no_pin_mem", action="store_false", dest="pin_mem", help="do not pin memory")
+    add("--dist_timeout", type=seconds, default=600, metavar="S",
+        help="timeout of collectives, after which the run ends (default: %(default)s seconds)")
 
 
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of how images are evaluated."""
-    group = parser.add_argument_group("evaluated images")
-    group.add_argument(
-        "--eval_resize",
-        choices=("square", "shorter"),
-        default="square",
-        help="resize images to a square as the released code does, or their shorter side and crop "
-        "the center (default: %(default)s)",
-    )
-    group.add_argument(
-        "--eval_loader",
-        choices=("fast", "pil"),
-        default="pil",
-        help="decode and resize images with libjpeg-turbo and torch (fast), or with Pillow (default: %(default)s)",
-    )
-    group.add_argument(
-        "--eval_bad",
-        choices=("stop", "wrong"),
-        default="stop",
-        help="a broken image stops the evaluation, or counts as wrong (default: %(default)s)",
-    )
+    add = parser.add_argument_group("evaluated images").add_argument
+    add("--eval_resize", choices=("square", "shorter"), default="square",
+        help="resize images to a square as the released code does, or their shorter side and crop the center")
+    add("--eval_loader", choices=("fast", "pil"), default="pil",
+        help="decode and resize images with libjpeg-turbo and torch (fast), or with Pillow")
+    add("--eval_bad", choices=("stop", "wrong"), default="stop",
+        help="a broken image stops the evaluation, or counts as wrong")
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of scripts that examine a checkpoint: which one, and the file of the result."""
     group = parser.add_argument_group("checkpoint")
-    group.add_argument("checkpoint", type=nonempty, metavar="CKPT", help="file of pretraining or finetuning")
-    group.add_argument("--model_key", choices=("model", "model_ema"), help="weights to take (default: model)")
+    add = group.add_argument
+    add("checkpoint", type=nonempty, metavar="CKPT", help="file of pretraining or finetuning")
+    add("--model_key", choices=("model", "model_ema"), help="weights to take (default: model)")
     add_ignore_keys(group)
-    group.add_argument(
-        "--input_size", type=pixels, nargs="+", metavar="PX", help="side, or height and width (default: as trained)"
-    )
-    group.add_argument("--output", metavar="FILE", help="JSON file of the result (default: next to CKPT)")
+    add("--input_size", type=pixels, nargs="+", metavar="PX", help="side, or height and width (default: as trained)")
+    add("--output", metavar="FILE", help="JSON file of the result (default: next to CKPT)")
 
 
 def add_ignore_keys(parser: argparse._ActionsContainer) -> None:
     """Add `--ignore_keys`, patterns of parameters of a checkpoint to leave out; see `checkpoint_file.read`."""
-    parser.add_argument(
-        "--ignore_keys",
-        nargs="+",
-        default=[],
-        metavar="PATTERN",
-        help="leave out parameters of the checkpoint that no model here has, e.g. '*angle_embed'",
-    )
+    parser.add_argument("--ignore_keys", nargs="+", default=[], metavar="PATTERN",
+        help="leave out parameters of the checkpoint that no model here has, e.g. '*angle_embed'")
+
+
+# fmt: on
 
 
 def boolean(text: str) -> bool:
@@ -272,11 +176,7 @@ def boolean(text: str) -> bool:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse arguments that contradict each other; derive `args.lr` and a shorter warm-up if they are not given.
-
-    Raises:
-        UserError: names the argument.
-    """
+    """Derive `args.lr` and a shorter warm-up if they are not given; raise UserError if arguments contradict others."""
     check_input_size(args)
     if args.start_epoch is not None and args.start_epoch >= args.epochs:
         raise UserError(f"--start_epoch {args.start_epoch}: the run has epochs 0 to {args.epochs - 1}")
@@ -302,38 +202,27 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def check_warmup(args: argparse.Namespace) -> None:
-    """Check that the warm-up is shorter than the run.
+    """Raise UserError if a given warm-up is not shorter than the run; reduce a default one to the recipe's fraction.
 
-    A default warm-up that is not is reduced to the recipe's fraction of the run, also below one epoch. One epoch of
-    warm-up in a run of one epoch is accepted, since the flag has no smaller value but 0.
-
-    Raises:
-        UserError: a warm-up that was given is not shorter than the run.
+    The reduced one may be below one epoch. One epoch of warm-up in a run of one epoch is accepted, since the flag has
+    no smaller value but 0.
     """
     warmup, epochs, recipe_epochs = args.warmup_epochs, args.epochs, vars(args).pop("recipe_epochs", None)
     if warmup < epochs:
         return
     if recipe_epochs is not None:
         args.warmup_epochs = epochs * warmup / recipe_epochs
-        LOGGER.info(
-            "warm-up of %g epochs in a run of %d: the share of the recipe's %d in %d",
-            args.warmup_epochs, epochs, warmup, recipe_epochs,
-        )  # fmt: skip
+        share = args.warmup_epochs, epochs, warmup, recipe_epochs
+        LOGGER.info("warm-up of %g epochs in a run of %d: the share of the recipe's %d in %d", *share)
     elif warmup == epochs == 1:
         LOGGER.info("--warmup_epochs 1 is the whole run: its learning rate only rises")
     else:
-        raise UserError(
-            f"--warmup_epochs {warmup} is not shorter than the run of --epochs {epochs}: the learning rate would never "
-            "fall"
-        )
+        run = f"the run of --epochs {epochs}"
+        raise UserError(f"--warmup_epochs {warmup} is not shorter than {run}: the learning rate would never fall")
 
 
 def check_input_size(args: argparse.Namespace) -> None:
-    """Refuse more than two numbers.
-
-    Raises:
-        UserError: names the argument.
-    """
+    """Raise UserError, which names the argument, for more than two numbers."""
     if args.input_size is not None and len(args.input_size) > 2:
         raise UserError(f"--input_size takes one side, or height and width, not {len(args.input_size)} numbers")
 
@@ -354,30 +243,20 @@ def given(args: argparse.Namespace, *names: str) -> dict:
 
 
 def output_folders(args: argparse.Namespace) -> tuple[Path, Path]:
-    """Create the folders for checkpoints and for TensorBoard, and check that files can be written there.
-
-    Raises:
-        UserError: they cannot.
-    """
+    """Create the folders for checkpoints and for TensorBoard; raise UserError if files cannot be written there."""
     if args.tracker == "tensorboard":
         check_utf8("--log_dir", args.log_dir or args.output_dir)
-    folders = []
-    for name, path in (("output_dir", args.output_dir), ("log_dir", args.log_dir or args.output_dir)):
-        folders.append(Path(path))
+    folders = Path(args.output_dir), Path(args.log_dir or args.output_dir)
+    for name, folder in zip(("output_dir", "log_dir"), folders, strict=True):
         try:
-            folders[-1].mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folders[-1]):
-                pass
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            raise UserError(f"--{name} {path} cannot be written: {error.strerror}") from error
-    return folders[0], folders[1]
+            raise UserError(f"--{name} {folder} cannot be written: {error.strerror}") from error
+    return folders
 
 
 def check_utf8(flag: str, folder: str | Path) -> None:
-    """Refuse a folder that TensorBoard cannot write to.
-
-    Raises:
-        UserError: names the flag.
-    """
+    """Raise UserError, which names the flag, for a folder that TensorBoard cannot write to."""
     with as_user_error(UnicodeEncodeError, prefix=f"{flag} {folder}: TensorBoard needs a name in UTF-8: "):
         str(folder).encode()

@@ -25,8 +25,19 @@ from util.files import printable
 LOGGER = logging.getLogger(__name__)
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Add the default to the help of every argument that takes a value, and has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        shows_none = action.nargs == 0 or action.default in (None, []) or "default" in (action.help or "")
+        return action.help if shows_none else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises `UserError`, which `run_main` prints."""
+    """An argument parser that raises `UserError`, which `run_main` prints, and whose help names the defaults."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog, description=description, formatter_class=_Help)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)

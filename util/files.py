@@ -45,10 +45,7 @@ def some(names: Sequence[str], shown: int = 5) -> str:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a path to write; it replaces `path`, a link itself and not its target, if the block raises nothing.
 
-    Only one process at a time may write a path: incomplete files of earlier ones are removed.
-
-    Raises:
-        OSError: the folder cannot be written.
+    Only one process at a time may write a path: incomplete files of earlier ones are removed. Raises OSError.
     """
     name = f".{path.name[:100]}."
     for leftover in path.parent.glob(f"{glob.escape(name)}*.tmp*"):  # of a process that was killed
@@ -92,11 +89,7 @@ def _finite(value: object) -> object:
 
 
 def from_json(text: str | bytes) -> object:
-    """Parse strict JSON.
-
-    Raises:
-        ValueError: the text is no JSON, holds NaN or Infinity, or is nested too deeply.
-    """
+    """Parse strict JSON; raise ValueError if it is no JSON, holds NaN or Infinity, or is nested too deeply."""
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except RecursionError as error:
@@ -108,11 +101,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def read_json(path: Path) -> object:
-    """Read a JSON file of at most `MAX_JSON` bytes.
-
-    Raises:
-        UserError: the file cannot be read, is too large, or is no JSON; the message names it.
-    """
+    """Read a JSON file of at most `MAX_JSON` bytes; raise UserError, which names it, if that fails."""
     with as_user_error(OSError), path.open("rb") as file:
         text = file.read(MAX_JSON + 1)
     if len(text) > MAX_JSON:
@@ -131,16 +120,8 @@ def sha256_of(path: Path) -> str:
 
 
 def open_regular(path: str | bytes | os.PathLike) -> BinaryIO:
-    """Open a file for unbuffered reading.
-
-    Raises:
-        OSError: it cannot be opened, or is no regular file: reading a pipe or a device could take forever.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
-    return open(descriptor, "rb", buffering=0)
+    """Open a file for unbuffered reading; raise OSError also if it is no regular file: a pipe could take forever."""
+    return open(_regular(path, os.O_RDONLY), "rb", buffering=0)
 
 
 def open_lock(path: Path) -> TextIO:
@@ -149,11 +130,17 @@ def open_lock(path: Path) -> TextIO:
     Raises:
         OSError: it cannot be opened, or is a link or no regular file: another file must not be truncated through it.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    descriptor = _regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+    return open(descriptor, "r+", encoding="utf-8", errors="surrogateescape")
+
+
+def _regular(path: str | bytes | os.PathLike, flags: int) -> int:
+    """Return a descriptor of a regular file, without waiting for the other end of a pipe."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(f"{path} is no regular file")
-    return open(descriptor, "r+", encoding="utf-8", errors="surrogateescape")
+        raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
+    return descriptor
 
 
 def output_file(
@@ -175,8 +162,7 @@ def output_file(
     name = f"{flag} {printable(path)}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        tempfile.TemporaryFile(dir=path.parent).close()
         try:
             mode = path.lstat().st_mode
         except FileNotFoundError:
@@ -223,17 +209,9 @@ def figure_of(title: str) -> Callable[[Path], bool]:
 
 
 def save_figure(figure: "Figure", path: Path, title: str, **options: Any) -> None:
-    """Write a figure of matplotlib atomically, in the format of the suffix: one of `FORMATS`.
+    """Write a figure of matplotlib atomically; raises OSError. The suffix, one of `FORMATS`, gives the format.
 
-    Args:
-        figure: to be drawn.
-        path: of the file.
-        title: for its metadata, by which `figure_of` knows it; ASCII.
-        options: of `Figure.savefig`.
-
-    Raises:
-        OSError: the file cannot be written.
+    The title (ASCII) goes into the metadata, by which `figure_of` knows the file; `options` are of `Figure.savefig`.
     """
-    kind = path.suffix[1:].lower()
     with replacing(path) as temporary:
-        figure.savefig(temporary, format=kind, metadata={"Title": title}, **options)
+        figure.savefig(temporary, format=path.suffix[1:].lower(), metadata={"Title": title}, **options)

@@ -24,15 +24,11 @@ def lock_folder(folder: Path, name: str = "--output_dir") -> str:
     The lock is the operating system's (`fcntl`, which also works over network file systems), and ends with the process.
     The file `run.lock` names the owner.
 
-    Args:
-        folder: of the run.
-        name: the flag that sets it, for messages.
-
     Returns:
         The last owner if it ended without releasing the lock, else an empty string.
 
     Raises:
-        UserError: another process holds the lock, or `run.lock` cannot be written.
+        UserError: another process holds the lock, or `run.lock` cannot be written. It begins with `name`, a flag.
     """
     path = folder.resolve() / "run.lock"
     if path in _HELD:
@@ -44,12 +40,9 @@ def lock_folder(folder: Path, name: str = "--output_dir") -> str:
     owner = _owner(file)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        raise UserError(
-            f"{name} {folder} is in use by {owner or 'another run'}: wait for it, or choose another folder"
-        ) from error
     except OSError as error:
-        if _lives(file):
+        if _is_held(file, error):
+            owner = owner or "another run"
             raise UserError(f"{name} {folder} is in use by {owner}: wait for it, or choose another folder") from error
         LOGGER.warning("%s: its file system has no locks: a run on another host would not be noticed", folder)
     _HELD[path] = file  # closing any handle of this process to the file would release the lock
@@ -59,11 +52,7 @@ def lock_folder(folder: Path, name: str = "--output_dir") -> str:
 
 
 def in_use(folder: Path) -> bool:
-    """Return whether another process holds the lock of a folder.
-
-    Raises:
-        UserError: its run.lock cannot be opened, or is a link or no regular file.
-    """
+    """Return whether another process holds the lock of a folder; raise UserError if that cannot be determined."""
     path = folder.resolve() / "run.lock"
     if path in _HELD:  # closing the file below would release it
         return False
@@ -72,10 +61,8 @@ def in_use(folder: Path) -> bool:
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            return True
-        except OSError:  # the file system has no locks
-            return _lives(file)
+        except OSError as error:
+            return _is_held(file, error)
     return False
 
 
@@ -93,8 +80,10 @@ def _owner(file: TextIO) -> str:
     return printable(f"process {owner['pid']} on {owner['host']} since {owner['since']}") if owner else ""
 
 
-def _lives(file: TextIO) -> bool:
-    """Return whether the owner that the file names is a running process of this host."""
+def _is_held(file: TextIO, error: OSError) -> bool:
+    """Return whether a lock failed because of its owner: on a file system without locks, one that runs on this host."""
+    if isinstance(error, (BlockingIOError, PermissionError)):
+        return True
     owner = _content(file)
     return bool(owner) and owner["host"] == socket.gethostname() and os.path.exists(f"/proc/{owner['pid']}")
 

@@ -30,11 +30,7 @@ def param_groups_layer_decay(model: nn.Module, weight_decay: float, layer_decay:
         decays = parameter.ndim > 1 and name not in NO_WEIGHT_DECAY
         group = groups.setdefault(
             (layer, decays),
-            {
-                "params": [],
-                "weight_decay": weight_decay if decays else 0.0,
-                "lr_scale": layer_decay ** (last - layer),
-            },
+            {"params": [], "weight_decay": weight_decay if decays else 0.0, "lr_scale": layer_decay ** (last - layer)},
         )
         group["params"].append(parameter)
     return list(groups.values())

@@ -37,7 +37,7 @@ PRETRAIN_MISTAKES = {
     "--device cuda": "finds no GPU",
     "--unknown 1": "unrecognized arguments: --unknown 1",
     "--scale 1 0.2": "--scale: the smaller area comes first",
-    "--scale 0 0": "--scale: .* the larger one is above 0",
+    "--scale 0 0": "--scale: .* the larger one must be above 0",
     "--resume=": "argument --resume: it is empty",
     "--output_dir=": "argument --output_dir: it is empty",
     "--scale 0.2 1.5": "1.5 is not at least 0 and at most 1",
