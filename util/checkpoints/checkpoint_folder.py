@@ -30,12 +30,9 @@ LAST = "checkpoint-last.pth"
 
 
 class CheckpointFolder:
-    """The folder of a run's checkpoints; one process writes.
+    """The folder of a run's checkpoints; one process writes, and `say` shows a line to the user.
 
-    Args:
-        path: the folder.
-        keep: number of the newest checkpoints to keep, beside those with other names.
-        say: shows a line to the user.
+    It keeps the newest `keep` checkpoints, beside those with other names.
     """
 
     def __init__(self, path: Path, keep: int, say: Callable[[str], None]) -> None:
@@ -72,11 +69,7 @@ class CheckpointFolder:
             self.writing = None
 
     def close(self) -> None:
-        """Wait, and check that the last checkpoint is written.
-
-        Raises:
-            RunError: it could not be written.
-        """
+        """Wait, and raise RunError if the last checkpoint could not be written."""
         self.wait()
         if self.failed:
             raise RunError(self.failed)

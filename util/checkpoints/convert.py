@@ -42,12 +42,10 @@ def pretrain_to_classifier(state_dict: StateDict, model: Classifier, saved: tupl
     Raises:
         UserError: the grid is unknown, and the number of patches is no square.
     """
-    if is_pretrained(state_dict):
-        state_dict = {name: value for name, value in state_dict.items() if name.startswith(SHARED)}
-    else:
-        state_dict = dict(state_dict)
+    pretrained = is_pretrained(state_dict)
+    state_dict = {name: value for name, value in state_dict.items() if not pretrained or name.startswith(SHARED)}
     pos_embed = state_dict["pos_embed"]
-    if is_pretrained(state_dict):
+    if pretrained:
         for name in list(state_dict):
             if match := _SCAN.match(name):
                 layer, parameter, log, kind = match[1], match[2], match[3] or "", match[4] or ""
@@ -87,15 +85,12 @@ def load(model: nn.Module, state_dict: StateDict, allow_missing: Set[str] = froz
     missing = [k for k in own if k not in state_dict and k not in optional]
     unexpected = [k for k in state_dict if k not in own]
     common = {k: v for k, v in state_dict.items() if k in own}
-    misfits = [
-        f"{k} has shape {tuple(v.shape)}, the model {tuple(own[k].shape)}"
-        for k, v in common.items()
-        if v.shape != own[k].shape
-    ] + [
-        f"{k} is of {v.dtype}, the model's of {own[k].dtype}"
-        for k, v in common.items()
-        if v.is_floating_point() != own[k].is_floating_point() or v.is_complex()
-    ]
+    misfits = []
+    for k, v in common.items():
+        if v.shape != own[k].shape:
+            misfits.append(f"{k} has shape {tuple(v.shape)}, the model {tuple(own[k].shape)}")
+        if v.is_floating_point() != own[k].is_floating_point() or v.is_complex():
+            misfits.append(f"{k} is of {v.dtype}, the model's of {own[k].dtype}")
     problems = ["missing " + some(missing)] * bool(missing)
     problems += [f"unexpected {some(unexpected)} (--ignore_keys leaves keys out)"] * bool(unexpected)
     problems += [some(misfits)] * bool(misfits)

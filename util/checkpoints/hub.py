@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import socket
-import stat
 import sys
 from pathlib import Path, PurePosixPath
 from urllib.error import HTTPError
@@ -22,7 +21,7 @@ from urllib.request import Request, urlopen
 from filelock import FileLock
 
 from util.errors import UserError, as_user_error
-from util.files import printable, replacing, sha256_of
+from util.files import open_regular, printable, replacing, sha256_of
 
 LOGGER = logging.getLogger(__name__)
 TIMEOUT = 10  # seconds without an answer or data; also the default of huggingface_hub
@@ -57,25 +56,18 @@ def locate(name: str | os.PathLike) -> tuple[Path, bool]:
         return _url_file(source, sha256), bool(sha256)
     path = Path(source)
     try:
-        regular = stat.S_ISREG(path.stat().st_mode)  # reading a pipe or a device could take forever
-        if regular:
-            _check(source, sha256, path)
+        open_regular(path).close()  # reading a pipe or a device could take forever
+        _check(source, sha256, path)
     except (OSError, ValueError) as error:  # ValueError: the name holds a NUL
         reason = "" if isinstance(error, FileNotFoundError) else f": {getattr(error, 'strerror', None) or error}"
         raise UserError(f"no checkpoint file {printable(source)}{reason}") from error
-    if not regular:
-        raise UserError(f"no checkpoint file {printable(source)}: it is no regular file")
     return path, bool(sha256)
 
 
 def beside(name: str | os.PathLike) -> Path:
-    """Return the path next to which results about these weights are written.
+    """Return the path next to which results about weights of this name (see `locate`) are written.
 
-    Args:
-        name: a path, URL or hf:// name, with or without #sha256=HEX.
-
-    Returns:
-        A path itself; for a URL or an hf:// name, the name of its file in the current folder.
+    It is a path itself; for a URL or an hf:// name, the name of its file in the current folder.
     """
     source = os.fspath(name).partition("#sha256=")[0]
     return Path(PurePosixPath(urlsplit(source).path).name if re.match("(https?|hf)://", source) else source)

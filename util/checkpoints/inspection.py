@@ -31,6 +31,7 @@ PUBLISHED: dict[str, Any] = {
     "directions": 4,
 }
 
+NOT_ARM = "the checkpoint is not one of ARM"
 _MAX_DEPTH = 1000  # blocks
 _MAX_SIDE = 2**15  # pixels
 
@@ -52,7 +53,7 @@ def weights(content: dict, key: str | None = None) -> StateDict:
     if not isinstance(saved, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in saved.items()
     ):
-        raise UserError("the checkpoint is not one of ARM: it holds no state dict (tensors by name)")
+        raise UserError(f"{NOT_ARM}: it holds no state dict (tensors by name)")
     state_dict = {unwrapped_name(name): value for name, value in saved.items()}
     if len(state_dict) < len(saved):
         raise UserError("the checkpoint has two tensors of one name, with and without a wrapper's prefix")
@@ -60,19 +61,15 @@ def weights(content: dict, key: str | None = None) -> StateDict:
     needed += [] if is_pretrained(state_dict) else ["head.weight", "head.bias"]
     for name in needed:
         if name not in state_dict:
-            raise UserError(f"the checkpoint is not one of ARM: it has no {name}")
+            raise UserError(f"{NOT_ARM}: it has no {name}")
     patch, position = state_dict["patch_embed.proj.weight"], state_dict["pos_embed"]
-    if (
-        patch.ndim != 4
-        or not patch.numel()
-        or patch.shape[2] != patch.shape[3]
-        or position.ndim != 3
-        or position.shape[0] != 1
-        or position.shape[2] != len(patch)
-        or position.shape[1] < (1 if is_pretrained(state_dict) else 2)
-        or not position.is_floating_point()
+    rows = position.shape[1] if position.ndim == 3 else 0
+    if not (
+        (patch.ndim == 4 and patch.numel() and patch.shape[2] == patch.shape[3])
+        and (position.shape == (1, rows, len(patch)) and position.is_floating_point())
+        and rows >= (1 if is_pretrained(state_dict) else 2)
     ):
-        raise UserError("the checkpoint is not one of ARM: patch or position embedding have other dimensions")
+        raise UserError(f"{NOT_ARM}: patch or position embedding have other dimensions")
     return state_dict
 
 
@@ -97,24 +94,18 @@ def classifier_sizes(state_dict: StateDict) -> dict[str, int]:
     embed_dim, _, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
     layers = _blocks(state_dict, "layers")
     if layers[0].get("mixer.in_proj.weight") != (2 * embed_dim, embed_dim):
-        raise UserError(
-            f"the checkpoint is not one of ARM: its blocks do not have the {embed_dim} channels of its patches"
-        )
+        raise UserError(f"{NOT_ARM}: its blocks do not have the {embed_dim} channels of its patches")
     sizes = {"embed_dim": embed_dim, "depth": len(layers), "patch_size": patch_size}
     if is_pretrained(state_dict):
         return sizes
     head = state_dict["head.weight"]
     if head.ndim != 2 or head.shape[1] != embed_dim or not len(head):
-        raise UserError(f"the checkpoint is not one of ARM: its head has shape {tuple(head.shape)}")
+        raise UserError(f"{NOT_ARM}: its head has shape {tuple(head.shape)}")
     return sizes | {"num_classes": len(head), "directions": 4 if "layers.0.mixer.A_b_log" in state_dict else 1}
 
 
 def decoder_sizes(state_dict: StateDict) -> dict[str, int]:
-    """Return `dec_embed_dim` and `dec_depth` of a pretraining model, read from the shapes of its state dict.
-
-    Raises:
-        UserError: the decoder is incomplete.
-    """
+    """Return `dec_embed_dim` and `dec_depth` from the shapes of a pretraining model; raise UserError for no decoder."""
     token = state_dict.get("ar_token")
     width = token.shape[-1] if token is not None and token.ndim == 3 else 0
     blocks = _blocks(state_dict, "dec_block")
@@ -124,24 +115,18 @@ def decoder_sizes(state_dict: StateDict) -> dict[str, int]:
 
 
 def _blocks(state_dict: StateDict, name: str) -> list[dict[str, torch.Size]]:
-    """Return the shapes of each block's tensors.
-
-    Raises:
-        UserError: blocks are missing or differ, or there are too many.
-    """
+    """Return the shapes of each block's tensors; raise UserError if blocks are missing, differ or are too many."""
     blocks: dict[int, dict[str, torch.Size]] = {}
     for key, value in state_dict.items():
         if match := re.fullmatch(rf"{name}\.([0-9]{{1,9}})\.(.+)", key):
             blocks.setdefault(int(match[1]), {})[match[2]] = value.shape
     if not 1 <= len(blocks) <= _MAX_DEPTH:
-        raise UserError(f"the checkpoint is not one of ARM: it has {len(blocks)} blocks {name}")
+        raise UserError(f"{NOT_ARM}: it has {len(blocks)} blocks {name}")
     for index in range(len(blocks)):
         differing = blocks.get(index, {}).items() ^ blocks.get(0, {}).items()
         if differing:
-            raise UserError(
-                f"the checkpoint is not one of ARM: {name}.{index} has not the tensors of the other blocks: "
-                f"{some(sorted({key for key, _ in differing}))}"
-            )
+            keys = some(sorted({key for key, _ in differing}))
+            raise UserError(f"{NOT_ARM}: {name}.{index} has not the tensors of the other blocks: {keys}")
     return [blocks[index] for index in range(len(blocks))]
 
 
@@ -204,8 +189,7 @@ def saved_arguments(content: dict, *needed: str) -> dict[str, Any]:
 def class_names(content: dict) -> list[str]:
     """Return the class names of a finetuning checkpoint, by output; an empty list if it has none.
 
-    Raises:
-        UserError: they are no list of different names, one for each output.
+    Raises UserError if they are no list of different names, one for each output.
     """
     names = content.get("class_names") or getattr(content.get("args"), "class_names", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -221,9 +205,8 @@ def class_names(content: dict) -> list[str]:
 def saved_size(content: dict) -> tuple[int, int] | None:
     """Return height and width of the input from the arguments saved in a checkpoint, or None."""
     size = saved_arguments(content).get("input_size")
-    if size is None:
-        return None
-    return (size, size) if isinstance(size, int) else (size[0], size[-1])
+    size = [size] if isinstance(size, int) else size
+    return size and (size[0], size[-1])
 
 
 def image_size(state_dict: StateDict, saved: tuple[int, int] | None = None) -> tuple[int, int]:
@@ -247,9 +230,7 @@ def image_size(state_dict: StateDict, saved: tuple[int, int] | None = None) -> t
         say_once(logging.WARNING, f"an input of {saved[0]} x {saved[1]} does not have the {patches} patches saved")
     root = math.isqrt(patches)
     if root * root != patches:
-        raise UserError(
-            f"the position embedding has {patches} patches, which is no square, and their grid is not saved"
-        )
+        raise UserError(f"the position embedding has {patches} patches, no square number, and their grid is not saved")
     return root * side, root * side
 
 

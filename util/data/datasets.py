@@ -42,16 +42,11 @@ class ImageDataset(Dataset):
     def sample(self, index: int) -> Sample:
         """Return a sample; raise `BrokenImage`, which names the image, if it cannot be read or decoded."""
         try:
-            pixels, numbers = self.transform(self._read(index))
-        except BrokenImage as error:
-            raise BrokenImage(f"{self.source.name(index)}: {error}") from error
+            pixels, numbers = self.transform(self.source.read(index))
+        except (BrokenImage, OSError) as error:
+            reason = getattr(error, "strerror", None) or printable(str(error))
+            raise BrokenImage(f"{self.source.name(index)}: {reason}") from error
         return pixels, [*numbers, self.source.labels[index]]
-
-    def _read(self, index: int) -> bytes:
-        try:
-            return self.source.read(index)
-        except OSError as error:
-            raise BrokenImage(error.strerror or printable(str(error))) from error
 
     def blank(self) -> Sample:
         """Return a black sample with the label -1, in place of a broken one."""
@@ -62,11 +57,7 @@ class ImageDataset(Dataset):
 
 
 def image_dataset(data_path: str, split: str, transform: transforms.Compose, loader: str) -> ImageDataset:
-    """Open the images of `--data_path`, with the transform carried out as `--loader` says.
-
-    Raises:
-        UserError: the data is missing or has another layout; see `open_source`.
-    """
+    """Open the images of `--data_path` by `open_source`, with the transform carried out as `--loader` says."""
     return ImageDataset(open_source(data_path, split), pixels_by(loader, transform))
 
 

@@ -69,11 +69,7 @@ def _as_broken_image(*passed: type[Exception]) -> Iterator[None]:
 
 
 def check_size(width: int, height: int) -> None:
-    """Check the size of an image, in pixels, before memory is allocated for it.
-
-    Raises:
-        BrokenImage: a side is zero, or there are more than `MAX_PIXELS` pixels.
-    """
+    """Raise `BrokenImage`, before memory is allocated, if a side is zero or there are more than `MAX_PIXELS` pixels."""
     if min(width, height) < 1:
         raise BrokenImage(f"{width} x {height} is an empty image")
     if width * height > MAX_PIXELS:
@@ -82,13 +78,9 @@ def check_size(width: int, height: int) -> None:
 
 @_as_broken_image()
 def with_pillow(data: bytes) -> Image.Image:
-    """Decode the content of an image file with Pillow: its first frame or page, without EXIF's orientation.
+    """Decode the content of an image file with Pillow to mode RGB; raise `BrokenImage` with the reason.
 
-    Returns:
-        The image in mode RGB.
-
-    Raises:
-        BrokenImage: with the reason.
+    Only the first frame or page is decoded, without EXIF's orientation.
     """
     with Image.open(BytesIO(data), formats=KNOWN) as image:
         check_size(*image.size)
@@ -100,11 +92,7 @@ def with_pillow(data: bytes) -> Image.Image:
 
 
 def _check_png(data: bytes) -> None:
-    """Check the checksums of the chunks that pixels depend on; Pillow does not check those of the pixel data.
-
-    Raises:
-        BrokenImage: names the chunk that is damaged or incomplete.
-    """
+    """Check the checksums of the chunks that pixels depend on; Pillow does not check those of the pixel data."""
     start, kind = 8, b""
     while kind != b"IEND" and start + 8 <= len(data):
         length, kind = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8]
@@ -156,7 +144,7 @@ def crop_of(
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         pixels = _all_pixels(data)
-        return _cut(pixels, crop(pixels.shape[0], pixels.shape[1]))
+        return _cut(pixels, crop(*pixels.shape[:2]))
     check_size(width, height)
     part = crop(height, width)
     top, _, h, w = part

@@ -136,10 +136,9 @@ class DeviceLoader:
         return text
 
     def report(self, say: Callable[[str], None]) -> None:
-        """Report the broken images that any process met in the last pass; every process must call it.
+        """Report the broken images that any process met in the last pass; raise RunError for more than `max_broken`.
 
-        Raises:
-            RunError: together they are more than `max_broken`.
+        Every process must call it.
         """
         broken = {index: reason for share in gather(self.broken) for index, reason in share.items()}
         text = self._checked_list(broken)

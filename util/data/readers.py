@@ -122,11 +122,8 @@ def hash_states(paths: Sequence[bytes]) -> str:
 
 def count_left_out(found: dict[str, list[str]]) -> str:
     """Return one line that counts the names left out for each reason, or "" if there are none."""
-    return "; ".join(
-        f"{len(names)} {reason} and are left out; the first: {printable(names[0])}"
-        for reason, names in found.items()
-        if names
-    )
+    line = "{} {} and are left out; the first: {}"
+    return "; ".join(line.format(len(names), reason, printable(names[0])) for reason, names in found.items() if names)
 
 
 # ---- folders

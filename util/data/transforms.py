@@ -79,11 +79,7 @@ class BoundedResize(transforms.Resize):
 
 
 class PillowTransform:
-    """Carry out a transform of Pillow images in the worker, as the released code does.
-
-    Args:
-        transform: image -> (3, H, W) float32.
-    """
+    """Carry out a transform of Pillow images, image -> (3, H, W) float32, in the worker, as the released code does."""
 
     def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
         self.transform = transform
@@ -93,18 +89,14 @@ class PillowTransform:
         return self.transform(decode.with_pillow(data)), []
 
     def finish(self, images: Tensor, _: Tensor, device: torch.device) -> Tensor:
-        """Copy a batch to the device."""
-        # a copy on the CPU as well, because the memory of the batch is reused
+        """Copy a batch to the device, to the CPU as well, because the memory of the batch is reused."""
         return images.to(device, non_blocking=True, copy=True)
 
 
 def check_resized(height: int, width: int, size: int | Sequence[int]) -> None:
     """Check that resizing the shorter side of a narrow image does not fill memory.
 
-    Args:
-        height: of the image, in pixels.
-        width: of the image, in pixels.
-        size: of the shorter side, as `transforms.Resize` takes it; a pair of height and width is always accepted.
+    `size` is that of the shorter side, as `transforms.Resize` takes it; a pair of height and width is always accepted.
 
     Raises:
         BrokenImage: the result would have more than `MAX_PIXELS` pixels.

@@ -82,8 +82,7 @@ class Uint8Transform:
         """Draw the device's part for an image of this size, except its flip.
 
         Returns:
-            The `NOTE` numbers of each operation of RandAugment, a seed, and top, bottom, left and right of each box to
-            erase.
+            The `NOTE` numbers of each operation of RandAugment, a seed, and top, bottom, left and right of each box.
         """
         todo: list[float] = []
         if self.draw is not None:

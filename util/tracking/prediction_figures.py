@@ -5,9 +5,6 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
@@ -75,22 +72,20 @@ def draw_sheets(model: Predicts, imgs: Tensor) -> "list[Figure]":
         model: a `PretrainModel`; compiled blocks run eagerly here, so that drawing compiles nothing.
         imgs: (B, 3, H, W), normalised, on the model's device.
     """
-
     with torch.compiler.set_stance("force_eager"):
         predicted, losses, places = model.predicted_images(imgs)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    shown = [
-        (batch.float().cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
-        for batch in (imgs, predicted)
-    ]
+    shown = [(batch.float().cpu() * std + mean).clamp(0, 1) for batch in (imgs, predicted)]
+    images, predictions = (batch.permute(0, 2, 3, 1).numpy() for batch in shown)  # (B, H, W, 3)
     side = model.cluster_size * model.patch_size
     orders = [None] * len(imgs) if places is None else places.tolist()
-    panels = zip(shown[0], shown[1], losses.float().cpu().numpy(), orders, strict=True)
-    return [_sheet(image, prediction, loss, order, side) for image, prediction, loss, order in panels]
+    panels = zip(images, predictions, losses.float().cpu().numpy(), orders, strict=True)
+    return [_sheet(*panel, side) for panel in panels]
 
 
 def pixels(figure: "Figure") -> np.ndarray:
     """Return a figure as pixels, (h, w, 3) uint8."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -111,6 +106,7 @@ def _sheet(
         side: side of a cluster in pixels.
     """
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
     height, width = image.shape[:2]
     inch = SIDE / max(height, width)
