@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from util.data.device_loader import DeviceLoader
 from util.tracking.run_log import Log
 from util.training.loop import train_epoch
-from util.training.run import Run
+from util.training.run_state import Run
 
 
 def train_one_epoch(

@@ -29,7 +29,7 @@ from util.errors import as_user_error
 from util.seeding import seed_everything
 from util.tracking.run_log import clock, open_log
 from util.training.precision import autocast
-from util.training.run import Run, fingerprint, starting_point
+from util.training.run_state import Run, fingerprint, starting_point
 
 if TYPE_CHECKING:
     from models_arm import PretrainModel

@@ -29,7 +29,7 @@ from util.errors import RunError, UserError, as_user_error
 from util.files import printable
 from util.tracking.run_log import LOG_EVERY, Log
 from util.training.precision import activation_dtype, autocast
-from util.training.run import fingerprint
+from util.training.run_state import fingerprint
 
 DIGEST = hashlib.sha256().digest_size  # bytes: the end of a cache file
 BLOCK = 2**24  # bytes that are hashed at a time

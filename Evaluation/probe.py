@@ -27,7 +27,7 @@ from util.errors import UserError
 from util.files import printable
 from util.seeding import seed_everything
 from util.tracking.run_log import open_log
-from util.training.run import fingerprint
+from util.training.run_state import fingerprint
 
 # timm, torchvision and the models are imported after the checks, so that --help and mistakes take half of the time.
 

@@ -44,7 +44,7 @@ from util.lr_decay import param_groups_layer_decay
 from util.seeding import seed_everything
 from util.tracking.run_log import Log, clock, open_log
 from util.training.evaluation import describe_result, evaluate
-from util.training.run import Run, fingerprint, starting_point
+from util.training.run_state import Run, fingerprint, starting_point
 
 if TYPE_CHECKING:
     from timm.data import Mixup

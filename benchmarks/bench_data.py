@@ -45,7 +45,7 @@ from util.data import datasets, decode, loaders, transforms
 from util.data.device_loader import DeviceLoader
 from util.data.loaders import EpochSampler
 from util.tracking.run_log import Log
-from util.training.run import Run
+from util.training.run_state import Run
 
 CORES = sorted(os.sched_getaffinity(0))
 CPU = torch.device("cpu")

@@ -30,7 +30,7 @@ from util.distributed.parallel import distribute
 from util.distributed.processes import init_device, is_main, on_main, world_size
 from util.tracking.run_log import Log
 from util.training.precision import autocast
-from util.training.run import Run
+from util.training.run_state import Run
 
 
 def get_args_parser() -> argparse.ArgumentParser:

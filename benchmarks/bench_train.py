@@ -62,7 +62,7 @@ from util.errors import as_user_error
 from util.files import output_file, write_text
 from util.lr_decay import param_groups_layer_decay
 from util.tracking.run_log import Log
-from util.training.run import Run
+from util.training.run_state import Run
 
 PEAK = {"H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "A100": 312e12, "B200": 2250e12}  # bf16, dense
 

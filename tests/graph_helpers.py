@@ -13,7 +13,7 @@ import models_arm
 from Finetuning import engine_finetune
 from ops import cuda_graph
 from util.tracking.run_log import Log
-from util.training.run import Run
+from util.training.run_state import Run
 
 CPU, COPY = torch.device("cpu"), torch.Tensor.copy_
 DECODER = {"cluster_size": 2, "dec_embed_dim": 64, "dec_depth": 2, "norm_pix_loss": True}

@@ -8,7 +8,7 @@ from Finetuning import main_finetune
 from util.checkpoints import checkpoint_file
 from util.tracking.run_log import Log
 from util.training.loop import train_epoch
-from util.training.run import Run
+from util.training.run_state import Run
 
 FAST = "--warmup_epochs 0 --lr 1e-3 --epochs 2 --save_freq 1".split()
 

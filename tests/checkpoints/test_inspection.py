@@ -12,7 +12,7 @@ from pretrained import Checkpoint
 from util.checkpoints import inspection
 from util.checkpoints.checkpoint_file import say_once
 from util.errors import UserError
-from util.training.run import Run
+from util.training.run_state import Run
 
 
 def test_weights_are_found_in_every_form():

@@ -20,7 +20,7 @@ from util.checkpoints import checkpoint_file, inspection
 from util.checkpoints.checkpoint_file import say_once
 from util.data.class_names import differing, known_names, match_classes, names_by_output
 from util.errors import UserError
-from util.training.run import fingerprint
+from util.training.run_state import fingerprint
 
 RENUMBERED = "val numbers its classes differently from train: they are matched by name"
 SYNSETS = ImageNetInfo().label_names()

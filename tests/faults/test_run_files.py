@@ -25,7 +25,7 @@ from util.checkpoints.checkpoint_folder import CheckpointFolder
 from util.errors import RunError, UserError
 from util.files import sha256_of
 from util.lock import lock_folder
-from util.training.run import Run
+from util.training.run_state import Run
 
 
 def names(folder):

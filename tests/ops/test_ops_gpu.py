@@ -22,7 +22,7 @@ from ops import fused, measured, naive
 from ops.backends import cuda_backend
 from util.tracking.run_log import Log
 from util.training.precision import autocast
-from util.training.run import Run
+from util.training.run_state import Run
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,7 +9,7 @@ from training_helpers import SCRIPTS
 
 from util.distributed.processes import init_device
 from util.errors import UserError
-from util.training.run import FREE
+from util.training.run_state import FREE
 
 # Flags that change the result of a run: a checkpoint is not resumed if they differ. The others are in FREE.
 CHANGE_THE_RESULT = set(

@@ -15,7 +15,7 @@ from Finetuning import engine_finetune
 from util.distributed.parallel import distribute
 from util.tracking.run_log import Log, Progress
 from util.training.loop import train_epoch
-from util.training.run import Run
+from util.training.run_state import Run
 
 
 def test_ema_is_the_recursion_over_updates(monkeypatch):

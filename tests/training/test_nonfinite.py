@@ -17,7 +17,7 @@ from util.errors import RunError
 from util.tracking.run_log import Log
 from util.training import evaluation, loop
 from util.training.loop import train_epoch
-from util.training.run import Run
+from util.training.run_state import Run
 
 
 def test_a_nonfinite_loss_with_finite_gradients_is_skipped():
@@ -46,7 +46,7 @@ from helpers import Batches, loop_args
 from util.distributed.parallel import distribute
 from util.distributed.processes import end_groups, init_device, rank
 from util.tracking.run_log import Log
-from util.training.run import Run
+from util.training.run_state import Run
 from util.training.loop import train_epoch
 
 device = init_device("cpu")
@@ -150,7 +150,7 @@ import math, torch
 from helpers import loop_args
 from util.distributed.processes import end_groups, init_device, rank
 from util.errors import RunError
-from util.training.run import Run
+from util.training.run_state import Run
 
 init_device("cpu")
 model = torch.nn.Linear(1, 1, bias=False)

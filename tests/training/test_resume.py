@@ -8,7 +8,7 @@ from checkpoint_helpers import assert_equal_state, pretrained
 
 from util.errors import UserError
 from util.training import resume
-from util.training.run import Run
+from util.training.run_state import Run
 
 
 def run_of(epoch, **more):

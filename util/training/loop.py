@@ -21,7 +21,7 @@ from util.seeding import seed_everything
 from util.tracking.run_log import LOG_EVERY, Log
 from util.training.nonfinite import dump_nonfinite
 from util.training.precision import autocast
-from util.training.run import Run
+from util.training.run_state import Run
 
 LOGGER = logging.getLogger("arm")
 

@@ -12,7 +12,7 @@ from util.data.device_loader import DeviceLoader
 from util.distributed.parallel import join_gather
 from util.distributed.processes import barrier, is_main, rank, world_size
 from util.errors import RunError, as_user_error
-from util.training.run import Run
+from util.training.run_state import Run
 
 STATE = "state.pth"
 
