@@ -42,7 +42,6 @@ from util.lock import lock_folder
 
 MAX_JPEG_SIDE = 65500  # of libjpeg
 
-
 _encode: Callable[[int], tuple[str, bytes] | str]  # of a worker, see `_start_worker`
 
 
@@ -67,11 +66,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def encode(source: Folder, short_side: int | None, quality: int, index: int) -> tuple[str, bytes] | str:
     """Return the suffix and content of the file to store for an image, or the reason why the image is broken.
 
-    Args:
-        source: the images.
-        short_side: largest shorter side, in pixels; None stores the image unchanged, broken or not.
-        quality: of a JPEG that is written.
-        index: of the image in the source.
+    `short_side` is the largest shorter side, in pixels; None stores the image unchanged, broken or not.
 
     Raises:
         RunError: the file cannot be read now, but may be readable later.
@@ -127,12 +122,6 @@ def shards_of(count: int, folder: Path, size: int) -> dict[Path, list[int]]:
 
 def claim(source: Folder, folder: Path, short_side: int | None, args: argparse.Namespace) -> dict[Path, list[str]]:
     """Create and lock the folder of one split, and write the images and settings to be packed to its packed.json.
-
-    Args:
-        source: the images.
-        folder: of the shards.
-        short_side: see `encode`.
-        args: `quality` and `shard_images`.
 
     Returns:
         {finished shard: the broken images that it leaves out}.
@@ -193,13 +182,8 @@ def pack(
 ) -> list[str]:
     """Write the missing shards of one split.
 
-    Args:
-        source: the images.
-        folder: of the shards 000000.tar and so on, which are written atomically. The broken images of a shard are
-            listed in 000000.broken.json, which is ignored without its shard.
-        short_side: see `encode`.
-        args: `quality`, `shard_images`, `num_workers`, `max_bad_samples`.
-        finished: result of `claim`.
+    The shards 000000.tar and so on are written atomically. The broken images of a shard are listed in
+    000000.broken.json, which is ignored without its shard. `finished` is the result of `claim`.
 
     Returns:
         One line for each broken image, which is left out.
@@ -251,13 +235,7 @@ def add_image(tar: tarfile.TarFile, source: Source, index: int, suffix: str, dat
 
 
 def main(args: argparse.Namespace) -> None:
-    """Pack every split of the source.
-
-    Raises:
-        UserError: there is nothing to pack, or the target holds other files.
-        RunError: too many images are broken, a file cannot be read, a worker was killed, or the shards do not hold all
-            images.
-    """
+    """Pack every split of the source; `claim` and `pack` refuse what cannot be packed."""
     source, target = Path(args.source), Path(args.target)
     splits = [split for split in ("train", "val") if (source / split).is_dir()]
     if not splits:

@@ -50,8 +50,7 @@ def default_device() -> torch.device:
 def result_file(kind: str, machine: dict, given: str | Path | None = None) -> Path:
     """Return the path of a report: `given`, or `results/<gpu or cpu>-<date>-<kind>.json`.
 
-    Raises:
-        UserError: the file cannot be written, or is there and no report.
+    Raises UserError if the file cannot be written, or is there and no report.
     """
     name = re.sub(r"[^a-z0-9]+", "-", str(machine.get("gpu", "cpu")).lower()).strip("-")
     path = RESULTS / f"{name}-{machine['date']}-{kind}.json" if given is None else Path(given)
@@ -59,11 +58,7 @@ def result_file(kind: str, machine: dict, given: str | Path | None = None) -> Pa
 
 
 def write(path: Path, report: dict, quiet: bool = False) -> None:
-    """Write a report as JSON and, unless `quiet`, print its path.
-
-    Raises:
-        RunError: the file cannot be written.
-    """
+    """Write a report as JSON and, unless `quiet`, print its path; raise RunError if it cannot be written."""
     try:
         write_json(path, report)
     except OSError as error:
@@ -90,14 +85,7 @@ def answers(device: torch.device) -> bool:
 class Report:
     """The report of a benchmark. Its file is written after every row, so that a benchmark that ends early loses none.
 
-    Args:
-        kind: of the benchmark, for the name of the file.
-        device: that is measured.
-        output: path of the file; None chooses one, see `result_file`.
-        **settings: of the benchmark.
-
-    Attributes:
-        rows: "results" in the file.
+    The file is `output`, or the one that `result_file` chooses by `kind`; `rows` are its "results".
 
     Raises:
         UserError: see `result_file`.
@@ -118,8 +106,7 @@ class Report:
         Args:
             title: of the row.
             row: its labels and settings.
-            work: measures, and returns what the row gets: numbers, or a reason as "left_out" or "wrong". Or the reason
-                why the row is left out.
+            work: measures, and returns numbers for the row, or a reason as "left_out" or "wrong"; or is such a reason.
 
         Returns:
             The row; None where there are no numbers, which is printed and noted in the row.
@@ -146,19 +133,11 @@ class Report:
         return row
 
     def save(self) -> None:
-        """Write the file.
-
-        Raises:
-            RunError: it cannot be written.
-        """
+        """Write the file; raise RunError if it cannot be written."""
         write(self.path, self.content, quiet=True)
 
     def close(self) -> None:
-        """Write the file and print its path.
-
-        Raises:
-            RunError: it cannot be written; or rows have failed, or are wrong.
-        """
+        """Write the file and print its path; raise RunError if that fails, or rows have failed or are wrong."""
         write(self.path, self.content)
         if self.problems:
             raise RunError("; ".join(self.problems))

@@ -108,9 +108,8 @@ def load_file(path: str | os.PathLike) -> dict:
             sums = hashes(file.parent)
             verified = file.name in sums
             if verified and sha256_of(file) not in sums[file.name]:
-                raise DamagedCheckpoint(
-                    f"{name} is damaged, or not the file that was written: {SUMS} beside it has another hash"
-                )
+                reason = f"{SUMS} beside it has another hash"
+                raise DamagedCheckpoint(f"{name} is damaged, or not the file that was written: {reason}")
         if file.suffix == ".safetensors":
             content: object = _load_safetensors(file)
             checked = False
@@ -135,27 +134,19 @@ def load_file(path: str | os.PathLike) -> dict:
     if not isinstance(content, dict):
         raise DamagedCheckpoint(f"{name} is no checkpoint: it holds a {type(content).__name__}, not a dict")
     if not verified:
-        say_once(
-            logging.INFO,
-            f"{printable(file)} is in no {SUMS}; "
-            + ("its own checksums are right" if checked else "it has no checksums: its content cannot be verified"),
-        )
+        known = "its own checksums are right" if checked else "it has no checksums: its content cannot be verified"
+        say_once(logging.INFO, f"{printable(file)} is in no {SUMS}; {known}")
     return content
 
 
 def _check_archive(file: Path, content: bool) -> bool:
-    """Check that a zip archive has the form that torch.save writes.
-
-    Args:
-        file: the archive.
-        content: also compare every record with its CRC-32.
+    """Check that a zip archive has the form that torch.save writes; with `content`, also every record's CRC-32.
 
     Returns:
         Whether the archive has CRCs: torch.save can leave them out.
 
     Raises:
-        ValueError, zipfile.BadZipFile: names the record that is damaged, compressed, overlaps another, or claims to be
-            larger than the file.
+        ValueError, zipfile.BadZipFile: names the record that is damaged, compressed, or larger than its place.
     """
     with zipfile.ZipFile(file) as archive:
         records = sorted(archive.infolist(), key=lambda record: record.header_offset)
@@ -261,9 +252,8 @@ def read(path: str | os.PathLike, ignore_keys: Sequence[str] = ()) -> dict:
     for other, name in _OTHER_NAMES.items():
         if isinstance(content.get(other), dict) and name not in content:
             content[name] = content.pop(other)
-    state_dicts = [
-        part for part in [content[key] for key in weight_keys(content)] or [content] if isinstance(part, dict)
-    ]
+    parts = [content[key] for key in weight_keys(content)] or [content]
+    state_dicts = [part for part in parts if isinstance(part, dict)]
     ignored = set()
     for pattern in ignore_keys:
         found = [(part, key) for part in state_dicts for key in part if fnmatchcase(unwrapped_name(key), pattern)]

@@ -34,10 +34,7 @@ _HUB = re.compile(r"hf://([^/@]+/[^/@]+)(?:@(refs/[^/]+/[^/]+|[^/]+))?(?:/(.*))?
 
 
 def locate(name: str | os.PathLike) -> tuple[Path, bool]:
-    """Return the local file of a checkpoint's name; download it if it is in no cache.
-
-    Args:
-        name: a path, URL or hf:// name, with or without #sha256=HEX.
+    """Return the local file of a checkpoint's name, as described above; download it if it is in no cache.
 
     Returns:
         The file, and whether its SHA-256 was verified. The file is the path itself, or in the cache of huggingface_hub

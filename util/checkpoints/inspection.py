@@ -230,7 +230,8 @@ def image_size(state_dict: StateDict, saved: tuple[int, int] | None = None) -> t
         say_once(logging.WARNING, f"an input of {saved[0]} x {saved[1]} does not have the {patches} patches saved")
     root = math.isqrt(patches)
     if root * root != patches:
-        raise UserError(f"the position embedding has {patches} patches, no square number, and their grid is not saved")
+        which = f"{patches} patches, which is no square"
+        raise UserError(f"the position embedding has {which}, and their grid is not saved")
     return root * side, root * side
 
 

@@ -119,8 +119,7 @@ def _loader_options(args: argparse.Namespace, device: torch.device) -> dict[str,
 def train_loader(dataset: ImageDataset, args: argparse.Namespace, device: torch.device) -> DeviceLoader:
     """Return a loader of shuffled batches, `args.batch_size` images per process, without the incomplete last one.
 
-    Raises:
-        UserError: there are not enough images for `args.accum_iter` batches on every process.
+    Raises UserError if there are not enough images for `args.accum_iter` batches on every process.
     """
     max_broken = min(allowed_broken(args.max_bad_samples, len(dataset)), len(dataset) - 1)
     samples = SeededSamples(dataset, args.seed, max_broken)

@@ -94,9 +94,8 @@ def _grey(images: Tensor) -> Tensor:
 def auto_contrast(images: Tensor, *_: Tensor) -> Tensor:
     low, high = (f(images.flatten(2), 2, keepdim=True).double() for f in (torch.amin, torch.amax))  # (n, 3, 1)
     levels = torch.arange(256, device=images.device)
-    scale = torch.full_like(low, 255) / (high - low).clamp(
-        min=1
-    )  # torch computes 255 / x as 255 (1 / x), rounded twice
+    # torch computes 255 / x as 255 (1 / x), rounded twice
+    scale = torch.full_like(low, 255) / (high - low).clamp(min=1)
     return _look_up(images, torch.where(high > low, levels * scale + -low * scale, levels))
 
 

@@ -94,12 +94,9 @@ class PillowTransform:
 
 
 def check_resized(height: int, width: int, size: int | Sequence[int]) -> None:
-    """Check that resizing the shorter side of a narrow image does not fill memory.
+    """Raise `BrokenImage` if an image has more than `MAX_PIXELS` pixels after a resize of its shorter side to `size`.
 
-    `size` is that of the shorter side, as `transforms.Resize` takes it; a pair of height and width is always accepted.
-
-    Raises:
-        BrokenImage: the result would have more than `MAX_PIXELS` pixels.
+    `size` is in pixels, as `transforms.Resize` takes it; a pair of height and width is always accepted.
     """
     if isinstance(size, int) and size * size * max(height, width) > MAX_PIXELS * min(height, width):
         raise BrokenImage(f"{width} x {height} pixels with {size} on the shorter side are more than {MAX_PIXELS}")

@@ -108,10 +108,7 @@ def shard_like(value: object, other: Tensor | None) -> object:
 def distribute(model: nn.Module, device: torch.device, sharded: bool = False) -> nn.Module:
     """Return the model, wrapped for DDP if there are several processes. All processes get the weights of rank 0.
 
-    Args:
-        model: on `device`.
-        device: of this process.
-        sharded: instead shard the model itself, before its optimizer is made; see `shard`.
+    With `sharded`, shard the model itself instead, before its optimizer is made; see `shard`.
     """
     if world_size() == 1:
         return model

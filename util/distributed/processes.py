@@ -38,11 +38,7 @@ def is_main() -> bool:
 
 
 def _from_environment(variable: str, least: int) -> int:
-    """Read a number that torchrun sets; without torchrun, it is the least one.
-
-    Raises:
-        UserError: the variable is set to something else; the message names it.
-    """
+    """Read a number that torchrun sets, else the least one; raise UserError, which names the variable, for any text."""
     text = os.environ.get(variable, str(least))
     if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
         raise UserError(

@@ -55,13 +55,9 @@ def _warn_once(text: str) -> None:
 
 
 class Progress:
-    """Show the progress of one pass over data: a bar on a terminal, lines elsewhere.
+    """Show the progress of one pass over data: a bar on a terminal, lines elsewhere; nothing if `show` is None.
 
-    Args:
-        title: of the pass.
-        steps: number of steps of the whole pass.
-        done: steps made by an earlier process.
-        show: prints a line; None shows nothing.
+    An earlier process has made `done` of all its `steps`.
     """
 
     def __init__(self, title: str, steps: int, done: int = 0, show: Callable[[str], None] | None = show) -> None:
@@ -82,11 +78,9 @@ class Progress:
             if self.bar is not None:
                 self.bar.set_postfix(shown, refresh=False)
             else:
-                left = seconds / (self.step - self.done) * (self.steps - self.step)
+                left = datetime.timedelta(seconds=round(seconds / (self.step - self.done) * (self.steps - self.step)))
                 text = "  ".join(f"{name} {value}" for name, value in shown.items())
-                self.show(
-                    f"{self.title}  [{self.step}/{self.steps}]  {text}  left {datetime.timedelta(seconds=round(left))}"
-                )
+                self.show(f"{self.title}  [{self.step}/{self.steps}]  {text}  left {left}")
         if self.bar is not None:
             self.bar.update()
 
@@ -133,10 +127,7 @@ class ScreenLog(Log):
 class Tracker:
     """Give wandb or trackio the methods of TensorBoard's `SummaryWriter` that a run calls.
 
-    Args:
-        module: wandb or trackio.
-        output_dir: of the run. The folder's name and an id kept in it name the run, so a resumed run continues its
-            curves.
+    The name of the output folder and an id kept in it name the run, so a resumed run continues its curves.
 
     Raises:
         RunError: the tracker could not start.
@@ -180,10 +171,7 @@ class Tracker:
 class RunLog(ScreenLog):
     """The log of rank 0 with files: log.txt (one JSON object per line, as MAE's tools read it), curves and images.
 
-    Args:
-        output_dir: folder of log.txt, which is appended to.
-        log_dir: folder of the TensorBoard files.
-        tracker: module that gets curves and images instead of TensorBoard.
+    It appends to log.txt in `output_dir`; TensorBoard's files are in `log_dir`, unless another `tracker` is used.
     """
 
     show = staticmethod(show_if_possible)
@@ -231,9 +219,8 @@ class RunLog(ScreenLog):
                 file.buffer.writelines(replaced)
             with replacing(self.path) as temporary:
                 temporary.write_bytes(b"".join(compress(lines, map(not_, is_replaced))))
-            self.say(
-                f"{self.path}: {len(replaced)} epochs from {epoch} on are logged again; their old lines are in {aside}"
-            )
+            again = f"{len(replaced)} epochs from {epoch} on are logged again"
+            self.say(f"{self.path}: {again}; their old lines are in {aside}")
             if self.tracker is not None:
                 Tracker.forget(self.path.parent)
 

@@ -60,9 +60,8 @@ def evaluate(
     progress = log.progress(title, len(loader))
     # correct, correct among five, loss, broken, not finite
     sums = torch.zeros(5, dtype=torch.float64, device=device)
-    bad = [
-        torch.zeros(0, dtype=torch.bool, device=device)
-    ]  # for each image in order, whether its logits are not finite
+    # for each image in order, whether its logits are not finite
+    bad = [torch.zeros(0, dtype=torch.bool, device=device)]
     seen = 0  # counted on the host, without waiting for the device
     processes = world_size() if loader.sampler.distributed else 1
     common = min(gather(len(loader)))  # number of batches that every process has

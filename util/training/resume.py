@@ -30,11 +30,7 @@ _POSITION: dict[str, Callable[[object], bool]] = {
 
 
 def _moment(name: str, value: object, index: int, parameter: nn.Parameter) -> object:
-    """Return this process's share of one value of an optimizer's state.
-
-    Raises:
-        ValueError: it is not finite, or neither a scalar nor of the parameter's shape.
-    """
+    """Return this process's share of a value of an optimizer's state; raise ValueError if it cannot be one."""
     tensor = torch.as_tensor(value)
     if tensor.shape not in (parameter.shape, ()) or not is_finite(tensor):
         raise ValueError(f"{name} of parameter {index} is not finite, or has another shape")
@@ -44,11 +40,7 @@ def _moment(name: str, value: object, index: int, parameter: nn.Parameter) -> ob
 def resume(args: argparse.Namespace, content: dict, model: nn.Module, optimizer: Optimizer) -> tuple[int, int]:
     """Load weights and optimizer, and return the position to resume from.
 
-    Args:
-        args: of the run; `resume` and `start_epoch` are read.
-        content: of the file `args.resume`.
-        model: the bare model.
-        optimizer: its optimizer.
+    `content` is that of the file `args.resume`, and `model` the bare model.
 
     Returns:
         The epoch, and the number of its images already trained on. They are those of the file; with `args.start_epoch`,

@@ -128,31 +128,25 @@ class Run:
             UserError: see `resume.resume`; or arguments or classes have changed, or the checkpoint holds an EMA and
                 this run keeps none.
         """
+        resumed = self.args.resume
         changed = changed_arguments(self.args, content)
         if changed and not self.args.allow_changed_args:
-            raise UserError(
-                f"{self.args.resume} is of a run with other arguments: {', '.join(changed)}; --allow_changed_args "
-                "resumes with the new ones"
-            )
+            listed = ", ".join(changed)
+            advice = "--allow_changed_args resumes with the new ones"
+            raise UserError(f"{resumed} is of a run with other arguments: {listed}; {advice}")
         others = differing(inspection.class_names(content), self.class_names or [])
         if others:
-            raise UserError(
-                f"{self.args.resume} is of a run with other classes: {some(others)}; --finetune into another "
-                "--output_dir takes its weights and a new head"
-            )
+            advice = "--finetune into another --output_dir takes its weights and a new head"
+            raise UserError(f"{resumed} is of a run with other classes: {some(others)}; {advice}")
         self.epoch, self.samples = resume.resume(self.args, content, self.model, self.optimizer)
+        written = f"{resumed} was written after {self.samples} images of its epoch"
+        advice = f"--start_epoch {self.epoch} restarts the epoch"
         if self.samples > images:
-            raise UserError(
-                f"{self.args.resume} was written after {self.samples} images of its epoch, but --data_path has only "
-                f"{images}: --start_epoch {self.epoch} restarts the epoch"
-            )
+            raise UserError(f"{written}, but --data_path has only {images}: {advice}")
         per_update = effective_batch_size(self.args)
         if self.samples % per_update:
             if self.args.start_epoch != self.epoch:
-                raise UserError(
-                    f"{self.args.resume} was written after {self.samples} images of its epoch, which is no multiple of "
-                    f"the effective batch size {per_update}: --start_epoch {self.epoch} restarts the epoch"
-                )
+                raise UserError(f"{written}, which is no multiple of the effective batch size {per_update}: {advice}")
             self.samples = 0
         if self.samples:
             self.loss = torch.tensor(content.get("loss", [0.0, 0.0]), dtype=torch.float64)
@@ -160,7 +154,7 @@ class Run:
         self.best = {key: content[key] for key in ("max_accuracy", "ema_max_accuracy") if key in content}
         if "model_ema" in weight_keys(content):
             if self.ema is None:
-                raise UserError(f"{self.args.resume} holds an EMA: resume with --ema_decay")
+                raise UserError(f"{resumed} holds an EMA: resume with --ema_decay")
             convert.load(self.ema.module, inspection.weights(content, "model_ema"))
 
     def describe(self, images: int, device: torch.device) -> str:
@@ -197,11 +191,7 @@ class Run:
         return content
 
     def check_finite(self) -> None:
-        """Check that weights and EMA are finite on all processes. All processes call it.
-
-        Raises:
-            RunError: they are not; the message names some parameters.
-        """
+        """Raise RunError, which names some, if weights or EMA are not finite on any process. All processes call it."""
         models = {"": self.model} | ({} if self.ema is None else {"EMA of ": self.ema.module})
         shares = {f"{kind}{n}": local_share(p.detach()) for kind, m in models.items() for n, p in m.named_parameters()}
         finite = torch.stack([share.isfinite().all() for share in shares.values()]).tolist()
@@ -216,11 +206,7 @@ class Run:
             )
 
     def save(self, *names: str) -> None:
-        """Write checkpoint-last.pth and further names in the background. All processes call it.
-
-        Raises:
-            RunError: weights or EMA are not finite; nothing is written then.
-        """
+        """Write checkpoint-last.pth and further names in the background after `check_finite`. All processes call it."""
         self.check_finite()
         if self.folder is not None:
             self.folder.save(self.content(), *names)
@@ -243,20 +229,12 @@ class Run:
         return better
 
     def leave(self) -> NoReturn:
-        """Write a checkpoint and end the run. All processes call it.
-
-        Raises:
-            Interrupted: always; the run's context waits for the file before the process ends.
-        """
+        """Write a checkpoint and raise Interrupted; the run's context waits for the file. All processes call it."""
         self.save()
         raise Interrupted(f"stopped in epoch {self.epoch} after {self.samples} images; --resume auto resumes there")
 
     def _close(self) -> None:
-        """Wait until all checkpoints are written.
-
-        Raises:
-            RunError: one could not be written: the last, the best, or one to be kept.
-        """
+        """Wait; raise RunError if a checkpoint could not be written: the last, the best, or one to be kept."""
         if self.folder is not None:
             self.folder.close()
             if self.folder.lost:
@@ -269,10 +247,7 @@ def starting_point(args: argparse.Namespace, folder: Path, say: Callable[[str], 
 
     `--resume FILE` takes that file; `--resume auto` takes the newest undamaged checkpoint of the folder, if it has one.
 
-    Args:
-        args: of the script; its `resume` becomes the path of the checkpoint, or None.
-        folder: of the run.
-        say: shows a line to the user.
+    `args.resume` becomes the path of the checkpoint, or None; `say` shows a line to the user.
 
     Returns:
         The checkpoint's content, or None.
