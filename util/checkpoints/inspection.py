@@ -205,8 +205,8 @@ def class_names(content: dict) -> list[str]:
 def saved_size(content: dict) -> tuple[int, int] | None:
     """Return height and width of the input from the arguments saved in a checkpoint, or None."""
     size = saved_arguments(content).get("input_size")
-    size = [size] if isinstance(size, int) else size
-    return size and (size[0], size[-1])
+    sides = [size] if isinstance(size, int) else size
+    return None if sides is None else (sides[0], sides[-1])
 
 
 def image_size(state_dict: StateDict, saved: tuple[int, int] | None = None) -> tuple[int, int]:

@@ -92,7 +92,7 @@ class TarShards:
             return index or self._make_index(path, state)
 
     def _read_index(self, path: Path, state: str) -> dict[str, Any] | None:
-        """Return the index in a file, None if missing or of shards in another state; raise ValueError if it is damaged."""
+        """Return the index in a file, None if it is missing or out of date; raise ValueError if it is damaged."""
         try:
             with open_regular(path) as file:
                 stored = _read_arrays(file, ("of", "classes", "left_out", *COLUMNS), self.sizes.sum())
