@@ -251,17 +251,14 @@ def main(args: argparse.Namespace) -> None:
         try:
             broken = pack(images, target / split, short_sides[split], args, finished[split])
         except BrokenProcessPool as error:
-            raise RunError(
-                "a worker was killed; the same command resumes after the last complete shard; if memory ran out, use a "
-                "smaller --num_workers"
-            ) from error
+            advice = "the same command resumes after the last complete shard"
+            raise RunError(f"a worker was killed; {advice}; if memory ran out, use a smaller --num_workers") from error
         except OSError as error:
             raise RunError(f"{printable(target)}: {error.strerror}") from error
         packed = TarShards(args.target, split)
         if len(packed.labels) + len(broken) != len(images.labels):
-            raise RunError(
-                f"{target / split} has {len(packed.labels)} of {len(images.labels)} images: remove it and repeat"
-            )
+            found = f"{len(packed.labels)} of {len(images.labels)} images"
+            raise RunError(f"{target / split} has {found}: remove it and repeat")
         print(f"{split}: {len(packed.labels)} images in {len(packed.shards)} shards, {packed.size.sum() / 1e6:.1f} MB")
         if broken:
             print(f"left out: {list_broken(broken)}")

@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -145,8 +144,8 @@ def main(args: argparse.Namespace) -> None:
     """Write the figure; runs are named by their folders, or by their paths if folders have the same name."""
     with as_user_error(OSError):
         folders = [run if run.is_dir() else run.parent for run in args.runs]
-    counts = Counter(folder.resolve().name for folder in folders)
-    names = [folder.resolve().name if counts[folder.resolve().name] == 1 else str(folder) for folder in folders]
+    short = [folder.resolve().name for folder in folders]
+    names = [name if short.count(name) == 1 else str(folder) for name, folder in zip(short, folders, strict=True)]
     with as_user_error(ValueError, prefix="--output: "):
         path = args.output if args.output.suffix else args.output.with_suffix(".png")
     if path.suffix[1:].lower() not in FORMATS:

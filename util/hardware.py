@@ -23,12 +23,9 @@ RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
 def cpu_model() -> str:
     """Return the name of the CPU."""
-    if os.path.exists("/proc/cpuinfo"):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()
+    text = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    name = re.search(r"^model name.*?:[ \t]*(.*)", text, re.MULTILINE)
+    return name[1].strip() if name else platform.processor() or platform.machine()
 
 
 def describe(device: torch.device) -> dict[str, str | int]:

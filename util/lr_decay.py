@@ -28,11 +28,8 @@ def param_groups_layer_decay(model: nn.Module, weight_decay: float, layer_decay:
             continue
         layer = _layer_of(name, last)
         decays = parameter.ndim > 1 and name not in NO_WEIGHT_DECAY
-        group = groups.setdefault(
-            (layer, decays),
-            {"params": [], "weight_decay": weight_decay if decays else 0.0, "lr_scale": layer_decay ** (last - layer)},
-        )
-        group["params"].append(parameter)
+        settings = {"weight_decay": weight_decay if decays else 0.0, "lr_scale": layer_decay ** (last - layer)}
+        groups.setdefault((layer, decays), {"params": [], **settings})["params"].append(parameter)
     return list(groups.values())
 
 

@@ -77,10 +77,8 @@ def load(model: nn.Module, state_dict: StateDict, allow_missing: Set[str] = froz
     own = model.state_dict()
     (width, depth), (own_width, own_depth) = map(_width_and_depth, (state_dict, own))
     if width and own_width and (width, depth) != (own_width, own_depth):
-        raise UserError(
-            f"the checkpoint has {width} channels and {depth} blocks, the model {own_width} and {own_depth}: "
-            "--model, --embed_dim and --depth set them"
-        )
+        sizes = f"{width} channels and {depth} blocks, the model {own_width} and {own_depth}"
+        raise UserError(f"the checkpoint has {sizes}: --model, --embed_dim and --depth set them")
     optional = allow_missing | {"mask"}
     missing = [k for k in own if k not in state_dict and k not in optional]
     unexpected = [k for k in state_dict if k not in own]

@@ -69,15 +69,11 @@ def match_classes(source: Source, names: Sequence[str], owner: str) -> list[str]
         unnamed = owner if any(own) and not any(names) else source.root
         lines.append(f"{unnamed} does not name its classes: labels are taken as positions")
         position = {}
-        unknown = [
-            own[label] or str(label)
-            for label in present
-            if label >= len(names) or (own[label] and names[label] and own[label] != names[label])
-        ]
+        other = [n for n in present if n >= len(names) or (own[n] and names[n] and own[n] != names[n])]
+        unknown = [own[label] or str(label) for label in other]
     if unknown:
-        raise UserError(
-            f"{source.root} has images of {len(unknown)} classes that {owner} does not have: {some(unknown)}"
-        )
+        images = f"images of {len(unknown)} classes"
+        raise UserError(f"{source.root} has {images} that {owner} does not have: {some(unknown)}")
     if position:
         places = np.array([position.get(name, -1) for name in own])
         if (places[present] != present).any():

@@ -163,10 +163,8 @@ class Folder:
 
     def _list(self) -> tuple[list[str], list[list[str]], str]:
         """Return the names of the class folders, the paths of the images in each, and a line on what is left out."""
-        hidden: list[str] = []
-        loops: list[str] = []
-        unknown: list[str] = []
-        names, loose = _split_entries(self.folder, "", hidden)
+        found: dict[str, list[str]] = {reason: [] for reason in (LOOSE, UNKNOWN, HIDDEN, LOOPS)}
+        names, found[LOOSE] = _split_entries(self.folder, "", found[HIDDEN])
         if not names:
             raise UserError(f"{self.root}: Couldn't find any class folder in it")
         shown, times = Counter(map(printable, names)).most_common(1)[0]
@@ -174,16 +172,14 @@ class Folder:
             raise UserError(f"{self.root}: {times} class folders would be called {shown}: rename one")
         images = []
         for name in names:
-            files = list(_files_below(self.folder, name, hidden, loops))
+            files = list(_files_below(self.folder, name, found[HIDDEN], found[LOOPS]))
             images.append([path for path in files if _is_image(path)])
-            unknown += [path for path in files if not _is_image(path)]
-        left_out = count_left_out({LOOSE: loose, UNKNOWN: unknown, HIDDEN: hidden, LOOPS: loops})
+            found[UNKNOWN] += [path for path in files if not _is_image(path)]
+        left_out = count_left_out(found)
         empty = [printable(name) for name, paths in zip(names, images, strict=True) if not paths]
         if empty:
-            raise UserError(
-                f"{self.root}: no image in {len(empty)} of {len(names)} class folders: {', '.join(empty[:5])}"
-                + (left_out and f" ({left_out})")
-            )
+            without = f"{len(empty)} of {len(names)} class folders: {', '.join(empty[:5])}"
+            raise UserError(f"{self.root}: no image in {without}{left_out and f' ({left_out})'}")
         return names, images, left_out
 
     def read(self, index: int) -> bytes:

@@ -137,21 +137,16 @@ class TarShards:
                 for reason in (IMAGELESS, UNUSED, LABELLESS, HIDDEN)
             }
         )  # fmt: skip
-        labels, offset, size = (np.array([e[k] for shard in entries for e in shard], np.int64) for k in range(3))
+        labels, offset, size = (np.array([e[k] for images in entries for e in images], np.int64) for k in range(3))
         if not len(labels):
             raise UserError(f"{self.root}: the shards hold no image{counted and f': {counted}'}")
-        named = {(label, folder) for shard in entries for label, _, _, folder in shard if folder}
+        named = {(label, folder) for images in entries for label, _, _, folder in images if folder}
         names, folders = dict(named), {folder for _, folder in named}
         if not len(named) == len(names) == len(folders):  # the folders are not the classes
             names = {}
-        index: dict[str, Any] = {
-            "labels": labels,
-            "shard": np.repeat(np.arange(len(entries)), [len(shard) for shard in entries]),
-            "offset": offset,
-            "size": size,
-            "classes": names,
-            "left_out": counted,
-        }
+        shard = np.repeat(np.arange(len(entries)), [len(images) for images in entries])
+        index: dict[str, Any] = dict(zip(COLUMNS, (labels, shard, offset, size), strict=True))
+        index |= {"classes": names, "left_out": counted}
         # if the folder cannot be written or is full, the next run finds the positions again
         with suppress(OSError), replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **(index | {"of": state, "classes": json.dumps(names)}))
@@ -378,11 +373,9 @@ def _members(file: BinaryIO, shard: str) -> Iterator[tarfile.TarInfo]:
     # the loop also ends at a damaged header; the end of an archive is zeros
     rest = os.pread(file.fileno(), MAX_PADDING + 1, position)
     if own or not 0 < len(rest) <= MAX_PADDING or rest.strip(b"\0"):
-        raise UserError(
-            f"{shard} is damaged or incomplete: neither a file nor a proper end at byte {position}"
-            if position
-            else f"{shard}: not an uncompressed tar file"
-        )
+        if not position:
+            raise UserError(f"{shard}: not an uncompressed tar file")
+        raise UserError(f"{shard} is damaged or incomplete: neither a file nor a proper end at byte {position}")
 
 
 RECORD = re.compile(rb"([0-9]{1,7}) ([^=]+)=")

@@ -32,19 +32,12 @@ def pretrain_transform(size: tuple[int, int], args: argparse.Namespace) -> trans
 def finetune_transform(size: tuple[int, int], args: argparse.Namespace) -> transforms.Compose:
     """Return timm's transform with RandAugment, colour jitter and random erasing: image -> (3, H, W) float32."""
     return create_transform(
-        input_size=(3, *size),
-        is_training=True,
-        scale=args.scale,
-        hflip=args.hflip,
-        color_jitter=args.color_jitter,
+        input_size=(3, *size), is_training=True, interpolation="bicubic",
+        scale=args.scale, hflip=args.hflip, color_jitter=args.color_jitter,
         auto_augment=None if args.aa == "none" else args.aa,
-        interpolation="bicubic",
-        re_prob=args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-    )
+        re_prob=args.reprob, re_mode=args.remode, re_count=args.recount,
+        mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD,
+    )  # fmt: skip
 
 
 def crop_ratio(size: tuple[int, int]) -> float:
