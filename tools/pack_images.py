@@ -235,7 +235,7 @@ def add_image(tar: tarfile.TarFile, source: Source, index: int, suffix: str, dat
 
 
 def main(args: argparse.Namespace) -> None:
-    """Pack every split of the source; `claim` and `pack` refuse what cannot be packed."""
+    """Pack every split; raise UserError before anything is packed, or RunError if a split cannot be packed."""
     source, target = Path(args.source), Path(args.target)
     splits = [split for split in ("train", "val") if (source / split).is_dir()]
     if not splits:

@@ -31,7 +31,7 @@ PUBLISHED: dict[str, Any] = {
     "directions": 4,
 }
 
-NOT_ARM = "the checkpoint is not one of ARM"
+_NOT_ARM = "the checkpoint is not one of ARM"
 _MAX_DEPTH = 1000  # blocks
 _MAX_SIDE = 2**15  # pixels
 
@@ -53,7 +53,7 @@ def weights(content: dict, key: str | None = None) -> StateDict:
     if not isinstance(saved, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in saved.items()
     ):
-        raise UserError(f"{NOT_ARM}: it holds no state dict (tensors by name)")
+        raise UserError(f"{_NOT_ARM}: it holds no state dict (tensors by name)")
     state_dict = {unwrapped_name(name): value for name, value in saved.items()}
     if len(state_dict) < len(saved):
         raise UserError("the checkpoint has two tensors of one name, with and without a wrapper's prefix")
@@ -61,7 +61,7 @@ def weights(content: dict, key: str | None = None) -> StateDict:
     needed += [] if is_pretrained(state_dict) else ["head.weight", "head.bias"]
     for name in needed:
         if name not in state_dict:
-            raise UserError(f"{NOT_ARM}: it has no {name}")
+            raise UserError(f"{_NOT_ARM}: it has no {name}")
     patch, position = state_dict["patch_embed.proj.weight"], state_dict["pos_embed"]
     rows = position.shape[1] if position.ndim == 3 else 0
     if not (
@@ -69,7 +69,7 @@ def weights(content: dict, key: str | None = None) -> StateDict:
         and (position.shape == (1, rows, len(patch)) and position.is_floating_point())
         and rows >= (1 if is_pretrained(state_dict) else 2)
     ):
-        raise UserError(f"{NOT_ARM}: patch or position embedding have other dimensions")
+        raise UserError(f"{_NOT_ARM}: patch or position embedding have other dimensions")
     return state_dict
 
 
@@ -94,18 +94,18 @@ def classifier_sizes(state_dict: StateDict) -> dict[str, int]:
     embed_dim, _, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
     layers = _blocks(state_dict, "layers")
     if layers[0].get("mixer.in_proj.weight") != (2 * embed_dim, embed_dim):
-        raise UserError(f"{NOT_ARM}: its blocks do not have the {embed_dim} channels of its patches")
+        raise UserError(f"{_NOT_ARM}: its blocks do not have the {embed_dim} channels of its patches")
     sizes = {"embed_dim": embed_dim, "depth": len(layers), "patch_size": patch_size}
     if is_pretrained(state_dict):
         return sizes
     head = state_dict["head.weight"]
     if head.ndim != 2 or head.shape[1] != embed_dim or not len(head):
-        raise UserError(f"{NOT_ARM}: its head has shape {tuple(head.shape)}")
+        raise UserError(f"{_NOT_ARM}: its head has shape {tuple(head.shape)}")
     return sizes | {"num_classes": len(head), "directions": 4 if "layers.0.mixer.A_b_log" in state_dict else 1}
 
 
 def decoder_sizes(state_dict: StateDict) -> dict[str, int]:
-    """Return `dec_embed_dim` and `dec_depth` from the shapes of a pretraining model; raise UserError for no decoder."""
+    """Return `dec_embed_dim` and `dec_depth`, read from the shapes; raise UserError if the decoder is incomplete."""
     token = state_dict.get("ar_token")
     width = token.shape[-1] if token is not None and token.ndim == 3 else 0
     blocks = _blocks(state_dict, "dec_block")
@@ -121,12 +121,12 @@ def _blocks(state_dict: StateDict, name: str) -> list[dict[str, torch.Size]]:
         if match := re.fullmatch(rf"{name}\.([0-9]{{1,9}})\.(.+)", key):
             blocks.setdefault(int(match[1]), {})[match[2]] = value.shape
     if not 1 <= len(blocks) <= _MAX_DEPTH:
-        raise UserError(f"{NOT_ARM}: it has {len(blocks)} blocks {name}")
+        raise UserError(f"{_NOT_ARM}: it has {len(blocks)} blocks {name}")
     for index in range(len(blocks)):
         differing = blocks.get(index, {}).items() ^ blocks.get(0, {}).items()
         if differing:
             keys = some(sorted({key for key, _ in differing}))
-            raise UserError(f"{NOT_ARM}: {name}.{index} has not the tensors of the other blocks: {keys}")
+            raise UserError(f"{_NOT_ARM}: {name}.{index} has not the tensors of the other blocks: {keys}")
     return [blocks[index] for index in range(len(blocks))]
 
 
