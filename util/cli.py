@@ -36,7 +36,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises `UserError`, which `run_main` prints, and whose help names the defaults."""
 
-    def __init__(self, prog: str, description: str) -> None:
+    def __init__(self, prog: str, description: str | None = None) -> None:
         super().__init__(prog, description=description, formatter_class=_Help)
 
     def error(self, message: str) -> NoReturn:

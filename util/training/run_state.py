@@ -128,25 +128,25 @@ class Run:
             UserError: see `resume.resume`; or arguments or classes have changed, or the checkpoint holds an EMA and
                 this run keeps none.
         """
-        resumed = self.args.resume
         changed = changed_arguments(self.args, content)
         if changed and not self.args.allow_changed_args:
             listed = ", ".join(changed)
             advice = "--allow_changed_args resumes with the new ones"
-            raise UserError(f"{resumed} is of a run with other arguments: {listed}; {advice}")
+            raise UserError(f"{self.args.resume} is of a run with other arguments: {listed}; {advice}")
         others = differing(inspection.class_names(content), self.class_names or [])
         if others:
             advice = "--finetune into another --output_dir takes its weights and a new head"
-            raise UserError(f"{resumed} is of a run with other classes: {some(others)}; {advice}")
+            raise UserError(f"{self.args.resume} is of a run with other classes: {some(others)}; {advice}")
         self.epoch, self.samples = resume.resume(self.args, content, self.model, self.optimizer)
-        written = f"{resumed} was written after {self.samples} images of its epoch"
-        advice = f"--start_epoch {self.epoch} restarts the epoch"
+        per_update, misfit = effective_batch_size(self.args), ""
         if self.samples > images:
-            raise UserError(f"{written}, but --data_path has only {images}: {advice}")
-        per_update = effective_batch_size(self.args)
+            misfit = f"but --data_path has only {images}"
+        elif self.samples % per_update and self.args.start_epoch != self.epoch:
+            misfit = f"which is no multiple of the effective batch size {per_update}"
+        if misfit:
+            written = f"{self.args.resume} was written after {self.samples} images of its epoch"
+            raise UserError(f"{written}, {misfit}: --start_epoch {self.epoch} restarts the epoch")
         if self.samples % per_update:
-            if self.args.start_epoch != self.epoch:
-                raise UserError(f"{written}, which is no multiple of the effective batch size {per_update}: {advice}")
             self.samples = 0
         if self.samples:
             self.loss = torch.tensor(content.get("loss", [0.0, 0.0]), dtype=torch.float64)
@@ -154,7 +154,7 @@ class Run:
         self.best = {key: content[key] for key in ("max_accuracy", "ema_max_accuracy") if key in content}
         if "model_ema" in weight_keys(content):
             if self.ema is None:
-                raise UserError(f"{resumed} holds an EMA: resume with --ema_decay")
+                raise UserError(f"{self.args.resume} holds an EMA: resume with --ema_decay")
             convert.load(self.ema.module, inspection.weights(content, "model_ema"))
 
     def describe(self, images: int, device: torch.device) -> str:
