@@ -1,6 +1,6 @@
 """Compare the accuracy of training with `--loader fast` and `--loader pil`: the demo's recipe on JPEGs, several seeds.
 
-    python benchmarks/compare_loaders.py
+    python demo/compare_loaders.py
 
 stores the demo's digits as JPEGs (both loaders decode other formats with Pillow), and for every seed and loader
 pretrains, finetunes with RandAugment and random erasing, and reports the accuracy on the held-out digits. The runs of a

@@ -11,6 +11,7 @@ from helpers import REPOSITORY, TINY_PRETRAIN
 
 import main_pretrain
 import studies.run
+from demo import compare_loaders
 from Evaluation import probe, robustness
 from Finetuning import main_finetune
 from tools import export, pack_images, plot_log, replay_nonfinite, visualize
@@ -138,15 +139,14 @@ def test_a_warm_up_is_shorter_than_the_run(script, words, warmup, said, caplog):
         assert not hasattr(args, "recipe_epochs")  # checkpoints hold the arguments
 
 
-BENCHMARKS = "bench_augment", "bench_data", "bench_losses", "bench_ops", "bench_resilience", "bench_scan", "bench_train"
-BENCHMARKS += "compare_loaders", "gpu_check"
+BENCHMARKS = "bench_augment bench_data bench_losses bench_ops bench_resilience bench_scan bench_train gpu_check".split()
 
 
 def numeric_arguments() -> list:
     """Every argument of every script that takes a number, as (id, parser, action)."""
     found = []
     scripts = [main_pretrain, main_finetune, probe, robustness, studies.run]
-    scripts += [export, pack_images, plot_log, replay_nonfinite, visualize]
+    scripts += [compare_loaders, export, pack_images, plot_log, replay_nonfinite, visualize]
     scripts += [importlib.import_module(f"benchmarks.{name}") for name in BENCHMARKS]
     for parser in [script.get_args_parser() for script in scripts]:
         for action in parser._actions:

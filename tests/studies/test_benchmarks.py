@@ -18,9 +18,9 @@ from benchmarks import (
     bench_resilience,
     bench_scan,
     bench_train,
-    compare_loaders,
     released,
 )
+from demo import compare_loaders
 from mamba import FOUR_DIRECTIONS, ONE_DIRECTION, Block, scan_orders
 from ops import fused
 from ops.backends import cuda_backend, torch_backend, triton_backend
