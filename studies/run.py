@@ -16,7 +16,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -138,8 +137,7 @@ def parse(step: Step, machine: Machine) -> argparse.Namespace:
     args = parser.parse_args(shlex.split(step.arguments(machine)))
     if args.batch_size * machine.processes != step.batch_size:
         raise UserError(f"--processes {machine.processes} cannot share out a batch of {step.batch_size}")
-    with mock.patch.dict(os.environ, WORLD_SIZE=str(machine.processes)):  # as torchrun will set it
-        arguments.check_arguments(args)
+    arguments.check_arguments(args, machine.processes)
     return args
 
 

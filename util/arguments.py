@@ -175,8 +175,11 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Derive `args.lr` and a shorter warm-up if they are not given; raise UserError if arguments contradict others."""
+def check_arguments(args: argparse.Namespace, processes: int | None = None) -> None:
+    """Derive `args.lr` and a shorter warm-up if they are not given; raise UserError if arguments contradict others.
+
+    `processes` is the number that the run will have; None takes the number of this run.
+    """
     check_input_size(args)
     if args.start_epoch is not None and args.start_epoch >= args.epochs:
         raise UserError(f"--start_epoch {args.start_epoch}: the run has epochs 0 to {args.epochs - 1}")
@@ -184,7 +187,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         check_warmup(args)
     if args.scale[0] > args.scale[1] or args.scale[1] == 0:
         raise UserError("--scale: the smaller area comes first, and the larger one must be above 0")
-    args.world_size = world_size()
+    args.world_size = processes or world_size()
     for flag in ("loader", "eval_loader"):
         if getattr(args, flag, None) == "fast" and importlib.util.find_spec("simplejpeg") is None:
             raise UserError(f"--{flag} fast needs simplejpeg: pip install simplejpeg, or take --{flag} pil")
@@ -198,7 +201,7 @@ def check_arguments(args: argparse.Namespace) -> None:
                 raise UserError(f"--cuda_graph does not go together with --{other}: leave one of them out")
             args.cuda_graph = False
     if args.lr is None:
-        args.lr = args.blr * effective_batch_size(args) / 256
+        args.lr = args.blr * args.batch_size * args.accum_iter * args.world_size / 256
 
 
 def check_warmup(args: argparse.Namespace) -> None:
