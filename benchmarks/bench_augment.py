@@ -23,6 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import kernels
+from benchmarks.command_line import make_parser
 from ops import BackendUnavailable, fused
 from util import arguments, cli, hardware
 from util.data.transforms import finetune_transform
@@ -38,14 +39,9 @@ FORMS = {"torch": "none", "triton": "augment"}  # as --fused_ops names them
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = cli.Parser("bench_augment.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", type=arguments.nonempty, help="cuda or cpu (default: cuda where there is a GPU)")
-    parser.add_argument("--batch_size", type=arguments.batch, default=128, help="(default: %(default)s)")
+    numbers = {"batch_size": (128, "images"), "rounds": (20, "timed calls, after three more")}
+    parser = make_parser("bench_augment.py", __doc__, **numbers)
     parser.add_argument("--input_size", type=arguments.pixels, default=224, help="(default: %(default)s)")
-    parser.add_argument(
-        "--rounds", type=arguments.positive, default=20, help="timed calls, after three more (default: %(default)s)"
-    )
-    parser.add_argument("--output", help="JSON file (default: in benchmarks/results/)")
     return parser
 
 

@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import main_pretrain
 from benchmarks.bench_train import random_batches
+from benchmarks.command_line import make_parser
 from engine_pretrain import train_one_epoch
 from Finetuning import main_finetune
 from kernels import should_compile
@@ -58,25 +59,18 @@ Epoch = Callable[[], int]  # loads an epoch, returns its number of images
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = cli.Parser("bench_data.py", description=__doc__.splitlines()[0])
+    numbers = {"batch_size": (64, "images"), "rounds": (7, "timed epochs, after one more")}
+    parser = make_parser("bench_data.py", __doc__, device=False, **numbers)
     parser.add_argument(
         "--data_path", type=arguments.nonempty, help="folder with train/, instead of images that are made"
     )
     parser.add_argument(
         "--images", type=arguments.number(int, 4, 10**6), default=1024, help="to make (default: %(default)s)"
     )
-    parser.add_argument("--batch_size", type=arguments.batch, default=64, help="(default: %(default)s)")
-    parser.add_argument(
-        "--rounds", type=arguments.positive, default=7, help="timed epochs, after one more (default: %(default)s)"
-    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="what to measure (default: all)")
-    parser.add_argument(
-        "--train",
-        metavar="MODEL",
-        default="arm_base_pz16" if torch.cuda.is_available() else None,
-        help="pretrain this model from shards and from random data (default: %(default)s)",
-    )
-    parser.add_argument("--output", help="JSON file (default: in benchmarks/results/)")
+    model = "arm_base_pz16" if torch.cuda.is_available() else None
+    text = "pretrain this model from shards and from random data (default: %(default)s)"
+    parser.add_argument("--train", metavar="MODEL", default=model, help=text)
     return parser
 
 

@@ -19,7 +19,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bench_train import CASES, KERNELS, Case, Composition, add_without, epoch_runner, switched
-from util import arguments, cli, hardware
+from benchmarks.command_line import fitting, make_parser
+from util import cli, hardware
 from util.distributed.processes import init_device
 from util.tracking.run_log import Log
 from util.training import loop
@@ -66,16 +67,12 @@ def verdict(form: str, found: dict[str, dict]) -> bool | None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    cpu = hardware.default_device().type == "cpu"
-    cases = ["pretrain_toy", "finetune_toy"] if cpu else ["pretrain_base", "finetune_base"]
-    parser = cli.Parser("bench_losses.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", type=arguments.nonempty, help="cuda or cpu (default: cuda where there is a GPU)")
+    numbers = {"batch_size": (None, "instead of the recipe's"), "steps": (50, "updates")}
+    parser = make_parser("bench_losses.py", __doc__, **numbers)
+    cases = fitting(["pretrain_toy", "finetune_toy", "pretrain_base", "finetune_base"])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=cases, help="default: %(default)s")
     parser.add_argument("--forms", nargs="+", choices=FORMS[1:], default=FORMS[1:], help="default: %(default)s")
     add_without(parser)
-    parser.add_argument("--batch_size", type=arguments.batch, help="instead of the recipe's")
-    parser.add_argument("--steps", type=arguments.positive, default=50, help="updates (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="JSON file (default: in benchmarks/results/)")
     return parser
 
 

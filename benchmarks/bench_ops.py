@@ -25,10 +25,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.command_line import fitting, make_parser
 from mamba import FOUR_DIRECTIONS, ONE_DIRECTION, Block, Mixer, SwiGLU, scan_orders
 from ops import BackendUnavailable, causal_conv1d, fused, unavailable
 from ops.backends import backend_module
-from util import arguments, cli, hardware
+from util import cli, hardware
 from util.distributed.processes import init_device
 from util.training.precision import activation_dtype, autocast
 
@@ -241,19 +242,9 @@ def measure(operator: str, size: tuple, device: torch.device, repetitions: int) 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    toys = [name for name in SIZES if "toy" in name]
-    sizes = toys if hardware.default_device().type == "cpu" else [name for name in SIZES if name not in toys]
-    parser = cli.Parser("bench_ops.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", type=arguments.nonempty, help="cuda or cpu (default: cuda where there is a GPU)")
+    parser = make_parser("bench_ops.py", __doc__, repetitions=(11, "timed rounds, after three more"))
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=OPERATORS, help="default: %(default)s")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=sizes, help="default: %(default)s")
-    parser.add_argument(
-        "--repetitions",
-        type=arguments.positive,
-        default=11,
-        help="timed rounds, after three more (default: %(default)s)",
-    )
-    parser.add_argument("--output", type=Path, help="JSON file (default: in benchmarks/results/)")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=fitting(SIZES), help="default: %(default)s")
     return parser
 
 

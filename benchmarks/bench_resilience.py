@@ -23,8 +23,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bench_train import CASES, build, loop_args, random_batches
+from benchmarks.command_line import fitting, make_parser
 from engine_pretrain import loss_of, train_one_epoch
-from util import arguments, cli, hardware
+from util import cli, hardware
 from util.checkpoints.checkpoint_folder import LAST, CheckpointFolder
 from util.distributed.parallel import distribute
 from util.distributed.processes import init_device, is_main, on_main, world_size
@@ -35,18 +36,14 @@ from util.training.run_state import Run
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    device = hardware.default_device()
-    parser = cli.Parser("bench_resilience.py", description=__doc__.splitlines()[0])
-    case = "pretrain_toy" if device.type == "cpu" else "pretrain_base"
-    parser.add_argument("--case", choices=[name for name in CASES if name.startswith("pretrain")], default=case)
-    parser.add_argument("--batch_size", type=arguments.batch, help="instead of the recipe's")
-    parser.add_argument(
-        "--steps", type=arguments.positive, default=40, help="updates in a round (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--rounds", type=arguments.positive, default=15, help="timed rounds, after one more (default: %(default)s)"
-    )
-    parser.add_argument("--output", type=Path, help="JSON file (default: in benchmarks/results/)")
+    numbers = {
+        "batch_size": (None, "instead of the recipe's"),
+        "steps": (40, "updates in a round"),
+        "rounds": (15, "timed rounds, after one more"),
+    }
+    parser = make_parser("bench_resilience.py", __doc__, device=False, **numbers)
+    choices = [name for name in CASES if name.startswith("pretrain")]
+    parser.add_argument("--case", choices=choices, default=fitting(["pretrain_toy", "pretrain_base"])[0])
     return parser
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ops
+from benchmarks.command_line import make_parser
 from ops import naive
 from util import arguments, cli, hardware
 from util.distributed.processes import init_device
@@ -52,19 +53,11 @@ def size(text: str) -> tuple[int, ...]:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = cli.Parser("bench_scan.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", type=arguments.nonempty, help="cuda or cpu (default: cuda where there is a GPU)")
+    parser = make_parser("bench_scan.py", __doc__, repetitions=(11, "timed rounds, after three more"))
     parser.add_argument(
         "--contestants", type=arguments.nonempty, nargs="+", metavar="NAME", help="default: all that run here"
     )
     parser.add_argument("--sizes", type=size, nargs="+", metavar="K,B,D,L,N", help="default: those of ARM's blocks")
-    parser.add_argument(
-        "--repetitions",
-        type=arguments.positive,
-        default=11,
-        help="timed rounds, after three more (default: %(default)s)",
-    )
-    parser.add_argument("--output", type=Path, help="JSON file (default: in benchmarks/results/)")
     return parser
 
 

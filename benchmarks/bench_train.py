@@ -50,12 +50,13 @@ import kernels
 import models_arm
 import ops
 from benchmarks import bench_ops, released
+from benchmarks.command_line import fitting, make_parser
 from Finetuning import engine_finetune
 from models_arm import PretrainModel
 from models_classifier import ARMClassifier
 from ops import BackendUnavailable, fused
 from ops.cuda_graph import captures
-from util import arguments, cli, hardware
+from util import cli, hardware
 from util.data.device_loader import DeviceLoader
 from util.distributed.processes import init_device
 from util.errors import as_user_error
@@ -386,19 +387,13 @@ def add_without(parser: argparse.ArgumentParser) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    device = hardware.default_device()
-    toys = [name for name in CASES if "toy" in name]
-    cases = toys if device.type == "cpu" else [name for name in CASES if name not in toys]
-    parser = cli.Parser("bench_train.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", type=arguments.nonempty, help="cuda or cpu (default: cuda where there is a GPU)")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=cases, help="default: %(default)s")
-    parser.add_argument("--batch_size", type=arguments.batch, help="instead of the recipe's")
-    parser.add_argument(
-        "--steps", type=arguments.positive, default=20, help="updates in a round (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--rounds", type=arguments.positive, default=3, help="timed rounds, after one more (default: %(default)s)"
-    )
+    numbers = {
+        "batch_size": (None, "instead of the recipe's"),
+        "steps": (20, "updates in a round"),
+        "rounds": (3, "timed rounds, after one more"),
+    }
+    parser = make_parser("bench_train.py", __doc__, **numbers)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=fitting(CASES), help="default: %(default)s")
     parser.add_argument("--backend", choices=ops.BACKENDS, help="train with this scan backend alone")
     parser.add_argument("--no_compile", action="store_true", help="run the blocks eagerly")
     kernels.add_arguments(parser)
@@ -407,15 +402,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add_without(parser)
     parser.add_argument("--released_loop", action="store_true", help="train with the released composition's loop alone")
-    parser.add_argument(
-        "--profile",
-        type=Path,
-        nargs="?",
-        const=PRINTED,
-        metavar="FILE",
-        help="also show where the time goes; all rows in a file",
-    )
-    parser.add_argument("--output", type=Path, help="JSON file (default: in benchmarks/results/)")
+    text = "also show where the time goes; all rows in a file"
+    parser.add_argument("--profile", type=Path, nargs="?", const=PRINTED, metavar="FILE", help=text)
     return parser
 
 
