@@ -49,13 +49,18 @@ def picture(axis: Axes, pixels: np.ndarray, x: float, y: float, side: float, edg
     axis.add_patch(Rectangle((x, y), side, side, fill=False, edgecolor=edge, linewidth=1.2, zorder=3))
 
 
+def write(axis: Axes, x: float, y: float, text: str, size: float = 9.5, colour: str = INK, **options: str) -> None:
+    """Write a text, centred at (x, y) unless `options` say otherwise."""
+    axis.text(x, y, text, fontsize=size, color=colour, **{"ha": "center", "va": "center", **options})
+
+
 def box(axis: Axes, x: float, y: float, width: float, height: float, colour: str, text: str) -> None:
     """Draw a rounded box with a text in it."""
     style = "round,pad=0,rounding_size=0.08"
     axis.add_patch(
         FancyBboxPatch((x, y), width, height, style, facecolor=colour, edgecolor="none", alpha=0.16, zorder=1)
     )
-    axis.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=10, color=INK)
+    write(axis, x + width / 2, y + height / 2, text, 10)
 
 
 def arrow(axis: Axes, start: tuple, end: tuple, colour: str = GREY, width: float = 1.2) -> None:
@@ -72,8 +77,8 @@ def badge(axis: Axes, x: float, y: float, text: str, size: float = 10) -> None:
 
 def draw_pretraining(axis: Axes, image: np.ndarray) -> None:
     """Draw the image in clusters on the left; on the right clusters as they are read and predicted."""
-    axis.text(0.1, 6.23, "Pretraining", fontsize=13, fontweight="bold", color=INK, va="center")
-    axis.text(1.5, 6.22, "predict each next cluster of patches", fontsize=10.5, color=GREY, va="center")
+    write(axis, 0.1, 6.23, "Pretraining", 13, ha="left", fontweight="bold")
+    write(axis, 1.5, 6.22, "predict each next cluster of patches", 10.5, GREY, ha="left")
     x0, y0, side = 0.1, 3.0, 2.4
     picture(axis, image, x0, y0, side)
     step = side / CLUSTERS
@@ -85,15 +90,7 @@ def draw_pretraining(axis: Axes, image: np.ndarray) -> None:
     for n in range(CLUSTERS**2):
         row, column = divmod(n, CLUSTERS)
         badge(axis, x0 + (column + 0.5) * step, y0 + side - (row + 0.5) * step, str(n + 1), 11)
-    axis.text(
-        x0 + side / 2,
-        2.82,
-        "clusters of 4 × 4 patches,\nread in this order",
-        ha="center",
-        va="top",
-        fontsize=9.5,
-        color=INK,
-    )
+    write(axis, x0 + side / 2, 2.82, "clusters of 4 × 4 patches,\nread in this order", va="top")
 
     pixels = PATCHES * PIXELS
     clusters = [image[r : r + pixels, c : c + pixels] for r in range(0, 192, pixels) for c in range(0, 192, pixels)]
@@ -113,21 +110,19 @@ def draw_pretraining(axis: Axes, image: np.ndarray) -> None:
         badge(axis, x + 0.15, high + small - 0.15, str(n + 2), 8.5)
     gap = (columns[2][0] + small + columns[3][0]) / 2
     for y in (low + small / 2, high + small / 2):
-        axis.text(gap, y, "· · ·", ha="center", va="center", fontsize=14, color=GREY)
+        write(axis, gap, y, "· · ·", 14, GREY)
     for (x, _), (after, _) in pairwise(columns[:3]):
         arrow(axis, (x + small + 0.05, low + small / 2), (after - 0.05, low + small / 2), BLUE)
-    text = "the clusters that are read: all but the last"
-    axis.text((left + right) / 2, 2.82, text, ha="center", va="top", fontsize=9.5, color=INK)
-    text = "predicted: the normalised pixels of the next one"
-    axis.text((left + right) / 2, 5.86, text, ha="center", va="center", fontsize=9.5, color=INK)
+    write(axis, (left + right) / 2, 2.82, "the clusters that are read: all but the last", va="top")
+    write(axis, (left + right) / 2, 5.86, "predicted: the normalised pixels of the next one")
 
 
 def draw_finetuning(axis: Axes, image: np.ndarray) -> None:
     """Draw four grids with the path of each direction, their average, and the classification."""
     axis.plot([0.1, 8.9], [2.28, 2.28], color="#dddddd", linewidth=1)
-    axis.text(0.1, 2.03, "Finetuning", fontsize=13, fontweight="bold", color=INK, va="center")
+    write(axis, 0.1, 2.03, "Finetuning", 13, ha="left", fontweight="bold")
     text = "the pretrained scan is copied into four directions over all patches"
-    axis.text(1.5, 2.02, text, fontsize=10.5, color=GREY, va="center")
+    write(axis, 1.5, 2.02, text, 10.5, GREY, ha="left")
     side, y0, lines = 1.14, 0.55, 4
     pale = 0.45 + 0.55 * image
     ends = np.array([0.08, side - 0.08])
@@ -147,13 +142,13 @@ def draw_finetuning(axis: Axes, image: np.ndarray) -> None:
             axis.plot(*zip(end, begin, strict=True), color=BLUE, linewidth=0.8, linestyle=":", zorder=3)
         for begin, end in starts:
             arrow(axis, begin, end, BLUE, 1.5)
-        axis.text(x0 + side / 2, y0 - 0.1, name, ha="center", va="top", fontsize=9.5, color=INK)
+        write(axis, x0 + side / 2, y0 - 0.1, name, va="top")
         if i < 3:
-            axis.text(x0 + side + 0.18, y0 + side / 2, "+", ha="center", va="center", fontsize=13, color=GREY)
+            write(axis, x0 + side + 0.18, y0 + side / 2, "+", 13, GREY)
     arrow(axis, (5.83, y0 + side / 2), (6.2, y0 + side / 2))
     box(axis, 6.25, y0 + 0.27, 1.45, 0.6, BLUE, "averaged in\nevery block")
     arrow(axis, (7.75, y0 + side / 2), (8.12, y0 + side / 2))
-    axis.text(8.53, y0 + side / 2, "pooled,\nclassified", ha="center", va="center", fontsize=10, color=INK)
+    write(axis, 8.53, y0 + side / 2, "pooled,\nclassified", 10)
 
 
 def main() -> None:
