@@ -16,6 +16,7 @@ forward and backward pass in Triton, 131 and 339 in CUDA.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -206,42 +207,32 @@ def measure_triton(capability: int, K: int, L: int, variant: str) -> Iterator[Re
         yield Resources(name, capability, K, L, registers, spilled, steps, resident, variant)
 
 
-def measure_cuda(capability: int, K: int, L: int) -> Iterator[Resources]:
-    """Yield the counts of the scan in CUDA C++ with either chunk, in one setting of ARM-base."""
-    version, warps = divmod(capability, 10), cuda_backend.block_warps(768)
-    for chunk in (8, 4):
+def measure_cuda(capability: int, K: int, L: int, backend: str) -> Iterator[Resources]:
+    """Yield the counts of the scan in CUDA C++ with either chunk, in one setting of ARM-base; 80 stands for all 8.x."""
+    warps = cuda_backend.block_warps(768)
+    for one, chunk in itertools.product(CUDA_CAPABILITIES[capability], (8, 4)):
+        version = divmod(one, 10)
         variant = cuda_backend.Variant(warps, chunk, K > 1)
         cubin = cuda_backend.compile_kernels(version, variant)
         used = cuda_backend.CHUNKS.get(version)
         label = f"cuda chunk {chunk}" + ("" if used else ", not used") + (", default" if chunk == used else "")
         for name in cuda_backend.KERNELS:
             registers, spilled, loops = disassemble(cubin, name)
-            resident = resident_warps(capability, registers, warps, variant.shared_bytes(name))
-            yield Resources(name, capability, K, L, registers, spilled, max(map(len, loops)) / chunk, resident, label)
-
-
-def measure(backend: str, capability: int, K: int, L: int) -> Iterator[Resources]:
-    """Yield the counts of the kernels of a backend; 8.0 stands for all of 8.x with "cuda"."""
-    if backend in ("triton", "fused"):
-        yield from measure_triton(capability, K, L, backend)
-    else:
-        for one in CUDA_CAPABILITIES[capability]:
-            yield from measure_cuda(one, K, L)
+            resident = resident_warps(one, registers, warps, variant.shared_bytes(name))
+            yield Resources(name, one, K, L, registers, spilled, max(map(len, loops)) / chunk, resident, label)
 
 
 def main(args: argparse.Namespace) -> None:
     """Count, and print a table or JSON."""
-    settings = [(b, c, *sizes) for b in args.backends for c in args.capabilities for sizes in ((1, 128), (4, 197))]
-    rows = [row for setting in settings for row in measure(*setting)]
+    measure = {"triton": measure_triton, "fused": measure_triton, "cuda": measure_cuda}
+    settings = itertools.product(args.backends, args.capabilities, ((1, 128), (4, 197)))
+    rows = [row for backend, capability, (K, L) in settings for row in measure[backend](capability, K, L, backend)]
     if args.json:
         print(json.dumps([row._asdict() for row in rows]))
         return
-    versions = {
-        "triton": lambda: f"triton {triton.__version__}",
-        "fused": lambda: f"triton {triton.__version__}",
-        "cuda": lambda: f"NVRTC {cuda_backend.nvrtc_version()}",
-    }
-    print(", ".join(dict.fromkeys(versions[backend]() for backend in args.backends)))
+    compilers = ["NVRTC" if backend == "cuda" else "triton" for backend in args.backends]
+    versions = {name: cuda_backend.nvrtc_version() if name == "NVRTC" else triton.__version__ for name in compilers}
+    print(", ".join(f"{name} {version}" for name, version in versions.items()))
     columns = f"{'registers':>11}{'spilled B':>11}{'instructions':>14}{'warps':>7}"
     print(f"{'kernel':<22}{'sm':>5}{'K':>3}{'L':>5}{columns}  variant")
     for row in rows:
@@ -253,17 +244,10 @@ def main(args: argparse.Namespace) -> None:
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = cli.Parser("kernel_resources.py", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--capabilities",
-        type=int,
-        nargs="+",
-        choices=CAPABILITIES,
-        default=CAPABILITIES,
-        help="80 is 8.0 (default: all)",
-    )
-    parser.add_argument(
-        "--backends", nargs="+", choices=BACKENDS, default=BACKENDS, help="fused: of --fused_ops (default: all)"
-    )
+    text = "80 is 8.0 (default: all)"
+    parser.add_argument("--capabilities", type=int, nargs="+", choices=CAPABILITIES, default=CAPABILITIES, help=text)
+    text = "fused: of --fused_ops (default: all)"
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS, help=text)
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
     return parser
 
