@@ -8,11 +8,10 @@ seed draw the same random numbers and differ in pixels only.
 """
 
 import argparse
+import itertools
 import json
 import os
-import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -23,18 +22,17 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from demo.demo import FINETUNE, MODEL, PRETRAIN, RECIPE, ROOT
+from demo.demo import FINETUNE, MODEL, PRETRAIN, RECIPE
 from demo.digits import unpack_digits
-from util import arguments, cli, hardware
+from util import arguments, cli, hardware, launch
 from util.errors import RunError
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = cli.Parser("compare_loaders.py", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--seeds", type=arguments.number(int, 2, 1000), default=3, help="at least 2 (default: %(default)s)"
-    )
+    seeds = arguments.number(int, 2, 1000)
+    parser.add_argument("--seeds", type=seeds, default=3, help="at least 2 (default: %(default)s)")
     parser.add_argument("--epochs", type=arguments.positive, default=12, help="of pretraining (default: %(default)s)")
     parser.add_argument("--finetune_epochs", type=arguments.positive, default=6, help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, help="JSON file (default: in benchmarks/results/)")
@@ -55,17 +53,16 @@ def script(name: str, arguments: str, out: Path) -> None:
     Raises:
         RunError: it failed.
     """
-    with (out.with_name(out.name + ".txt")).open("w") as log:
-        command = [sys.executable, ROOT / name, *shlex.split(arguments), "--output_dir", out]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([str(w) for w in command], stdout=log, stderr=log, env=environment)
-    if done.returncode:
-        raise RunError(f"{name} failed with exit status {done.returncode}: {log.name} says why")
+    command = launch.command_line(name, f"{arguments} --output_dir {out}", 1)
+    with out.with_name(out.name + ".txt").open("w") as log:
+        status = launch.start(command, {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log).wait()
+    if status:
+        raise RunError(f"{name} failed with exit status {status}: {log.name} says why")
 
 
-def train(folder: Path, data: Path, loader: str, seed: int, args: argparse.Namespace) -> dict:
+def train(folder: Path, loader: str, seed: int, args: argparse.Namespace) -> dict:
     """Pretrain and finetune; return the loss of pretraining and the accuracy of finetuning."""
-    common = f"{MODEL} {RECIPE} --data_path {data} --loader {loader} --seed {seed}"
+    common = f"{MODEL} {RECIPE} --data_path {folder}/digits --loader {loader} --seed {seed}"
     pre, fine = folder / f"{loader}-{seed}-pre", folder / f"{loader}-{seed}-fine"
     script("main_pretrain.py", f"{common} {PRETRAIN} --epochs {args.epochs}", pre)
     more = f"{FINETUNE} --aa rand-m9-mstd0.5-inc1 --reprob 0.25 --epochs {args.finetune_epochs}"
@@ -85,11 +82,8 @@ def main(args: argparse.Namespace) -> None:
         folder = Path(temporary)
         make_jpegs(folder / "digits")
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            tasks = [
-                pool.submit(train, folder, folder / "digits", loader, seed, args)
-                for seed in range(args.seeds)
-                for loader in ("fast", "pil")
-            ]
+            settings = itertools.product(range(args.seeds), ("fast", "pil"))
+            tasks = [pool.submit(train, folder, loader, seed, args) for seed, loader in settings]
             runs = [task.result() for task in tasks]
     differences = [fast["top1"] - pil["top1"] for fast, pil in zip(runs[::2], runs[1::2], strict=True)]
     for loader in ("fast", "pil"):

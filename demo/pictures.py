@@ -54,19 +54,14 @@ def draw_predictions(path: Path, image_folder: Path, picture: Path) -> None:
     for row, (images, name) in enumerate(zip(rows, ("image", "predicted"), strict=True)):
         for column, image in enumerate(images):
             axis = axes[row, column]
-            axis.imshow(
-                image.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest", extent=(0, width, height, 0)
-            )
-            axis.set(
-                xticks=range(0, width, side)[1:], yticks=range(0, height, side)[1:], xticklabels=[], yticklabels=[]
-            )
+            extent = (0, width, height, 0)
+            axis.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest", extent=extent)
+            axis.set(xticks=range(side, width, side), yticks=range(side, height, side))
+            axis.tick_params(length=0, labelbottom=False, labelleft=False)
             axis.grid(color="white", alpha=0.25, linewidth=0.6)
-            axis.tick_params(length=0)
             if row == 1:
                 axis.add_patch(Rectangle((0, 0), side, side, fill=False, edgecolor="tab:orange", linewidth=2))
         axes[row, 0].set_ylabel(name)
-    title = (
-        "Each cluster predicted from the true ones before it; given: the first (orange), mean and contrast of patches"
-    )
-    figure.suptitle(title, fontsize=10)
+    title = "Each cluster predicted from the true ones before it"
+    figure.suptitle(f"{title}; given: the first (orange), mean and contrast of patches", fontsize=10)
     save_figure(figure, picture, "ARM predictions", dpi=120)
