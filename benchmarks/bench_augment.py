@@ -40,7 +40,7 @@ FORMS = {"torch": "none", "triton": "augment"}  # as --fused_ops names them
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     numbers = {"batch_size": (128, "images"), "rounds": (20, "timed calls, after three more")}
-    parser = make_parser("bench_augment.py", __doc__, **numbers)
+    parser = make_parser("bench_augment.py", __doc__, numbers)
     parser.add_argument("--input_size", type=arguments.pixels, default=224, help="(default: %(default)s)")
     return parser
 

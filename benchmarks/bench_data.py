@@ -13,6 +13,7 @@ pretraining, 3.6 and 6.4 for finetuning.
 """
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import random
@@ -20,10 +21,10 @@ import re
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from PIL import Image
@@ -35,7 +36,8 @@ from torchvision.datasets import ImageFolder
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import main_pretrain
-from benchmarks.bench_train import random_batches
+from benchmarks.bench_augment import clocks
+from benchmarks.bench_train import RandomBatches
 from benchmarks.command_line import make_parser
 from engine_pretrain import train_one_epoch
 from Finetuning import main_finetune
@@ -44,7 +46,6 @@ from tools import pack_images
 from util import arguments, cli, hardware
 from util.data import datasets, decode, loaders, transforms
 from util.data.device_loader import DeviceLoader
-from util.data.loaders import EpochSampler
 from util.tracking.run_log import Log
 from util.training.run_state import Run
 
@@ -52,6 +53,7 @@ CORES = sorted(os.sched_getaffinity(0))
 CPU = torch.device("cpu")
 RECIPES = {"pretrain": main_pretrain, "finetune": main_finetune}
 SIZES = {"pretrain": 192, "finetune": 224}
+TRANSFORMS = {"pretrain": transforms.pretrain_transform, "finetune": transforms.finetune_transform}
 RELEASED = "PIL, as released"
 PARTS = ("loading", "memory", "device", "training")
 Epoch = Callable[[], int]  # loads an epoch, returns its number of images
@@ -60,7 +62,7 @@ Epoch = Callable[[], int]  # loads an epoch, returns its number of images
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     numbers = {"batch_size": (64, "images"), "rounds": (7, "timed epochs, after one more")}
-    parser = make_parser("bench_data.py", __doc__, device=False, **numbers)
+    parser = make_parser("bench_data.py", __doc__, numbers, device=False)
     parser.add_argument(
         "--data_path", type=arguments.nonempty, help="folder with train/, instead of images that are made"
     )
@@ -102,10 +104,11 @@ def recipe_arguments(recipe: str, *more: object) -> argparse.Namespace:
     return args
 
 
-def loader_of(args: argparse.Namespace, recipe: str, device: torch.device) -> DeviceLoader:
-    """Return the training loader of a recipe's script."""
-    make = transforms.pretrain_transform if recipe == "pretrain" else transforms.finetune_transform
-    dataset = datasets.image_dataset(args.data_path, "train", make(arguments.image_size(args), args), args.loader)
+def loader_of(recipe: str, device: torch.device, *words: object) -> DeviceLoader:
+    """Return the training loader of a recipe's script; for the words see `recipe_arguments`."""
+    args = recipe_arguments(recipe, *words)
+    transform = TRANSFORMS[recipe](arguments.image_size(args), args)
+    dataset = datasets.image_dataset(args.data_path, "train", transform, args.loader)
     return loaders.train_loader(dataset, args, device)
 
 
@@ -115,28 +118,23 @@ def open_as_released(path: str) -> Image.Image:
         return Image.open(file, formats=decode.KNOWN).convert("RGB")
 
 
-def released_epochs(args: argparse.Namespace, recipe: str) -> Epoch:
+def released_epochs(recipe: str, *words: object) -> Epoch:
     """Return epochs of the released pipeline: ImageFolder, a transform of torchvision or timm in Pillow, DataLoader."""
-    make = transforms.pretrain_transform if recipe == "pretrain" else transforms.finetune_transform
+    args = recipe_arguments(recipe, *words)
+    transform = TRANSFORMS[recipe](arguments.image_size(args), args)
+    dataset = ImageFolder(f"{args.data_path}/train", transform, loader=open_as_released)
     loader = DataLoader(
-        ImageFolder(f"{args.data_path}/train", make(arguments.image_size(args), args), loader=open_as_released),
-        batch_size=args.batch_size,
-        shuffle=True,
-        num_workers=args.num_workers,
-        persistent_workers=True,
-        drop_last=True,
+        dataset, args.batch_size, True, num_workers=args.num_workers, persistent_workers=True, drop_last=True
     )
     return lambda: sum(len(imgs) for imgs, _ in loader)
 
 
 def host_epochs(loader: DeviceLoader) -> Epoch:
     """Return epochs as the training process receives them: uint8 with --loader fast, float32 with --loader pil."""
-    number, sampler = 0, cast(EpochSampler, loader.sampler)
+    numbers = itertools.count()
 
     def epoch() -> int:
-        nonlocal number
-        sampler.set_epoch(number)
-        number += 1
+        loader.sampler.set_epoch(next(numbers))
         return sum(len(pixels) for pixels, _, _ in loader.loader)
 
     return epoch
@@ -152,6 +150,8 @@ def dali_epochs(folder: Path, batch_size: int, threads: int) -> Epoch:
     from nvidia.dali.plugin.base_iterator import LastBatchPolicy
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
+    mean, std = ([255 * value for value in values] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+
     @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=None, seed=0)
     def pipeline() -> tuple:
         files, labels = fn.readers.file(file_root=str(folder / "train"), random_shuffle=True, name="files")
@@ -159,13 +159,7 @@ def dali_epochs(folder: Path, batch_size: int, threads: int) -> Epoch:
             files, device="cpu", random_area=[0.2, 1.0], random_aspect_ratio=[3 / 4, 4 / 3]
         )
         images = fn.resize(images, size=[192, 192], interp_type=types.INTERP_CUBIC, antialias=True)
-        images = fn.crop_mirror_normalize(
-            images,
-            mirror=fn.random.coin_flip(),
-            mean=[255 * m for m in IMAGENET_DEFAULT_MEAN],
-            std=[255 * s for s in IMAGENET_DEFAULT_STD],
-        )
-        return images, labels
+        return fn.crop_mirror_normalize(images, mirror=fn.random.coin_flip(), mean=mean, std=std), labels
 
     loader = DALIGenericIterator(
         pipeline(), ["images", "labels"], reader_name="files", last_batch_policy=LastBatchPolicy.DROP, auto_reset=True
@@ -178,9 +172,8 @@ def rates(epochs: dict[str, Epoch], rounds: int) -> dict[str, float]:
     measured: dict[str, list[float]] = {name: [] for name in epochs}
     for _ in range(rounds + 1):
         for name, epoch in epochs.items():
-            start = time.perf_counter()
-            images = epoch()
-            measured[name].append(images / (time.perf_counter() - start))
+            seconds, images = hardware.time_once(epoch, CPU)
+            measured[name].append(images / seconds)
     return {name: statistics.median(values[1:]) for name, values in measured.items()}
 
 
@@ -193,11 +186,8 @@ def compare(recipe: str, folder: Path, shards: Path, cores: list[int], args: arg
         "--loader fast": (folder, "--loader", "fast"),
         "fast, packed shards": (f"wds:{shards}", "--loader", "fast"),
     }
-    epochs = {RELEASED: released_epochs(recipe_arguments(recipe, folder, *words), recipe)}
-    epochs |= {
-        name: host_epochs(loader_of(recipe_arguments(recipe, *words_of_path, *words), recipe, CPU))
-        for name, words_of_path in paths.items()
-    }
+    epochs = {RELEASED: released_epochs(recipe, folder, *words)}
+    epochs |= {name: host_epochs(loader_of(recipe, CPU, *path, *words)) for name, path in paths.items()}
     if recipe == "pretrain":
         try:
             epochs["DALI"] = dali_epochs(folder, args.batch_size, len(cores))
@@ -223,9 +213,7 @@ def loading(recipe: str, folder: Path, shards: Path, cores: list[int], args: arg
 def worker_memory(recipe: str, folder: Path, batch_size: int, epochs: int = 10) -> list[float]:
     """Return the private memory of a worker, in MB, after each epoch with --loader fast."""
     before = set(multiprocessing.active_children())
-    epoch = host_epochs(
-        loader_of(recipe_arguments(recipe, folder, "--batch_size", batch_size, "--num_workers", 1), recipe, CPU)
-    )
+    epoch = host_epochs(loader_of(recipe, CPU, folder, "--batch_size", batch_size, "--num_workers", 1))
     held = []
     for _ in range(epochs):
         epoch()
@@ -237,30 +225,23 @@ def worker_memory(recipe: str, folder: Path, batch_size: int, epochs: int = 10) 
 
 def device_share(recipe: str, folder: Path, batch_size: int, device: torch.device) -> float:
     """Return the milliseconds an image that `finish` takes on the training device."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    loader = loader_of(recipe_arguments(recipe, folder, "--batch_size", batch_size, "--num_workers", 0), recipe, device)
+    loader = loader_of(recipe, device, folder, "--batch_size", batch_size, "--num_workers", 0)
     pixels, numbers, _ = next(iter(loader.loader))
-    numbers = torch.from_numpy(numbers)[:, :-1]
-    times = []
-    for _ in range(10):
-        wait()
-        start = time.perf_counter()
-        loader.finish(pixels, numbers, device)
-        wait()
-        times.append(time.perf_counter() - start)
+    finish = partial(loader.finish, pixels, torch.from_numpy(numbers)[:, :-1], device)
+    times = [clocks(finish, device)["wall"] for _ in range(10)]
     return 1000 * statistics.median(times) / len(pixels)
 
 
 def training(model: str, shards: Path, batch_size: int, rounds: int) -> dict[str, float]:
     """Return the images a second of pretraining from packed shards and with random data."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    words = ["--batch_size", batch_size, "--num_workers", len(CORES), "--model", model, "--norm_pix_loss"]
-    args = recipe_arguments("pretrain", f"wds:{shards}", *words)
+    device = hardware.default_device()
+    words = [f"wds:{shards}", "--batch_size", batch_size, "--num_workers", len(CORES)]
+    args = recipe_arguments("pretrain", *words, "--model", model, "--norm_pix_loss")
     network = main_pretrain.build_model(args).to(device)
     if should_compile(None, device):
         network.compile()
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, fused=True)
-    loader = loader_of(args, "pretrain", device)
+    loader = loader_of("pretrain", device, *words)
     run = Run(args, network, optimizer)
 
     def epochs(batches: DeviceLoader) -> Epoch:
@@ -271,7 +252,7 @@ def training(model: str, shards: Path, batch_size: int, rounds: int) -> dict[str
 
         return epoch
 
-    random_data = random_batches(batch_size, SIZES["pretrain"], 1, len(loader), device)
+    random_data = RandomBatches(batch_size, SIZES["pretrain"], 1, len(loader), device)
     return rates({"random data": epochs(random_data), "shards": epochs(loader)}, rounds)
 
 

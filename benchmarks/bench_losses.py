@@ -68,7 +68,7 @@ def verdict(form: str, found: dict[str, dict]) -> bool | None:
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     numbers = {"batch_size": (None, "instead of the recipe's"), "steps": (50, "updates")}
-    parser = make_parser("bench_losses.py", __doc__, **numbers)
+    parser = make_parser("bench_losses.py", __doc__, numbers)
     cases = fitting(["pretrain_toy", "finetune_toy", "pretrain_base", "finetune_base"])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=cases, help="default: %(default)s")
     parser.add_argument("--forms", nargs="+", choices=FORMS[1:], default=FORMS[1:], help="default: %(default)s")

@@ -242,7 +242,7 @@ def measure(operator: str, size: tuple, device: torch.device, repetitions: int) 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = make_parser("bench_ops.py", __doc__, repetitions=(11, "timed rounds, after three more"))
+    parser = make_parser("bench_ops.py", __doc__, {"repetitions": (11, "timed rounds, after three more")})
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=OPERATORS, help="default: %(default)s")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=fitting(SIZES), help="default: %(default)s")
     return parser

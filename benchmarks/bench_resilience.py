@@ -22,7 +22,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.bench_train import CASES, build, loop_args, random_batches
+from benchmarks.bench_train import CASES, RandomBatches, build, loop_args
 from benchmarks.command_line import fitting, make_parser
 from engine_pretrain import loss_of, train_one_epoch
 from util import cli, hardware
@@ -41,7 +41,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "steps": (40, "updates in a round"),
         "rounds": (15, "timed rounds, after one more"),
     }
-    parser = make_parser("bench_resilience.py", __doc__, device=False, **numbers)
+    parser = make_parser("bench_resilience.py", __doc__, numbers, device=False)
     choices = [name for name in CASES if name.startswith("pretrain")]
     parser.add_argument("--case", choices=choices, default=fitting(["pretrain_toy", "pretrain_base"])[0])
     return parser
@@ -52,7 +52,7 @@ def step_times(args: argparse.Namespace, device: torch.device) -> dict[str, floa
     case = CASES[args.case]._replace(batch_size=args.batch_size)
     bare = build(case, "auto", device)
     model = distribute(bare, device)
-    batches = random_batches(case.batch_size, case.img_size, 1, args.steps, device)
+    batches = RandomBatches(case.batch_size, case.img_size, 1, args.steps, device)
     compute_loss, parameters = loss_of(model), list(bare.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
     loop = loop_args(case)

@@ -53,7 +53,7 @@ def size(text: str) -> tuple[int, ...]:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = make_parser("bench_scan.py", __doc__, repetitions=(11, "timed rounds, after three more"))
+    parser = make_parser("bench_scan.py", __doc__, {"repetitions": (11, "timed rounds, after three more")})
     parser.add_argument(
         "--contestants", type=arguments.nonempty, nargs="+", metavar="NAME", help="default: all that run here"
     )
@@ -64,17 +64,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def reference_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
     """Compute mamba-ssm's reference: a loop over steps, channels first, on slices of (B, D, L, N) tensors.
 
-    Args:
-        u: (B, L, D).
-        dt: (B, L, D).
-        A: (D, N).
-        B: (B, L, N).
-        C: (B, L, N).
-        D: (D,).
-        dt_bias: (D,).
-
-    Returns:
-        (B, L, D).
+    Arguments and result are one direction of those of `ops.selective_scan`: u is (B, L, D), A (D, N), B (B, L, N).
     """
     u, delta = u.mT, F.softplus(dt + dt_bias).mT  # (B, D, L)
     decay = torch.exp(torch.einsum("bdl,dn->bdln", delta, A))

@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from timm.data import Mixup
@@ -106,13 +106,14 @@ PRINTED = Path("-")
 PROFILE = "Profiles of bench_train.py"  # the first line of their file
 
 
-class RandomBatches:
+class RandomBatches(DeviceLoader):
     """A loader that yields the same random images and labels, on the device, `steps` times."""
+
+    sampler = SimpleNamespace(set_epoch=lambda epoch, start: None)
 
     def __init__(self, batch_size: int, size: int, classes: int, steps: int, device: torch.device) -> None:
         imgs = torch.randn(batch_size, 3, size, size, device=device)
         self.batch, self.steps = [imgs, torch.randint(classes, (batch_size,), device=device)], steps
-        self.sampler = SimpleNamespace(set_epoch=lambda epoch, start: None)
 
     def __len__(self) -> int:
         return self.steps
@@ -120,11 +121,6 @@ class RandomBatches:
     def __iter__(self) -> Iterator[list[Tensor]]:
         for _ in range(self.steps):
             yield [tensor.clone() for tensor in self.batch]  # mixup works in place
-
-
-def random_batches(batch_size: int, size: int, classes: int, steps: int, device: torch.device) -> DeviceLoader:
-    """Return `RandomBatches` in the place of a `DeviceLoader`: training iterates over it alone."""
-    return cast(DeviceLoader, RandomBatches(batch_size, size, classes, steps, device))
 
 
 def build(case: Case, backend: str, device: torch.device) -> PretrainModel | ARMClassifier:
@@ -174,7 +170,7 @@ def epoch_runner(
     fused.use(how.fused_ops or ["none"], device)
     model = build(case, how.backend, device)
     classes = 1 if isinstance(model, PretrainModel) else model.num_classes
-    loader = random_batches(case.batch_size, case.img_size, classes, steps, device)
+    loader = RandomBatches(case.batch_size, case.img_size, classes, steps, device)
     args = loop_args(case, how.cuda_graph, lr)
     if case.task == "pretrain":
         groups, betas, ema = param_groups_weight_decay(model, 0.05), (0.9, 0.95), None
@@ -193,12 +189,8 @@ def epoch_runner(
             imgs, targets = mixup(imgs, labels)
             return criterion(model(imgs), targets)
 
-        def after_update() -> None:
-            if ema is not None:
-                ema.update(model)
-
         model.train()
-        return lambda: released.train_steps(model, loader, compute_loss, optimizer, args.clip_grad, after_update)
+        return lambda: released.train_steps(model, loader, compute_loss, optimizer, args.clip_grad, ema)
     if how.compiled:
         model.compile(**fused.compile_options())
     graphs = kernels.block_graphs(args, model)
@@ -323,17 +315,17 @@ def switched(name: str, device: torch.device, compiled: bool, without: Sequence[
 def compositions(args: argparse.Namespace) -> dict[str, Composition | str]:
     """Return the compositions to compare by name; instead of one that is not possible here, the reason."""
     gpu = args.device.type == "cuda"
+    compiled = gpu and not args.no_compile
     if args.switches:
-        compiled = gpu and not args.no_compile
         return {name: switched(name, args.device, compiled, args.without) for name in args.switches}
-    if args.backend or args.released_loop:
-        compiled = gpu and not args.no_compile and not args.released_loop
-        graphs = args.cuda_graph and not args.released_loop
-        fused_ops = [] if args.released_loop else args.fused_ops
-        return {"by hand": Composition(args.backend or "auto", compiled, args.released_loop, graphs, fused_ops)}
+    backend, kernels_of_ours = args.backend or "auto", (args.cuda_graph, args.fused_ops)
+    if args.released_loop:
+        return {"by hand": Composition(backend, False, True, False, [])}
+    if args.backend:
+        return {"by hand": Composition(backend, compiled, False, *kernels_of_ours)}
     yardstick = "mamba_ssm" if gpu and ops.unavailable("mamba_ssm") is None else "torch"
     return {
-        "ours": Composition("auto", gpu and not args.no_compile, False, args.cuda_graph, args.fused_ops),
+        "ours": Composition("auto", compiled, False, *kernels_of_ours),
         f"released ({yardstick})": Composition(yardstick, False, True, False, []),
     }
 
@@ -392,7 +384,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "steps": (20, "updates in a round"),
         "rounds": (3, "timed rounds, after one more"),
     }
-    parser = make_parser("bench_train.py", __doc__, **numbers)
+    parser = make_parser("bench_train.py", __doc__, numbers)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=fitting(CASES), help="default: %(default)s")
     parser.add_argument("--backend", choices=ops.BACKENDS, help="train with this scan backend alone")
     parser.add_argument("--no_compile", action="store_true", help="run the blocks eagerly")

@@ -1,14 +1,16 @@
 """What the command lines of benchmarks share."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from util import arguments, cli, hardware
 
 
-def make_parser(file: str, docstring: str | None, device: bool = True, **numbers: tuple[int | None, str]) -> cli.Parser:
+def make_parser(
+    file: str, docstring: str, numbers: Mapping[str, tuple[int | None, str]], device: bool = True
+) -> cli.Parser:
     """Return a parser with `--output`, with `--device` if wanted, and with a flag for each number (default, help)."""
-    parser = cli.Parser(file, description=(docstring or "").splitlines()[0])
+    parser = cli.Parser(file, description=docstring.splitlines()[0])
     if device:
         parser.add_argument(
             "--device", type=arguments.nonempty, help="cuda or cpu (default: cuda where there is a GPU)"

@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple, NoReturn, cast
@@ -90,13 +91,12 @@ def parts(toy: bool) -> list[Part]:
     """Return the parts in the order in which they run; toys are small enough to rehearse on a CPU."""
     cores = min(14, len(os.sched_getaffinity(0)))  # each worker compiles the kernels that it tests
     workers = ("-n", str(cores)) if importlib.util.find_spec("xdist") and not toy else ()
-    tests = [*TESTS]
-    if toy:  # the others would take minutes on a CPU, which skips these
-        tests = [name for name in tests if name.endswith("_gpu.py")]
+    tests = [name for name in TESTS if not toy or name.endswith("_gpu.py")]  # toy: a CPU skips these, and is slow
     few = ("--steps", "1", "--rounds", "1", "--batch_size", "2") if toy else ("--steps", "10")
     cases = ("pretrain_toy", "finetune_toy") if toy else ("pretrain_base", "finetune_base")
     large = cases if toy else ("pretrain_large", "pretrain_huge")
     switches = ("none", "all", "cuda_graph", "cuda", *OPERATORS, "casts")
+    train = partial(benchmark, "bench_train", "--cases")
     pytest = ("-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", "--junitxml", "FOLDER/tests.xml")
     scan = ("--sizes", "1,2,32,6,16", "4,2,32,7,16", "1,2,64,6,16", "--repetitions", "2") if toy else ()
     repetitions = ("--repetitions", "2") if toy else ()
@@ -112,26 +112,21 @@ def parts(toy: bool) -> list[Part]:
             "ncu", 40, (*ncu, "--repetitions", "1", "--output", "FOLDER/ncu-scan.json"), "ncu.txt", (), ("scan",),
             program=tuple(NCU),
         ),
-        Part(
-            "train", 180, benchmark("bench_train", "--cases", *cases, "--switches", *switches, *few), "train.json",
-            TRAINING, trains=True,
-        ),
+        Part("train", 180, train(*cases, "--switches", *switches, *few), "train.json", TRAINING, trains=True),
         Part(
             "profile", 60,
-            benchmark("bench_train", "--cases", *cases, "--switches", "all", *few, "--rounds", "1",
-                      "--profile", "FOLDER/profile.txt", part="profile"),
-            "profile.txt", TRAINING, ("train",), trains=True,
+            train(*cases, "--switches", "all", *few, "--rounds", "1", "--profile", "FOLDER/profile.txt",
+                  part="profile"), "profile.txt", TRAINING, ("train",), trains=True,
         ),
         Part("losses", 90, benchmark("bench_losses", "--cases", *cases, *losses), "losses.json", TRAINING, trains=True),
         Part("augment", 30, benchmark("bench_augment", *augment), "augment.json", TRAINING),
         Part(
-            "large", 90, benchmark("bench_train", "--cases", *large, "--switches", "all", *few, part="large"),
-            "large.json", TRAINING, ("train",), late=True, trains=True,
+            "large", 90, train(*large, "--switches", "all", *few, part="large"), "large.json", TRAINING, ("train",),
+            late=True, trains=True,
         ),
         Part(
-            "released", 90,
-            benchmark("bench_train", "--cases", *cases, "--switches", "all", "released", *few, part="released"),
-            "released.json", (*TRAINING, *(() if toy else ("mamba_ssm", "causal_conv1d"))), late=True, trains=True,
+            "released", 90, train(*cases, "--switches", "all", "released", *few, part="released"), "released.json",
+            (*TRAINING, *(() if toy else ("mamba_ssm", "causal_conv1d"))), late=True, trains=True,
         ),
     ]  # fmt: skip
     if not toy:
@@ -146,11 +141,7 @@ PARTS = [part.name for part in parts(toy=False)]
 
 
 def run_parts(
-    chosen: list[Part],
-    folder: Path,
-    seconds: float,
-    done: dict[str, dict],
-    after_each: Callable[[], object],
+    chosen: list[Part], folder: Path, seconds: float, done: dict[str, dict], after_each: Callable[[], object]
 ) -> None:
     """Run parts one after the other.
 
@@ -252,8 +243,7 @@ def run_part(part: Part, folder: Path, limit: float) -> dict[str, object]:
     if stopped:
         return {"status": "stopped", "reason": f"its time of {limit:.0f} s was over", **found}
     if process.returncode:
-        lines = log.read_text(errors="replace").split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), "")
+        last = log.read_text(errors="replace").strip().rpartition("\n")[2]
         how = f"exit status {process.returncode}"
         if process.returncode < 0:
             how = f"killed by {signal.Signals(-process.returncode).name}"
@@ -325,12 +315,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = cli.Parser("gpu_check.py", description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="NAME", help="default: %(default)s")
-    parser.add_argument(
-        "--minutes",
-        type=arguments.number(float, 0.1, 1440),
-        default=10,
-        help="for all parts together (default: %(default)s)",
-    )
+    minutes = arguments.number(float, 0.1, 1440)
+    parser.add_argument("--minutes", type=minutes, default=10, help="for all parts together (default: %(default)s)")
     parser.add_argument(
         "--output", type=arguments.nonempty, metavar="FOLDER", help="default: benchmarks/results/GPU-DATE-check"
     )
@@ -352,19 +338,14 @@ def main(args: argparse.Namespace) -> None:
     everything = parts(args.toy)
     chosen = [part for part in everything if part.name in args.parts]
     if device.index is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible(device.index)
+        names = os.environ.get("CUDA_VISIBLE_DEVICES")  # of the GPUs that this process sees; its parts see one
+        os.environ["CUDA_VISIBLE_DEVICES"] = names.split(",")[device.index] if names else str(device.index)
     with no_part_outlives(folder):
         run_parts(chosen, folder, 60 * args.minutes, done, lambda: summary(folder, about, everything, done))
     print(f"\n{summary(folder, about, everything, done)}\nwritten to {printable(folder)}/summary.md and summary.json")
-    bad = [f"{part.name} {done[part.name]['status']}" for part in chosen if done[part.name]["status"] != "done"]
-    if bad := [text for text in bad if not text.endswith("left out")]:
+    ends = {part.name: done[part.name]["status"] for part in chosen}
+    if bad := [f"{name} {status}" for name, status in ends.items() if status not in ("done", "left out")]:
         raise RunError(f"{', '.join(bad)}: see the logs in {printable(folder)}")
-
-
-def visible(index: int) -> str:
-    """Return CUDA_VISIBLE_DEVICES for the parts: the GPU of this index among those that this process sees."""
-    names = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return names.split(",")[index] if names else str(index)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from functools import partial, reduce
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from mamba import Mixer, SwiGLU
@@ -100,7 +101,7 @@ def train_steps(
     compute_loss: Callable[..., Tensor],
     optimizer: torch.optim.Optimizer,
     clip_grad: float | None,
-    after_update: Callable[[], None],
+    ema: ModelEmaV3 | None,
 ) -> None:
     """Train as MAE's code does, one update for each batch."""
     device = next(model.parameters()).device
@@ -116,6 +117,7 @@ def train_steps(
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        after_update()
+        if ema is not None:
+            ema.update(model)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
