@@ -57,9 +57,8 @@ def write(axis: Axes, x: float, y: float, text: str, size: float = 9.5, colour: 
 def box(axis: Axes, x: float, y: float, width: float, height: float, colour: str, text: str) -> None:
     """Draw a rounded box with a text in it."""
     style = "round,pad=0,rounding_size=0.08"
-    axis.add_patch(
-        FancyBboxPatch((x, y), width, height, style, facecolor=colour, edgecolor="none", alpha=0.16, zorder=1)
-    )
+    how = {"facecolor": colour, "edgecolor": "none", "alpha": 0.16, "zorder": 1}
+    axis.add_patch(FancyBboxPatch((x, y), width, height, style, **how))
     write(axis, x + width / 2, y + height / 2, text, 10)
 
 
@@ -131,13 +130,10 @@ def draw_finetuning(axis: Axes, image: np.ndarray) -> None:
         picture(axis, pale, x0, y0, side)
         along = ends if i % 2 == 0 else ends[::-1]
         starts = []
-        for k in range(lines):
+        for k in range(lines) if i % 2 else reversed(range(lines)):  # from the top, or back from the bottom
             across = (k + 0.5) * side / lines
-            across = side - across if i % 2 == 0 else across  # from the top, or back from the bottom
-            if i < 2:
-                starts.append([(x0 + a, y0 + across) for a in along])
-            else:
-                starts.append([(x0 + side - across, y0 + side - a) for a in along])
+            rows = [(x0 + a, y0 + across) for a in along]
+            starts.append(rows if i < 2 else [(x0 + side - across, y0 + side - a) for a in along])
         for (_, end), (begin, _) in pairwise(starts):
             axis.plot(*zip(end, begin, strict=True), color=BLUE, linewidth=0.8, linestyle=":", zorder=3)
         for begin, end in starts:
