@@ -46,17 +46,14 @@ def _read(path: Path, header: int) -> np.ndarray:
 def unpack(folder: Path) -> None:
     """Write Fashion-MNIST as tar shards; torchvision downloads it if Debian's package is not installed.
 
-    Args:
-        folder: gets train/ and val/; an existing split stays as it is.
+    The folder gets train/ and val/; an existing split stays as it is.
 
     Raises:
         UserError: the package is not installed, and the download failed.
     """
     missing = [split for split in FILES if not (folder / split / "0.tar").exists()]
-    if not missing:
-        return
     originals = PACKAGE
-    if not originals.is_dir():
+    if missing and not originals.is_dir():
         try:
             FashionMNIST(str(folder), download=True)
         except (OSError, RuntimeError) as error:

@@ -59,11 +59,9 @@ def summary(runs: list[dict]) -> list[dict]:
 
 
 def machines(runs: list[dict], otherwise: dict) -> list[dict]:
-    """Return the machines of runs without duplicates, each with its first and last date as `dates`.
+    """Return the machines of runs (of results.json) without duplicates, each with its first and last date as `dates`.
 
-    Args:
-        runs: as in results.json.
-        otherwise: the machine of runs that did not record theirs.
+    `otherwise` is the machine of runs that did not record theirs.
     """
     found: dict[tuple, set[str]] = {}
     for step in (step for run in runs for step in (run["pretrain"], run["finetune"]) if step):
@@ -83,8 +81,7 @@ def _description(machine: dict) -> str:
 def markdown(results: dict) -> str:
     """Return the table of a study, with notes on how to read it."""
     runs = results["runs"]
-    head = ["trained with", "arm", "top-1 (%)", "compared with the first (paired)"]
-    head += ["95 % interval", "in deviations", "seeds", "time (s)"]
+    head = "trained with|arm|top-1 (%)|compared with the first (paired)|95 % interval|in deviations|seeds|time (s)"
     body = []
     for row in summary(runs):
         compared = row.get("compared")
@@ -98,7 +95,7 @@ def markdown(results: dict) -> str:
     low, high = wilson(runs[0]["accuracy"] / 100 * images, images)
     return "\n".join(
         [
-            table(head, *body),
+            table(head.split("|"), *body),
             "",
             f"Accuracy after the last epoch on {images:,} images of val/, mean ± sample standard deviation over seeds; "
             "the best epoch is not looked for. Drawing other images would move a single one by about "
@@ -120,9 +117,7 @@ def draw(runs: list[dict]) -> Figure:
     """Draw a row for each set of labels: accuracies with mean and standard deviation, and accuracy over epochs."""
     found = groups(runs)
     curves = any(len(run["curve"]) > 1 for run in runs)
-    heights = [0.38 * len(arms) + 1.2 for arms in found.values()]
-    if curves:
-        heights = [max(2.6, height) for height in heights]
+    heights = [max(2.6 if curves else 0, 0.38 * len(arms) + 1.2) for arms in found.values()]
     figure = Figure(figsize=(10 if curves else 6, sum(heights)), layout="constrained")
     panels = figure.subplots(len(found), 2 if curves else 1, squeeze=False, height_ratios=heights)
     for axes, (labels, arms) in zip(panels, found.items(), strict=True):

@@ -39,26 +39,19 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = cli.Parser("studies.run", description=__doc__.splitlines()[0])
     parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(names())}")
-    parser.add_argument(
-        "--data_path", type=arguments.nonempty, help="dataset, as for the training scripts (default: Fashion-MNIST)"
-    )
+    text = "dataset, as for the training scripts (default: Fashion-MNIST)"
+    parser.add_argument("--data_path", type=arguments.nonempty, help=text)
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms of the study (default: all)")
     parser.add_argument("--seeds", type=arguments.seed_number, nargs="+", help="(default: 0 1 2)")
-    parser.add_argument(
-        "--budget", choices=sorted(BUDGETS), help="(default: cpu without a GPU; else imagenet for 1000 classes, or gpu)"
-    )
+    text = "(default: cpu without a GPU; else imagenet for 1000 classes, or gpu)"
+    parser.add_argument("--budget", choices=sorted(BUDGETS), help=text)
     parser.add_argument("--smoke", action="store_const", const="smoke", dest="budget", help="--budget smoke: tiny runs")
     parser.add_argument("--processes", type=arguments.few, help="of each run (default: 1; for imagenet all GPUs)")
-    parser.add_argument(
-        "--jobs",
-        type=arguments.few,
-        help="runs at a time (default: one per core, or as many per GPU as the budget says)",
-    )
+    text = "runs at a time (default: one per core, or as many per GPU as the budget says)"
+    parser.add_argument("--jobs", type=arguments.few, help=text)
     for kind in ("", "pretrain_", "finetune_"):
-        scripts = SCRIPTS.get(kind.removesuffix("_"), "both scripts")
-        parser.add_argument(
-            f"--{kind}flags", default="", metavar="'...'", help=f"more flags of {scripts}, for all arms"
-        )
+        text = f"more flags of {SCRIPTS.get(kind.removesuffix('_'), 'both scripts')}, for all arms"
+        parser.add_argument(f"--{kind}flags", default="", metavar="'...'", help=text)
     parser.add_argument("--output", type=Path, default=Path("out_studies"), help="folder (default: %(default)s)")
     return parser
 
@@ -77,16 +70,13 @@ class ArmRun:
     def result(self, label_names: dict[str, str]) -> dict[str, Any]:
         """Return its entry in results.json."""
         pretrained, finetuned = self.pretrain and self.pretrain.result(), self.finetune.result()
-        accuracy, loss, images = (finetuned.pop(f"test_{name}") for name in ("acc1", "loss", "images"))
+        tested = {"accuracy": "test_acc1", "loss": "test_loss", "images": "test_images", "curve": "curve"}
         return {
             "arm": self.arm,
             "labels": label_names[self.labels],
             "seed": self.seed,
             "setting": {"pretrain": self.setting.pretrain, "finetune": self.setting.finetune},
-            "accuracy": accuracy,
-            "loss": loss,
-            "images": images,
-            "curve": finetuned.pop("curve"),
+            **{name: finetuned.pop(key) for name, key in tested.items()},
             "pretrain": pretrained,
             "finetune": finetuned,
         }
@@ -102,15 +92,9 @@ class Data:
 
 
 def plan(study: Study, budget: Budget, seeds: list[int], data: Data, runs: Path, more: dict[str, str]) -> list[ArmRun]:
-    """Return all runs of a study.
+    """Return all runs of a study; `runs` is the folder of all runs of all studies.
 
-    Args:
-        study: its arms.
-        budget: flags that all runs share.
-        seeds: of each arm.
-        data: datasets.
-        runs: folder of all runs of all studies.
-        more: flags of the command line by script, and by "" for both; an arm's own flags replace them.
+    `more` holds the command line's flags by script, and by "" for both; an arm's own flags replace them.
     """
     found = []
     for labels, (arm, setting), seed in itertools.product(study.labels or budget.labels, study.arms.items(), seeds):
@@ -190,22 +174,16 @@ def find_machine(args: argparse.Namespace, budget: Budget) -> Machine:
 
 
 def find_data(data_path: str, folder: Path, budget: Budget, labels: tuple[str, ...], seeds: list[int]) -> Data:
-    """Return the datasets of a budget's runs, and write those that are subsets to a folder.
+    """Return the datasets of a budget's runs; write those that are subsets below a folder, unless they are there.
 
-    Args:
-        data_path: as the scripts take it.
-        folder: gets a folder for each subset, unless it is there.
-        budget: says how many images of each class a subset has.
-        labels: of finetuning; subsets with few labels are written if "few" is among them.
-        seeds: of the subsets with few labels.
+    If "few" is among the labels, there is a subset with few labels for each seed.
 
     Raises:
         UserError: there is no such dataset, or a class has too few images.
     """
     digest = hashlib.sha256(os.fsencode(data_path.replace(f"{folder.parent}/", ""))).hexdigest()[:6]
     name = f"{Path(data_path.partition(':')[2] or data_path).name}-{digest}"
-    if budget.images_per_class is not None:
-        count = budget.images_per_class
+    if (count := budget.images_per_class) is not None:
         name = f"{name}-{count}"
         write_subset(data_path, data_path, folder / name, count, 0, val_per_class=count)
         data_path = f"wds:{folder}/{name}"

@@ -26,12 +26,7 @@ def write_shard(path: Path, source: Source, indices: Iterable[int]) -> None:
 
 
 def balanced(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
-    """Return the indices of a random sample with `per_class` images of each class, in ascending order.
-
-    Args:
-        labels: (n,) of all images.
-        per_class: images of each class.
-        seed: of the sample.
+    """Return the indices of a random sample with `per_class` images of each class, ascending, from all labels (n,).
 
     Raises:
         UserError: a class has fewer images.

@@ -88,13 +88,9 @@ class Step:
 
     def arguments(self, machine: Machine) -> str:
         """Return the arguments of the script on a machine."""
-        here = {
-            "--batch_size": [str(self.batch_size // machine.processes)],
-            "--num_workers": [str(min(10, machine.cores))],
-            "--output_dir": [str(self.folder)],
-            "--resume": ["auto"],
-        }
-        return command_text({**self.flags, **here})
+        images, workers = self.batch_size // machine.processes, min(10, machine.cores)
+        here = {"--batch_size": images, "--num_workers": workers, "--output_dir": self.folder, "--resume": "auto"}
+        return command_text({**self.flags, **{name: [str(value)] for name, value in here.items()}})
 
     def command(self, machine: Machine) -> str:
         """Return the command, as a user would type it in the repository."""

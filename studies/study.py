@@ -14,62 +14,37 @@ SEEDS = (0, 1, 2)  # of pretraining, finetuning and the choice of few labels
 
 @dataclass(frozen=True)
 class Budget:
-    """The size of a study: flags of the scripts and datasets that all its runs share.
+    """The size of a study: flags of the scripts and datasets that all its runs share."""
 
-    Attributes:
-        common: flags of both scripts. `--batch_size` is the effective one, for any number of processes.
-        pretrain: flags of pretraining.
-        finetune: flags of finetuning.
-        few, all: flags of finetuning on few labels, and on all.
-        labels: which labels studies finetune on by default: any of `few` and `all`.
-        per_class: images of each class in a dataset with few labels, drawn with the run's seed.
-        repeats: how often an epoch has each of these images.
-        runs_per_gpu: runs that share a GPU; each of them is one process.
-        one_run: whether a run takes all GPUs.
-        images_per_class: how many images of each class train/ and val/ are limited to; None uses all.
-    """
-
-    common: str
-    pretrain: str
-    finetune: str
-    few: str
-    all: str
-    labels: tuple[str, ...] = ("few",)
-    per_class: int = 100
-    repeats: int = 10
-    runs_per_gpu: int = 1
-    one_run: bool = False
-    images_per_class: int | None = None
+    common: str  # flags of both scripts; `--batch_size` is the effective one, for any number of processes
+    pretrain: str  # flags of pretraining
+    finetune: str  # flags of finetuning
+    few: str  # flags of finetuning on few labels
+    all: str  # flags of finetuning on all labels
+    labels: tuple[str, ...] = ("few",)  # that studies finetune on by default: any of "few" and "all"
+    per_class: int = 100  # images of each class in a dataset with few labels, drawn with the run's seed
+    repeats: int = 10  # how often an epoch has each of these images
+    runs_per_gpu: int = 1  # runs that share a GPU; each of them is one process
+    one_run: bool = False  # whether a run takes all GPUs
+    images_per_class: int | None = None  # that train/ and val/ are limited to; None uses all
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A setting of the method.
+    """A setting of the method: flags beside the budget's."""
 
-    Attributes:
-        pretrain: flags of pretraining beside the budget's; None finetunes from random weights.
-        finetune: flags of finetuning beside the budget's.
-        budgets: the budgets that have this arm; None means all.
-    """
-
-    pretrain: str | None = ""
+    pretrain: str | None = ""  # None finetunes from random weights
     finetune: str = ""
-    budgets: tuple[str, ...] | None = None
+    budgets: tuple[str, ...] | None = None  # that have this arm; None means all
 
 
 @dataclass(frozen=True)
 class Study:
-    """A question, and the arms that answer it.
+    """A question, and the arms that answer it."""
 
-    Attributes:
-        question: one sentence.
-        arms: by name; the others are compared with the first.
-        labels: see `Budget.labels`, which None takes.
-    """
-
-    question: str
-    arms: dict[str, Arm]
-    labels: tuple[str, ...] | None = None
+    question: str  # one sentence
+    arms: dict[str, Arm]  # by name; the others are compared with the first
+    labels: tuple[str, ...] | None = None  # see `Budget.labels`, which None takes
 
 
 def names() -> list[str]:
