@@ -89,21 +89,20 @@ def main(args: argparse.Namespace) -> None:
         OUT.mkdir()
     unpack_digits(DATA)
     torchrun("main_pretrain.py", f"{MODEL} {RECIPE} {PRETRAIN} --output_dir {OUT}/pretrain")
-    torchrun(
-        "Finetuning/main_finetune.py",
-        f"{MODEL} {RECIPE} {FINETUNE} --finetune {OUT}/pretrain/checkpoint-last.pth --output_dir {OUT}/finetune",
-    )
+    checkpoint = OUT / "pretrain" / "checkpoint-last.pth"
+    finetune = f"{MODEL} {RECIPE} {FINETUNE}"
+    torchrun("Finetuning/main_finetune.py", f"{finetune} --finetune {checkpoint} --output_dir {OUT}/finetune")
     accuracy = evaluate("finetune")
-    torchrun("Finetuning/main_finetune.py", f"{MODEL} {RECIPE} {FINETUNE} --output_dir {OUT}/scratch")
+    torchrun("Finetuning/main_finetune.py", f"{finetune} --output_dir {OUT}/scratch")
     accuracy_scratch = evaluate("scratch")
 
-    write_random_encoder(OUT / "pretrain" / "checkpoint-last.pth", OUT / "random.pth")
-    knn, linear = probe(OUT / "pretrain" / "checkpoint-last.pth")
+    write_random_encoder(checkpoint, OUT / "random.pth")
+    knn, linear = probe(checkpoint)
     knn_random, linear_random = probe(OUT / "random.pth")
 
     logs = {run: plot_log.read(OUT / run) for run in ("pretrain", "finetune", "scratch")}
     draw_curves(logs, OUT / "curves.png")
-    draw_predictions(OUT / "pretrain" / "checkpoint-last.pth", DATA / "val", OUT / "predictions.png")
+    draw_predictions(checkpoint, DATA / "val", OUT / "predictions.png")
     table = f"""
 | 1,000 held-out digits | top-1 after {len(logs["finetune"])} epochs |
 | --- | --- |
