@@ -63,12 +63,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     numbers = {"batch_size": (64, "images"), "rounds": (7, "timed epochs, after one more")}
     parser = make_parser("bench_data.py", __doc__, numbers, device=False)
-    parser.add_argument(
-        "--data_path", type=arguments.nonempty, help="folder with train/, instead of images that are made"
-    )
-    parser.add_argument(
-        "--images", type=arguments.number(int, 4, 10**6), default=1024, help="to make (default: %(default)s)"
-    )
+    text = "folder with train/, instead of images that are made"
+    parser.add_argument("--data_path", type=arguments.nonempty, help=text)
+    images = arguments.number(int, 4, 10**6)
+    parser.add_argument("--images", type=images, default=1024, help="to make (default: %(default)s)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="what to measure (default: all)")
     model = "arm_base_pz16" if torch.cuda.is_available() else None
     text = "pretrain this model from shards and from random data (default: %(default)s)"
@@ -92,12 +90,7 @@ def make_images(folder: Path, count: int) -> None:
 
 
 def recipe_arguments(recipe: str, *more: object) -> argparse.Namespace:
-    """Return the arguments of a recipe's script, with its defaults.
-
-    Args:
-        recipe: "pretrain" or "finetune".
-        *more: value of `--data_path`, then further words of the command line.
-    """
+    """Return the arguments of a recipe's script; `more` is `--data_path`, then other words of the command line."""
     words = ["--input_size", SIZES[recipe], "--data_path", *more]
     args = RECIPES[recipe].get_args_parser().parse_args([str(word) for word in words])
     arguments.check_arguments(args)
@@ -272,24 +265,20 @@ def main(args: argparse.Namespace) -> None:
         pack_images.main(pack_images.get_args_parser().parse_args([str(folder), str(shards), "--short_side", "256"]))
         results: dict[str, Any] = {}
         if "loading" in parts:
-            results["loading"] = [
-                loading(recipe, folder, shards, cores, args)
-                for recipe in RECIPES
-                for cores in [CORES[:1]] + [CORES] * (len(CORES) > 1)
-            ]
+            of_cores = [CORES[:1]] + [CORES] * (len(CORES) > 1)
+            results["loading"] = [loading(r, folder, shards, cores, args) for r in RECIPES for cores in of_cores]
         for recipe in RECIPES:
             if "memory" in parts:
                 held = worker_memory(recipe, folder, args.batch_size)
                 results.setdefault("worker_mb", {})[recipe] = held
                 print(f"\n{recipe}: a worker holds {held[0]:.0f} MB after 1 epoch, {held[-1]:.0f} MB after {len(held)}")
             if "device" in parts:
-                share = device_share(recipe, folder, args.batch_size, CPU)
-                shares = results.setdefault("device_ms_per_image", {})[recipe] = {"cpu": share}
-                print(f"{recipe}: what the training device does takes {share:.2f} ms an image on one core")
+                shares = results.setdefault("device_ms_per_image", {})[recipe] = {}
+                shares["cpu"] = device_share(recipe, folder, args.batch_size, CPU)
+                print(f"{recipe}: what the training device does takes {shares['cpu']:.2f} ms an image on one core")
                 if torch.cuda.is_available():
-                    share = device_share(recipe, folder, args.batch_size, torch.device("cuda"))
-                    shares["cuda"] = share
-                    print(f"{recipe}: and {share:.4f} ms on the GPU")
+                    shares["cuda"] = device_share(recipe, folder, args.batch_size, torch.device("cuda"))
+                    print(f"{recipe}: and {shares['cuda']:.4f} ms on the GPU")
         if "training" in parts:
             found = training(args.train, shards, args.batch_size, args.rounds)
             fraction = found["shards"] / found["random data"]

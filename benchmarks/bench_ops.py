@@ -127,12 +127,8 @@ class Kernels(TorchDispatchMode):
 
 def kernels_of(module: nn.Module, inputs: Inputs) -> set[str]:
     """Return the kernels that a brick runs, uncompiled."""
-    backend, kernels = backend_module("triton"), Kernels()
-    with (
-        patch.object(backend, "_launch", kernels.launch(backend._launch)),
-        autocast(activations(inputs).device),
-        kernels,
-    ):
+    backend, kernels, device = backend_module("triton"), Kernels(), activations(inputs).device
+    with patch.object(backend, "_launch", kernels.launch(backend._launch)), autocast(device), kernels:
         computed(module, inputs)
     return kernels.seen
 

@@ -11,6 +11,7 @@ yardstick is mambapy (`pip install mambapy`), in float32; expected on 2 cores of
 """
 
 import argparse
+import importlib.util
 import math
 import statistics
 import sys
@@ -86,26 +87,22 @@ def mambapy_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tens
     return (h @ C[..., None]).squeeze(-1) + D * u
 
 
-def with_chunk(backend: str, chunk: int) -> Scan:
-    """Return the scan of "triton" or "cuda" with `chunk` tokens between two stored states."""
+def with_chunks(backend: str, device: torch.device) -> dict[str, Scan]:
+    """Return the scans of "triton" or "cuda" with 8 and with 4 tokens between two stored states.
+
+    The one with the default is last, so that the default is set after every round.
+    """
     compute: Scan = partial(ops.selective_scan, backend=backend)
     module: Any = ops.backends.backend_module(backend)
+    holder: dict[Any, int] = vars(module) if backend == "triton" else module.CHUNKS
+    key = "CHUNK" if backend == "triton" else torch.cuda.get_device_capability(device)
+    default = holder[key]
 
-    def scan(*inputs: Tensor) -> Tensor:
-        if backend == "triton":  # also for the backward pass, which runs before the next contestant
-            module.CHUNK = chunk
-        else:
-            module.CHUNKS[torch.cuda.get_device_capability(inputs[0].device)] = chunk
+    def scan(chunk: int, *inputs: Tensor) -> Tensor:
+        holder[key] = chunk  # also for the backward pass, which runs before the next contestant
         return compute(*inputs)
 
-    return scan
-
-
-def chunks(backend: str, device: torch.device) -> tuple[int, int]:
-    """Return the default chunk of a backend and the other one, of 8 and 4 tokens."""
-    module: Any = ops.backends.backend_module(backend)
-    default = module.CHUNK if backend == "triton" else module.CHUNKS[torch.cuda.get_device_capability(device)]
-    return default, 12 - default
+    return {f"{backend} chunk {12 - default}": partial(scan, 12 - default), backend: partial(scan, default)}
 
 
 def contestants(inputs: list[Tensor]) -> dict[str, Scan | str]:
@@ -117,20 +114,16 @@ def contestants(inputs: list[Tensor]) -> dict[str, Scan | str]:
     found: dict[str, Scan | str] = {}
     u, A = inputs[0], inputs[2]
     if u.device.type == "cpu":
-        found |= {"reference loop": one_direction(reference_scan), "mambapy": one_direction(mambapy_scan)}
-        try:
-            import mambapy  # noqa: F401
-        except ImportError:
-            found["mambapy"] = "not installed: pip install mambapy"
+        found |= {"reference loop": one_direction(reference_scan), "mambapy": "not installed: pip install mambapy"}
+        if importlib.util.find_spec("mambapy"):
+            found["mambapy"] = one_direction(mambapy_scan)
     for backend in [name for name, kinds in reversed(ops.BACKENDS.items()) if u.device.type in kinds]:
         if reason := ops.unavailable(backend):
             found[backend] = reason
         elif problem := ops.backends.backend_module(backend).misfit(u.device, u.dtype, u.shape[-1], A.shape[-1]):
             found[backend] = f"does not compute {problem}"
         elif backend in ("triton", "cuda"):
-            default, other = chunks(backend, u.device)
-            found[f"{backend} chunk {other}"] = with_chunk(backend, other)
-            found[backend] = with_chunk(backend, default)  # last, so that the default is set after every round
+            found |= with_chunks(backend, u.device)
         else:
             found[backend] = partial(ops.selective_scan, backend=backend)
     return found
@@ -218,11 +211,8 @@ def main(args: argparse.Namespace) -> None:
         print(f"\n{args.device.type}, {dtype}, " + " ".join(f"{key} {n}" for key, n in label.items()))
         print(f"{'µs':<16}{'forward':>12}{'backward':>12}{'both':>12}" + (f"{'x ' + yardstick:>14}" if ratio else ""))
         for name in found:
-            if name not in us:
-                print(f"{name:<16}{left_out[name]}")
-                continue
-            numbers = "".join(f"{us[name][part]:>12.1f}" for part in ("forward", "backward", "both"))
-            print(f"{name:<16}{numbers}" + (f"{ratio[name]:>14.1f}" if ratio else ""))
+            text = left_out.get(name) or "".join(f"{us[name][part]:>12.1f}" for part in ("forward", "backward", "both"))
+            print(f"{name:<16}{text}" + (f"{ratio[name]:>14.1f}" if name in ratio else ""))
         if not usable:
             break
     report.close()

@@ -389,9 +389,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", choices=ops.BACKENDS, help="train with this scan backend alone")
     parser.add_argument("--no_compile", action="store_true", help="run the blocks eagerly")
     kernels.add_arguments(parser)
-    parser.add_argument(
-        "--switches", nargs="+", choices=SWITCHES, help="compare these, each alone: none, all, released, or a kernel"
-    )
+    text = "compare these, each alone: none, all, released, or a kernel"
+    parser.add_argument("--switches", nargs="+", choices=SWITCHES, help=text)
     add_without(parser)
     parser.add_argument("--released_loop", action="store_true", help="train with the released composition's loop alone")
     text = "also show where the time goes; all rows in a file"

@@ -52,29 +52,17 @@ OPERATORS = ("swiglu", "norm", "conv", "projections")  # fused operators of the 
 
 
 class Part(NamedTuple):
-    """A process of this check.
-
-    Attributes:
-        name: of the part.
-        seconds: weight of its share of the time; it needs at least a third of these seconds.
-        command: words after Python; FOLDER stands for the output folder.
-        result: file in the output folder.
-        needs: packages that must be installed.
-        after: parts whose results it needs.
-        late: it runs in the time that the other parts leave.
-        program: words in front of Python.
-        trains: it trains without the kernels that are `faulty`.
-    """
+    """A process of this check."""
 
     name: str
-    seconds: float
-    command: tuple[str, ...]
-    result: str
-    needs: tuple[str, ...] = ()
-    after: tuple[str, ...] = ()
-    late: bool = False
-    program: tuple[str, ...] = ()
-    trains: bool = False
+    seconds: float  # weight of its share of the time; it needs at least a third of these seconds
+    command: tuple[str, ...]  # words after Python; FOLDER stands for the output folder
+    result: str  # file in the output folder
+    needs: tuple[str, ...] = ()  # packages that must be installed
+    after: tuple[str, ...] = ()  # parts whose results it needs
+    late: bool = False  # it runs in the time that the other parts leave
+    program: tuple[str, ...] = ()  # words in front of Python
+    trains: bool = False  # it trains without the kernels that are `faulty`
 
 
 def benchmark(name: str, *words: str, part: str | None = None) -> tuple[str, ...]:
@@ -143,15 +131,10 @@ PARTS = [part.name for part in parts(toy=False)]
 def run_parts(
     chosen: list[Part], folder: Path, seconds: float, done: dict[str, dict], after_each: Callable[[], object]
 ) -> None:
-    """Run parts one after the other.
+    """Run the chosen parts one after the other, in at most `seconds`; results and logs lie in the folder.
 
-    Args:
-        chosen: the parts, in order.
-        folder: of results and logs.
-        seconds: time limit of all parts together.
-        done: by name, how each part ended: "status", "seconds", "reason". It holds earlier parts and is extended. A
-            part that is left out keeps its earlier result.
-        after_each: called before and after every part.
+    `done` tells by name how each part ended: "status", "seconds", "reason". It holds earlier parts and is extended. A
+    part that is left out keeps its earlier result. `after_each` is called before and after every part.
     """
     end = time.monotonic() + seconds
     for i, part in enumerate(chosen):
@@ -182,17 +165,13 @@ def run_parts(
 
 def faulty(folder: Path, done: dict[str, dict]) -> dict[str, str]:
     """Return the kernels that parts "scan" and "ops" found wrong or failing, and the reasons."""
-    found: dict[str, str] = {}
-    timed = False
-    with suppress(OSError, UserError):
-        for row in cast(dict, read_json(folder / "ops.json"))["results"]:
-            if "wrong" in row:
-                found[row["operator"]] = row["wrong"]
-    with suppress(OSError, UserError):
-        for row in cast(dict, read_json(folder / "scan.json"))["results"]:
-            timed = timed or "cuda" in row["microseconds"]
-            if "cuda" in row.get("wrong", ()):
-                found["cuda"] = row["wrong"]["cuda"]
+    rows: dict[str, list[dict]] = {"ops": [], "scan": []}
+    for name in rows:
+        with suppress(OSError, UserError):
+            rows[name] = cast(dict, read_json(folder / f"{name}.json"))["results"]
+    found = {row["operator"]: row["wrong"] for row in rows["ops"] if "wrong" in row}
+    found |= {name: row["wrong"][name] for row in rows["scan"] for name in ("cuda",) if name in row.get("wrong", ())}
+    timed = any("cuda" in row["microseconds"] for row in rows["scan"])
     status = done.get("scan", {}).get("status")
     if status in ("failed", "stopped") and not timed:  # a kernel that crashes or hangs leaves no result
         found.setdefault("cuda", f"part scan {status} before it was timed")
@@ -317,9 +296,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="NAME", help="default: %(default)s")
     minutes = arguments.number(float, 0.1, 1440)
     parser.add_argument("--minutes", type=minutes, default=10, help="for all parts together (default: %(default)s)")
-    parser.add_argument(
-        "--output", type=arguments.nonempty, metavar="FOLDER", help="default: benchmarks/results/GPU-DATE-check"
-    )
+    text = "default: benchmarks/results/GPU-DATE-check"
+    parser.add_argument("--output", type=arguments.nonempty, metavar="FOLDER", help=text)
     parser.add_argument("--device", type=arguments.nonempty, help="default: cuda")
     parser.add_argument("--toy", action="store_true", help="rehearse with toy sizes, also on a CPU")
     return parser

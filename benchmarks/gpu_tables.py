@@ -135,15 +135,12 @@ def train_table(report: dict) -> Iterator[Row]:
                 yield Row(figure, problem, prediction, NOT if "left_out" in row else LOOK)
                 continue
             wall, busy = row["ms_per_step"], row["busy_ms_per_step"]
-            measured = f"{row['images_per_second']:.0f} images/s, {wall:.2f} ms" + (
-                f", busy {busy:.2f}" if busy else ""
-            )
+            measured = f"{row['images_per_second']:.0f} images/s, {wall:.2f} ms"
+            measured += f", busy {busy:.2f}" if busy else ""
             yield Row(figure, measured, prediction, train_decision(switch, case, row, plain), switch)
             if row["cuda_graph"] and busy:
-                yield Row(
-                    f"{figure}: wall - busy", f"{wall - busy:.2f} ms", f"at most {MARGIN:.0f} ms",
-                    KEEP if wall - busy <= MARGIN else LOOK,
-                )  # fmt: skip
+                decision = KEEP if wall - busy <= MARGIN else LOOK
+                yield Row(f"{figure}: wall - busy", f"{wall - busy:.2f} ms", f"at most {MARGIN:.0f} ms", decision)
 
 
 def train_decision(switch: str, case: str, row: dict, plain: dict) -> str:
@@ -175,9 +172,8 @@ def losses_table(report: dict) -> Iterator[Row]:
     """Yield rows of the losses of every form: the largest relative differences from none."""
     for row in report["results"]:
         form, figure = row["form"], f"losses, {row['case']}, {row['form']}"
-        prediction = {"again": "0", "eager": "rounding", "cuda_graph": "at most twice again"}.get(
-            form, "at most twice eager"
-        )
+        predictions = {"again": "0", "eager": "rounding", "cuda_graph": "at most twice again"}
+        prediction = predictions.get(form, "at most twice eager")
         if "difference" not in row:
             problem = row.get("left_out") or row.get("failed") or "there is nothing to compare with"
             yield Row(figure, problem, prediction, LOOK if "failed" in row else NOT)
@@ -235,13 +231,7 @@ TABLES: dict[str, Callable[..., Iterator[Row]]] = {
 
 
 def table(folder: Path, results: dict[str, str], done: dict[str, dict]) -> list[Row]:
-    """Return the rows of all parts.
-
-    Args:
-        folder: of the results.
-        results: file of each part in it, by the part's name.
-        done: by name, how each part ended; see `gpu_check.run_parts`.
-    """
+    """Return the rows of all parts, from the file of each in `results`; for `done` see `gpu_check.run_parts`."""
     rows: list[Row] = []
     for name, result in results.items():
         found: list[Row] = []
