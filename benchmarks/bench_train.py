@@ -154,14 +154,10 @@ def flops_per_image(case: Case) -> int:
 
 
 def epoch_runner(
-    case: Case,
-    how: Composition,
-    steps: int,
-    device: torch.device,
-    lr: float = 1e-5,
-    log: Log = Log(),  # noqa: B008 (it holds nothing)
+    case: Case, how: Composition, steps: int, device: torch.device, lr: float = 1e-5, log: Log | None = None
 ) -> Callable[[], object]:
-    """Return a function that trains `steps` updates; our loop logs to `log`."""
+    """Return a function that trains `steps` updates; our loop logs to `log`, if given."""
+    log = log or Log()
     torch._dynamo.reset()
     gc.collect()  # reference cycles hold the previous model
     if device.type == "cuda":

@@ -170,7 +170,9 @@ def faulty(folder: Path, done: dict[str, dict]) -> dict[str, str]:
         with suppress(OSError, UserError):
             rows[name] = cast(dict, read_json(folder / f"{name}.json"))["results"]
     found = {row["operator"]: row["wrong"] for row in rows["ops"] if "wrong" in row}
-    found |= {name: row["wrong"][name] for row in rows["scan"] for name in ("cuda",) if name in row.get("wrong", ())}
+    for row in rows["scan"]:
+        if "cuda" in row.get("wrong", ()):
+            found["cuda"] = row["wrong"]["cuda"]
     timed = any("cuda" in row["microseconds"] for row in rows["scan"])
     status = done.get("scan", {}).get("status")
     if status in ("failed", "stopped") and not timed:  # a kernel that crashes or hangs leaves no result
