@@ -1,11 +1,12 @@
 """Parts of the demo; `make demo` runs all of it."""
 
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import TINY_PRETRAIN
+from helpers import REPOSITORY, TINY_PRETRAIN
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
@@ -15,6 +16,12 @@ from demo.digits import unpack_digits
 from demo.pictures import draw_curves, draw_predictions
 from util import cli
 from util.checkpoints import checkpoint_file
+
+
+@pytest.mark.parametrize("name", ["demo.py", "compare_loaders.py"])
+def test_it_starts_as_a_script(name):
+    """Python searches the script's own folder, too, whose demo.py must not hide the package."""
+    subprocess.run([sys.executable, REPOSITORY / "demo" / name, "--help"], check=True, stdout=subprocess.DEVNULL)
 
 
 def test_unpacked_digits(tmp_path):
