@@ -100,6 +100,7 @@ def launches(K: int, batch: int, L: int, width: int, N: int = 16, dtype: torch.d
         A, D, weight = torch.empty(K, width, N), torch.empty(K, width), torch.empty(K, width, 4)
         order = None if K == 1 else torch.empty(K, L, dtype=torch.int64)
         _, states = triton_backend.scan_forward((u, dt, A, B, C, D, D), order, True)
+        assert states is not None  # it was asked for
         triton_backend.scan_backward(dy, (u, dt, A, B, C, D, D), order, states)
         triton_backend.conv_forward(x, weight, D, order)
         triton_backend.conv_backward(dy, x, weight, D, order)
