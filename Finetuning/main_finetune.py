@@ -150,10 +150,10 @@ def build_classifier(args: argparse.Namespace, found: Checkpoint | None) -> ARMC
             )
         if args.model is not None:
             del sizes["embed_dim"], sizes["depth"]
-        if args.eval:
-            sizes["img_size"] = found.input_size
-        else:
+        if not args.eval:
             sizes.pop("num_classes", None)
+        elif args.input_size is None:
+            sizes["img_size"] = found.input_size
     sizes |= arguments.given(args, "patch_size", "embed_dim", "depth", "directions")
     if args.input_size is not None:
         sizes["img_size"] = arguments.image_size(args)

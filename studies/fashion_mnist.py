@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets import FashionMNIST
 
 from studies.shards import write_shard
 from util.data.readers import hash_states
@@ -54,6 +53,8 @@ def unpack(folder: Path) -> None:
     missing = [split for split in FILES if not (folder / split / "0.tar").exists()]
     originals = PACKAGE
     if missing and not originals.is_dir():
+        from torchvision.datasets import FashionMNIST
+
         try:
             FashionMNIST(str(folder), download=True)
         except (OSError, RuntimeError) as error:

@@ -21,7 +21,7 @@ import torch
 
 import main_pretrain
 from Finetuning import main_finetune
-from studies import fashion_mnist, report
+from studies import fashion_mnist
 from studies.budgets import BUDGETS
 from studies.shards import write_subset
 from studies.steps import SCRIPTS, Machine, Step, acquire, run_steps
@@ -240,6 +240,9 @@ def main(args: argparse.Namespace) -> None:
 
     labels = len(open_source(data.everything, "train").labels)
     label_names = {"few": f"{budget.per_class * data.classes:,} labels", "all": f"all {labels:,} labels"}
+
+    from studies import report  # imports matplotlib
+
     found = [run.result(label_names) for run in runs]
     results = {
         "study": args.name,

@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import simplejpeg
 import torch
-from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from util import arguments, cli
@@ -88,6 +87,8 @@ def encode(source: Folder, short_side: int | None, quality: int, index: int) -> 
     height, width, _ = pixels.shape
     if min(height, width) <= short_side or short_side * max(height, width) > MAX_JPEG_SIDE * min(height, width):
         return suffix, data
+    from torchvision.transforms.v2 import functional as F
+
     image = torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
     pixels = F.resize_image(image, [short_side], F.InterpolationMode.BICUBIC).permute(1, 2, 0)  # (3, h, w) -> (h, w, 3)
     return "jpg", simplejpeg.encode_jpeg(pixels.contiguous().numpy(), quality=quality, colorsubsampling="420")

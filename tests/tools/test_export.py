@@ -257,7 +257,7 @@ def test_with_gradients_enabled(tmp_path, imgs, direct):
     assert model.layers[0].mixer.scan_backend == "export"
     want = model(imgs)
     module, args = (model, (imgs[:2],)) if direct else (export.program(model, imgs[:2]), ())
-    exported = torch.onnx.export(module, args, dynamo=True, verbose=False, dynamic_shapes=export.ANY_BATCH)
+    exported = torch.onnx.export(module, args, dynamo=True, verbose=False, dynamic_shapes=export.any_batch())
     assert relative_error(onnx_outputs(exported, tmp_path / "model.onnx", imgs), want.detach()) < 1e-5
 
 
