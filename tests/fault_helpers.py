@@ -125,3 +125,10 @@ def assert_equal(got: object, want: object, where: str) -> None:
 def content(epoch, size=200_000):
     """A file of a megabyte, all of whose numbers say which one it is."""
     return {"model": {"weight": torch.full((size,), float(epoch))}, "epoch": epoch - 1, "samples": 0}
+
+
+def sums_are_right(folder):
+    done = subprocess.run(
+        ["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, capture_output=True, text=True
+    )
+    return done.returncode == 0, done.stdout + done.stderr
