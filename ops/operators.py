@@ -152,3 +152,11 @@ causal_conv1d.register_autograd(
     lambda ctx, dy: (*causal_conv1d_backward(dy, *ctx.saved_tensors, ctx.backend), None, None),
     setup_context=_conv_context,
 )
+
+
+def split_projected(projected: Tensor, dt_proj: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return low-rank steps (K, B * L, R), B and C (K, B, L, N) as views of the output of x_proj."""
+    rank = dt_proj.shape[-1]
+    states = (projected.shape[-1] - rank) // 2
+    low, b, c = projected.split([rank, states, states], dim=-1)
+    return low, *(x.unflatten(1, u.shape[1:3]) for x in (b, c))  # (K, B * L, N) -> (K, B, L, N)

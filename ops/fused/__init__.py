@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import selective_scan, transformed
 from ..backends import BackendUnavailable, check_rows, choose_backend, computes_whole, unavailable
 from ..measured import faster
+from ..operators import split_projected
 
 FUSED = (  # what each operator fuses
     "swiglu",  # the backward pass of SwiGLU's activation and its bias gradients
@@ -147,14 +148,6 @@ def norm_cat(xs: Sequence[Tensor], norms: Sequence[nn.LayerNorm]) -> Tensor:
         xs = [x.contiguous() for x in xs]
         return operator(xs, weights, biases, norms[0].eps, _autocast_dtype(xs[0]))[0]
     return torch.cat([norm(x) for x, norm in zip(xs, norms, strict=True)], dim=-1)
-
-
-def split_projected(projected: Tensor, dt_proj: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return low-rank steps (K, B * L, R), B and C (K, B, L, N) as views of the output of x_proj."""
-    rank = dt_proj.shape[-1]
-    states = (projected.shape[-1] - rank) // 2
-    low, b, c = projected.split([rank, states, states], dim=-1)
-    return low, *(x.unflatten(1, u.shape[1:3]) for x in (b, c))  # (K, B * L, N) -> (K, B, L, N)
 
 
 def selective_ssm(

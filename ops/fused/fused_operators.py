@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends import backend_module
-from ..operators import as_inputs, empty_grads, empty_states, operator, register_scan_grads, save
-from . import split_projected
+from ..operators import as_inputs, empty_grads, empty_states, operator, register_scan_grads, save, split_projected
 
 
 def _kernels() -> ModuleType:

@@ -24,8 +24,9 @@ FLOORS = """
     util/training
     util/tracking
     util/checkpoints
+    util/arguments util/cli
     util/data
-    util/arguments util/cli util/seeding
+    util/seeding
     util/distributed
     ops
     util/lock util/hardware util/launch
@@ -50,9 +51,13 @@ def floor_of(file: Path) -> int | None:
 
 
 def imported(file: Path) -> set[Path]:
-    """Return the files of the repository that a file imports, anywhere in it."""
+    """Return the files of the repository that a file imports when it runs, at its head or later."""
     found = set()
-    for node in ast.walk(ast.parse((REPOSITORY / file).read_text())):
+    tree = ast.parse((REPOSITORY / file).read_text())
+    tree.body = [
+        node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+    ]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
