@@ -25,7 +25,7 @@ Data = tuple[Tensor, Tensor]  # features (n, C) or (n, L, C), and labels (n,) in
 
 
 class Task(NamedTuple):
-    """What a probe learns.
+    """Data and settings of a probe.
 
     Attributes:
         train: images of the label -1 are left out.

@@ -1,4 +1,4 @@
-"""What the command lines of benchmarks share."""
+"""Arguments that several benchmarks share."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path

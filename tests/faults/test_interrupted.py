@@ -1,4 +1,4 @@
-"""Runs that are told to stop, or killed, go on as if nothing had happened: bit for bit."""
+"""Runs that are told to stop, or killed, resume bit for bit as if they had not been interrupted."""
 
 import os
 import re
@@ -35,7 +35,7 @@ def whole(kind, finished):
 
 
 def test_a_run_that_is_told_to_stop(kind, whole, start, tmp_path):
-    """SIGTERM in the middle of an epoch, SIGUSR1 after going on, then to the end."""
+    """SIGTERM in the middle of an epoch, SIGUSR1 after resuming, then to the end."""
     out = tmp_path / "out"
     argv = [COMMANDS[kind], "--batch_size", 4, "--output_dir", out, "--resume", "auto"]
     places = []

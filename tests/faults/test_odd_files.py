@@ -28,7 +28,7 @@ class Malicious:
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
 def test_a_malicious_file(start, tmp_path, form):
-    """What it would execute is not executed: not as --resume, nor --finetune, nor by --resume auto."""
+    """The code in the file is not executed: not as --resume, nor --finetune, nor by --resume auto."""
     mark, out = tmp_path / "executed", tmp_path / "out"
     out.mkdir()
     file = out / "checkpoint-last.pth"

@@ -88,7 +88,7 @@ def test_one_of_two_processes_breaks(start, finished, tmp_path, kind):
     else:
         assert replay.returncode == 0, replay.stdout + replay.stderr
         assert replay.stdout.endswith("everything is finite here\n")
-    if kind == "loss":  # the evidence is a checkpoint to go on from
+    if kind == "loss":  # the dump is a checkpoint to resume from
         argv = ["--output_dir", tmp_path / "on", "--resume", folder / "state.pth"]
         assert start(PRETRAIN, *two, *argv, processes=2).status() == 0
         assert_same_end(tmp_path / "on", whole)
@@ -136,7 +136,7 @@ def test_a_second_run_on_one_folder(start, tmp_path):
 
 
 def test_a_folder_of_another_run(start, tmp_path):
-    """Its checkpoints are not replaced by a run that does not go on with it."""
+    """A run that does not resume from its checkpoints does not replace them."""
     argv = [PRETRAIN, "--batch_size", 4, "--epochs", 1, "--warmup_epochs", 0, "--output_dir", tmp_path / "out"]
     assert start(*argv).status() == 0
     before = (tmp_path / "out" / "checkpoint-last.pth").read_bytes()

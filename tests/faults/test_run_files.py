@@ -43,7 +43,7 @@ def test_what_is_kept(tmp_path):
 
 
 def test_what_is_written_is_what_was_saved(tmp_path):
-    """Training goes on while a checkpoint is written, in the memory that it was copied from."""
+    """Training continues, in the memory that the checkpoint was copied from, while it is written."""
     folder = CheckpointFolder(tmp_path, 2, print)
     weight = torch.zeros(20_000_000)
     for number in range(3):
@@ -73,7 +73,7 @@ for epoch in range(begin, 1_000_000):
 
 
 def test_a_writer_killed_at_20_random_moments(tmp_path):
-    """Each writer goes on from what the one before has left. Every file loads at every moment and is what its name
+    """Each writer resumes from the files of the one before. Every file loads at every moment and is what its name
     says, and the newest is at least the last that was announced."""
     rng = random.Random(0)
     (tmp_path / "writer.py").write_text(WRITER)
@@ -103,7 +103,7 @@ def test_a_writer_killed_at_20_random_moments(tmp_path):
 
 
 def test_a_writer_killed_between_two_names(tmp_path, monkeypatch):
-    """What has a name already is not written to again."""
+    """A file that has its name is never written to again."""
     folder = CheckpointFolder(tmp_path, 2, print)
     folder.save(content(0))
     folder.wait()
@@ -278,7 +278,7 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk(small_disk):
-    """Training is told and goes on; the older files stay whole; a later write succeeds once there is room."""
+    """Training gets a message and continues; the older files stay whole; a later write succeeds once there is room."""
     said = []
     folder = CheckpointFolder(small_disk, 2, said.append)
     for epoch in range(2):
@@ -303,7 +303,7 @@ def test_a_full_disk(small_disk):
 
 @pytest.mark.parametrize("freed", [True, False])
 def test_the_best_file_on_a_disk_that_is_full_for_a_while(small_disk, freed):
-    """What had a name of its own is written once more; if that fails too, the end of the run says so."""
+    """A file with a name of its own is written once more; if that fails too, the end of the run says so."""
     folder = CheckpointFolder(small_disk, 2, lambda line: None)
     folder.save(content(0, 100_000), "checkpoint-best.pth")
     folder.wait()

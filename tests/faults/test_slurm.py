@@ -68,7 +68,7 @@ def job(tmp_path, images):
 
 
 def test_a_job_on_two_nodes_that_runs_out_of_time(job, tmp_path):
-    """It writes a checkpoint and queues up again; then it goes on, for what is left of a shorter run."""
+    """The job writes a checkpoint and is queued again; then it resumes and finishes the run."""
     out, requeued = tmp_path / "out", tmp_path / "stubs" / "requeued"
     argv = [*PRETRAIN, "--batch_size", 4, "--resume", "auto", "--output_dir", out]
     running = job(*argv, *ENDLESS).until(lambda: written(out / "checkpoint-last.pth"))

@@ -40,7 +40,7 @@ PAGES = [README, *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """What stands between the fences of a page."""
+    """Return the code blocks of a page in a language."""
     return [
         body for found, body in re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.M | re.S) if found == language
     ]
@@ -92,7 +92,7 @@ def parsed_recipe(path: Path, *more: str) -> argparse.Namespace:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_recipes(path):
-    """They parse, say what they reach and how long it takes, and go on with the run that they have begun."""
+    """They parse, state accuracy and duration, and resume the run that they have begun."""
     kind, size, *resolution = path.stem.split("_")
     args = parsed_recipe(path, "--seed", "7")
     assert (args.model, args.data_path, args.resume, args.seed) == (f"arm_{size}_pz16", "/data", "auto", 7)
@@ -176,7 +176,7 @@ def test_pages_have_no_marks_left(page):
 
 
 def anchors(page: Path) -> set[str]:
-    """What can follow a # in a link to a page, as GitHub makes it of the headings."""
+    """Return the anchors of a page, as GitHub makes them of its headings."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

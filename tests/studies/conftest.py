@@ -11,7 +11,7 @@ from util import launch
 
 @pytest.fixture(autouse=True)
 def _forked_scripts(monkeypatch):
-    """What `launch.start` adds, the end with its parent, is tested with a parent of its own."""
+    """A start ends with its parent, as `launch.start` has it: that is tested with a parent of its own."""
 
     def popen(words: list[str], **options: object) -> ForkedScript:
         return ForkedScript(words[words.index(str(os.getpid())) + 1 :], **options)
