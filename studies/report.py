@@ -81,7 +81,7 @@ def _description(machine: dict) -> str:
 def markdown(results: dict) -> str:
     """Return the table of a study, with notes on how to read it."""
     runs = results["runs"]
-    head = "trained with|arm|top-1 (%)|compared with the first (paired)|95 % interval|in deviations|seeds|time (s)"
+    head = "trained with|arm|top-1 (%)|compared with the first (paired)|95 % interval|effect size|seeds|time (s)"
     body = []
     for row in summary(runs):
         compared = row.get("compared")
@@ -100,7 +100,7 @@ def markdown(results: dict) -> str:
             f"Accuracy after the last epoch on {images:,} images of val/, mean ± sample standard deviation over seeds; "
             "the best epoch is not looked for. Drawing other images would move a single one by about "
             f"{(high - low) / 2:.1f} (95 %). Paired: the differences of equal seeds. 95 % interval: of their mean over "
-            "seeds, by Student's t. In deviations: the difference over the root of the mean variance of both arms. "
+            "seeds, by Student's t. Effect size (Cohen's d): the difference over the root of the mean variance of both arms. "
             f"Time: of pretraining + finetuning a run. Budget {results['budget']}.",
             "",
             f"{'; '.join(map(_description, results['machines']))}.",
