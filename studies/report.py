@@ -100,8 +100,8 @@ def markdown(results: dict) -> str:
             f"Accuracy after the last epoch on {images:,} images of val/, mean ± sample standard deviation over seeds; "
             "the best epoch is not looked for. Drawing other images would move a single one by about "
             f"{(high - low) / 2:.1f} (95 %). Paired: the differences of equal seeds. 95 % interval: of their mean over "
-            "seeds, by Student's t. Effect size (Cohen's d): the difference over the root of the mean variance of both arms. "
-            f"Time: of pretraining + finetuning a run. Budget {results['budget']}.",
+            "seeds, by Student's t. Effect size (Cohen's d): the difference over the root of the mean variance of both "
+            f"arms. Time: of pretraining + finetuning a run. Budget {results['budget']}.",
             "",
             f"{'; '.join(map(_description, results['machines']))}.",
             "",
