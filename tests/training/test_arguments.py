@@ -1,10 +1,6 @@
 """Which arguments change a run's result, torchrun's variables, and what the command line imports."""
 
-import subprocess
-import sys
-
 import pytest
-from helpers import REPOSITORY
 from training_helpers import SCRIPTS
 
 from util.distributed.processes import init_device
@@ -57,11 +53,3 @@ def test_variables_of_torchrun_that_are_no_numbers(text, monkeypatch, run_script
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     with pytest.raises(UserError, match="LOCAL_WORLD_SIZE"):
         init_device("cuda")
-
-
-@pytest.mark.parametrize("module", ["main_pretrain", "tools.plot_log"])
-def test_imports_leave_out_what_only_some_runs_need(module):
-    """--help and a user's mistake do not wait for matplotlib and TensorBoard."""
-    code = f"import sys, {module}; print([m for m in ('matplotlib', 'tensorboard') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
