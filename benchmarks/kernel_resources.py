@@ -17,7 +17,6 @@ forward and backward pass in Triton, 131 and 339 in CUDA.
 
 import argparse
 import itertools
-import json
 import os
 import re
 import subprocess
@@ -41,6 +40,7 @@ from ops import fused
 from ops.backends import cuda_backend, triton_backend
 from ops.fused import triton_fused
 from util import cli
+from util.files import json_with, output_file, write_json
 
 BACKENDS = ("triton", "fused", "cuda")
 CAPABILITIES = (80, 90, 100)
@@ -224,13 +224,18 @@ def measure_cuda(capability: int, K: int, L: int, backend: str) -> Iterator[Reso
 
 
 def main(args: argparse.Namespace) -> None:
-    """Count, and print a table or JSON."""
+    """Count, print a table, and write it as JSON if asked.
+
+    Raises:
+        UserError: the JSON file cannot be written.
+    """
+    if args.json:
+        output_file(args.json, json_with(rows=list), flag="--json")
     measure = {"triton": measure_triton, "fused": measure_triton, "cuda": measure_cuda}
     settings = itertools.product(args.backends, args.capabilities, ((1, 128), (4, 197)))
     rows = [row for backend, capability, (K, L) in settings for row in measure[backend](capability, K, L, backend)]
     if args.json:
-        print(json.dumps([row._asdict() for row in rows]))
-        return
+        write_json(args.json, {"rows": [row._asdict() for row in rows]})
     compilers = ["NVRTC" if backend == "cuda" else "triton" for backend in args.backends]
     versions = {name: cuda_backend.nvrtc_version() if name == "NVRTC" else triton.__version__ for name in compilers}
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
@@ -249,7 +254,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--capabilities", type=int, nargs="+", choices=CAPABILITIES, default=CAPABILITIES, help=text)
     text = "fused: of --fused_ops (default: all)"
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS, help=text)
-    parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON, too")
     return parser
 
 

@@ -56,6 +56,9 @@ def become(words: list[str], environment: dict[str, str], folder: str, files: li
     added = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     sys.path[:] = dict.fromkeys(["", *added, *SYSTEM_PATH])
     sys.modules["numpy"].random.seed()
+    if any(name.startswith("HF_") for name in environment):  # read by huggingface_hub at its import
+        for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+            del sys.modules[name]
     if "RANK" in environment:
         Path("/proc/self/comm").write_text(f"rank {environment['RANK']}")  # for `Started.ranks`
     unbuffered = words[0] == "-u"

@@ -1,8 +1,14 @@
 """Inputs of scan and convolution, and comparisons of what backends compute."""
 
 import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import torch
+from helpers import REPOSITORY
 
 import ops
 from ops import naive
@@ -70,3 +76,12 @@ def assert_same(op, compute, leaves, order=None, views=lambda inputs: inputs, gr
 
 def public(op, backend):
     return lambda **inputs: getattr(ops, op)(**inputs, backend=backend)
+
+
+def kernel_resources(*argv: object) -> tuple[list[dict], str]:
+    """Return the rows that benchmarks/kernel_resources.py counts, and the table that it prints."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "rows.json")
+        command = [sys.executable, REPOSITORY / "benchmarks" / "kernel_resources.py", *argv, "--json", file]
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
+        return json.loads(file.read_text())["rows"], done.stdout

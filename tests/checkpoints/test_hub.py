@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from fork_server import run_forked
 from helpers import REPOSITORY, TINY_FINETUNE
 from hub_server import Server, sha256
 from safetensors.torch import save_file
@@ -407,16 +408,9 @@ def test_evaluation_by_name(hub, classifier, image_folder, tmp_path, run_script,
     script = ["Finetuning/main_finetune.py", *TINY_FINETUNE, "--eval", "--data_path", image_folder, "--resume"]
     run_script(main_finetune, *script[1:], path)
     want = re.search(r"weights: top-1 .*", capsys.readouterr().out)[0]
-    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", *script, "hf://arm/base/w.safetensors"]
-    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, command)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=REPOSITORY,
-        env={**os.environ, **environment},
-    )
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    done = run_forked([*torchrun, *script, "hf://arm/base/w.safetensors"], cwd=REPOSITORY, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert want in done.stdout
     assert len(hub.bodies("w.safetensors")) == 1

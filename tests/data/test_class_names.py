@@ -3,14 +3,13 @@
 import logging
 import re
 import shutil
-import subprocess
-import sys
 from hashlib import sha256
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from fork_server import run_forked
 from helpers import REPOSITORY, TINY_FINETUNE
 from timm.data import ImageNetInfo
 
@@ -274,9 +273,8 @@ def test_a_class_name_of_two_outputs_is_refused():
 def test_an_accuracy_that_cannot_be_printed_is_an_error(run, image_folder):
     """The printed accuracy is the only result of an evaluation, so a full disk behind stdout is an error."""
     words = ["--eval", "--resume", run, "--data_path", image_folder, "--device", "cpu", "--num_workers", 0]
-    command = [sys.executable, REPOSITORY / "Finetuning" / "main_finetune.py", *words]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(list(map(str, command)), stdout=full, stderr=subprocess.PIPE, text=True)
+        done = run_forked([REPOSITORY / "Finetuning" / "main_finetune.py", *words], stdout=full)
     assert done.returncode == 1
     assert "No space left on device" in done.stderr
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from data_helpers import pretrain_words
+from fork_server import ForkedScript
 from helpers import MEAN, REPOSITORY, STD, finetune_args, loader_args
 from PIL import Image
 from torchvision.datasets import ImageFolder
@@ -238,10 +239,8 @@ def test_a_worker_that_is_killed_or_hangs_ends_the_run(jpeg_folder, tmp_path, se
     words = pretrain_words(
         jpeg_folder, "--num_workers", 2, "--worker_timeout", 3, "--epochs", 100000, "--batch_size", 8
     )
-    process = subprocess.Popen(
-        [sys.executable, REPOSITORY / "main_pretrain.py", *words, "--output_dir", tmp_path],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    command = [sys.executable, REPOSITORY / "main_pretrain.py", *words, "--output_dir", tmp_path]
+    process = ForkedScript(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         for line in process.stdout:
             if line.startswith("epoch 0: loss"):

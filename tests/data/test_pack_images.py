@@ -17,6 +17,7 @@ import time
 import numpy as np
 import pytest
 from data_helpers import contents, run_pack
+from fork_server import ForkedScript, run_forked
 from helpers import REPOSITORY, encoded
 from PIL import Image
 
@@ -57,9 +58,7 @@ def test_packing_resumes(jpeg_folder, tmp_path):
     words = ["--short_side", "64", "--shard_images", "2"]
     run_pack(jpeg_folder, tmp_path / "whole", *words)
     command = [sys.executable, REPOSITORY / "tools" / "pack_images.py", jpeg_folder, tmp_path / "shards", *words]
-    process = subprocess.Popen(
-        [str(w) for w in command], cwd=REPOSITORY, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    process = ForkedScript([str(w) for w in command], stderr=subprocess.DEVNULL, start_new_session=True)
     first = tmp_path / "shards" / "train" / "000000.tar"
     while not first.exists():
         assert process.poll() is None
@@ -222,10 +221,9 @@ def test_a_mistake_in_val_ends_packing_before_train(jpeg_folder, tmp_path):
 
 
 def test_a_second_packer_is_refused(jpeg_folder, tmp_path):
-    command = [sys.executable, REPOSITORY / "tools" / "pack_images.py", jpeg_folder, tmp_path]
     (tmp_path / "train").mkdir()
     lock_folder(tmp_path / "train")
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    done = run_forked([REPOSITORY / "tools" / "pack_images.py", jpeg_folder, tmp_path])
     assert done.returncode == 2
     assert re.search(rf"error: DST {tmp_path}/train is in use by process {os.getpid()} on ", done.stderr)
 

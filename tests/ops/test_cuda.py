@@ -6,7 +6,6 @@ test_ops_gpu.py runs them where there is one.
 import contextlib
 import ctypes
 import importlib.util
-import json
 import re
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ import pytest
 import torch
 import triton
 from helpers import REPOSITORY, TINY_PRETRAIN
-from scan_helpers import random_order, run, scan_inputs, threads
+from scan_helpers import kernel_resources, random_order, run, scan_inputs, threads
 
 import main_pretrain
 import ops
@@ -262,9 +261,8 @@ def test_no_spills(capability, warps, ordered, own_cache):
 def test_instructions_per_step():
     """Of the defaults on 9.0 (Triton's kernels: 183 and 510), with room for as many warps as those have."""
     compile_or_skip((9, 0), Variant(1, 4, False))
-    command = [sys.executable, REPOSITORY / "benchmarks" / "kernel_resources.py", "--backends", "cuda", "--json"]
-    out = subprocess.run([*command, "--capabilities", "90"], capture_output=True, text=True, check=True).stdout
-    rows = [row for row in json.loads(out) if row["variant"] == "cuda chunk 8, default"]
+    rows, _ = kernel_resources("--backends", "cuda", "--capabilities", 90)
+    rows = [row for row in rows if row["variant"] == "cuda chunk 8, default"]
     assert sorted((row["kernel"], row["directions"]) for row in rows) == sorted(
         (kernel, K) for kernel in cuda_backend.KERNELS for K in (1, 4)
     )

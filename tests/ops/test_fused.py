@@ -1,14 +1,10 @@
 """The fused operators against their formulas in float64: values, gradients, blocks and models."""
 
 import copy
-import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from helpers import REPOSITORY
-from scan_helpers import random_order
+from scan_helpers import kernel_resources, random_order
 from torch import func, nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -408,10 +404,7 @@ def test_registers_spills_and_instructions():
         "swiglu_forward": (40, 80), "swiglu_backward": (72, 90), "norm_forward": (40, 290), "norm_backward": (88, 270),
         "conv_forward": (72, 95), "conv_backward": (144, 185),
     }  # fmt: skip
-    command = [sys.executable, REPOSITORY / "benchmarks" / "kernel_resources.py", "--backends", "fused", "--json"]
-    command += ["--capabilities", "90"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    rows = json.loads(done.stdout)
+    rows, _ = kernel_resources("--backends", "fused", "--capabilities", 90)
     assert len(rows) == 2 * len(bounds)
     for row in rows:
         registers, instructions = bounds[row["kernel"].removesuffix("_kernel")]

@@ -4,16 +4,13 @@ Without a GPU the same kernels are also compiled for three generations of them, 
 spills.
 """
 
-import json
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
 import triton
-from helpers import REPOSITORY
-from scan_helpers import assert_same, conv_inputs, public, random_order, run, scan_inputs
+from scan_helpers import assert_same, conv_inputs, kernel_resources, public, random_order, run, scan_inputs
 
 import ops
 from mamba import scan_orders
@@ -330,30 +327,19 @@ BOUNDS = {
 SPILLED = {80: 200, 90: 48, 100: 48}  # bytes a thread, of the scan's backward pass alone
 
 
-def compiled_here(*argv):
-    command = [sys.executable, REPOSITORY / "benchmarks" / "kernel_resources.py", *argv]
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True).stdout
-
-
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_registers_spills_and_instructions(capability):
+def test_registers_spills_and_instructions():
     """As a training run launches the kernels: one direction of 128 tokens, four of 197."""
-    rows = json.loads(compiled_here("--backends", "triton", "--capabilities", capability, "--json"))
-    assert sorted((row["kernel"], row["directions"]) for row in rows) == sorted((k, d) for k in BOUNDS for d in (1, 4))
+    rows, printed = kernel_resources("--backends", "triton")
+    settings = [(kernel, capability, d) for capability in (80, 90, 100) for d in (1, 4) for kernel in BOUNDS]
+    assert [(row["kernel"], row["capability"], row["directions"]) for row in rows] == settings
+    table = [line.split()[:3] for line in printed.splitlines()[2:]]
+    assert table == [[kernel.removesuffix("_kernel"), str(c), str(d)] for kernel, c, d in settings]
     for row in rows:
-        assert row["capability"] == capability
         for name, bound in BOUNDS[row["kernel"]].items():
             assert row[name] <= bound, row
-        assert row["spilled"] <= (SPILLED[capability] if row["kernel"] == "scan_backward_kernel" else 0), row
+        assert row["spilled"] <= (SPILLED[row["capability"]] if row["kernel"] == "scan_backward_kernel" else 0), row
         assert row["registers"] > 16, row  # something was compiled and found
         assert row["instructions"] > 40, row
-
-
-def test_table_of_resources():
-    lines = compiled_here("--backends", "triton", "--capabilities", 90).splitlines()
-    assert [line.split()[:3] for line in lines[2:]] == [
-        [kernel.removesuffix("_kernel"), "90", directions] for directions in ("1", "4") for kernel in BOUNDS
-    ]
 
 
 def test_interpretation_is_on_where_there_is_no_gpu():

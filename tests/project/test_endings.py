@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from fork_server import run_forked
 from helpers import REPOSITORY, TINY_PRETRAIN
 
 import main_pretrain
@@ -41,22 +42,29 @@ def test_outputs_that_end_early():
     """A reader that has gone ends a script quietly, a full disk in one line, and no output at all is not missed."""
     done = ended(PRINTS, redirection="| head -1; exit ${PIPESTATUS[0]}")
     assert (done.returncode, done.stdout, done.stderr) == (1, b"None a name\n", b"")
-    done = ended(PRINTS, redirection="> /dev/full")
-    assert (done.returncode, done.stderr) == (1, b"script: [Errno 28] No space left on device\n")
+    code = f"from util import cli\n{PRINTS}"
+    with open("/dev/full", "w") as full:
+        done = run_forked(["-c", code], stdout=full, cwd=REPOSITORY)
+    assert (done.returncode, done.stderr) == (1, "script: [Errno 28] No space left on device\n")
     done = ended(PRINTS, redirection=">&- 2>&-")
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
-    done = ended(PRINTS, "--help", redirection="| true; exit ${PIPESTATUS[0]}")
-    assert done.stderr == b""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as nobody:
+        done = run_forked(["-c", code, "--help"], stdout=nobody, cwd=REPOSITORY)
+    assert done.stderr == ""
 
 
 def test_names_that_an_output_cannot_show():
     """Bytes that are not UTF-8, and an output that is ASCII."""
-    code = PRINTS.replace("100_000", "1")
-    for path, shown in ((b"caf\xe9", rb"caf\udce9"), ("Käse", rb"K\xe4se"), ("日本", rb"\u65e5\u672c")):
-        done = ended(code, os.fsdecode(path), PYTHONIOENCODING="ascii", LC_ALL="C")
-        assert (done.returncode, done.stdout, done.stderr) == (0, shown + b" a name\n", b"")
-    done = ended(code, "--flag", os.fsdecode(b"caf\xe9\n\x1b[31m"), PYTHONIOENCODING="ascii")
-    assert (done.returncode, done.stdout) == (2, b"")
+    each = (
+        "import sys\n*names, flag, other = sys.argv[1:]\nfor sys.argv[1:] in [*zip(names), (flag, other)]: cli.run_main"
+    )
+    code = PRINTS.replace("100_000", "1").replace("cli.run_main", each)
+    paths = {b"caf\xe9": rb"caf\udce9", "Käse": rb"K\xe4se", "日本": rb"\u65e5\u672c"}
+    words = [*map(os.fsdecode, paths), "--flag", os.fsdecode(b"caf\xe9\n\x1b[31m")]
+    done = ended(code, *words, PYTHONIOENCODING="ascii", LC_ALL="C")
+    assert (done.returncode, done.stdout) == (2, b"".join(shown + b" a name\n" for shown in paths.values()))
     assert done.stderr == rb"script: error: unrecognized arguments: --flag" + b"\n"
 
 
@@ -96,6 +104,7 @@ def test_other_errors_keep_their_traceback(monkeypatch):
 
 LIMITED = """
 import resource, main_pretrain
+from util import cli
 pages = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (pages + 2**29, resource.RLIM_INFINITY))
 cli.run_main(main_pretrain.main, main_pretrain.get_args_parser())
@@ -105,9 +114,9 @@ cli.run_main(main_pretrain.main, main_pretrain.get_args_parser())
 def test_a_memory_limit(image_folder, tmp_path):
     """As `ulimit -v` sets it: weights of a decoder of 16,384 channels do not fit into 512 MB."""
     words = [*TINY_PRETRAIN, "--dec_embed_dim", 16384, "--data_path", image_folder, "--output_dir", tmp_path]
-    done = ended(LIMITED, *words, "--batch_size", 4)
+    done = run_forked(["-c", LIMITED, *words, "--batch_size", 4], cwd=REPOSITORY)
     assert done.returncode == 1
-    assert re.fullmatch(rb"main_pretrain.py: rank 0: out of memory: .*memory.*needs less\n", done.stderr), done.stderr
+    assert re.fullmatch(r"main_pretrain.py: rank 0: out of memory: .*memory.*needs less\n", done.stderr), done.stderr
 
 
 def test_under_torchrun_one_process_speaks(image_folder):

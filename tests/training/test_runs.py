@@ -8,12 +8,12 @@ import os
 import pty
 import re
 import struct
-import subprocess
 import sys
 import termios
 
 import pytest
 import torch
+from fork_server import ForkedScript
 from helpers import REPOSITORY, TINY_PRETRAIN, read_log, torchrun
 from torch.utils.tensorboard import SummaryWriter
 from training_helpers import FAST, FINETUNE, SCRIPTS, final_weights
@@ -297,7 +297,7 @@ def test_live_bar_on_a_terminal(image_folder, tmp_path):
     command += ["--output_dir", tmp_path, "--batch_size", 8, "--epochs", 1]
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    process = subprocess.Popen([str(w) for w in command], stdout=theirs, stderr=theirs)
+    process = ForkedScript([str(w) for w in command], stdout=theirs, stderr=theirs)
     os.close(theirs)
     shown = b""
     try:
