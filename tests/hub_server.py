@@ -6,7 +6,7 @@ import re
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-HUB_PATH = re.compile(r"(?:/api/models)?/(\w+/\w+)(?:/(?:resolve|revision)/([^/]+)(?:/(.+))?)?")
+HUB_PATH = re.compile(r"(?:/api/models|(?:/api)?/datasets)?/(\w+/\w+)(?:/(resolve|revision|tree)/([^/]+)(?:/(.+))?)?")
 
 
 def sha256(content):
@@ -56,15 +56,19 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.answer(404)
 
-    def hub(self, name, revision, file):
+    def hub(self, name, kind, revision, file):
         if name == "arm/gated":
             return self.answer(403, {"X-Error-Code": "GatedRepo"})
         if name not in self.server.repositories:
             return self.answer(401, {"X-Error-Code": "RepoNotFound"})
         revisions = self.server.repositories[name]
+        revision = revision or "main"
         if revision not in revisions:
             return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
         commit, files = revisions[revision]
+        if kind == "tree":
+            entries = [{"type": "file", "path": file, "size": len(files[file]), "oid": commit} for file in files]
+            return self.answer(200, {"Content-Type": "application/json"}, json.dumps(entries).encode())
         if file is None:
             siblings = [{"rfilename": file} for file in files]
             body = json.dumps({"id": name, "sha": commit, "siblings": siblings}).encode()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import stat
 import tempfile
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 MAX_JSON = 2**26  # bytes; the largest file that a script writes lists broken images, one in each line
 FORMATS = ("png", "pdf", "svg")  # of figures: their metadata can hold a title
+# OWNER/NAME on the Hugging Face hub, or OWNER/NAME@REVISION, then perhaps /PATH. A revision's slashes are written %2F,
+# except in the hub's own refs/pr/1 and the like.
+HUB_NAME = re.compile(r"([^/@]+/[^/@]+)(?:@(refs/[^/]+/[^/]+|[^/]+))?(?:/(.*))?")
 ENDS = 2**16  # bytes at each end of a figure's file that are searched for its title
 
 

@@ -1,15 +1,30 @@
 """Hugging Face datasets: splits, columns, labels, mistakes."""
 
+import os
+import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
 from data_helpers import broken
+from helpers import REPOSITORY
+from hub_server import Server
 from PIL import Image
 
 from util.data import decode, readers
 from util.errors import UserError
+
+COMMIT = "3" * 40
+
+
+@pytest.fixture
+def hub():
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield server
+        server.shutdown()
 
 
 def test_without_hugging_face(monkeypatch):
@@ -126,3 +141,49 @@ def test_mistakes_of_hub_datasets(tmp_path):
         with pytest.raises(UserError, match="damaged: ") as error:
             readers.open_source(f"hfds:{tmp_path / 'damaged'}", "train")
         assert str(error.value).isprintable()
+
+
+OPEN = """
+import sys
+from util.data import readers
+from util.errors import UserError
+for path in sys.argv[1:]:
+    try:
+        source = readers.open_source(path, "val")
+        print(source.root, source.classes, source.labels.tolist(), source.read(0))
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_folders_of_a_hub_dataset(hub, tmp_path):
+    """A folder of a revision is read without its script and its other folders, later also without the hub."""
+    library = pytest.importorskip("datasets")
+    features = library.Features({"image": library.Image(), "label": library.ClassLabel(names=["a", "b"])})
+    rows = {"image": [{"bytes": b"x", "path": None}, {"bytes": b"y", "path": None}], "label": [1, 0]}
+    library.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "rows")
+    content = (tmp_path / "rows").read_bytes()
+    files = {f"160px/{split}-0.parquet": content for split in ("train", "validation")}
+    files |= {"ette.py": b"", "full/train-0.parquet": b"larger images"}
+    hub.repositories["arm/ette"] = dict.fromkeys(("main", "v1", COMMIT), (COMMIT, files))
+
+    def opened(*paths, **environment):
+        command = [sys.executable, "-c", OPEN, *paths]
+        how = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), **environment}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env={**os.environ, **how})
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    found = "['a', 'b'] [1, 0] b'x'"
+    paths = ["hfds:arm/ette/160px", "hfds:arm/ette@v1/160px/", f"hfds:arm/ette@{COMMIT}/160px"]
+    whole, wrong, unknown, other, *folders = opened(
+        "hfds:arm/ette", "hfds:arm/ette/80px", "hfds:arm/ette@v2/160px", "hfds:arm/other/160px", *paths
+    )
+    assert folders == [f"{path} (validation) {found}" for path in paths]
+    assert not hub.bodies("full/train-0.parquet")
+    assert whole.startswith("--data_path hfds:arm/ette: Dataset scripts are no longer supported")
+    assert whole.endswith("name a folder of its data files: hfds:OWNER/NAME/FOLDER or hfds:OWNER/NAME@REVISION/FOLDER")
+    assert wrong == "--data_path hfds:arm/ette/80px: the dataset has no folder 80px"
+    assert unknown.startswith("--data_path hfds:arm/ette@v2/160px: 404")
+    assert other.startswith("--data_path hfds:arm/other/160px: ")
+    assert opened(paths[2], HF_HUB_OFFLINE="1") == folders[2:]

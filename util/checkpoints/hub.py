@@ -21,7 +21,7 @@ from urllib.request import Request, urlopen
 from filelock import FileLock
 
 from util.errors import UserError, as_user_error
-from util.files import open_regular, printable, replacing, sha256_of
+from util.files import HUB_NAME, open_regular, printable, replacing, sha256_of
 
 LOGGER = logging.getLogger(__name__)
 TIMEOUT = 10  # seconds without an answer or data; also the default of huggingface_hub
@@ -29,8 +29,6 @@ OF_THIS_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-# a revision's slashes are written %2F, except in the hub's own refs/pr/1 and the like
-_HUB = re.compile(r"hf://([^/@]+/[^/@]+)(?:@(refs/[^/]+/[^/]+|[^/]+))?(?:/(.*))?")
 
 
 def locate(name: str | os.PathLike) -> tuple[Path, bool]:
@@ -83,7 +81,7 @@ def _hub_file(name: str, sha256: str) -> tuple[Path, bool]:
     import huggingface_hub as hf
     from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 
-    parts = _HUB.fullmatch(name)
+    parts = HUB_NAME.fullmatch(name.removeprefix("hf://"))
     if not parts:
         raise UserError(f"{name}: the form is hf://OWNER/REPO/FILE or hf://OWNER/REPO@REVISION/FILE")
     repo, revision, file = parts[1], unquote(parts[2] or "main"), parts[3]

@@ -5,14 +5,24 @@ import os
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from util.data.readers import MAX_CLASSES, read_at
 from util.errors import UserError, as_user_error
-from util.files import open_regular, printable
+from util.files import HUB_NAME, open_regular, printable
 
 
 class HubDataset:
-    """A dataset with an image and a label column, through Hugging Face's `datasets`."""
+    """A dataset with an image and a label column, through Hugging Face's `datasets`.
+
+    Args:
+        path: a folder that `datasets` has saved or can load, or a dataset on the hub: NAME, or
+            OWNER/NAME@REVISION/FOLDER for the files in one of its folders, with the parts that are needed.
+        split: "train" or "val".
+
+    Raises:
+        UserError: it is missing, damaged, or has other columns or splits.
+    """
 
     def __init__(self, path: str, split: str) -> None:
         try:
@@ -23,9 +33,11 @@ class HubDataset:
         about = f"--data_path {self.root}: "
         try:
             saved = any(Path(path, name).is_file() for name in ("dataset_dict.json", "state.json"))
-            splits = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
+            splits = datasets.load_from_disk(path) if saved else _load(path)
         except Exception as error:  # the library raises nearly any exception on damaged files
             reason = " ".join(str(error).split()) or type(error).__name__
+            if re.search("scripts are no longer supported|Config name is missing", reason):
+                reason += "; name a folder of its data files: hfds:OWNER/NAME/FOLDER or hfds:OWNER/NAME@REVISION/FOLDER"
             raise UserError(f"{about}{'it is damaged or empty: ' * saved}{printable(reason)}") from error
         others = "validation", "val", "test"
         if single := isinstance(splits, datasets.Dataset):
@@ -84,3 +96,21 @@ class HubDataset:
 
     def state(self) -> str:
         return self.rows._fingerprint  # of its content and of all operations on it
+
+
+def _load(path: str) -> Any:
+    """Return the splits of what is not in the form of `save_to_disk`; the library raises nearly any exception."""
+    import datasets
+
+    parts = None if Path(path).exists() else HUB_NAME.fullmatch(path)
+    if parts is None:
+        return datasets.load_dataset(path)
+    name, revision, folder = parts[1], parts[2] and unquote(parts[2]), (parts[3] or "").rstrip("/")
+    if not folder:
+        return datasets.load_dataset(name, revision=revision)
+    from huggingface_hub import snapshot_download
+
+    files = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=f"{folder}/*")
+    if not Path(files, folder).is_dir():
+        raise FileNotFoundError(f"the dataset has no folder {folder}")
+    return datasets.load_dataset(f"{files}/{folder}")

@@ -33,7 +33,10 @@ MAX_IMAGE = 6 * MAX_PIXELS  # bytes of an image file: 3 x 16 bits for each pixel
 # and a line here.
 READERS = {
     "wds": ("util.data.tar_shards.TarShards", "wds:FOLDER of tar shards"),
-    "hfds": ("util.data.hub_dataset.HubDataset", "hfds:NAME or hfds:FOLDER of a Hugging Face dataset"),
+    "hfds": (
+        "util.data.hub_dataset.HubDataset",
+        "hfds:NAME, hfds:NAME@REVISION/FOLDER or hfds:FOLDER of a dataset of Hugging Face",
+    ),
 }
 
 
@@ -66,7 +69,7 @@ def open_source(data_path: str, split: str) -> Source:
     Args:
         data_path: a folder with train/ and val/, each with one folder of images per class; wds:FOLDER with tar shards
             in FOLDER/train and FOLDER/val, or with the word train or val in their names; hfds:NAME of a dataset on the
-            Hugging Face hub or of a folder that `datasets` can load.
+            Hugging Face hub (see `HubDataset`) or of a folder that `datasets` can load.
         split: "train" or "val".
 
     Raises:
