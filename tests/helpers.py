@@ -35,7 +35,8 @@ SLOW = set(
     test_each_step_is_logged_once_after_going_back test_each_update_is_logged_once_after_going_back
     test_ema_of_two_processes test_evaluation_by_name test_evaluation_counts_every_image_once
     test_evaluation_stops_at_broken_images_or_counts_them_as_wrong test_export test_exported test_fork_server
-    test_fsdp test_fuzz_images test_fuzz_shards test_help_and_mistakes_import_little test_instructions_per_step
+    test_fsdp test_fuzz_images test_fuzz_shards test_help_and_mistakes_import_little test_imagenette::test_imagenette
+    test_instructions_per_step
     test_kernels_run_on_the_threads_of_torch test_live_bar_on_a_terminal test_names_that_an_output_cannot_show
     test_no_fused_multiply_adds test_no_spills test_operation_on_small_images test_outputs_that_end_early
     test_packing_resumes test_packing_resumes_after_a_kill_at_any_moment test_randaugment

@@ -47,6 +47,7 @@ def test_columns_of_a_hub_dataset(tmp_path):
     hub.DatasetDict({"train": train, "test": train}).save_to_disk(tmp_path / "two")
     source = readers.open_source(f"hfds:{tmp_path / 'two'}", "val")
     assert (source.labels.tolist(), source.classes, "(test)" in source.root) == ([1, 0], ["a", "b"], True)
+    assert source.labels.flags.writeable  # else torch warns
     assert decode.crop_of(source.read(1)).shape == (9, 9, 3)
     hub.DatasetDict({"train": train.rename_column("label", "fine")}).save_to_disk(tmp_path / "other")
     with pytest.raises(UserError, match="one ClassLabel column or one called 'label'; found: coarse, fine"):

@@ -59,7 +59,7 @@ class HubDataset:
         # the whole column at once: one by one, a million labels take most of a minute
         column = data.select_columns(label).with_format("arrow")[:].column(label)
         with as_user_error(ValueError, prefix=f"{self.root}: "):  # a uint64 above the range of int64
-            self.labels = column.cast("int64").fill_null(-1).to_numpy()
+            self.labels = column.cast("int64").fill_null(-1).to_numpy().copy()  # its own memory is read-only
         if self.labels.min() < 0:
             raise UserError(f"{self.root}: {(self.labels < 0).sum()} images have no label")
         largest = self.labels.max()
