@@ -5,9 +5,11 @@
 makes 1,024 JPEGs (500 x 375, quality 93) of the two photographs that scikit-learn carries, or takes a folder
 (`--data_path`), packs them with tools.pack_images, and loads epochs with the loaders of training: first with the
 training process and one worker on one core, then with as many workers as there are cores. Rounds interleave, as noise
-varies with time. DALI's CPU pipeline (`pip install nvidia-dali-cuda130`), if installed, is compared in pretraining. The
-other parts measure the memory of a worker over 10 epochs, the training device's share of the work, and with a GPU (or
-`--train MODEL`) the images/s of training from shards, as a fraction of those with random data. `--parts` chooses parts.
+varies with time. On one core the batches of --loader fast are also finished, as when the training itself runs on that
+core: the core then does what is otherwise left to a GPU. DALI's CPU pipeline (`pip install nvidia-dali-cuda130`), if
+installed, is compared in pretraining. The other parts measure the memory of a worker over 10 epochs, the training
+device's share of the work, and with a GPU (or `--train MODEL`) the images/s of training from shards, as a fraction of
+those with random data. `--parts` chooses parts.
 Expected on 2 cores of an AMD EPYC (Zen 4), relative to the released pipeline in Pillow: fast 2.9 and shards 5.3 for
 pretraining, 3.6 and 6.4 for finetuning.
 """
@@ -55,6 +57,7 @@ RECIPES = {"pretrain": main_pretrain, "finetune": main_finetune}
 SIZES = {"pretrain": 192, "finetune": 224}
 TRANSFORMS = {"pretrain": transforms.pretrain_transform, "finetune": transforms.finetune_transform}
 RELEASED = "PIL, as released"
+FINISHED = ", finished on the CPU"
 PARTS = ("loading", "memory", "device", "training")
 Epoch = Callable[[], int]  # loads an epoch, returns its number of images
 
@@ -122,13 +125,16 @@ def released_epochs(recipe: str, *words: object) -> Epoch:
     return lambda: sum(len(imgs) for imgs, _ in loader)
 
 
-def host_epochs(loader: DeviceLoader) -> Epoch:
-    """Return epochs as the training process receives them: uint8 with --loader fast, float32 with --loader pil."""
+def epochs_of(loader: DeviceLoader, finished: bool = False) -> Epoch:
+    """Return epochs as the training process receives them: uint8 with --loader fast, float32 with --loader pil.
+
+    If `finished`, the training device then does its part, as in training.
+    """
     numbers = itertools.count()
 
     def epoch() -> int:
         loader.sampler.set_epoch(next(numbers))
-        return sum(len(pixels) for pixels, _, _ in loader.loader)
+        return sum(len(batch[0]) for batch in (loader if finished else loader.loader))
 
     return epoch
 
@@ -171,7 +177,7 @@ def rates(epochs: dict[str, Epoch], rounds: int) -> dict[str, float]:
 
 
 def compare(recipe: str, folder: Path, shards: Path, cores: list[int], args: argparse.Namespace) -> dict[str, float]:
-    """Return the images a second of each loader on some cores."""
+    """Return the images a second of each loader on some cores; on a single one, also `FINISHED` by it."""
     os.sched_setaffinity(0, cores)
     words = ["--batch_size", args.batch_size, "--num_workers", len(cores)]
     paths = {
@@ -180,7 +186,11 @@ def compare(recipe: str, folder: Path, shards: Path, cores: list[int], args: arg
         "fast, packed shards": (f"wds:{shards}", "--loader", "fast"),
     }
     epochs = {RELEASED: released_epochs(recipe, folder, *words)}
-    epochs |= {name: host_epochs(loader_of(recipe, CPU, *path, *words)) for name, path in paths.items()}
+    for name, path in paths.items():
+        loader = loader_of(recipe, CPU, *path, *words)
+        epochs[name] = epochs_of(loader)
+        if len(cores) == 1 and "pil" not in path:  # which leaves nothing to the device
+            epochs[name + FINISHED] = epochs_of(loader, finished=True)
     if recipe == "pretrain":
         try:
             epochs["DALI"] = dali_epochs(folder, args.batch_size, len(cores))
@@ -195,18 +205,18 @@ def compare(recipe: str, folder: Path, shards: Path, cores: list[int], args: arg
 def loading(recipe: str, folder: Path, shards: Path, cores: list[int], args: argparse.Namespace) -> dict:
     """Compare the loaders, print a table, return its content for the JSON file."""
     found = compare(recipe, folder, shards, cores, args)
-    print(f"\n{f'{recipe}, {len(cores)} cores':<28}{'images/s a core':>17}{'x PIL':>8}")
+    print(f"\n{f'{recipe}, {len(cores)} cores':<42}{'images/s a core':>17}{'x PIL':>8}")
     rows = {}
     for name, rate in found.items():
         rows[name] = {"images_per_second_per_core": rate / len(cores), "times_released": rate / found[RELEASED]}
-        print(f"{name:<28}{rate / len(cores):>17.0f}{rate / found[RELEASED]:>8.2f}")
+        print(f"{name:<42}{rate / len(cores):>17.0f}{rate / found[RELEASED]:>8.2f}")
     return {"recipe": recipe, "cores": len(cores), "paths": rows}
 
 
 def worker_memory(recipe: str, folder: Path, batch_size: int, epochs: int = 10) -> list[float]:
     """Return the private memory of a worker, in MB, after each epoch with --loader fast."""
     before = set(multiprocessing.active_children())
-    epoch = host_epochs(loader_of(recipe, CPU, folder, "--batch_size", batch_size, "--num_workers", 1))
+    epoch = epochs_of(loader_of(recipe, CPU, folder, "--batch_size", batch_size, "--num_workers", 1))
     held = []
     for _ in range(epochs):
         epoch()
@@ -254,7 +264,7 @@ def main(args: argparse.Namespace) -> None:
     parts = args.parts or (PARTS if args.train else PARTS[:-1])
     if "training" in parts and not args.train:
         get_args_parser().error("--parts training needs --train MODEL where there is no GPU")
-    torch.set_num_threads(1)  # the training process only receives batches
+    torch.set_num_threads(1)  # of the training process
     about = hardware.describe(hardware.default_device()) | {"cores": len(CORES)}
     output = hardware.result_file("-".join(["data", *(args.parts or ())]), about, args.output)
     print(", ".join(f"{key} {value}" for key, value in about.items()))

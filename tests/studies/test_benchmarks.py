@@ -122,7 +122,7 @@ def test_a_backend_that_fails_is_not_timed(answers, tmp_path, monkeypatch):
     assert results[0]["left_out"].get("cpu") == (None if answers else "it is right, but the GPU is lost")
 
 
-# ---- augmentation ----
+# ---- images ----
 
 
 def test_augment(tmp_path, capsys, monkeypatch):
@@ -151,6 +151,14 @@ def test_a_form_of_augmentation_that_is_wrong_is_not_timed(tmp_path, monkeypatch
     monkeypatch.setattr(triton_randaugment, "carry_out", lambda images, notes, fill: images + 1)
     with pytest.raises(RuntimeError, match="the two forms of RandAugment differ"):
         run(bench_augment, "--batch_size", 4, "--input_size", 8, "--output", tmp_path / "augment.json")
+
+
+def test_epochs_with_and_without_the_devices_part(jpeg_folder):
+    loader = bench_data.loader_of("finetune", bench_data.CPU, jpeg_folder, "--batch_size", 8, "--num_workers", 0)
+    finish, calls = loader.finish, []
+    loader.finish = lambda *batch: calls.append(batch) or finish(*batch)
+    assert (bench_data.epochs_of(loader)(), len(calls)) == (24, 0)
+    assert (bench_data.epochs_of(loader, finished=True)(), len(calls)) == (24, 3)
 
 
 # ---- fused operators ----
