@@ -1,5 +1,6 @@
 """recipes/imagenette.sh: its commands, and one whole run on a few images."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -59,6 +60,9 @@ def test_steps(noted):
     head = RECIPE.read_text().partition("\nset ")[0]
     for words in ("Recipe: not published, and not run here", "Reaches: not measured", "Takes: not measured"):
         assert f"\n# {words}" in head
+    after = [dict(itertools.pairwise(step)) for step in steps if "--epochs" in step]
+    updates = [9469 // int(flags["--batch_size"]) * int(flags["--epochs"]) for flags in after]
+    assert f"{updates[0]:,} updates of pretraining and {sum(updates[2:]):,} of finetuning" in head
 
 
 def test_imagenette(noted, tmp_path):
