@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fork_server import ForkedScript
 from helpers import REPOSITORY
 
 from studies import fashion_mnist, run, shards
@@ -171,7 +172,7 @@ def alive(pid: int) -> bool:
 
 def begun(argv: list[str], folder: Path, **how: object) -> subprocess.Popen:
     """Return a runner with one job, once its run has written a checkpoint."""
-    runner = subprocess.Popen([sys.executable, "-m", "studies.run", *argv, "--jobs", "1"], cwd=REPOSITORY, **how)
+    runner = ForkedScript([sys.executable, "-m", "studies.run", *argv, "--jobs", "1"], cwd=REPOSITORY, **how)
     end = time.monotonic() + 120
     while not list(folder.glob("runs/pretrain-*/checkpoint-last.pth")):
         assert runner.poll() is None

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
 from argparse import Namespace
 from types import ModuleType, SimpleNamespace
@@ -11,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from fork_server import run_forked
 from helpers import REPOSITORY, TINY_FINETUNE, TINY_PRETRAIN
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
@@ -241,8 +241,7 @@ def test_runs_are_compared(tmp_path):
     lines = figure.axes[0].get_lines()
     assert [line.get_label() for line in lines] == ["one", "two"]
     assert lines[1].get_xydata().tolist() == [[1, 3], [2, 2]]
-    command = [sys.executable, REPOSITORY / "tools" / "plot_log.py", first, second, "--output", tmp_path / "runs.png"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    done = run_forked([REPOSITORY / "tools" / "plot_log.py", first, second, "--output", tmp_path / "runs.png"])
     ignored = f"{second}/log.txt: 1 malformed or incomplete lines are ignored\n"
     assert done.stdout == f"{ignored}{tmp_path}/runs.png\n", done.stderr
     assert np.asarray(Image.open(tmp_path / "runs.png").convert("L")).std() > 10
