@@ -8,6 +8,7 @@ interruption the same command resumes. Finished runs are not repeated, and studi
 
 import argparse
 import hashlib
+import importlib.util
 import itertools
 import os
 import shlex
@@ -26,7 +27,7 @@ from studies.budgets import BUDGETS
 from studies.shards import write_subset
 from studies.steps import SCRIPTS, Machine, Step, acquire, run_steps
 from studies.study import SEEDS, Arm, Budget, Study, flags, load, names, only
-from util import arguments, cli
+from util import arguments, cli, hardware
 from util.data.readers import open_source
 from util.errors import UserError, as_user_error
 from util.files import json_with, output_file, save_figure, write_json, write_text
@@ -169,7 +170,7 @@ def find_machine(args: argparse.Namespace, budget: Budget) -> Machine:
     processes = args.processes or (max(1, len(gpus)) if budget.one_run else 1)
     if gpus and processes > len(gpus):
         raise UserError(f"--processes {processes}: there are {len(gpus)} GPUs")
-    jobs = len(gpus) // processes * budget.runs_per_gpu if gpus else len(os.sched_getaffinity(0)) // processes
+    jobs = len(gpus) // processes * budget.runs_per_gpu if gpus else hardware.available_cores() // processes
     return Machine(processes, args.jobs or max(1, jobs), tuple(gpus))
 
 
@@ -212,6 +213,8 @@ def main(args: argparse.Namespace) -> None:
         RunError: a run failed.
         Interrupted: the study was asked to stop; the same command resumes.
     """
+    if importlib.util.find_spec("scipy") is None:
+        raise UserError("studies need scipy: pip install scipy")
     study = load(args.name)
     more = {"": args.flags, "pretrain": args.pretrain_flags, "finetune": args.finetune_flags}
     arguments.check_utf8("--output", args.output)

