@@ -26,7 +26,8 @@ from util.data.device_loader import DeviceLoader
 from util.data.loaders import eval_loader
 from util.distributed.processes import barrier, gather_late, on_main, rank, world_size
 from util.errors import RunError, UserError, as_user_error
-from util.files import printable
+from util.files import printable, reserve
+from util.lock import is_running
 from util.tracking.run_log import LOG_EVERY, Log
 from util.training.precision import activation_dtype, autocast
 from util.training.run_state import fingerprint
@@ -149,7 +150,8 @@ def features(
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             for left in path.parent.glob(f"{glob.escape(mine)}*"):  # of a process that was killed
-                if left.suffix[1:] == str(os.getpid()) or not Path("/proc", left.suffix[1:]).exists():
+                pid = left.suffix[1:]
+                if pid == str(os.getpid()) or not (pid.isdecimal() and is_running(int(pid))):
                     left.unlink(missing_ok=True)
             partial = path.with_name(f"{mine}{os.getpid()}")
             with partial.open("xb") as file:  # a new file, never the target of a link
@@ -157,8 +159,7 @@ def features(
                 np.lib.format.write_array_header_1_0(file, header | {"shape": (len(dataset),)})
                 # reserve the space: on a full disk, writing to the memory map would kill the process without a message
                 size = file.tell() + len(dataset) * record.itemsize + DIGEST
-                file.flush()
-                os.posix_fallocate(file.fileno(), 0, size)
+                reserve(file, size)
         except OSError as error:
             with suppress(OSError, NameError):
                 partial.unlink()

@@ -77,7 +77,7 @@ NCU += ["-k", "regex:^scan_(forward|backward)", "--log-file", "FOLDER/ncu.txt"]
 
 def parts(toy: bool) -> list[Part]:
     """Return the parts in the order in which they run; toys are small enough to rehearse on a CPU."""
-    cores = min(14, len(os.sched_getaffinity(0)))  # each worker compiles the kernels that it tests
+    cores = min(14, hardware.available_cores())  # each worker compiles the kernels that it tests
     workers = ("-n", str(cores)) if importlib.util.find_spec("xdist") and not toy else ()
     tests = [name for name in TESTS if not toy or name.endswith("_gpu.py")]  # toy: a CPU skips these, and is slow
     few = ("--steps", "1", "--rounds", "1", "--batch_size", "2") if toy else ("--steps", "10")

@@ -43,7 +43,7 @@ class Machine:
     @property
     def cores(self) -> int:
         """Cores of each process."""
-        return max(1, len(os.sched_getaffinity(0)) // (self.jobs * self.processes))
+        return max(1, hardware.available_cores() // (self.jobs * self.processes))
 
     def environment(self, slot: int) -> dict[str, str]:
         """Return the environment variables of the run in a slot: its threads, and one GPU for each of its processes."""
@@ -55,7 +55,7 @@ class Machine:
 
     def describe(self) -> dict[str, str | int]:
         """Return date, versions, hardware, and how runs share it."""
-        about = hardware.describe(hardware.default_device()) | {"cores": len(os.sched_getaffinity(0))}
+        about = hardware.describe(hardware.default_device()) | {"cores": hardware.available_cores()}
         return about | {"threads": self.cores, "processes": self.processes, "jobs": self.jobs}
 
 

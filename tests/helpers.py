@@ -18,6 +18,11 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
+SCRIPTS_BY_PATH = [
+    "main_pretrain.py", "Finetuning/main_finetune.py", "Evaluation/probe.py", "Evaluation/robustness.py",
+    *(f"tools/{name}.py" for name in ("export", "visualize", "replay_nonfinite", "pack_images", "plot_log")),
+]  # fmt: skip
+
 
 # Folders, files and functions of tests that `make check` leaves out: real processes, training runs, exports, studies.
 SLOW = set(
@@ -41,7 +46,8 @@ SLOW = set(
     test_no_fused_multiply_adds test_no_spills test_operation_on_small_images test_outputs_that_end_early
     test_packing_resumes test_packing_resumes_after_a_kill_at_any_moment test_randaugment
     test_random_batches_against_timm test_registers_spills_and_instructions test_runs test_runs_are_compared
-    test_switches::test_compiled test_the_line_that_starts_timms_scripts test_triton
+    test_switches::test_compiled test_the_line_that_starts_timms_scripts
+    test_training_and_a_probe_without_linux test_triton
     test_two_processes test_two_processes_equal_one test_two_processes_have_one_order
     test_under_torchrun_one_process_speaks test_whole_model
 """.split()

@@ -29,7 +29,7 @@ import simplejpeg
 import torch
 from tqdm import tqdm
 
-from util import arguments, cli
+from util import arguments, cli, hardware
 from util.data import decode
 from util.data.decode import BrokenImage
 from util.data.device_loader import allowed_broken, list_broken, too_many_broken
@@ -54,7 +54,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--short_side", type=arguments.side, metavar="PX", help="resize larger training images to this")
     parser.add_argument("--quality", type=arguments.number(int, 1, 100), default=90, help="quality of written JPEGs")
     parser.add_argument("--shard_images", type=arguments.positive, default=4096, metavar="N", help="images per shard")
-    parser.add_argument("--num_workers", type=arguments.number(int, 1, 1024), default=len(os.sched_getaffinity(0)),
+    parser.add_argument("--num_workers", type=arguments.number(int, 1, 1024), default=hardware.available_cores(),
         help="number of processes (default: the number of cores)")
     parser.add_argument("--max_bad_samples", type=arguments.natural, metavar="N",
         help="more broken training images than this end the run (default: 0.1 %% of the images)")

@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import logging
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from util.data.readers import READERS
 from util.distributed.processes import world_size
 from util.errors import UserError, as_user_error
+from util.hardware import available_cores
 
 LOGGER = logging.getLogger("arm")
 
@@ -125,7 +125,7 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=batch, default=64, help="images per process and step")
     add("--device", type=nonempty, help="cuda or cpu (default: cuda where there is a GPU)")
     add("--scan_backend", default="auto", help="auto, triton, cuda, mamba_ssm, cpu or torch")
-    add("--num_workers", type=workers, default=min(10, len(os.sched_getaffinity(0))),
+    add("--num_workers", type=workers, default=min(10, available_cores()),
         help="processes that load images (default: 10, or the number of cores)")
     add("--worker_timeout", type=number(int, 0, 10**6), default=300, metavar="S",
         help="end the run if loading a batch takes longer; 0 waits without limit (default: %(default)s seconds)")

@@ -45,6 +45,17 @@ def some(names: Sequence[str], shown: int = 5) -> str:
     return ", ".join(printable(name)[:200] for name in names[:shown]) + more
 
 
+def reserve(file: BinaryIO, size: int) -> None:
+    """Lengthen a file to `size` bytes, which the disk then has for it; raises OSError if it has not."""
+    file.flush()
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    block = 2**24
+    for start in range(os.stat(file.fileno()).st_size, size, block):  # macOS
+        file.write(bytes(min(block, size - start)))
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a path to write; it replaces `path`, a link itself and not its target, if the block raises nothing.

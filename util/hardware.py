@@ -1,4 +1,4 @@
-"""Tools of benchmarks and studies: name the hardware, time a call, write results."""
+"""Tell what the hardware is; for benchmarks and studies, time a call and write results."""
 
 import datetime
 import os
@@ -7,6 +7,7 @@ import re
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,9 +24,18 @@ RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
 def cpu_model() -> str:
     """Return the name of the CPU."""
-    text = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    text = ""
+    with suppress(OSError):  # macOS has no such file
+        text = Path("/proc/cpuinfo").read_text()
     name = re.search(r"^model name.*?:[ \t]*(.*)", text, re.MULTILINE)
     return name[1].strip() if name else platform.processor() or platform.machine()
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use; where the system does not tell (macOS), those of the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def describe(device: torch.device) -> dict[str, str | int]:

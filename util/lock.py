@@ -66,6 +66,17 @@ def in_use(folder: Path) -> bool:
     return False
 
 
+def is_running(pid: int) -> bool:
+    """Return whether a process with this number runs on this machine."""
+    try:
+        os.kill(pid, 0)  # asks, without a signal
+    except PermissionError:  # it is another user's
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return pid > 0  # 0 and less are groups of processes
+
+
 def _content(file: TextIO) -> dict:
     file.seek(0)
     with suppress(ValueError):
@@ -85,7 +96,7 @@ def _is_held(file: TextIO, error: OSError) -> bool:
     if isinstance(error, (BlockingIOError, PermissionError)):
         return True
     owner = _content(file)
-    return bool(owner) and owner["host"] == socket.gethostname() and os.path.exists(f"/proc/{owner['pid']}")
+    return bool(owner) and owner["host"] == socket.gethostname() and is_running(owner["pid"])
 
 
 def _write(file: TextIO, owner: dict) -> None:

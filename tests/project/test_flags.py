@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import REPOSITORY, TINY_PRETRAIN
+from helpers import REPOSITORY, SCRIPTS_BY_PATH, TINY_PRETRAIN
 
 import main_pretrain
 import studies.run
@@ -183,12 +183,6 @@ def test_help_names_every_flag(capsys):
 
 
 LATE = "timm", "torchvision", "models_arm", "matplotlib", "tensorboard", "torch._dynamo", "sympy", "datasets", "onnx"
-
-
-SCRIPTS_BY_PATH = [
-    "main_pretrain.py", "Finetuning/main_finetune.py", "Evaluation/probe.py", "Evaluation/robustness.py",
-    *(f"tools/{name}.py" for name in ("export", "visualize", "replay_nonfinite", "pack_images", "plot_log")),
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("script", SCRIPTS_BY_PATH)

@@ -47,7 +47,8 @@ PRETRAIN_MISTAKES = {
     "--lr fast": "invalid float value: 'fast'",
     "--seed -1": "-1 is not at least 0",
     "--clip_grad 0": "0 is not above 0",
-    "--device meta": "--device meta: cuda and cpu are supported",
+    "--device meta": "--device meta: cuda and cpu are supported$",
+    "--device mps": "--device mps: cuda and cpu are supported; Apple's GPUs do not compute float64, which training",
     "--log_dir /dev/null/x": "--log_dir /dev/null/x cannot be written",
 }
 FINETUNE_MISTAKES = {

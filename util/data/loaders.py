@@ -92,6 +92,9 @@ def _ignore_signals(_: int) -> None:
     """Let a worker survive signals to all processes: its death would end the run before the checkpoint is written."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS does not tell who has sent a signal: a worker obeys everybody
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # obeyed below if the parent sends it
     parent = os.getppid()
 

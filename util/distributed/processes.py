@@ -65,7 +65,8 @@ def init_device(name: str | None, timeout: float = 600, deterministic: bool = Fa
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
-        raise UserError(f"--device {name}: cuda and cpu are supported")
+        why = "; Apple's GPUs do not compute float64, which training needs" * name.startswith("mps")
+        raise UserError(f"--device {name}: cuda and cpu are supported{why}")
     kind, _, index = name.partition(":")
     device = torch.device(kind)
     if kind == "cuda":
