@@ -1,9 +1,13 @@
 """Odd files in the folder of a run: files that would execute code, damaged hashes, links, folders and locks."""
 
+import errno
+import fcntl
 import json
 import os
 import pickle
 import re
+import socket
+import subprocess
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -15,7 +19,7 @@ from util.checkpoints import checkpoint_file
 from util.checkpoints.checkpoint_folder import CheckpointFolder
 from util.errors import UserError
 from util.files import sha256_of
-from util.lock import lock_folder
+from util.lock import is_running, lock_folder
 
 
 class Malicious:
@@ -166,3 +170,21 @@ def test_odd_lock_files(tmp_path, kind):
         assert owner["pid"] == os.getpid()
         assert set(owner) == {"pid", "host", "since"}
     assert other.read_text() == "not to be written"
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
+    """Only a run on this host is noticed: the process that the file names."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    assert [is_running(pid) for pid in (os.getpid(), 1, ended.pid, 0, -1, 10**30)] == [True, True] + [False] * 4
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    for pid, running in ((os.getppid(), True), (ended.pid, False)):
+        owner = {"host": socket.gethostname(), "pid": pid, "since": "2026-01-01 00:00:00"}
+        (tmp_path / "run.lock").write_text(json.dumps(owner))
+        with pytest.raises(UserError, match=f"in use by process {pid} on") if running else nullcontext():
+            lock_folder(tmp_path)
+    assert "its file system has no locks" in caplog.text

@@ -1,8 +1,11 @@
 """The Makefile installs what each of its commands needs; what is missing is named."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import REPOSITORY
@@ -63,3 +66,32 @@ def test_studies_without_scipy(run_script, tmp_path, monkeypatch, capsys):
     assert exit_info.value.code == 2
     assert capsys.readouterr().err == "studies.run: error: studies need scipy: pip install scipy\n"
     assert not list(tmp_path.iterdir())
+
+
+PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub"}  # by the module's name
+OPTIONAL = {"triton", "cuda", "mamba_ssm", "causal_conv1d"}  # kernels: a backend that lacks them says so
+OPTIONAL |= {"datasets", "onnx", "onnxruntime"}  # see test_without_hugging_face, test_without_onnx
+MEASURED = {"mambapy", "nvidia"}  # other projects' code that benchmarks compare with, if it is there
+
+
+def required(file: str) -> set[str]:
+    """The packages that a file of requirements names."""
+    return set(re.findall(r"^([\w-]+)[<>=]", (REPOSITORY / file).read_text().replace("_", "-"), re.MULTILINE))
+
+
+def imported(file: Path) -> set[str]:
+    """The packages that a file imports when it runs, at its head or later."""
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    modules = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+    return {PACKAGES.get(m, m) for m in modules if not any((REPOSITORY / n).exists() for n in (m, f"{m}.py"))}
+
+
+def test_requirements_hold_what_is_imported():
+    training, everything = required("requirements.txt"), required("requirements-dev.txt")
+    assert training.isdisjoint(everything)
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    for name in (name for name in listed.stdout.split() if not name.startswith("tests/")):
+        more = everything | MEASURED if name.startswith(("benchmarks/", "demo/", "studies/")) else set()
+        assert imported(REPOSITORY / name) <= training | OPTIONAL | more, name
