@@ -8,8 +8,8 @@ training process and one worker on one core, then with as many workers as there 
 varies with time. On one core the batches of --loader fast are also finished, as when the training itself runs on that
 core: the core then does what is otherwise left to a GPU. DALI's CPU pipeline (`pip install nvidia-dali-cuda130`), if
 installed, is compared in pretraining. The other parts measure the memory of a worker over 10 epochs, the training
-device's share of the work, and with a GPU (or `--train MODEL`) the images/s of training from shards, as a fraction of
-those with random data. `--parts` chooses parts.
+device's share of the work, the share of crops that must be enlarged, and with a GPU (or `--train MODEL`) the images/s of
+training from shards, as a fraction of those with random data. `--parts` chooses parts.
 Expected on 2 cores of an AMD EPYC (Zen 4), relative to the released pipeline in Pillow: fast 2.9 and shards 5.3 for
 pretraining, 3.6 and 6.4 for finetuning.
 """
@@ -56,9 +56,10 @@ CPU = torch.device("cpu")
 RECIPES = {"pretrain": main_pretrain, "finetune": main_finetune}
 SIZES = {"pretrain": 192, "finetune": 224}
 TRANSFORMS = {"pretrain": transforms.pretrain_transform, "finetune": transforms.finetune_transform}
+PHOTOGRAPHS = {"original": (500, 375), "packed": (341, 256)}  # width and height, before and after tools.pack_images
 RELEASED = "PIL, as released"
 FINISHED = ", finished on the CPU"
-PARTS = ("loading", "memory", "device", "training")
+PARTS = ("loading", "memory", "device", "crops", "training")
 Epoch = Callable[[], int]  # loads an epoch, returns its number of images
 
 
@@ -235,6 +236,18 @@ def device_share(recipe: str, folder: Path, batch_size: int, device: torch.devic
     return 1000 * statistics.median(times) / len(pixels)
 
 
+def enlarged_crops(recipe: str, width: int, height: int, draws: int = 100_000) -> dict[str, float]:
+    """Return the share of the area below which a crop has fewer pixels than the input, and the share of such crops."""
+    size = SIZES[recipe]
+    crop = TRANSFORMS[recipe]((size, size), recipe_arguments(recipe, "unread")).transforms[0]
+    photograph = Image.new("L", (width, height))
+    random.seed(0)  # timm's crops
+    torch.manual_seed(0)  # torchvision's
+    boxes = [crop.get_params(photograph, crop.scale, crop.ratio) for _ in range(draws)]
+    enlarged = sum(h * w < size * size for _, _, h, w in boxes)
+    return {"area": size * size / (width * height), "crops": enlarged / draws}
+
+
 def training(model: str, shards: Path, batch_size: int, rounds: int) -> dict[str, float]:
     """Return the images a second of pretraining from packed shards and with random data."""
     device = hardware.default_device()
@@ -289,6 +302,11 @@ def main(args: argparse.Namespace) -> None:
                 if torch.cuda.is_available():
                     shares["cuda"] = device_share(recipe, folder, args.batch_size, torch.device("cuda"))
                     print(f"{recipe}: and {shares['cuda']:.4f} ms on the GPU")
+            if "crops" in parts:
+                enlarged = {name: enlarged_crops(recipe, *pixels) for name, pixels in PHOTOGRAPHS.items()}
+                results.setdefault("enlarged", {})[recipe] = enlarged
+                for name, found in enlarged.items():
+                    print(f"{recipe}, {name}: crops below {found['area']:.1%} of the area, {found['crops']:.1%} of all")
         if "training" in parts:
             found = training(args.train, shards, args.batch_size, args.rounds)
             fraction = found["shards"] / found["random data"]
