@@ -262,10 +262,12 @@ BOMBS = {
     "J2K": lambda: changed(encoded(picture(), "JPEG2000", no_jp2=True), (8, LARGE), (24, LARGE)),
     "AVIF": large_avif,
 }
-READER = """
-import resource, sys
+READER = r"""
+import re, sys
+from pathlib import Path
 from util.data import decode
-most = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# not ru_maxrss, which starts with the memory of the process that has started this one
+most = lambda: int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 before = most()
 for path in sys.argv[1:]:
     with open(path, "rb") as file:
@@ -295,3 +297,20 @@ def test_sizes_in_a_header_are_not_allocated(tmp_path):
     assert len(results) == 2 * len(paths)
     assert [line for line in results if not line.startswith("broken")] == []
     assert int(kilobytes) < 100_000
+
+
+BYTES_PER_PIXEL = 20  # as docs/data.md says
+
+
+def test_memory_of_decoding(tmp_path):
+    """In every format that is common for photographs; JPEG2000 takes most."""
+    height, width = 2000, 2500
+    photograph = Image.linear_gradient("L").convert("RGB").resize((width, height))
+    forms = {"PNG": {}, "TIFF": {}, "JPEG": {"progressive": True}, "WEBP": {"method": 0}, "JPEG2000": {}}
+    for kind, options in forms.items():
+        (tmp_path / kind).write_bytes(encoded(photograph, kind, **options))
+    paths = [tmp_path / kind for kind in forms]
+    done = subprocess.run([sys.executable, "-c", READER, *paths], cwd=REPOSITORY, capture_output=True, text=True)
+    *results, kilobytes = done.stdout.splitlines()
+    assert [line.split()[0] for line in results] == ["read"] * 2 * len(forms)
+    assert 1024 * int(kilobytes) / (height * width) == pytest.approx(BYTES_PER_PIXEL, rel=0.1)

@@ -14,7 +14,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from util.files import printable
 
 # Largest number of pixels that is decoded, 89 million: above it, Pillow warns of decompression bombs. Decoding takes up
-# to 20 bytes per pixel (JPEG2000; PNG and others 10, JPEG 6), so a worker needs up to 1.8 GB for such an image.
+# to 20 bytes per pixel (JPEG2000), so a worker needs up to 1.8 GB for such an image.
 MAX_PIXELS = 2**30 // 12
 
 # Pillow's formats that are read, and the suffixes of their files. Pillow does not get files of other formats: it would
