@@ -231,13 +231,3 @@ def test_each_page_is_linked_from_the_readme():
     text = README.read_text()
     for page in PAGES[1:]:
         assert f"(docs/{page.name})" in text, page.name
-
-
-def test_the_ratios_of_the_readme_are_those_of_the_tables():
-    """Its table of speeds repeats six figures."""
-    section = README.read_text().partition("\n## Speed\n")[2].partition("\n## ")[0]
-    ratios = re.findall(r"\| (\d+\.\d) \(", section)
-    tables = "".join((REPOSITORY / "docs" / name).read_text() for name in ("kernels.md", "data.md"))
-    assert len(ratios) == 6
-    for ratio in ratios:
-        assert f"({ratio})" in tables, ratio
