@@ -34,7 +34,8 @@ UNIT = (
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 WORD = "|".join(WORDS[2:])
 FIGURE = re.compile(
-    rf"(?<![\w.,])(?:{NUMBER}(?:(?:,| and| or| to| against| ±| \+) {NUMBER})*[ -](?:{UNIT})(?![\w/-])|{NUMBER}(?!\w))|"
+    rf"(?<![\w.,])(?:{NUMBER}(?:(?:,| and| or| to| against| ±| \+) {NUMBER})*(?:-|\s+(?:# )?)(?:{UNIT})(?![\w/-])|"
+    rf"{NUMBER}(?!\w))|"
     rf"(?i:\b(?:{WORD})) (?:seconds|minutes|hours|days)\b"
 )
 CELL = re.compile(rf"(?<=\| )[+-]?\d(?:[\d\s.,+±()–-]|to|{UNIT})*(?= \|)")  # of a table, with numbers and units alone
@@ -60,9 +61,10 @@ def figures(text: str) -> list[re.Match]:
 
 
 def test_what_counts_as_a_figure():
-    text = """In 0.3 s on torch 2.14.1, 17 images at `0.5` and [8 %](a.md#5-s), 95 % interval, of 3 rows, ten minutes.
+    text = """In 0.3
+s on torch 2.14.1, 17 images at `0.5` and [8 %](a.md#5-s), 95 % interval, of 3 rows, ten minutes.
 | 4 + 1,005 | 1 or 4 directions | +5.5 | 2 cores |"""
-    assert [found[0] for found in figures(text)] == ["0.3 s", "8 %", "ten minutes", "4", "1,005", "5.5"]
+    assert [found[0] for found in figures(text)] == ["0.3\ns", "8 %", "ten minutes", "4", "1,005", "5.5"]
 
 
 # ---- what the expressions of figures.md use
@@ -228,7 +230,7 @@ def test_figures(page, names):
     for found in figures(PAGES[page]):
         numbers = [found.start() + number.start() for number in re.finditer(rf"{NUMBER}|^[a-zA-Z]+", found[0])]
         if not all(any(start <= number < end for start, end in traced) for number in numbers):
-            lines.setdefault(PAGES[page].count("\n", 0, found.start()) + 1, []).append(found[0])
+            lines.setdefault(PAGES[page].count("\n", 0, found.start()) + 1, []).append(" ".join(found[0].split()))
     for line, untraced in lines.items():
         problems.append(f"{page}:{line}: {', '.join(untraced)}: say in tests/project/figures.md which file it is from")
     if problems:

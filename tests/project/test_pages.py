@@ -231,3 +231,10 @@ def test_each_page_is_linked_from_the_readme():
     text = README.read_text()
     for page in PAGES[1:]:
         assert f"(docs/{page.name})" in text, page.name
+
+
+@pytest.mark.parametrize("page", [*PAGES, REPOSITORY / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_every_column_of_a_table_has_a_header(page):
+    """But the column of the rows' names may have none."""
+    for header in re.findall(r"^\|(.*)\|\n\| ---", page.read_text(), re.M):
+        assert all(cell.strip() for cell in header.split("|")[1:]), header
