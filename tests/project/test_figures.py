@@ -39,10 +39,13 @@ FIGURE = re.compile(
     rf"(?i:\b(?:{WORD})) (?:seconds|minutes|hours|days)\b"
 )
 CELL = re.compile(rf"(?<=\| )[+-]?\d(?:[\d\s.,+±()–-]|to|{UNIT})*(?= \|)")  # of a table, with numbers and units alone
-# Code, links, versions, and the level of intervals.
 NO_FIGURE = re.compile(
-    r"^```.*?^```$|`[^`]*`|\]\([^)]*\)|https?://\S+|Apache-2.0|95 %(?=\s+(?:Wilson\s+)?interval|\))|"
-    r"(?:torch|Triton|Python|NVRTC|timm|mamba-ssm|before|capabilit(?:y|ies)) \d+\.[\d.]*\d"
+    r"^```.*?^```$|`[^`]*`"  # code
+    r"|\]\([^)]*\)|https?://\S+"  # links
+    r"|\d{4}-\d\d-\d\d"  # dates
+    r"|(?:Apache|GPL|CC [A-Z-]+)[- ]\d\.\d"  # licences
+    r"|95 %(?=\s+(?:Wilson\s+)?interval|\))"
+    r"|(?:torch|Triton|Python|NVRTC|timm|mamba-ssm|before|needs|release|capabilit(?:y|ies)) \d+\.[\d.]*\d"  # versions
     r"(?:(?:,| and| or| to) \d+\.[\d.]*\d)*",
     re.MULTILINE | re.DOTALL,
 )
