@@ -21,6 +21,7 @@ from fork_server import ForkedScript, run_forked
 from helpers import REPOSITORY, encoded
 from PIL import Image
 
+from benchmarks import bench_data
 from tools import pack_images
 from util import cli
 from util.data import readers
@@ -375,3 +376,13 @@ def test_workers_that_cannot_be_started(data, tmp_path, monkeypatch):
 def test_packing_into_the_source_is_refused(data):
     with pytest.raises(UserError, match="is SRC: choose another folder for the shards"):
         pack_images.main(pack_images.get_args_parser().parse_args([str(data), str(data)]))
+
+
+@pytest.mark.parametrize("recipe", ["pretrain", "finetune"])
+def test_share_of_crops_that_are_enlarged(recipe):
+    """All of a small photograph, none of a large one."""
+    assert bench_data.enlarged_crops(recipe, 160, 120, draws=50)["crops"] == 1
+    assert bench_data.enlarged_crops(recipe, 1600, 1200, draws=50)["crops"] == 0
+    found = bench_data.enlarged_crops(recipe, 400, 300, draws=200)
+    assert found["area"] == bench_data.SIZES[recipe] ** 2 / (400 * 300)
+    assert 0.05 < found["crops"] < 0.7
