@@ -8,8 +8,8 @@ training process and one worker on one core, then with as many workers as there 
 varies with time. On one core the batches of --loader fast are also finished, as when the training itself runs on that
 core: the core then does what is otherwise left to a GPU. DALI's CPU pipeline (`pip install nvidia-dali-cuda130`), if
 installed, is compared in pretraining. The other parts measure the memory of a worker over 10 epochs, the training
-device's share of the work, the share of crops that must be enlarged, and with a GPU (or `--train MODEL`) the images/s of
-training from shards, as a fraction of those with random data. `--parts` chooses parts.
+device's share of the work, the share of crops that must be enlarged, and with a GPU (or `--train MODEL`) the images/s
+of training from shards, as a fraction of those with random data. `--parts` chooses parts.
 Expected on 2 cores of an AMD EPYC (Zen 4), relative to the released pipeline in Pillow: fast 2.9 and shards 5.3 for
 pretraining, 3.6 and 6.4 for finetuning.
 """
