@@ -1,9 +1,11 @@
 """Tell what the hardware is; for benchmarks and studies, time a call and write results."""
 
+import ctypes
 import datetime
 import os
 import platform
 import re
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from util.files import json_with, output_file, printable, write_json
 
 T = TypeVar("T")
 WIDTH = 40  # characters of the column of titles
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
 
@@ -36,6 +39,19 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory that a training step frees, for the next step.
+
+    By default it returns large blocks to the system, which hands them out again page by page, filled with zeros. Other
+    allocators, other systems, and settings in the user's MALLOC_ variables stay as they are.
+    """
+    if not any(name.startswith("MALLOC_") for name in os.environ):
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+        if mallopt is not None:
+            mallopt(_M_MMAP_THRESHOLD, 2**30)
+            mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def describe(device: torch.device) -> dict[str, str | int]:

@@ -1,12 +1,15 @@
 """One epoch of training: gradients, updates, EMA, log points."""
 
 import math
+import os
+import platform
 import re
 import sys
 
 import pytest
 import torch
-from helpers import Batches, loop_args
+from fork_server import run_forked
+from helpers import REPOSITORY, Batches, loop_args
 from timm.utils import ModelEmaV3
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_helpers import NotedLog, one_weight_run, plain_sgd
@@ -155,3 +158,30 @@ def test_quiet_steps_count_and_print_nothing(capsys, monkeypatch):
     assert capsys.readouterr().out == ""
     progress.update(8, loss=0.25)
     assert re.fullmatch(r"epoch 7  \[2/3\]  loss 0.25  img/s \d+  left 0:00:0\d\n", capsys.readouterr().out)
+
+
+FAULTS = """
+import resource, sys
+import torch
+from util.distributed.processes import init_device
+
+def faults():
+    blocks = [torch.ones(2**22) for _ in range(4)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+init_device("cpu")
+counts = [faults() for _ in range(12)]
+print(min(later - earlier for earlier, later in zip(counts, counts[1:])))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left as they are")
+def test_freed_memory_is_used_again():
+    """The system maps no new pages for 64 MB that a step frees, unless the user's MALLOC_ variables say so."""
+    without = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    counts = [
+        int(run_forked(["-c", FAULTS], cwd=REPOSITORY, env=without | more).stdout)
+        for more in ({}, {"MALLOC_ARENA_MAX": "2"})
+    ]
+    assert counts[0] < 100
+    assert counts[1] > 10_000

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from util.errors import UserError, as_user_error
+from util.hardware import keep_freed_memory
 
 T = TypeVar("T")
 
@@ -81,6 +82,8 @@ def init_device(name: str | None, timeout: float = 600, deterministic: bool = Fa
         torch.cuda.set_device(device)
         torch.cuda.init()
         torch.set_float32_matmul_precision("high")  # TF32 where float32 products remain
+    else:
+        keep_freed_memory()
     if world_size() > 1:
         _init_groups("nccl" if device.type == "cuda" else "gloo", datetime.timedelta(seconds=timeout))
     return device
