@@ -10,8 +10,8 @@
 #     recipes/imagenette.sh OUTPUT [ARGUMENTS]
 #
 # Run it from the repository, on one GPU, after pip install datasets. The same command continues an interrupted run. The
-# ARGUMENTS go to pretraining and to both finetunings. The images come from the Hugging Face hub (106 MB);
-# DATA=/path/to/images takes others, of at most ten classes.
+# ARGUMENTS go to pretraining and to both finetunings. The images come from the Hugging Face hub; DATA=/path/to/images
+# takes others, of at most ten classes.
 
 set -eu
 out=${1:?recipes/imagenette.sh OUTPUT [ARGUMENTS]}

@@ -19,6 +19,7 @@ from util.data.device_loader import Batch, DeviceLoader, allowed_broken, too_man
 from util.distributed.processes import rank, world_size
 from util.distributed.signals import SIGNALS
 from util.errors import UserError
+from util.hardware import keep_freed_memory
 
 PREFETCH = 2  # batches that each worker prepares ahead
 
@@ -88,7 +89,13 @@ class SharedMemoryCollate:
         return memory[:count]
 
 
-def _ignore_signals(_: int) -> None:
+def _begin_worker(_: int) -> None:
+    """Prepare a process that loads images."""
+    keep_freed_memory(2**25)  # the training process keeps more, which a worker would need for its largest image only
+    _ignore_signals()
+
+
+def _ignore_signals() -> None:
     """Let a worker survive signals to all processes: its death would end the run before the checkpoint is written."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -114,7 +121,7 @@ def _loader_options(args: argparse.Namespace, device: torch.device) -> dict[str,
         "pin_memory": args.pin_mem and device.type == "cuda",
         "timeout": args.worker_timeout if args.num_workers > 0 else 0,
         "prefetch_factor": PREFETCH if args.num_workers > 0 else None,
-        "worker_init_fn": _ignore_signals,
+        "worker_init_fn": _begin_worker,
         "collate_fn": SharedMemoryCollate(),
     }
 
