@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from fork_server import ForkedScript
 from helpers import REPOSITORY
 
 from benchmarks import bench_train, gpu_check, gpu_tables
@@ -270,6 +272,11 @@ def test_results_of_another_machine(before, run_script, tmp_path, capsys):
 def test_rehearsal(run_script, tmp_path, capsys, monkeypatch):
     """Run two real parts at toy size; the others are rehearsed by hand and in test_benchmarks.py."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def popen(words: list[str], **how: object) -> subprocess.Popen:
+        return (ForkedScript if words[0] == sys.executable else subprocess.Popen)(words, **how)
+
+    monkeypatch.setattr(gpu_check, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": popen}))
     run_script(gpu_check, "--toy", "--parts", "scan", "augment", "--minutes", 2, "--output", tmp_path)
     report, printed = json.loads((tmp_path / "summary.json").read_text()), capsys.readouterr().out
     assert {name: part["status"] for name, part in report["parts"].items()} == {"scan": "done", "augment": "done"}
