@@ -10,7 +10,6 @@ seed draw the same random numbers and differ in pixels only.
 import argparse
 import itertools
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -64,9 +63,10 @@ def train(folder: Path, loader: str, seed: int, args: argparse.Namespace) -> dic
     """Pretrain and finetune; return the loss of pretraining and the accuracy of finetuning."""
     common = f"{MODEL} {RECIPE} --data_path {folder}/digits --loader {loader} --seed {seed}"
     pre, fine = folder / f"{loader}-{seed}-pre", folder / f"{loader}-{seed}-fine"
-    script("main_pretrain.py", f"{common} {PRETRAIN} --epochs {args.epochs}", pre)
-    more = f"{FINETUNE} --aa rand-m9-mstd0.5-inc1 --reprob 0.25 --epochs {args.finetune_epochs}"
-    script("Finetuning/main_finetune.py", f"{common} {more} --finetune {pre}/checkpoint-last.pth", fine)
+    script("main_pretrain.py", f"{common} {PRETRAIN} --batch_size 16 --lr 1e-3 --epochs {args.epochs}", pre)
+    more = "--batch_size 16 --lr 1e-3 --layer_decay 0.9 --aa rand-m9-mstd0.5-inc1 --reprob 0.25"
+    more += f" --epochs {args.finetune_epochs} --finetune {pre}/checkpoint-last.pth"
+    script("Finetuning/main_finetune.py", f"{common} {FINETUNE} {more}", fine)
     rows = [json.loads(line) for log in (pre, fine) for line in (log / "log.txt").read_text().splitlines()]
     found = {"pretrain_loss": rows[args.epochs - 1]["train_loss"], "top1": rows[-1]["test_acc1"]}
     print(f"seed {seed}, --loader {loader}: loss {found['pretrain_loss']:.4f}, top-1 {found['top1']:.1f} %", flush=True)
@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_jpegs(folder / "digits")
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(hardware.available_cores()) as pool:
             settings = itertools.product(range(args.seeds), ("fast", "pil"))
             tasks = [pool.submit(train, folder, loader, seed, args) for seed, loader in settings]
             runs = [task.result() for task in tasks]

@@ -1,9 +1,8 @@
-"""Pretrain a small ARM on real digits, finetune and evaluate it, and compare with random initial weights.
+"""Pretrain a small ARM on handwritten digits, and compare it with random weights, frozen and finetuned with few labels.
 
     make demo
 
-runs under torchrun the scripts that also train ARM-base on ImageNet, prints a table, and writes curves and pictures to
-demo_out/.
+runs the scripts that also train ARM-base on ImageNet, prints a table, and writes curves and pictures to demo_out/.
 """
 
 import argparse
@@ -15,52 +14,105 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from demo.digits import unpack_digits
+from demo.digits import few_labels, unpack_digits
 from demo.pictures import draw_curves, draw_predictions
+from Evaluation import probe
+from Finetuning import main_finetune
 from main_pretrain import build_model
 from tools import plot_log
-from util import cli, launch
+from util import arguments, cli, hardware, launch
 from util.checkpoints import checkpoint_file
-from util.errors import as_user_error
+from util.errors import RunError, as_user_error
+from util.files import write_json
 from util.launch import ROOT
 from util.seeding import seed_everything
 
-OUT = ROOT / "demo_out"
-DATA = OUT / "digits"
+OUT = Path("demo_out")
+DATA = OUT / "digits"  # 4,000 digits to train, 1,000 to evaluate
+FEW = OUT / "few_labels"  # 500 of the 4,000, and the same 1,000
 
 # 24 x 24 pixels: 6 x 6 patches in 3 x 3 clusters. Digits are no photographs: no flips, mild crops, no erasing.
-MODEL = "--model arm_tiny_pz16 --embed_dim 96 --depth 6 --input_size 24 --patch_size 4 --batch_size 16 --num_workers 1"
-RECIPE = "--lr 1e-3 --warmup_epochs 1 --hflip 0 --scale 0.6 1"
-PRETRAIN = "--cluster_size 2 --dec_embed_dim 64 --norm_pix_loss --epochs 48"
-FINETUNE = "--nb_classes 10 --epochs 4 --layer_decay 0.9 --aa none --reprob 0 --dist_eval"
+MODEL = "--model arm_tiny_pz16 --embed_dim 96 --depth 6 --input_size 24 --patch_size 4 --num_workers 1"
+RECIPE = "--warmup_epochs 1 --hflip 0 --scale 0.6 1"
+PRETRAIN = "--cluster_size 2 --dec_embed_dim 64 --norm_pix_loss --lr 2e-3 --epochs 12"
+FINETUNE = "--nb_classes 10 --lr 1e-3 --epochs 16 --layer_decay 0.75 --aa none --reprob 0 --dist_eval"
+# Title and seconds of each step, as measured on 2 cores: the time that is left is computed from them.
+STEPS = (
+    ("pretrain without labels", 105),
+    ("evaluate the frozen features of pretrained and of random weights", 12),
+    ("finetune the pretrained weights with 50 labels a class", 45),
+    ("finetune random weights with the same labels", 45),
+    ("evaluate the finetuned checkpoint again, and draw", 5),
+)
+# Points that pretraining adds at least, by row of the table.
+LEAST = 20, 12, 2
 
 
-def torchrun(script: str, arguments: str) -> str:
-    """Run a script with two processes (with one on a single GPU); show and return its output."""
-    gpus = torch.cuda.device_count()
-    processes = min(2, gpus) if gpus else 2
-    command = launch.command_line(script, f"{arguments} --data_path {DATA}", processes).replace(f"{ROOT}/", "")
-    print(f"\n$ {command}", flush=True)
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    process = launch.start(command, {"OMP_NUM_THREADS": str(threads)}, stdout=subprocess.PIPE, text=True)
-    printed = ""
-    for line in process.stdout or ():
-        print(line, end="", flush=True)
-        printed += line
-    if process.wait():
-        sys.exit(process.returncode)
-    return printed
+class Progress:
+    """The progress of the demo: which step of `STEPS` runs, and how long the rest takes."""
+
+    def __init__(self) -> None:
+        self.began, self.step = time.monotonic(), 0
+
+    def left(self, share: float) -> str:
+        """Return the number of the step and the minutes left, after a share (0 to 1) of the step."""
+        seconds = [seconds for _, seconds in STEPS]
+        done = sum(seconds[: self.step - 1]) + share * seconds[self.step - 1]
+        # this machine's speed, once more than a few seconds tell it
+        speed = self.seconds() / done if done > 20 else 1.0
+        left = speed * (sum(seconds) - done)
+        return f"[{self.step}/{len(STEPS)}, {left // 60:.0f}:{left % 60:02.0f} left]"
+
+    def seconds(self) -> float:
+        """Return the seconds since the start."""
+        return time.monotonic() - self.began
+
+    def next(self) -> None:
+        """Begin the next step: print its number, its title and the time that is left."""
+        self.step += 1
+        print(f"\n{self.left(0)} {STEPS[self.step - 1][0]}", flush=True)
+
+    def torchrun(self, script: str, words: str, batch_size: int) -> None:
+        """Run a training script with two processes (with one on a single GPU); show its output with the progress.
+
+        Args:
+            script: to run.
+            words: its arguments, but for the batch size.
+            batch_size: of all processes together.
+
+        Raises:
+            RunError: it failed.
+        """
+        gpus = torch.cuda.device_count()
+        processes = min(2, gpus) if gpus else 2
+        command = launch.command_line(script, f"{words} --batch_size {batch_size // processes}", processes)
+        show(command)
+        threads = max(1, hardware.available_cores() // processes)
+        process = launch.start(command, {"OMP_NUM_THREADS": str(threads)}, stdout=subprocess.PIPE, text=True)
+        epochs, epoch = int(re.findall(r"--epochs (\d+)", words)[-1]), 0.0
+        for line in process.stdout or ():
+            if at := re.match(r"epoch (\d+)(?:  \[(\d+)/(\d+)\]|: loss)", line):
+                epoch = int(at[1]) + (int(at[2]) / int(at[3]) if at[2] else 1)
+            print(self.left(epoch / epochs), line, end="", flush=True)
+        if process.wait():
+            raise RunError(f"{script} failed with exit status {process.returncode}")
 
 
-def evaluate(run: str) -> float:
-    """Return the top-1 accuracy, in percent, of a finetuned checkpoint by the script's own --eval."""
-    printed = torchrun("Finetuning/main_finetune.py", f"--eval --dist_eval --resume {OUT}/{run}/checkpoint-last.pth")
-    return float(re.findall(r"^model: top-1 ([\d.]+) %.* on 1000 images$", printed, re.MULTILINE)[0])
+def call(script: str, module: ModuleType, words: str) -> None:
+    """Run a script in this process, which saves a start of Python."""
+    show(f"python {script} {words}")
+    module.main(module.get_args_parser().parse_args(words.split()))
+
+
+def show(command: str) -> None:
+    """Print a command as a user types it in the repository."""
+    print(f"$ {command}", flush=True)
 
 
 def write_random_encoder(pretrained: Path, path: Path) -> None:
@@ -70,54 +122,77 @@ def write_random_encoder(pretrained: Path, path: Path) -> None:
     torch.save({"model": build_model(args).state_dict(), "args": args}, path)
 
 
-def probe(path: Path) -> tuple[float, float]:
-    """Return the accuracy, in percent, of 20 nearest neighbours and of a linear probe on frozen features."""
-    torchrun("Evaluation/probe.py", f"{path} --seeds 2 --num_workers 1 --output {OUT}/probe.json")
-    rows = {row["probe"]: row["acc1"] for row in json.loads((OUT / "probe.json").read_text())["results"]}
-    return rows["20-NN"], rows["linear"]
+def probe_frozen(checkpoint: Path) -> dict[str, float]:
+    """Return the accuracies, in percent, of 20 nearest neighbours and of a linear probe on frozen features."""
+    output = checkpoint.with_suffix(".probe.json")
+    words = f"{checkpoint} --data_path {DATA} --seeds 2 --num_workers 1 --output {output}"
+    call("Evaluation/probe.py", probe, words)
+    return {row["probe"]: row["acc1"] for row in json.loads(output.read_text())["results"]}
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run the demo, which has no arguments.
+    """Run the demo.
 
     Raises:
         UserError: its folder cannot be created.
+        RunError: a step failed, or pretraining is not better than random weights by `LEAST`.
     """
-    start = time.monotonic()
+    progress = Progress()
+    os.chdir(ROOT)  # the commands are those that a user types there
     shutil.rmtree(OUT, ignore_errors=True)  # of an earlier demo
     with as_user_error(OSError):
         OUT.mkdir()
+    minutes = round(sum(seconds for _, seconds in STEPS) / 60)
+    print(f"{len(STEPS)} steps, about {minutes} minutes on 2 CPU cores; everything is written to {OUT}/", flush=True)
     unpack_digits(DATA)
-    torchrun("main_pretrain.py", f"{MODEL} {RECIPE} {PRETRAIN} --output_dir {OUT}/pretrain")
-    checkpoint = OUT / "pretrain" / "checkpoint-last.pth"
-    finetune = f"{MODEL} {RECIPE} {FINETUNE}"
-    torchrun("Finetuning/main_finetune.py", f"{finetune} --finetune {checkpoint} --output_dir {OUT}/finetune")
-    accuracy = evaluate("finetune")
-    torchrun("Finetuning/main_finetune.py", f"{finetune} --output_dir {OUT}/scratch")
-    accuracy_scratch = evaluate("scratch")
+    few_labels(DATA, FEW)
+    pretrained, random = OUT / "pretrain" / "checkpoint-last.pth", OUT / "random.pth"
 
-    write_random_encoder(checkpoint, OUT / "random.pth")
-    knn, linear = probe(checkpoint)
-    knn_random, linear_random = probe(OUT / "random.pth")
+    progress.next()
+    seed = f"--seed {args.seed}"
+    words = f"{MODEL} {RECIPE} {PRETRAIN} {seed} --data_path {DATA} --output_dir {pretrained.parent}"
+    progress.torchrun("main_pretrain.py", words, 64)
 
-    logs = {run: plot_log.read(OUT / run) for run in ("pretrain", "finetune", "scratch")}
-    draw_curves(logs, OUT / "curves.png")
-    draw_predictions(checkpoint, DATA / "val", OUT / "predictions.png")
-    table = f"""
-| 1,000 held-out digits | top-1 after {len(logs["finetune"])} epochs |
-| --- | --- |
-| finetuned from {len(logs["pretrain"])} epochs of autoregressive pretraining | {accuracy:.1f} % |
-| the same finetuning from random weights | {accuracy_scratch:.1f} % |
-| frozen pretrained encoder: 20 nearest neighbours, linear probe | {knn:.1f} %, {linear:.1f} % |
-| frozen random encoder: 20 nearest neighbours, linear probe | {knn_random:.1f} %, {linear_random:.1f} % |
+    progress.next()
+    write_random_encoder(pretrained, random)
+    frozen = {"pretrained": probe_frozen(pretrained), "random": probe_frozen(random)}
 
-{time.monotonic() - start:.0f} s in all; {OUT.name}/curves.png and {OUT.name}/predictions.png show the runs.
-"""
-    print(table)
-    (OUT / "table.md").write_text(table)
-    if accuracy < 95 or accuracy <= accuracy_scratch:
-        sys.exit("expected at least 95 % from pretraining, and more than from random weights")
+    for name, start in (("pretrained", f"--finetune {pretrained} "), ("random", "")):
+        progress.next()
+        words = f"{MODEL} {RECIPE} {FINETUNE} {start}{seed} --data_path {FEW} --output_dir {OUT}/finetune_{name}"
+        progress.torchrun("Finetuning/main_finetune.py", words, 16)
+
+    progress.next()
+    finetuned = OUT / "finetune_pretrained" / "checkpoint-last.pth"
+    call("Finetuning/main_finetune.py", main_finetune, f"--eval --resume {finetuned} --data_path {DATA}")
+    logs = {run: plot_log.read(OUT / run) for run in ("pretrain", "finetune_pretrained", "finetune_random")}
+    last = {name: logs[f"finetune_{name}"][-1]["test_acc1"] for name in frozen}
+    table = {
+        "frozen features, 20 nearest neighbours": {name: rows["20-NN"] for name, rows in frozen.items()},
+        "frozen features, linear probe": {name: rows["linear"] for name, rows in frozen.items()},
+        "finetuned with 50 labels a class": last,
+    }
+    draw_curves(logs, table, OUT / "curves.png")
+    draw_predictions(pretrained, DATA / "val", OUT / "predictions.png")
+    seconds = round(progress.seconds())
+    lines = ["top-1 on 1,000 held-out digits | pretrained | random weights", "--- | --- | ---"]
+    lines += [f"{title} | {row['pretrained']:.1f} % | {row['random']:.1f} %" for title, row in table.items()]
+    text = "".join(f"| {line} |\n" for line in lines)
+    print(f"\n{text}\n{seconds} s; {OUT}/curves.png and {OUT}/predictions.png show the runs", flush=True)
+    (OUT / "table.md").write_text(text)
+    about = hardware.describe(hardware.default_device())
+    write_json(OUT / "results.json", {**about, "seed": args.seed, "seconds": seconds, "top1": table})
+    for (title, row), least in zip(table.items(), LEAST, strict=True):
+        if (gain := row["pretrained"] - row["random"]) < least:
+            raise RunError(f"{title}: pretraining adds {gain:.1f} points, expected are at least {least}")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = cli.Parser("demo.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=arguments.seed_number, default=0, help="(default: %(default)s)")
+    return parser
 
 
 if __name__ == "__main__":
-    cli.run_main(main, cli.Parser("demo.py", description=__doc__.splitlines()[0]))
+    cli.run_main(main, get_args_parser())

@@ -1,34 +1,61 @@
-"""The demo's pictures: curves of the three runs, and images beside the model's predictions."""
+"""The demo's pictures: curves and accuracies of its runs, and images beside the model's predictions."""
 
+import re
 from pathlib import Path
 from typing import cast
 
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.datasets import ImageFolder
 
 import pretrained
 from models_arm import PretrainModel
-from tools import plot_log
 from util.data.decode import with_pillow
 from util.data.transforms import eval_transform
 from util.files import save_figure
 
 
-def draw_curves(logs: dict[str, list[dict]], path: Path) -> None:
-    """Draw the loss of pretraining, and the accuracy of both finetunings, over epochs.
+def draw_curves(logs: dict[str, list[dict]], table: dict[str, dict[str, float]], path: Path) -> None:
+    """Draw the loss of pretraining, the accuracy during both finetunings, and the accuracies of the table as bars.
 
     Args:
-        logs: lines of log.txt by run: pretrain, finetune, scratch.
+        logs: lines of log.txt by run: pretrain, finetune_pretrained and finetune_random.
+        table: by row, the accuracy in percent with pretrained and with random weights.
         path: PNG file to write.
     """
-    shown = {"pretraining": [{key: row[key] for key in ("epoch", "train_loss")} for row in logs["pretrain"]]}
-    for run, start in (("finetune", "pretrained"), ("scratch", "random")):
-        rows = [{key: row[key] for key in ("epoch", "test_acc1")} for row in logs[run]]
-        shown[f"from {start} weights: {rows[-1]['test_acc1']:.1f} %"] = rows
-    save_figure(plot_log.draw(shown), path, plot_log.TITLE, dpi=150)
+    figure = Figure(figsize=(13, 3.4), layout="constrained")
+    loss, accuracy, bars = figure.subplots(1, 3, width_ratios=(1, 1, 1.2))
+    loss.plot(*over_epochs(logs["pretrain"], "train_loss"), color="tab:gray", marker=".")
+    loss.set_title("loss of pretraining, without labels", fontsize=10)
+    colours = {"pretrained": "tab:orange", "random": "tab:blue"}
+    for name, colour in colours.items():
+        label = f"{name} weights"
+        accuracy.plot(*over_epochs(logs[f"finetune_{name}"], "test_acc1"), color=colour, marker=".", label=label)
+        places = [number + (0.2 if name == "random" else -0.2) for number in range(len(table))]
+        drawn = bars.barh(places, [row[name] for row in table.values()], height=0.36, color=colour)
+        bars.bar_label(drawn, fmt="%.1f %%", padding=3)
+    accuracy.set_title("top-1 (%) of finetuning with few labels", fontsize=10)
+    accuracy.legend(loc="lower right")
+    bars.set_title("top-1 (%) on held-out digits", fontsize=10)
+    bars.set(
+        xlim=(0, 115),
+        yticks=range(len(table)),
+        yticklabels=[re.sub(",? (?=20|linear|50)", "\n", title) for title in table],
+    )
+    bars.invert_yaxis()
+    for axis in (loss, accuracy):
+        axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+    save_figure(figure, path, "ARM curves", dpi=120)
+
+
+def over_epochs(rows: list[dict], key: str) -> tuple[list[int], list[float]]:
+    """Return the finished epochs, from 1, and a logged value after each of them."""
+    return [row["epoch"] + 1 for row in rows], [row[key] for row in rows]
 
 
 def draw_predictions(path: Path, image_folder: Path, picture: Path) -> None:

@@ -1,5 +1,8 @@
 """Parts of the demo; `make demo` runs all of it."""
 
+import argparse
+import json
+import re
 import subprocess
 import sys
 
@@ -16,6 +19,7 @@ from demo.digits import unpack_digits
 from demo.pictures import draw_curves, draw_predictions
 from util import cli
 from util.checkpoints import checkpoint_file
+from util.errors import RunError
 
 
 @pytest.mark.parametrize("name", ["demo.py", "compare_loaders.py"])
@@ -44,7 +48,9 @@ def test_pictures_are_drawn(image_folder, tmp_path, run_script):
     run_script(main_pretrain, *TINY_PRETRAIN, *words)
     draw_predictions(tmp_path / "checkpoint-0.pth", image_folder / "val", tmp_path / "predictions.png")
     rows = [{"epoch": epoch, "train_loss": 1.0 / (epoch + 1), "test_acc1": 90.0 + epoch} for epoch in range(3)]
-    draw_curves({"pretrain": rows, "finetune": rows, "scratch": rows}, tmp_path / "curves.png")
+    table = {title: {"pretrained": 90.0, "random": 60.0} for title in ("neighbours", "linear")}
+    logs = {"pretrain": rows, "finetune_pretrained": rows, "finetune_random": rows}
+    draw_curves(logs, table, tmp_path / "curves.png")
     for name in ("predictions.png", "curves.png"):
         pixels = np.asarray(Image.open(tmp_path / name).convert("L"))
         assert pixels.shape[1] > 300
@@ -61,7 +67,7 @@ def test_random_encoder(image_folder, tmp_path, run_script):
     assert all(torch.equal(want[name], got[name]) for name in want)
 
 
-def test_it_takes_no_arguments(monkeypatch, capsys, tmp_path):
+def test_mistakes_start_nothing(monkeypatch, capsys, tmp_path):
     """A mistake starts nothing; a folder that cannot be created is named."""
     monkeypatch.setattr(demo, "OUT", tmp_path / "file")
     (tmp_path / "target").mkdir()
@@ -69,8 +75,42 @@ def test_it_takes_no_arguments(monkeypatch, capsys, tmp_path):
     for words, message in ((["--epochs", "5"], "unrecognized arguments: --epochs 5"), ([], "File exists")):
         monkeypatch.setattr(sys, "argv", ["demo.py", *words])
         with pytest.raises(SystemExit) as exit_info:
-            cli.run_main(demo.main, cli.Parser("demo.py"))
+            cli.run_main(demo.main, demo.get_args_parser())
         assert exit_info.value.code == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert message in error
+
+
+def test_the_whole_demo(monkeypatch, tmp_path, capsys):
+    """All steps with few digits and one epoch: the table has what the runs wrote, and a small gain is an error."""
+
+    def few_digits(folder):
+        unpack_digits(tmp_path / "all")
+        for number, path in enumerate(sorted((tmp_path / "all").rglob("*.png"))):
+            if number % 50 == 0:
+                target = folder / path.relative_to(tmp_path / "all")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.rename(target)
+
+    monkeypatch.chdir(REPOSITORY)  # and back to where pytest was
+    monkeypatch.setattr(demo, "OUT", tmp_path / "out")
+    monkeypatch.setattr(demo, "DATA", tmp_path / "out" / "digits")
+    monkeypatch.setattr(demo, "FEW", tmp_path / "out" / "few")
+    monkeypatch.setattr(demo, "unpack_digits", few_digits)
+    for name in ("PRETRAIN", "FINETUNE"):
+        monkeypatch.setattr(demo, name, f"{getattr(demo, name)} --epochs 1")
+    monkeypatch.setattr(demo, "LEAST", (-100, -100, 100.5))
+    with pytest.raises(RunError, match=r"finetuned .*: pretraining adds -?[\d.]+ points, expected are at least 100\.5"):
+        demo.main(argparse.Namespace(seed=1))
+    printed = capsys.readouterr().out
+    steps = re.findall(r"^\[(\d)/5, \d+:\d\d left\] (\w+)", printed, re.MULTILINE)
+    assert list(dict.fromkeys(number for number, _ in steps)) == list("12345")
+    top1 = json.loads((tmp_path / "out" / "results.json").read_text())["top1"]
+    assert len(top1) == 3
+    for title, row in top1.items():
+        assert f"| {title} | {row['pretrained']:.1f} % | {row['random']:.1f} % |" in printed
+    (evaluated,) = re.findall(r"^model: top-1 ([\d.]+) %.* on 20 images$", printed, re.MULTILINE)
+    assert float(evaluated) == top1["finetuned with 50 labels a class"]["pretrained"]
+    for name in ("curves.png", "predictions.png", "table.md"):
+        assert (tmp_path / "out" / name).stat().st_size > 100
