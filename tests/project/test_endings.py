@@ -119,12 +119,13 @@ def test_a_memory_limit(image_folder, tmp_path):
     assert re.fullmatch(r"main_pretrain.py: rank 0: out of memory: .*memory.*needs less\n", done.stderr), done.stderr
 
 
-def test_under_torchrun_one_process_speaks(image_folder):
+def test_under_torchrun_one_process_speaks(image_folder, tmp_path):
     """Several processes find the same mistake; it is stated once, and they all end with status 2."""
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
     words = [*torchrun, REPOSITORY / "main_pretrain.py", *TINY_PRETRAIN, "--data_path", image_folder]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = run_forked([*words, "--dec_depth", 4, "--batch_size", 4], env=environment)
+    more = ["--dec_depth", 4, "--batch_size", 4, "--output_dir", tmp_path]
+    done = run_forked([*words, *more], env=environment)
     assert done.returncode != 0
     assert done.stderr.count("main_pretrain.py: error: depth 4 is too small") == 1
     assert re.search(r"exitcode\s*: 2 ", done.stderr)
