@@ -144,6 +144,7 @@ def serve(number: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # from a terminal it reaches all processes
     gc.collect()
     gc.freeze()  # pages stay shared
+    gc.set_threshold(20_000, 20, 20)  # as in conftest.py
     assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"
     requests, children = socket.socket(fileno=number), {}
     while True:
