@@ -48,10 +48,11 @@ from tools import pack_images
 from util import arguments, cli, hardware
 from util.data import datasets, decode, loaders, transforms
 from util.data.device_loader import DeviceLoader
+from util.errors import UserError
 from util.tracking.run_log import Log
 from util.training.run_state import Run
 
-CORES = sorted(os.sched_getaffinity(0))
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []  # on Linux
 CPU = torch.device("cpu")
 RECIPES = {"pretrain": main_pretrain, "finetune": main_finetune}
 SIZES = {"pretrain": 192, "finetune": 224}
@@ -273,7 +274,13 @@ def training(model: str, shards: Path, batch_size: int, rounds: int) -> dict[str
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure, print the tables, write everything as JSON."""
+    """Measure, print the tables, write everything as JSON.
+
+    Raises:
+        UserError: processes cannot be kept on a core, or there is no model to train.
+    """
+    if not CORES:
+        raise UserError("bench_data.py keeps processes on single cores, which only Linux can")
     parts = args.parts or (PARTS if args.train else PARTS[:-1])
     if "training" in parts and not args.train:
         get_args_parser().error("--parts training needs --train MODEL where there is no GPU")

@@ -64,7 +64,7 @@ def train(folder: Path, loader: str, seed: int, args: argparse.Namespace) -> dic
     common = f"{MODEL} {RECIPE} --data_path {folder}/digits --loader {loader} --seed {seed}"
     pre, fine = folder / f"{loader}-{seed}-pre", folder / f"{loader}-{seed}-fine"
     script("main_pretrain.py", f"{common} {PRETRAIN} --batch_size 16 --lr 1e-3 --epochs {args.epochs}", pre)
-    more = "--batch_size 16 --lr 1e-3 --layer_decay 0.9 --aa rand-m9-mstd0.5-inc1 --reprob 0.25"
+    more = "--batch_size 16 --layer_decay 0.9 --aa rand-m9-mstd0.5-inc1 --reprob 0.25"
     more += f" --epochs {args.finetune_epochs} --finetune {pre}/checkpoint-last.pth"
     script("Finetuning/main_finetune.py", f"{common} {FINETUNE} {more}", fine)
     rows = [json.loads(line) for log in (pre, fine) for line in (log / "log.txt").read_text().splitlines()]

@@ -44,10 +44,10 @@ PRETRAIN = "--cluster_size 2 --dec_embed_dim 64 --norm_pix_loss --lr 2e-3 --epoc
 FINETUNE = "--nb_classes 10 --lr 1e-3 --epochs 16 --layer_decay 0.75 --aa none --reprob 0 --dist_eval"
 # Title and seconds of each step, as measured on 2 cores: the time that is left is computed from them.
 STEPS = (
-    ("pretrain without labels", 105),
-    ("evaluate the frozen features of pretrained and of random weights", 12),
-    ("finetune the pretrained weights with 50 labels a class", 45),
-    ("finetune random weights with the same labels", 45),
+    ("pretrain without labels", 115),
+    ("evaluate the frozen features of pretrained and of random weights", 15),
+    ("finetune the pretrained weights with 50 labels a class", 50),
+    ("finetune random weights with the same labels", 50),
     ("evaluate the finetuned checkpoint again, and draw", 5),
 )
 # Points that pretraining adds at least, by row of the table. After finetuning, the gain of single seeds differs by more
@@ -67,8 +67,8 @@ class Progress:
         done = sum(seconds[: self.step - 1]) + share * seconds[self.step - 1]
         # this machine's speed, once more than a few seconds tell it
         speed = self.seconds() / done if done > 20 else 1.0
-        left = speed * (sum(seconds) - done)
-        return f"[{self.step}/{len(STEPS)}, {left // 60:.0f}:{left % 60:02.0f} left]"
+        left = round(speed * (sum(seconds) - done))
+        return f"[{self.step}/{len(STEPS)}, {left // 60}:{left % 60:02d} left]"
 
     def seconds(self) -> float:
         """Return the seconds since the start."""
@@ -106,7 +106,7 @@ class Progress:
 
 
 def call(script: str, module: ModuleType, words: str) -> None:
-    """Run a script in this process, which saves a start of Python."""
+    """Run a script in this process, which saves a start of Python; raises what its `main` raises."""
     show(f"python {script} {words}")
     module.main(module.get_args_parser().parse_args(words.split()))
 
@@ -135,7 +135,7 @@ def main(args: argparse.Namespace) -> None:
     """Run the demo.
 
     Raises:
-        UserError: its folder cannot be created.
+        UserError: its folder cannot be created, or mlxtend is not installed.
         RunError: a step failed, or pretraining is not better than random weights by `LEAST`.
     """
     progress = Progress()

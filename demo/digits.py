@@ -38,7 +38,16 @@ def unpack_digits(folder: Path) -> None:
 
 
 def few_labels(digits: Path, folder: Path, per_class: int = 50) -> None:
-    """Write an image folder with the first images of each class of `digits` to train, and all of its `val`."""
+    """Write an image folder with the first images of each class to train, and all to evaluate.
+
+    Args:
+        digits: image folder of `unpack_digits`.
+        folder: gets train/<digit>/*.png and val/<digit>/*.png.
+        per_class: images of each class to train.
+
+    Raises:
+        OSError: the folder exists, or cannot be written.
+    """
     for label in sorted((digits / "train").iterdir()):
         (folder / "train" / label.name).mkdir(parents=True)
         for image in sorted(label.iterdir())[:per_class]:

@@ -39,8 +39,8 @@ pretrain random "$@" --epochs 1 --warmup_epochs 0 --lr 0 # a rate of 0 leaves th
 for weights in pretrained random; do
   run Evaluation/probe.py "$out/$weights/checkpoint-last.pth" --k 20 --data_path "$data"
 done
-finetune finetuned "$@" --finetune "$out/pretrained/checkpoint-last.pth" --layer_decay 0.7
-finetune finetuned_random "$@" --layer_decay 1 # equal rates suit random weights better: the study layer_decay
+finetune finetuned --finetune "$out/pretrained/checkpoint-last.pth" --layer_decay 0.7 "$@"
+finetune finetuned_random --layer_decay 1 "$@" # equal rates suit random weights better: the study layer_decay
 
 python - "$out" <<'END'
 import json

@@ -45,15 +45,15 @@ def keep_freed_memory(largest: int = 2**30) -> None:
     """Let glibc keep the memory that a training step frees, for the next step.
 
     By default it returns large blocks to the system, which hands them out again page by page, filled with zeros. Other
-    allocators, other systems, and settings in the user's MALLOC_ variables stay as they are.
+    allocators, other systems, and the user's settings (MALLOC_ variables, GLIBC_TUNABLES) stay as they are.
 
     Args:
         largest: bytes; larger blocks go back to the system, and so does what is free at the end, above twice as much.
     """
-    if not any(name.startswith("MALLOC_") for name in os.environ):
+    if not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-        if mallopt is not None:
-            mallopt(_M_MMAP_THRESHOLD, largest)
+        # older versions refuse more than 32 MB; the second call alone would freeze the small default of the first
+        if mallopt is not None and (mallopt(_M_MMAP_THRESHOLD, largest) or mallopt(_M_MMAP_THRESHOLD, 2**25)):
             mallopt(_M_TRIM_THRESHOLD, 2 * largest - 1)
 
 

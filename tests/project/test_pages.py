@@ -1,7 +1,6 @@
 """README.md, docs/ and recipes: commands parse, examples run, links lead somewhere, files that they name exist."""
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -164,27 +163,6 @@ def test_readme_has_the_four_recipes():
     models = [re.search(r"--model (\w+)", command) for command in commands([README])]
     assert [m[1] for m in models if m].count("arm_base_pz16") >= 2
     assert [m[1] for m in models if m].count("arm_large_pz16") >= 2
-
-
-def test_the_times_of_the_faq_are_those_of_the_measured_speeds():
-    """Its hours, its memory and its cores follow from two files of benchmarks/results/."""
-    faq = " ".join((REPOSITORY / "docs" / "faq.md").read_text().split())
-    results = REPOSITORY / "benchmarks" / "results"
-    trained = json.loads((results / "nvidia-h200-2026-11-27-train.json").read_text())["results"]
-    ours = {row["case"]: row for row in trained if row["composition"] == "ours"}
-    pretrain, finetune = ours["pretrain_base"], ours["finetune_base"]
-    for row, epochs in ((pretrain, 1600), (pretrain, 300), (finetune, 100)):
-        hours = 1281167 * epochs / row["images_per_second"] / 3600
-        assert re.search(rf"{epochs} epochs[^|]*\| {hours:.0f} \|", faq), epochs
-        assert f"{row['images_per_second']:,.0f} images/s" in faq
-        assert f"needs {row['peak_memory_gb']:.1f} GB" in faq
-    paths = json.loads((results / "cpu-2026-11-25-data.json").read_text())["loading"][0]["paths"]
-    fast, packed, released = (
-        round(pretrain["images_per_second"] / paths[name]["images_per_second_per_core"])
-        for name in ("--loader fast", "fast, packed shards", "PIL, as released")
-    )
-    assert f"{fast} cores of an AMD EPYC (Zen 4) with `--loader fast`, {packed} with packed shards" in faq
-    assert f"{released} with the released pipeline" in faq
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

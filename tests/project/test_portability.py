@@ -66,7 +66,7 @@ def run(tmp_path):
 
 
 def test_help_without_linux(run):
-    scripts = [*SCRIPTS_BY_PATH, "studies/run.py", "demo/demo.py"]
+    scripts = [*SCRIPTS_BY_PATH, "studies/run.py", "demo/demo.py", "benchmarks/bench_data.py"]
     printed = run("-c", HELP, *scripts)
     assert [script for script in scripts if f"\n{script} ended with 0\n" not in printed] == []
 

@@ -104,7 +104,7 @@ def test_the_whole_demo(monkeypatch, tmp_path, capsys):
     with pytest.raises(RunError, match=r"finetuned .*: pretraining adds -?[\d.]+ points, not at least 100\.5"):
         demo.main(argparse.Namespace(seed=1))
     printed = capsys.readouterr().out
-    steps = re.findall(r"^\[(\d)/5, \d+:\d\d left\] (\w+)", printed, re.MULTILINE)
+    steps = re.findall(r"^\[(\d)/5, \d:[0-5]\d left\] (\w+)", printed, re.MULTILINE)
     assert list(dict.fromkeys(number for number, _ in steps)) == list("12345")
     top1 = json.loads((tmp_path / "out" / "results.json").read_text())["top1"]
     assert len(top1) == 3

@@ -181,7 +181,8 @@ print(min(later - earlier for earlier, later in zip(counts, counts[1:])))
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left as they are")
 def test_freed_memory_is_used_again():
     """The system maps no new pages for 64 MB that a step frees; it does in workers, and with MALLOC_ variables."""
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    for words, more, few in (([], {}, True), (["worker"], {}, False), ([], {"MALLOC_ARENA_MAX": "2"}, False)):
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    own = {"MALLOC_ARENA_MAX": "2"}, {"GLIBC_TUNABLES": "glibc.malloc.arena_max=2"}
+    for words, more, few in (([], {}, True), (["worker"], {}, False), ([], own[0], False), ([], own[1], False)):
         done = run_forked(["-c", FAULTS, *words], cwd=REPOSITORY, env=plain | more)
         assert int(done.stdout) < 100 if few else int(done.stdout) > 10_000, (words, more, done.stdout)
