@@ -47,7 +47,7 @@ def noted(tmp_path):
 
 
 def test_steps(noted):
-    """Each goes on with what it has begun; one that fails ends the recipe; the head says what is not known."""
+    """Each resumes; one that fails ends the recipe; the head says what is not known."""
     status, steps = noted("out", "--seed", "7")
     assert status == 0
     kinds = ["main_pretrain.py"] * 2 + ["Evaluation/probe.py"] * 2 + ["Finetuning/main_finetune.py"] * 2
