@@ -7,8 +7,8 @@ locks and timeouts therefore behave as for a started one. A forked torchrun is t
 from itself, so that they are its children.
 
 What differs is what Python does before a script's first line: modules are imported already, with the environment of
-the test session, and all processes share one seed for the hashes of strings. Tests of the start itself (of imports,
-job scripts, standard streams, torchrun's own messages) start a new Python.
+the test session (huggingface_hub with the script's own), and all processes share one seed for the hashes of strings.
+Tests of the start itself (of imports, job scripts, standard streams) start a new Python.
 """
 
 import atexit

@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,10 +139,15 @@ def loop_args(**changes: object) -> argparse.Namespace:
     return argparse.Namespace(**{**args, **changes})
 
 
+def end_of_torchrun(script: str, *argv: object, processes: int = 2, **how: object) -> subprocess.CompletedProcess:
+    """Run a script on several processes, whether it fails or not; `how` are arguments of `run_forked`."""
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, REPOSITORY / script, *argv]
+    return run_forked(words, **how)
+
+
 def torchrun(script: str, *argv: object, processes: int = 2) -> str:
     """Run a script on several processes; returns what it prints."""
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, REPOSITORY / script, *argv]
-    done = run_forked(words)
+    done = end_of_torchrun(script, *argv, processes=processes)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from fork_server import run_forked
-from helpers import REPOSITORY, TINY_FINETUNE
+from helpers import REPOSITORY, TINY_FINETUNE, end_of_torchrun
 from hub_server import Server, sha256
 from safetensors.torch import save_file
 
@@ -405,12 +404,11 @@ def test_evaluation_by_name(hub, classifier, image_folder, tmp_path, run_script,
     path = tmp_path / "w.safetensors"
     save_file(classifier.state_dict(), path)
     hub.repositories["arm/base"]["main"][1]["w.safetensors"] = path.read_bytes()
-    script = ["Finetuning/main_finetune.py", *TINY_FINETUNE, "--eval", "--data_path", image_folder, "--resume"]
-    run_script(main_finetune, *script[1:], path)
+    words = [*TINY_FINETUNE, "--eval", "--data_path", image_folder, "--resume"]
+    run_script(main_finetune, *words, path)
     want = re.search(r"weights: top-1 .*", capsys.readouterr().out)[0]
-    torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    done = run_forked([*torchrun, *script, "hf://arm/base/w.safetensors"], cwd=REPOSITORY, env=environment)
+    done = end_of_torchrun("Finetuning/main_finetune.py", *words, "hf://arm/base/w.safetensors", env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert want in done.stdout
     assert len(hub.bodies("w.safetensors")) == 1

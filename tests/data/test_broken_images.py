@@ -13,8 +13,7 @@ import pytest
 import simplejpeg
 import torch
 from data_helpers import pretrain_words
-from fork_server import run_forked
-from helpers import REPOSITORY, TINY_FINETUNE, encoded, finetune_args, loader_args, torchrun
+from helpers import TINY_FINETUNE, encoded, end_of_torchrun, finetune_args, loader_args, torchrun
 from PIL import EpsImagePlugin, Image
 
 import main_pretrain
@@ -341,9 +340,7 @@ def test_broken_images_of_two_processes_are_counted_together(broken_folder, tmp_
     output = torchrun("main_pretrain.py", *words, "--max_bad_samples", 10)
     report = output.partition("10 broken images:\n")[2]
     assert all(f"/class_1/{name}: " in report for name in PLACED.values())
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, REPOSITORY / "main_pretrain.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = run_forked([*command, *words, "--max_bad_samples", 9, "--output_dir", tmp_path], env=environment)
+    done = end_of_torchrun("main_pretrain.py", *words, "--max_bad_samples", 9, "--output_dir", tmp_path)
     assert done.returncode == 1
     assert "10 broken images:\n" in done.stderr
     assert "more than 9 of 34" in done.stderr

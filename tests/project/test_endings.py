@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from fork_server import run_forked
-from helpers import REPOSITORY, TINY_PRETRAIN
+from helpers import REPOSITORY, TINY_PRETRAIN, end_of_torchrun
 
 import main_pretrain
 from util import cli
@@ -121,11 +121,8 @@ def test_a_memory_limit(image_folder, tmp_path):
 
 def test_under_torchrun_one_process_speaks(image_folder, tmp_path):
     """Several processes find the same mistake; it is stated once, and they all end with status 2."""
-    torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
-    words = [*torchrun, REPOSITORY / "main_pretrain.py", *TINY_PRETRAIN, "--data_path", image_folder]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    more = ["--dec_depth", 4, "--batch_size", 4, "--output_dir", tmp_path]
-    done = run_forked([*words, *more], env=environment)
+    words = [*TINY_PRETRAIN, "--data_path", image_folder, "--output_dir", tmp_path]
+    done = end_of_torchrun("main_pretrain.py", *words, "--dec_depth", 4, "--batch_size", 4)
     assert done.returncode != 0
     assert done.stderr.count("main_pretrain.py: error: depth 4 is too small") == 1
     assert re.search(r"exitcode\s*: 2 ", done.stderr)
