@@ -22,7 +22,7 @@ from mamba import ORDERS
 from objectives import OBJECTIVES
 from ops import BackendUnavailable
 from util import arguments, cli
-from util.data.readers import open_source
+from util.data.sources.readers import open_source
 from util.distributed.parallel import distribute, unsharded
 from util.distributed.processes import init_device, is_main
 from util.errors import as_user_error

@@ -21,7 +21,7 @@ from Evaluation.tables import result_file, table, with_interval, write_result
 from util import arguments, cli, hardware
 from util.checkpoints.hub import beside, locate
 from util.data.class_names import match_classes
-from util.data.readers import open_source
+from util.data.sources.readers import open_source
 from util.distributed.processes import init_device, world_size
 from util.errors import UserError
 from util.files import printable

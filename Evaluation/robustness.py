@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 from Evaluation.tables import accuracy, result_file, table, with_interval, write_result
 from util import arguments, cli, hardware
 from util.checkpoints.hub import locate
-from util.data.readers import Folder
+from util.data.sources.folders import Folder
 from util.distributed.processes import init_device
 from util.errors import UserError, as_user_error
 from util.files import printable, some

@@ -35,7 +35,7 @@ from ops import BackendUnavailable
 from util import arguments, cli
 from util.checkpoints import checkpoint_file
 from util.data.class_names import differing, known_names, match_classes, names_by_output
-from util.data.readers import Source, open_source
+from util.data.sources.readers import Source, open_source
 from util.distributed.parallel import distribute
 from util.distributed.processes import init_device
 from util.errors import UserError, as_user_error

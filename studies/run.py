@@ -28,7 +28,7 @@ from studies.shards import write_subset
 from studies.steps import SCRIPTS, Machine, Step, acquire, run_steps
 from studies.study import SEEDS, Arm, Budget, Study, flags, load, names, only
 from util import arguments, cli, hardware
-from util.data.readers import open_source
+from util.data.sources.readers import open_source
 from util.errors import UserError, as_user_error
 from util.files import json_with, output_file, save_figure, write_json, write_text
 from util.launch import ROOT

@@ -9,8 +9,8 @@ import numpy as np
 
 from tools.pack_images import add_image
 from util.data.decode import SUFFIXES
-from util.data.readers import Source, open_source
-from util.data.tar_shards import TarShards
+from util.data.sources.readers import Source, open_source
+from util.data.sources.tar_shards import TarShards
 from util.errors import UserError
 from util.files import replacing
 

@@ -9,7 +9,8 @@ from helpers import TINY_PRETRAIN, encoded, finetune_args
 from PIL import Image
 
 from tools import pack_images
-from util.data import datasets, decode, readers, transforms
+from util.data import datasets, decode, transforms
+from util.data.sources import readers
 
 
 def write_shard(path, members):

@@ -33,8 +33,9 @@ from util import arguments, cli, hardware
 from util.data import decode
 from util.data.decode import BrokenImage
 from util.data.device_loader import allowed_broken, list_broken, too_many_broken
-from util.data.readers import Folder, Source
-from util.data.tar_shards import TarShards
+from util.data.sources.folders import Folder
+from util.data.sources.readers import Source
+from util.data.sources.tar_shards import TarShards
 from util.errors import RunError, UserError, as_user_error
 from util.files import printable, read_json, replacing, write_json
 from util.lock import lock_folder

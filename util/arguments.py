@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from util.data.readers import READERS
+from util.data.sources.readers import READERS
 from util.distributed.processes import world_size
 from util.errors import UserError, as_user_error
 from util.hardware import available_cores
@@ -84,7 +84,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("data").add_argument
     add("--data_path", type=nonempty, required=True,
-        help="; ".join(["folder with train/ and val/, one folder per class", *(text for _, text in READERS.values())]))
+        help="; ".join(text for _, text in READERS.values()))
     add("--loader", choices=("fast", "pil"), default="fast",
         help="fast: decode training images with libjpeg-turbo and augment them on the training device; pil: do both in "
         "Pillow as the released code does")

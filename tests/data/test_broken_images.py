@@ -19,7 +19,8 @@ from PIL import EpsImagePlugin, Image
 import main_pretrain
 from Finetuning import main_finetune
 from tools import pack_images
-from util.data import datasets, decode, loaders, readers, transforms
+from util.data import datasets, decode, loaders, transforms
+from util.data.sources import folders, readers
 from util.errors import RunError
 
 CPU = torch.device("cpu")
@@ -201,7 +202,7 @@ def test_a_bug_in_a_transform_is_not_a_broken_image(jpeg_folder, error):
     def transform(image):
         raise error
 
-    dataset = datasets.ImageDataset(readers.Folder(str(jpeg_folder), "train"), transforms.PillowTransform(transform))
+    dataset = datasets.ImageDataset(folders.Folder(str(jpeg_folder), "train"), transforms.PillowTransform(transform))
     with pytest.raises(type(error), match="a bug"):
         dataset[0]
 
@@ -236,7 +237,7 @@ def as_source(kind, folder, tmp_path):
         hub = pytest.importorskip("datasets")
         splits = {}
         for split in ("train", "val"):
-            source = readers.Folder(str(folder), split)
+            source = folders.Folder(str(folder), split)
             images = [{"bytes": source.read(i), "path": None} for i in range(len(source.labels))]
             features = hub.Features({"image": hub.Image(), "label": hub.ClassLabel(names=source.classes)})
             rows = {"image": images, "label": source.labels}

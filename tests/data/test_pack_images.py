@@ -24,7 +24,7 @@ from PIL import Image
 from benchmarks import bench_data
 from tools import pack_images
 from util import cli
-from util.data import readers
+from util.data.sources import folders, readers
 from util.errors import RunError, UserError
 from util.files import printable
 from util.lock import lock_folder
@@ -152,7 +152,7 @@ def test_packing_again_after_an_image_was_repaired(jpeg_folder, tmp_path, capsys
 @pytest.mark.parametrize("more", [[], ["--short_side", 64]])
 def test_an_unreadable_file_ends_packing(jpeg_folder, tmp_path, monkeypatch, number, more):
     """It may be readable later, so it is not left out, and the same command resumes."""
-    read = readers.Folder.read
+    read = folders.Folder.read
 
     def failing(source, index):
         if index == 5:
@@ -161,7 +161,7 @@ def test_an_unreadable_file_ends_packing(jpeg_folder, tmp_path, monkeypatch, num
 
     words = [jpeg_folder, tmp_path / "shards", "--shard_images", 5, "--max_bad_samples", 9, *more]
     with monkeypatch.context() as patch:
-        patch.setattr(readers.Folder, "read", failing)
+        patch.setattr(folders.Folder, "read", failing)
         with pytest.raises(RunError, match=rf"class_0/5\.jpg: {os.strerror(number)}.*the same command resumes"):
             run_pack(*words)
     run_pack(*words)

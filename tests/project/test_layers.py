@@ -10,12 +10,13 @@ import pytest
 from helpers import REPOSITORY
 
 # From the top to the bottom: folders and files, without suffixes. A file imports from its own floor or from those below
-# it; files that are imported by name, as models_arm.OBJECTIVES and util.data.readers.READERS do, are not seen here.
+# it; files that are imported by name, as models_arm.OBJECTIVES and READERS of util/data/sources do, are not seen here.
 FLOORS = """
     tests
     benchmarks demo studies
-    tools Evaluation
+    tools
     main_pretrain Finetuning
+    Evaluation
     engine_pretrain pretrained kernels
     models_mae
     models_arm

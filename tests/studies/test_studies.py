@@ -20,7 +20,7 @@ from studies.budgets import BUDGETS
 from studies.steps import Machine, Step
 from studies.study import flags, load, names, only
 from util.data.decode import with_pillow
-from util.data.readers import open_source
+from util.data.sources.readers import open_source
 from util.errors import INTERRUPTED, UserError
 
 ONE = Machine(processes=1, jobs=1)

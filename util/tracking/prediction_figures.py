@@ -10,7 +10,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from util.data.decode import BrokenImage, with_pillow
-from util.data.readers import open_source
+from util.data.sources.readers import open_source
 from util.data.transforms import eval_transform
 from util.errors import UserError
 

@@ -17,7 +17,7 @@ from util.checkpoints import convert, inspection
 from util.checkpoints.checkpoint_file import read, weight_keys
 from util.checkpoints.checkpoint_folder import CheckpointFolder
 from util.data.class_names import differing
-from util.data.readers import Source
+from util.data.sources.readers import Source
 from util.distributed.parallel import join_gather, local_share
 from util.distributed.processes import barrier, gather, is_main, on_main, world_size
 from util.distributed.signals import StopRequest

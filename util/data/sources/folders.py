@@ -1,139 +1,22 @@
-"""Read encoded images and their labels from a folder; find the reader of `--data_path`.
+"""Read encoded images and their labels from a folder."""
 
-A source returns any image by its index, so shuffling, sharding and resuming are left to the sampler: epochs hold each
-image exactly once, and samples do not depend on the number of processes and workers. Streaming readers (webdataset,
-timm's) read the same shards, but shuffle within a buffer and cannot start in the middle of an epoch.
-"""
-
-import errno
-import hashlib
 import logging
 import os
-import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Protocol
 
 import numpy as np
 
-from util.data.decode import MAX_PIXELS, SUFFIXES
+from util.data.decode import SUFFIXES
+from util.data.sources.readers import HIDDEN, count_left_out, hash_states, is_folder, read_at
 from util.errors import UserError, as_user_error
 from util.files import open_regular, printable
 
 LOGGER = logging.getLogger(__name__)
-MAX_CLASSES = 10**6  # far more than any dataset has; a larger label is an id
-THREADS = 16  # for the states of files
-MAX_IMAGE = 6 * MAX_PIXELS  # bytes of an image file: 3 x 16 bits for each pixel of the largest image
-
-# {prefix of --data_path: (class of the reader, imported when it is used; text for the help)}. Without one of these
-# prefixes, `Folder` reads. A new reader is a file with a class `Reader(path, split)` that has the members of `Source`,
-# and a line here.
-READERS = {
-    "wds": ("util.data.tar_shards.TarShards", "wds:FOLDER of tar shards"),
-    "hfds": (
-        "util.data.hub_dataset.HubDataset",
-        "hfds:NAME, hfds:NAME@REVISION/FOLDER or hfds:FOLDER of a dataset of Hugging Face",
-    ),
-}
-
-
-class Source(Protocol):
-    """Encoded images with labels: the members of every reader.
-
-    Attributes:
-        root: name of the source in messages.
-        classes: name of each label's class, or "" if the source does not name it.
-        labels: (n,) int64.
-    """
-
-    root: str
-    classes: list[str]
-    labels: np.ndarray
-
-    def read(self, index: int) -> bytes:
-        """Return the content of an image file; raise OSError if it cannot be read."""
-
-    def name(self, index: int) -> str:
-        """Return a printable name of the image for messages; never raise."""
-
-    def state(self) -> str:
-        """Return a hash that changes when the content of an image may have changed."""
-
-
-def open_source(data_path: str, split: str) -> Source:
-    """Open the images of `--data_path`; one warning counts the files that are left out.
-
-    Args:
-        data_path: a folder with train/ and val/, each with one folder of images per class; wds:FOLDER with tar shards
-            in FOLDER/train and FOLDER/val, or with the word train or val in their names; hfds:NAME of a dataset on the
-            Hugging Face hub (see `HubDataset`) or of a folder that `datasets` can load.
-        split: "train" or "val".
-
-    Raises:
-        UserError: the data is missing or has another layout.
-    """
-    kind, colon, path = data_path.partition(":")
-    if not colon or kind not in READERS:
-        return Folder(data_path, split)
-    if not path:
-        raise UserError(f"--data_path {data_path}: nothing follows the colon")
-    module, _, reader = READERS[kind][0].rpartition(".")
-    return getattr(import_module(module), reader)(path, split)
-
-
-def read_at(file: BinaryIO, offset: int, size: int, path: str | os.PathLike) -> bytes:
-    """Read `size` bytes from `offset`: an image file, or one inside a shard; raise OSError."""
-    if size > MAX_IMAGE:
-        raise OSError(errno.EFBIG, f"an image of {size} bytes is larger than {MAX_IMAGE} bytes", path)
-    data = os.pread(file.fileno(), size, offset)
-    if len(data) < size:
-        raise OSError(errno.EIO, f"{len(data)} of {size} bytes from byte {offset} are left", path)
-    return data
-
-
-def is_folder(path: str | os.PathLike) -> bool:
-    """Return whether a path is a folder; raise OSError if that cannot be determined, as without permission."""
-    try:
-        return stat.S_ISDIR(os.stat(path).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-
-
-def hash_states(paths: Sequence[bytes]) -> str:
-    """Hash the path, size and modification time of every file.
-
-    A million files take some seconds on a local disk. Threads hide the latency of network file systems.
-    """
-
-    def share(indices: np.ndarray) -> bytes:
-        digest = hashlib.sha256()
-        for path in map(paths.__getitem__, indices):
-            try:
-                status = os.stat(path)
-                digest.update(b"%b\0%d\0%d\0" % (path, status.st_size, status.st_mtime_ns))
-            except OSError:  # a broken image, which is reported when it is read
-                digest.update(b"%b\0\0\0" % path)
-        return digest.digest()
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        shares = np.array_split(np.arange(len(paths)), THREADS)
-        return hashlib.sha256(b"".join(pool.map(share, shares))).hexdigest()
-
-
-def count_left_out(found: dict[str, list[str]]) -> str:
-    """Return one line that counts the names left out for each reason, or "" if there are none."""
-    line = "{} {} and are left out; the first: {}"
-    return "; ".join(line.format(len(names), reason, printable(names[0])) for reason, names in found.items() if names)
-
-
-# ---- folders
 
 LOOSE = "files lie beside the class folders"
 UNKNOWN = "files have no suffix of an image format that can be read"
-HIDDEN = "images or folders are hidden"
 LOOPS = "links lead to folders that contain them"
 
 

@@ -18,7 +18,8 @@ from torchvision.datasets import ImageFolder
 
 import main_pretrain
 from Finetuning import main_finetune
-from util.data import datasets, decode, loaders, readers, tar_shards, transforms
+from util.data import datasets, decode, loaders, transforms
+from util.data.sources import folders, readers, tar_shards
 from util.errors import UserError
 
 CPU = torch.device("cpu")
@@ -230,7 +231,7 @@ def test_names_that_are_not_utf8(tmp_path, run_script, capsys):
         image = encoded(Image.new("RGB", (20, 20)))
         put(tmp_path / split, b"caf\xe9/0\xff.jpg", b"caf\xe9/1.jpg", b"line\nfeed/2.jpg", "é/3.jpg", content=image)
     classes = [r"caf\xe9", r"line\nfeed", "é"]
-    folder = readers.Folder(str(tmp_path), "train")
+    folder = folders.Folder(str(tmp_path), "train")
     assert (folder.classes, folder.labels.tolist(), folder.read(0)) == (classes, [0, 0, 1, 2], image)
     assert folder.name(0) == rf"{tmp_path}/train/caf\xe9/0\xff.jpg"
     assert os.fsencode(folder.path(0)) == os.fsencode(tmp_path) + b"/train/caf\xe9/0\xff.jpg"
@@ -248,7 +249,7 @@ def test_names_that_are_not_utf8(tmp_path, run_script, capsys):
     assert len(read_log(tmp_path / "out")) == 1
     put(tmp_path / "train", r"caf\xe9/0.jpg")
     with pytest.raises(UserError, match=r"train: 2 class folders would be called caf\\xe9: rename one"):
-        readers.Folder(str(tmp_path), "train")
+        folders.Folder(str(tmp_path), "train")
 
 
 def test_unreadable_folders(tmp_path, monkeypatch):
@@ -272,7 +273,7 @@ def test_unreadable_folders(tmp_path, monkeypatch):
         tar_shards.os, "scandir", lambda path: denied(path) if str(path).endswith("deep") else scan(path)
     )
     with pytest.raises(UserError, match=r"^--data_path .*: \[Errno 13\] Permission denied: '.*/train/a/deep'"):
-        readers.Folder(str(tmp_path), "train")
+        folders.Folder(str(tmp_path), "train")
 
 
 def test_files_that_are_not_regular(tmp_path):
@@ -280,7 +281,7 @@ def test_files_that_are_not_regular(tmp_path):
     put(tmp_path / "train", "a/1.jpg")
     os.mkfifo(tmp_path / "train" / "a" / "0.jpg")
     (tmp_path / "train" / "a" / "2.jpg").symlink_to("/dev/zero")
-    folder = readers.Folder(str(tmp_path), "train")
+    folder = folders.Folder(str(tmp_path), "train")
     for index in (0, 2):
         assert broken(folder, index).startswith(f"{folder.name(index)}: it is no regular file")
     os.mkfifo(tmp_path / "train-0.tar")
@@ -306,7 +307,7 @@ def test_a_folder_has_the_order_of_torchvision(tmp_path):
     (tmp_path / "train" / "a" / "image.png").symlink_to(tmp_path / "elsewhere" / "0.png")
     (tmp_path / "train" / "a" / "nowhere.png").symlink_to(tmp_path / "none")
     (tmp_path / "train" / "a" / "itself.png").symlink_to("itself.png")
-    want, got = ImageFolder(str(tmp_path / "train")), readers.Folder(str(tmp_path), "train")
+    want, got = ImageFolder(str(tmp_path / "train")), folders.Folder(str(tmp_path), "train")
     assert len(want.samples) == 20
     assert [(got.path(index), label) for index, label in enumerate(got.labels.tolist())] == want.samples
     assert [got.name(index) for index in range(20)] == [path for path, _ in want.samples]
@@ -337,7 +338,7 @@ def test_a_link_to_a_folder_that_contains_it_is_counted(tmp_path, caplog, link):
     """The link is not followed, so every image counts once."""
     put(tmp_path / "train", "a/0.jpg", "a/deep/0.jpg", "b/0.jpg")
     (tmp_path / "train" / link).symlink_to(LOOPS[link])
-    assert readers.Folder(str(tmp_path), "train").labels.tolist() == [0, 0, 1]
+    assert folders.Folder(str(tmp_path), "train").labels.tolist() == [0, 0, 1]
     (line,) = caplog.messages
     assert line.endswith(f"1 links lead to folders that contain them and are left out; the first: {link}")
 
@@ -346,7 +347,7 @@ def test_a_class_that_links_to_the_data_folder_is_refused(tmp_path):
     put(tmp_path / "train", "a/0.jpg")
     (tmp_path / "train" / "loop").symlink_to(".")
     with pytest.raises(UserError, match=r"no image in 1 of 2 class folders: loop \(1 links lead to folders that"):
-        readers.Folder(str(tmp_path), "train")
+        folders.Folder(str(tmp_path), "train")
 
 
 TWICE = {"a/twice": "deep", "a/via": "../../outside"}  # outside links back to a/
@@ -360,7 +361,7 @@ def test_a_link_that_repeats_images_is_refused(tmp_path, link):
     (tmp_path / "train" / link).symlink_to(TWICE[link])
     shown = "a/via/back" if link == "a/via" else "a/(twice|deep)"
     with pytest.raises(UserError, match=f"^{tmp_path}/train/{shown} leads to /.*: its images would count twice"):
-        readers.Folder(str(tmp_path), "train")
+        folders.Folder(str(tmp_path), "train")
 
 
 def test_exponentially_many_links_are_refused(tmp_path):
@@ -373,4 +374,4 @@ def test_exponentially_many_links_are_refused(tmp_path):
     (tmp_path / "40").mkdir()
     (tmp_path / "train" / "a" / "0").symlink_to(tmp_path / "0")
     with pytest.raises(UserError, match="its images would count twice"):
-        readers.Folder(str(tmp_path), "train")
+        folders.Folder(str(tmp_path), "train")

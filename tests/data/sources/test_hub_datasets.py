@@ -13,7 +13,8 @@ from helpers import REPOSITORY
 from hub_server import Server
 from PIL import Image
 
-from util.data import decode, readers
+from util.data import decode
+from util.data.sources import readers
 from util.errors import UserError
 
 COMMIT = "3" * 40
@@ -146,7 +147,7 @@ def test_mistakes_of_hub_datasets(tmp_path):
 
 OPEN = """
 import sys
-from util.data import readers
+from util.data.sources import readers
 from util.errors import UserError
 for path in sys.argv[1:]:
     try:

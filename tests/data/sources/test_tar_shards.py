@@ -15,7 +15,8 @@ from helpers import TINY_FINETUNE, encoded, read_log
 from PIL import Image
 
 from Finetuning import main_finetune
-from util.data import datasets, readers, tar_shards
+from util.data import datasets
+from util.data.sources import readers, tar_shards
 from util.errors import UserError
 
 

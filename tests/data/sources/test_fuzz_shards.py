@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from util.data import readers, tar_shards
+from util.data.sources import readers, tar_shards
 from util.errors import UserError
 
 BLOCK = tarfile.BLOCKSIZE
