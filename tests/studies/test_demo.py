@@ -1,6 +1,7 @@
 """Parts of the demo; `make demo` runs all of it."""
 
 import argparse
+import csv
 import json
 import re
 import sys
@@ -14,7 +15,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import main_pretrain
-from demo import demo
+from demo import demo, photographs
 from demo.digits import unpack_digits
 from demo.pictures import draw_curves, draw_predictions
 from util import cli
@@ -22,7 +23,7 @@ from util.checkpoints import checkpoint_file
 from util.errors import RunError
 
 
-@pytest.mark.parametrize("name", ["demo.py", "compare_loaders.py"])
+@pytest.mark.parametrize("name", ["demo.py", "compare_loaders.py", "photographs.py"])
 def test_it_starts_as_a_script(name):
     """Python searches the script's own folder, too, whose demo.py must not hide the package."""
     assert run_forked([REPOSITORY / "demo" / name, "--help"]).returncode == 0
@@ -114,3 +115,50 @@ def test_the_whole_demo(monkeypatch, tmp_path, capsys):
     assert float(evaluated) == top1["finetuned with 50 labels a class"]["pretrained"]
     for name in ("curves.png", "predictions.png", "table.md"):
         assert (tmp_path / "out" / name).stat().st_size > 100
+
+
+def as_package(folder, name, images, boxes=()):
+    """Write a package that holds images, by path and size, and the boxes of the two aerial photographs."""
+    for path, (width, height) in images.items():
+        (folder / name / path).parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / name / path)
+    for path, corners in boxes:
+        fields = "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True))
+        (folder / name / path).write_text(f"<annotation><object><bndbox>{fields}</bndbox></object></annotation>")
+
+
+def test_tiles_of_photographs(tmp_path, monkeypatch, run_script, capsys):
+    """Two thirds of the first aerial photograph are to train on, and labels follow from the boxes."""
+    first, second = (f"data/{name}" for name in photographs.AERIAL)
+    others = {package: dict.fromkeys(names, (64, 64)) for package, names in photographs.OTHERS.items()}
+    aerial = {f"{first}.png": (130, 200), f"{second}.png": (64, 70)}
+    boxes = [(f"{first}.xml", (-3, 0, 64, 30)), (f"{second}.xml", (0, 0, 64, 6))]
+    as_package(tmp_path, "skimage", others["skimage"])
+    as_package(tmp_path, "deepforest", others["deepforest"] | aerial, boxes)
+    monkeypatch.syspath_prepend(tmp_path)
+    for package in ("deepforest", "skimage"):
+        monkeypatch.delitem(sys.modules, package, raising=False)
+    run_script(photographs, tmp_path / "own")
+    flat, held_out = ([*(tmp_path / "own" / kind).iterdir()] for kind in ("tiles", "held_out"))
+    assert f"{len(flat)} tiles without labels, {len(held_out)} held out" in capsys.readouterr().out
+    assert len(flat) == 11 + 2 * 10 * 6 + 4  # scikit-learn's are real, of 640 x 427 pixels
+    with (tmp_path / "own" / "cover.csv").open(encoding="utf-8", newline="") as file:
+        rows = {row["path"]: (row["label"], row["split"]) for row in csv.DictReader(file)}
+    name = photographs.AERIAL[0]
+    assert rows[f"tiles/{name}_00_00.png"] == ("forest", "train")
+    assert rows[f"tiles/{name}_00_01.png"] == ("open", "train")
+    assert rows[f"held_out/{name}_02_01.png"] == ("open", "val")
+    assert rows[f"held_out/{photographs.AERIAL[1]}_00_00.png"] == ("scattered", "val")
+    assert len(rows) == 7
+    assert all((tmp_path / "own" / path).is_file() for path in rows)
+
+
+def test_photographs_that_are_missing(tmp_path, monkeypatch, run_script, capsys):
+    """A package of the same name without its photographs; nothing is written then."""
+    as_package(tmp_path, "deepforest", {"data/other.png": (8, 8)})
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit, match=r"^2$"):
+        run_script(photographs, tmp_path / "own")
+    assert "deepforest with data/SOAP_031.png is not installed" in capsys.readouterr().err
+    assert not (tmp_path / "own").exists()
