@@ -34,7 +34,7 @@ from Finetuning.engine_finetune import train_one_epoch
 from ops import BackendUnavailable
 from util import arguments, cli
 from util.checkpoints import checkpoint_file
-from util.data.class_names import differing, known_names, match_classes, names_by_output
+from util.data.class_names import differing, match_classes, names_by_output
 from util.data.sources.readers import Source, open_source
 from util.distributed.parallel import distribute
 from util.distributed.processes import init_device
@@ -211,6 +211,8 @@ def main(args: argparse.Namespace) -> None:
     found = None if content is None else Checkpoint(args.resume or args.finetune, content, args.model_key)
     model, val = prepare(args, found, source, device)
     if args.eval and found is not None:
+        from Evaluation.report import evaluate_checkpoint
+
         evaluate_checkpoint(args, found, model, val, device, log)
     else:
         finetune(args, found, model, val, device, log)
@@ -237,38 +239,6 @@ def prepare(
     augments = not args.eval and args.loader != "pil" and (args.aa or "").startswith("rand")
     kernels.choose(args, device, model.embed_dim, {} if augments else idle)
     return model, val
-
-
-def evaluate_checkpoint(
-    args: argparse.Namespace, found: Checkpoint, model: ARMClassifier, val: ImageDataset, device: torch.device, log: Log
-) -> None:
-    """Print the accuracy of a checkpoint's weights and of their EMA, or of `args.model_key` alone.
-
-    Raises:
-        UserError: the checkpoint does not fit the model, or val has classes that it does not know.
-    """
-    from pretrained import Checkpoint
-    from util.data.loaders import eval_loader
-
-    keys = [args.model_key] if args.model_key else checkpoint_file.weight_keys(found.content)
-    loader = eval_loader(val, args, device)
-    model.to(device)
-    if args.compile:
-        model.compile()
-    source = val.source
-    names, assumed = known_names(found.class_names, args.nb_classes, source, found.name)
-    for line in [assumed] * bool(assumed) + match_classes(source, names, found.name):
-        log.say(line)
-    pooling = "mean of the patches" if args.global_pool else "class token"
-    classes, size = len(set(source.labels.tolist())), " x ".join(map(str, arguments.image_size(args)))
-    log.say(
-        f"{len(val)} images of {classes} classes, resized to {size} ({args.eval_resize}); {args.nb_classes} outputs, "
-        f"{args.directions} directions, {pooling}"
-    )
-    for key in keys or [None]:  # a bare state dict
-        Checkpoint(found.name, found.content, key).load_into(model)
-        result = evaluate(model, loader, device, log)
-        log.say(f"{key or 'weights'}: {describe_result(result)}")
 
 
 def finetune(
