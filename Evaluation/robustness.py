@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from Evaluation.tables import accuracy, result_file, table, with_interval, write_result
+from Evaluation.tables import UNANSWERED, accuracy, result_file, table, with_interval, write_result
 from util import arguments, cli, hardware
 from util.checkpoints.hub import locate
 from util.data.sources.folders import Folder
@@ -54,7 +54,6 @@ ALEXNET = {
 }  # fmt: skip
 SEVERITIES = range(1, 6)
 Score = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # see util.training.evaluation.evaluate
-UNANSWERED = {"broken": "broken", "nonfinite": "with logits that are not finite"}  # images that count as wrong
 SETS = ("imagenet", "imagenet-a", "imagenet-r", "sketch", "v2", "c", "real")
 
 

@@ -2,12 +2,16 @@
 
 import argparse
 import math
+import re
 from pathlib import Path
 
 from util.checkpoints.hub import beside
 from util.distributed.processes import on_main
 from util.errors import RunError, as_user_error
 from util.files import json_with, output_file, printable, write_json
+
+UNANSWERED = {"broken": "broken", "nonfinite": "with logits that are not finite"}  # images that count as wrong
+INTERVALS = {"acc1": "interval", "acc5": "interval5"}  # of which accuracy; see `wilson`
 
 
 def wilson(correct: float, images: int) -> tuple[float, float]:
@@ -24,15 +28,27 @@ def accuracy(correct: float, correct5: float, images: int) -> dict:
     return {"acc1": 100 * correct / images, "acc5": 100 * correct5 / images, "interval": interval, "images": images}
 
 
-def with_interval(row: dict) -> str:
-    """Return top-1 and its interval as a cell of a table."""
-    return f"{row['acc1']:.2f} % ({row['interval'][0]:.2f} to {row['interval'][1]:.2f})"
+def with_interval(row: dict, name: str = "acc1", digits: int = 2) -> str:
+    """Return an accuracy and its interval as a cell of a table."""
+    low, high = row[INTERVALS[name]]
+    return f"{row[name]:.{digits}f} % ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def escaped(text: str) -> str:
+    """Return a text of one line with the characters escaped that Markdown would interpret, in a table too."""
+    return re.sub(r"([\\`*_\[\]<>|~&$#])", r"\\\1", text)
 
 
 def table(*rows: list) -> str:
     """Return rows as a table in Markdown; the first one is its head."""
     head, *body = [f"| {' | '.join(map(str, row))} |" for row in rows]
     return "\n".join([head, f"|{' --- |' * len(rows[0])}", *body])
+
+
+def beside_checkpoint(checkpoint: str, suffix: str) -> Path:
+    """Return the path of a result: that of the checkpoint with another suffix; raise UserError if it names no file."""
+    with as_user_error(ValueError, prefix=f"{checkpoint} names no file: "):
+        return beside(checkpoint).with_suffix(suffix)
 
 
 def result_file(args: argparse.Namespace, suffix: str, results: type) -> Path:
@@ -43,8 +59,7 @@ def result_file(args: argparse.Namespace, suffix: str, results: type) -> Path:
     Raises:
         UserError: the file cannot be written, or one of another kind is there.
     """
-    with as_user_error(ValueError, prefix=f"{args.checkpoint} names no file: "):
-        default = beside(args.checkpoint).with_suffix(suffix)
+    default = beside_checkpoint(args.checkpoint, suffix)
     path = default if args.output is None else Path(args.output)
     ours = json_with(checkpoint=str, weights=str, results=results, args=dict)
     return on_main(lambda: output_file(path, ours, beside(args.checkpoint)))

@@ -9,7 +9,7 @@ The paper reports 83.2 % top-1 on ImageNet-1k for this run.
 
     python main_finetune.py --eval --resume ./out_finetune_b/checkpoint-best.pth --data_path /path/to/ImageNet
 
-prints top-1, top-5, loss and the number of images, for the weights and for their EMA.
+prints top-1, top-5, loss and the number of images, for the weights and for their EMA, and writes a report.
 
 Writes checkpoint-last.pth after every epoch, checkpoint-{epoch}.pth every --save_freq epochs and after the last,
 checkpoint-best.pth and checkpoint-best-ema.pth whenever the top-1 accuracy of the weights or of their EMA rises,
@@ -117,6 +117,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval", action="store_true", help="only evaluate --resume (or --finetune)")
     add("--dist_eval", action="store_true", help="each process evaluates a share; the result is the same")
+    add("--output", type=arguments.nonempty, metavar="DIR", help="report of --eval (default: CKPT.eval next to CKPT)")
     arguments.add_eval_arguments(parser)
     parser.set_defaults(epochs=100, recipe_epochs=100, warmup_epochs=5, blr=5e-4, min_lr=1e-6, scale=[0.08, 1.0])
     return parser
@@ -192,6 +193,8 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--ignore_keys is for --finetune and --eval: --resume continues a run of this code")
     if args.eval and not (args.resume or args.finetune):
         raise UserError("--eval needs a checkpoint: --resume FILE")
+    if args.output and not args.eval:
+        raise UserError("--output is the folder for the report of --eval; that of a run is --output_dir")
     device = init_device(args.device, args.dist_timeout, args.deterministic)
     seed_everything(args.seed)
     content: dict | None

@@ -32,7 +32,7 @@ FINETUNE = (
     finetune model_key ignore_keys nb_classes global_pool cls_token directions drop_path layer_decay ema_decay
     color_jitter aa smoothing reprob remode recount
     mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode
-    eval dist_eval eval_resize eval_loader eval_bad
+    eval dist_eval output eval_resize eval_loader eval_bad
 """
 )
 EXAMINE = """

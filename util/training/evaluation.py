@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,6 +24,50 @@ def score_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Compare logits with one label per image, and sum the cross-entropies; see `evaluate`."""
     hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
     return hits, F.cross_entropy(logits, labels, reduction="sum", ignore_index=-1)
+
+
+class Answers:
+    """The answer to every image, for numbers that sums over batches do not give; a `score` of `evaluate`.
+
+    It scores as `score_labels` does. Values stay on the device until `gathered`. Memory is 40 bytes an image, whatever
+    the number of classes.
+    """
+
+    COLUMNS = ("predicted", "correct5", "confidence", "nll", "brier")
+
+    def __init__(self) -> None:
+        self.batches: list[Tensor] = []
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        hits, loss = score_labels(logits, labels)
+        best = logits.topk(min(5, logits.shape[1])).indices[:, :1]  # the first of these, of equal logits too
+        own = labels.clamp(min=0)[:, None]
+        log_p = logits.double().log_softmax(dim=1)
+        p = log_p.exp()
+        nll = -log_p.gather(1, own)[:, 0]
+        brier = (p * p).sum(dim=1) - 2 * p.gather(1, own)[:, 0] + 1
+        columns = best[:, 0].double(), hits.any(dim=1).double(), p.gather(1, best)[:, 0], nll, brier
+        rows = torch.stack(columns, dim=1)  # (B, 5)
+        self.batches.append(torch.where(labels[:, None] >= 0, rows, -1.0))
+        return hits, loss
+
+    def gathered(self, distributed: bool) -> np.ndarray:
+        """Return the answers in the order of the images, on every process the same.
+
+        Args:
+            distributed: processes had shares of the images, as `ShareSampler` divides them.
+
+        Returns:
+            (images, 5) float64: predicted class, whether the label is among the five best, probability of the predicted
+            class, minus the log of the label's probability, and Brier score. -1 for an image that is broken or has
+            logits that are not finite.
+        """
+        own = torch.cat(self.batches).cpu().numpy()
+        shares = gather(own) if distributed else [own]
+        answers = np.empty((sum(map(len, shares)), len(self.COLUMNS)))
+        for number, share in enumerate(shares):
+            answers[number :: len(shares)] = share
+        return answers
 
 
 @torch.no_grad()
