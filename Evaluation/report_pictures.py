@@ -28,6 +28,7 @@ def draw_confusions(row: dict, names: list[str]) -> "Figure":
         names: of the classes.
     """
     from matplotlib import colormaps
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
     chosen = chosen_classes(row)
@@ -49,7 +50,8 @@ def draw_confusions(row: dict, names: list[str]) -> "Figure":
     figure = Figure(figsize=(side + margin + 2.2, side * len(chosen) / len(used) + margin + 0.9), layout="constrained")
     axis = figure.add_subplot()
     colours = colormaps["Blues"].with_extremes(bad="0.85")
-    picture = axis.imshow(shares, cmap=colours, vmin=0, vmax=100, interpolation="nearest")
+    norm = PowerNorm(0.5, 0, 100)  # confusions of a few percent can be seen
+    picture = axis.imshow(shares, cmap=colours, norm=norm, interpolation="nearest")
     small = 8.5 if len(chosen) <= COUNTED else 7.5
     axis.set_xticks(range(len(used)), [*labels, *more], rotation=90, fontsize=small, parse_math=False)
     axis.set_yticks(range(len(chosen)), labels, fontsize=small, parse_math=False)
@@ -65,12 +67,12 @@ def draw_confusions(row: dict, names: list[str]) -> "Figure":
     if len(chosen) <= COUNTED:
         for (y, x), count in np.ndenumerate(counts):
             if count:
-                white = "white" if shares[y, x] > 55 else "black"
+                white = "white" if shares[y, x] > 30 else "black"
                 axis.text(x, y, str(count), ha="center", va="center", fontsize=8 if count < 1000 else 6, color=white)
     bar = figure.colorbar(picture, ax=axis, fraction=0.04, pad=0.02, aspect=25)
     bar.set_label("% of the class's images")
-    of = f"the {len(chosen)} of {len(names)} classes with the most frequent confusions" * (len(chosen) < len(names))
-    axis.set_title(of or "confusion matrix", fontsize=10)
+    title = f"{len(chosen)} of {len(names)} classes: the most confused" if len(chosen) < len(names) else "all classes"
+    axis.set_title(title + "; grey: without images" * (0 in images), fontsize=10)
     return figure
 
 
@@ -119,7 +121,7 @@ def draw_classes(row: dict, names: list[str]) -> "Figure":
         axis.hlines(places, low, high, color=BLUE, alpha=0.45, linewidth=3)
         axis.plot(accuracy, places, "o", color=BLUE, markersize=4.5)
         axis.axvline(mean, color=ORANGE, linestyle="--", linewidth=1.2)
-        axis.set_title(f"accuracy and 95 % interval; dashed: mean over classes, {mean:.1f} %", fontsize=10)
+        figure.suptitle(f"accuracy and 95 % interval; dashed: mean over classes, {mean:.1f} %", fontsize=10)
         labels = [f"{label_of(names, label)}  ({row['classes']['images'][label]})" for label in order]
         axis.set_yticks(places, labels, fontsize=8, parse_math=False)
         axis.set(xlabel="accuracy (%)", xlim=(-2, 102), ylim=(len(order) - 0.5, -0.5), ylabel="class (images)")
@@ -150,13 +152,12 @@ def draw_calibration(row: dict, _: list[str]) -> "Figure":
     upper.plot(confidence, accuracy, "o", color=BLUE, markersize=5, label="accuracy at mean confidence of the bin")
     upper.set(ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 102))
     upper.set_title(f"expected calibration error {row['ece']:.1f} %", fontsize=10)
-    upper.legend(fontsize=8, loc="upper left")
     bars = lower.bar(left, [own["images"] for own in bins], width, align="edge", color="0.7", edgecolor="0.4")
     lower.bar_label(bars, fontsize=7, padding=1, rotation=90 if answered > 999 else 0)
     lower.axvline(row["confidence"], color=ORANGE, linewidth=1.4, label=f"mean confidence, {row['confidence']:.1f} %")
     lower.set(xlabel="confidence: probability of the predicted class (%)", ylabel="images")
     lower.margins(y=0.45 if answered > 999 else 0.25)
-    lower.legend(fontsize=8, loc="upper left")
+    figure.legend(fontsize=8, loc="outside upper center", ncols=2)
     for axis in (upper, lower):
         axis.grid(alpha=0.3)
         axis.set_axisbelow(True)

@@ -1,12 +1,17 @@
-"""Evaluate a classifier of ImageNet on datasets that test its robustness.
+"""Evaluate a classifier on datasets that test its robustness.
 
     python Evaluation/robustness.py out_finetune_b/checkpoint-best.pth --data imagenet=/path/ImageNet/val \
         imagenet-a=/path/imagenet-a imagenet-r=/path/imagenet-r sketch=/path/sketch \
         v2=/path/imagenetv2-matched-frequency-format-val c=/path/imagenet-c real=/path/ImageNet/val
 
-prints a table and writes it as JSON beside the checkpoint. Each dataset is a folder as it is published: one folder a
-synset; for v2 folders 0 to 999; for c corruption/severity/synset; for real the validation images under their published
-names.
+prints a table and writes it as JSON beside the checkpoint. Each of these sets of ImageNet is a folder as it is
+published: one folder a synset; for v2 folders 0 to 999; for c corruption/severity/synset; for real the validation
+images under their published names.
+
+    python Evaluation/robustness.py out/checkpoint-best.pth --data clean=/path/val night=/path/night c=/path/corrupted
+
+takes any classifier with named classes. Each set is a folder of class folders with some of these names; for c
+corruption/severity/class.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from Evaluation.tables import UNANSWERED, accuracy, result_file, table, with_interval, write_result
+from Evaluation.tables import UNANSWERED, accuracy, escaped, result_file, table, with_interval, write_result
 from util import arguments, cli, hardware
 from util.checkpoints.hub import locate
 from util.data.sources.folders import Folder
@@ -54,7 +59,8 @@ ALEXNET = {
 }  # fmt: skip
 SEVERITIES = range(1, 6)
 Score = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # see util.training.evaluation.evaluate
-SETS = ("imagenet", "imagenet-a", "imagenet-r", "sketch", "v2", "c", "real")
+OF_IMAGENET = ("imagenet", "imagenet-a", "imagenet-r", "sketch", "v2", "real")
+CLEAN = ("clean", "imagenet")  # sets with which c is compared
 
 
 class Part(NamedTuple):
@@ -64,11 +70,14 @@ class Part(NamedTuple):
         source: images and labels.
         score: compares logits with labels.
         unlabelled: number of images that are left out because they have no label.
+        corruption: of c, and its `severity`.
     """
 
     source: Folder
-    score: Score
+    score: Score = score_labels
     unlabelled: int = 0
+    corruption: str = ""
+    severity: str = ""
 
 
 def timm_list(name: str) -> list:
@@ -80,9 +89,9 @@ def timm_list(name: str) -> list:
 def named_path(text: str) -> tuple[str, Path]:
     """Parse SET=FOLDER."""
     name, _, path = text.partition("=")
-    if not path or name not in SETS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not SET=FOLDER with one of {', '.join(SETS)}")
-    return name, Path(path)
+    if not path or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not SET=FOLDER")
+    return printable(name), Path(path)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -91,14 +100,20 @@ def get_args_parser() -> argparse.ArgumentParser:
     arguments.add_machine_arguments(parser)
     arguments.add_eval_arguments(parser)
     arguments.add_checkpoint_arguments(parser)
-    sets = f"any of {', '.join(SETS)}"
+    sets = f"of ImageNet {', '.join(OF_IMAGENET)}; any name for class folders of your own; c: corruption/severity/class"
     parser.add_argument("--data", type=named_path, nargs="+", required=True, metavar="SET=FOLDER", help=sets)
     parser.set_defaults(dist_eval=True)
     return parser
 
 
-def parts_of(name: str, path: Path) -> dict[str, Part]:
+def parts_of(name: str, path: Path, names: list[str], imagenet: bool) -> dict[str, Part]:
     """Return the parts of a set by title: one, or for c one a folder.
+
+    Args:
+        name: of the set.
+        path: its folder.
+        names: of the classifier's classes, by output.
+        imagenet: they are ImageNet's synsets, in their order.
 
     Raises:
         UserError: there is no such folder, or it does not have the layout of the set.
@@ -106,19 +121,48 @@ def parts_of(name: str, path: Path) -> dict[str, Part]:
     with as_user_error(OSError, prefix=f"--data {name}: "):
         if not path.is_dir():
             raise UserError(f"--data {name}={path}: no such folder")
-    synsets = timm_list("imagenet_synsets.txt")
-    if name == "c":
-        folders = {f"{c} {s}": path / c / str(s) for c in ALEXNET for s in SEVERITIES}
-        if missing := [str(folder) for folder in folders.values() if not folder.is_dir()]:
-            raise UserError(f"--data c={path}: {len(missing)} folders are missing: {', '.join(missing[:3])}")
-        return {title: Part(labelled(folder, synsets), score_labels) for title, folder in folders.items()}
+        if name == "c":
+            folders = published_folders(path) if imagenet else own_folders(path)
+            return {
+                f"{corruption} {severity}": Part(labelled(folder, names), corruption=corruption, severity=severity)
+                for (corruption, severity), folder in folders.items()
+            }
     if name in ("imagenet-a", "imagenet-r"):
         subset = timm_list(f"{name.replace('-', '_')}_synsets.txt")
-        columns = [synsets.index(synset) for synset in subset]
+        columns = [names.index(synset) for synset in subset]
         return {name: Part(labelled(path, subset), lambda logits, labels: score_labels(logits[:, columns], labels))}
     if name == "real":
         return {name: real_labelled(path, timm_list("imagenet_real_labels.json"))}
-    return {name: Part(labelled(path, [str(n) for n in range(1000)] if name == "v2" else synsets), score_labels)}
+    return {name: Part(labelled(path, [str(n) for n in range(1000)] if name == "v2" else names))}
+
+
+def published_folders(path: Path) -> dict[tuple[str, str], Path]:
+    """Return the folders of ImageNet-C by corruption and severity; raise UserError if any is missing."""
+    folders = {(c, str(s)): path / c / str(s) for c in ALEXNET for s in SEVERITIES}
+    if missing := [str(folder) for folder in folders.values() if not folder.is_dir()]:
+        raise UserError(f"--data c={path}: {len(missing)} folders are missing: {', '.join(missing[:3])}")
+    return folders
+
+
+def own_folders(path: Path) -> dict[tuple[str, str], Path]:
+    """Return the folders of one's own corruptions by corruption and severity, whatever there is.
+
+    Raises:
+        UserError: a corruption has no severity, or there is no corruption.
+    """
+    folders = {}
+    for corruption in [path, *folders_in(path)]:
+        if not folders_in(corruption):
+            raise UserError(f"--data c={path}: no folder is in {corruption}; the layout is corruption/severity/class")
+        if corruption != path:
+            folders |= {(printable(corruption.name), printable(s.name)): s for s in folders_in(corruption)}
+    return folders
+
+
+def folders_in(path: Path) -> list[Path]:
+    """Return the folders in a folder that are not hidden: numbers in their order, then names."""
+    found = [entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    return sorted(found, key=lambda p: (not p.name.isdecimal(), int(p.name) if p.name.isdecimal() else 0, p.name))
 
 
 def labelled(path: Path, names: list[str]) -> Folder:
@@ -177,21 +221,41 @@ def score_sets(classes: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor,
     return hits, -together[labels >= 0].sum()
 
 
-def result_of(name: str, results: dict[str, dict]) -> dict:
-    """Return the result of a set from the results of its parts; for c also `mce` in percent."""
-    if name != "c":
+def result_of(parts: dict[str, Part], results: dict[str, dict], imagenet: bool) -> dict:
+    """Return the result of a set from the results of its parts.
+
+    That of c has means over the corruptions of means over their severities, and each corruption's top-1 in percent
+    (`corruptions`); of ImageNet-C also `mce` in percent.
+    """
+    if not next(iter(parts.values())).corruption:
         (result,) = results.values()
         correct, correct5 = (result[key] * result["images"] / 100 for key in ("acc1", "acc5"))
         return result | accuracy(correct, correct5, result["images"])
     counts = {kind: sum(result.get(kind, 0) for result in results.values()) for kind in ("images", *UNANSWERED)}
-    acc1 = {c: [results[f"{c} {s}"]["acc1"] for s in SEVERITIES] for c in ALEXNET}
-    return {
-        "acc1": float(np.mean(list(acc1.values()))),
-        "acc5": float(np.mean([result["acc5"] for result in results.values()])),
-        **{kind: count for kind, count in counts.items() if count},
-        "mce": float(np.mean([100 * (100 - np.mean(acc1[c])) / ALEXNET[c] for c in ALEXNET])),
-        "parts": results,
-    }
+    means = {}
+    for key in ("acc1", "acc5"):
+        found: dict[str, list[float]] = {}
+        for title, part in parts.items():
+            found.setdefault(part.corruption, []).append(results[title][key])
+        means[key] = {corruption: float(np.mean(values)) for corruption, values in found.items()}
+    row = {key: float(np.mean(list(values.values()))) for key, values in means.items()}
+    row |= {kind: count for kind, count in counts.items() if count}
+    if imagenet:
+        row["mce"] = float(np.mean([100 * (100 - means["acc1"][c]) / ALEXNET[c] for c in ALEXNET]))
+    return {**row, "corruptions": means["acc1"], "parts": results}
+
+
+def corruption_table(parts: dict[str, Part], row: dict, clean: float | None) -> str:
+    """Return the table of c: top-1 for each corruption and severity, and percentage points below the clean set's."""
+    severities = list(dict.fromkeys(part.severity for part in parts.values()))
+    found = {(part.corruption, part.severity): row["parts"][title]["acc1"] for title, part in parts.items()}
+    lines = []
+    for corruption, mean in row["corruptions"].items():
+        below = [] if clean is None else [f"{round(clean - mean, 2) + 0.0:.2f}"]  # no -0.00
+        cells = [f"{found[corruption, s]:.2f} %" if (corruption, s) in found else "" for s in severities]
+        lines.append([escaped(corruption), f"{mean:.2f} %", *below, *cells])
+    head = ["corruption", "top-1", *["points below clean"] * (clean is not None)]
+    return table([*head, *(f"severity {escaped(s)}" for s in severities)], *lines)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -217,62 +281,95 @@ def main(args: argparse.Namespace) -> None:
     weights, synsets = hash_of(model), timm_list("imagenet_synsets.txt")
     if not isinstance(model, ARMClassifier):
         raise UserError(f"{args.checkpoint} comes from pretraining: a classifier is needed")
-    if model.head.out_features != len(synsets):
-        raise UserError(f"{args.checkpoint} has {model.head.out_features} outputs, not the {len(synsets)} of ImageNet")
-    if args.class_names:
-        sort_outputs(model, args.class_names, synsets, args.checkpoint)
-    else:
+    if not args.class_names and model.head.out_features == len(synsets):
         log.say(f"{args.checkpoint} does not name its classes: ImageNet's in the order of their synsets are assumed")
-    sets = {name: parts_of(name, path) for name, path in args.data}
+        args.class_names = synsets
+    imagenet = set(args.class_names) == set(synsets)
+    names = synsets if imagenet else args.class_names
+    check_sets(args, model.head.out_features, imagenet, synsets)
+    if imagenet:
+        sort_outputs(model, args.class_names, synsets)
+    sets = {name: parts_of(name, path, names, imagenet) for name, path in args.data}
     for name, path in args.data:
-        for line in left_out(name, path, sets[name]):
+        if imagenet and name not in (*OF_IMAGENET, *CLEAN, "c"):
+            log.say(f"{name}: no published set; its images are classified among all {len(names)} classes")
+        for line in left_out(name, path, sets[name], len(names), imagenet):
             log.say(f"{name}: {line}")
-    rows = {}
+    rows: dict[str, dict] = {}
     for name, parts in sets.items():
-        # images of c are stored cropped
-        transform = eval_transform(arguments.image_size(args), args.eval_resize, 1.0 if name == "c" else None)
+        # images of ImageNet-C are stored cropped
+        crop = 1.0 if name == "c" and imagenet else None
+        transform = eval_transform(arguments.image_size(args), args.eval_resize, crop)
         results = {}
         for title, part in parts.items():
             loader = eval_loader(ImageDataset(part.source, pixels_by(args.eval_loader, transform)), args, device)
             results[title] = evaluate(model, loader, device, log, title, score=part.score)
             results[title]["classes"] = len(part.source.classes)
-        rows[name] = result_of(name, results)
+        rows[name] = result_of(parts, results, imagenet)
     head = ["data", "top-1 (95 % over images)", "top-5", "images", "mCE"]
-    log.say(table(head, *([name, *cells(row)] for name, row in rows.items())))
+    log.say(table(head, *([escaped(name), *cells(row)] for name, row in rows.items())))
+    if "c" in rows:
+        clean = next((rows[name]["acc1"] for name in CLEAN if name in rows), None)
+        if clean is not None:
+            below = {corruption: clean - acc1 for corruption, acc1 in rows["c"]["corruptions"].items()}
+            rows["c"] |= {"below_clean": clean - rows["c"]["acc1"], "corruptions_below_clean": below}
+        log.say("\n" + corruption_table(sets["c"], rows["c"], clean))
     settings = vars(args) | {"data": {name: printable(path) for name, path in args.data}}
-    content = {"weights": weights, "class_names": synsets, "machine": hardware.describe(device), "results": rows}
+    content = {"weights": weights, "class_names": names, "machine": hardware.describe(device), "results": rows}
     write_result(output, settings, content)
 
 
-def sort_outputs(model: ARMClassifier, names: list[str], synsets: list[str], owner: str) -> None:
-    """Sort the outputs of a classifier, `names`, as the synsets; its head is changed in place.
+def check_sets(args: argparse.Namespace, outputs: int, imagenet: bool, synsets: list[str]) -> None:
+    """Raise UserError if the classifier does not have the classes that a set needs.
 
-    Raises:
-        UserError: the names are not the synsets; it says that `owner`, the checkpoint, has others.
+    Args:
+        args: of the script, with the classifier's `class_names`.
+        outputs: of the classifier.
+        imagenet: its classes are ImageNet's.
+        synsets: of ImageNet.
     """
-    if (other := sorted(set(names) ^ set(synsets))) or len(names) != len(synsets):
-        raise UserError(f"{owner} has other classes than ImageNet's synsets: {some(other)}")
+    if not args.class_names:
+        raise UserError(
+            f"{args.checkpoint} has {outputs} outputs, not the {len(synsets)} of ImageNet, and does not name them: "
+            "sets are matched by name"
+        )
+    of_imagenet = [name for name, _ in args.data if name in OF_IMAGENET]
+    if of_imagenet and not imagenet:
+        other = some(sorted(set(args.class_names) ^ set(synsets)))
+        raise UserError(
+            f"{args.checkpoint} has other classes than ImageNet's synsets: {other}; --data {of_imagenet[0]} is a set "
+            "of ImageNet: give a folder of your own another name"
+        )
+
+
+def sort_outputs(model: ARMClassifier, names: list[str], synsets: list[str]) -> None:
+    """Sort the outputs of a classifier, `names`, as the synsets; its head is changed in place."""
     order = [names.index(synset) for synset in synsets]
     for parameter in model.head.parameters():
         parameter.copy_(parameter[order])
 
 
-def left_out(name: str, path: Path, parts: dict[str, Part]) -> list[str]:
-    """Return lines that count what is not evaluated of a set: classes without images, other files and folders."""
+def left_out(name: str, path: Path, parts: dict[str, Part], outputs: int, imagenet: bool) -> list[str]:
+    """Return lines that count what is not evaluated of a set: classes without images, other files and folders.
+
+    `outputs` is the number of the classifier's classes. A set of one's own is classified among all of them.
+    """
     if name == "real":
         (part,) = parts.values()
         return [f"{part.unlabelled} images without a ReaL label are left out"] * bool(part.unlabelled)
-    classes, lines = 200 if name in ("imagenet-a", "imagenet-r") else 1000, []
+    classes, lines = 200 if name in ("imagenet-a", "imagenet-r") else outputs, []
     missing = [classes - len(set(part.source.labels.tolist())) for part in parts.values()]
     if any(missing):
         where = f" in {sum(map(bool, missing))} of {len(parts)} folders" if name == "c" else ""
         lines.append(f"up to {max(missing)} of its {classes} classes have no image{where}")
     if name == "c":
-        used = {c: set(map(str, SEVERITIES)) for c in ALEXNET}
-        other = [f"{p.parent.name}/{p.name}" for c in used for p in (path / c).iterdir() if p.name not in used[c]]
-        other += [p.name for p in path.iterdir() if p.name not in used]
+        used = {part.source.folder for part in parts.values()}
+        kept = {str(Path(folder).parent) for folder in used}
+        other = [p.name for p in path.iterdir() if str(p) not in kept]
+        other += [f"{p.parent.name}/{p.name}" for folder in kept for p in Path(folder).iterdir() if str(p) not in used]
         if other:
-            lines.append(f"{len(other)} files or folders are no part of mCE and left out: {some(sorted(other))}")
+            what = "are no part of mCE" if imagenet else "are no corruption or severity"
+            lines.append(f"{len(other)} files or folders {what} and left out: {some(sorted(other))}")
     return lines
 
 

@@ -240,13 +240,14 @@ def test_broken_images(world, tmp_path, run_script, capsys):
 def test_broken_images_of_corruptions():
     part = {"acc1": 50.0, "acc5": 75.0, "images": 8}
     parts = {f"{c} {s}": dict(part) for c in robustness.ALEXNET for s in robustness.SEVERITIES}
-    assert "broken" not in robustness.result_of("c", parts)
+    about = {title: robustness.Part(None, corruption=title[:-2], severity=title[-1]) for title in parts}
+    assert "broken" not in robustness.result_of(about, parts, True)
     parts["fog 3"]["broken"], parts["snow 1"]["broken"] = 2, 1
-    row = robustness.result_of("c", parts)
+    row = robustness.result_of(about, parts, True)
     assert row["broken"] == 3
     assert robustness.cells(row)[2] == "600, 3 of them broken"
     parts["fog 1"]["nonfinite"] = 4
-    row = robustness.result_of("c", parts)
+    row = robustness.result_of(about, parts, True)
     assert row["nonfinite"] == 4
     assert robustness.cells(row)[2] == "600, 3 of them broken, 4 of them with logits that are not finite"
 
@@ -271,7 +272,8 @@ def test_two_processes_equal_one(world, results, tmp_path):
     ("data", "message"),
     [
         ("sketch=/nowhere", "--data sketch=/nowhere: no such folder"),
-        ("cifar=/tmp", "'cifar=/tmp' is not SET=FOLDER with one of imagenet, imagenet-a"),
+        ("cifar=/nowhere", "--data cifar=/nowhere: no such folder"),
+        ("=/tmp", "'=/tmp' is not SET=FOLDER"),
         ("sketch", "'sketch' is not SET=FOLDER"),
         ("sketch={root}/v2", "folders are no class of this set"),
         ("v2={root}/sketch", "folders are no class of this set"),
