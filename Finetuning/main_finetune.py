@@ -214,7 +214,7 @@ def main(args: argparse.Namespace) -> None:
     found = None if content is None else Checkpoint(args.resume or args.finetune, content, args.model_key)
     model, val = prepare(args, found, source, device)
     if args.eval and found is not None:
-        from Evaluation.report import evaluate_checkpoint
+        from Evaluation.classifier_report import evaluate_checkpoint
 
         evaluate_checkpoint(args, found, model, val, device, log)
     else:

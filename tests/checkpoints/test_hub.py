@@ -408,7 +408,8 @@ def test_evaluation_by_name(hub, classifier, image_folder, tmp_path, run_script,
     run_script(main_finetune, *words, path)
     want = re.search(r"weights: top-1 .*", capsys.readouterr().out)[0]
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    done = end_of_torchrun("Finetuning/main_finetune.py", *words, "hf://arm/base/w.safetensors", env=environment)
+    words += ["hf://arm/base/w.safetensors", "--output", tmp_path / "report"]
+    done = end_of_torchrun("Finetuning/main_finetune.py", *words, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert want in done.stdout
     assert len(hub.bodies("w.safetensors")) == 1

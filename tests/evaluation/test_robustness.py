@@ -30,15 +30,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 class World:
     """A classifier with known predictions, and folders of images of which it predicts some right."""
 
-    def __init__(self, root):
+    def __init__(self, root, names=()):
         self.root, self.checkpoint = root, root / "tiny.pth"
         torch.manual_seed(0)
         self.model = models_arm.create_classifier(
-            "arm_tiny_pz16", img_size=32, patch_size=8, embed_dim=32, depth=2, num_classes=1000
+            "arm_tiny_pz16", img_size=32, patch_size=8, embed_dim=32, depth=2, num_classes=len(names) or 1000
         ).eval()
         torch.nn.init.normal_(self.model.head.weight)
         saved = argparse.Namespace(input_size=[32, 32], global_pool=True)
-        torch.save({"model": self.model.state_dict(), "args": saved}, self.checkpoint)
+        named = {"class_names": names} if names else {}
+        torch.save({"model": self.model.state_dict(), "args": saved, **named}, self.checkpoint)
         rng = np.random.default_rng(0)
         colours = rng.uniform(0, 255, (24, 3, 3, 3)).astype(np.uint8)
         self.images = [Image.fromarray(c).resize((50, 40), Image.Resampling.BICUBIC) for c in colours]
@@ -266,6 +267,69 @@ def test_two_processes_equal_one(world, results, tmp_path):
     for name, row in together.items():
         assert row == {**results[name], "loss": pytest.approx(results[name]["loss"], rel=1e-5)}
     assert output.count("| imagenet |") == 1
+
+
+OWN = ["zebra", "a|b", "cat, dog", "ape", "bee", "c", "eel"]  # not sorted, as outputs can be
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory, one_thread):
+    """A classifier of one's own classes, with a clean set, a set of few classes, and corruptions."""
+    own = World(tmp_path_factory.mktemp("own"), OWN)
+    own.fill(own.root / "clean", OWN, [0, 0, 0, 0, 0, 0, 1, 6])
+    own.fill(own.root / "few", OWN, [0, 5])
+    for name, ranks in {"dark/2": [0, 0, 3, 6], "dark/10": [1, 4, 5, 6], "salt, pepper/low": [0, 0]}.items():
+        own.fill(own.root / "c" / name, OWN, ranks)
+    (own.root / "c" / "readme.txt").touch()
+    return own
+
+
+def test_classes_of_ones_own(own, run_script, capsys):
+    """Sets hold any of the classes, matched by name and answered among all; severities and corruptions as they are."""
+    sets = [f"{name}={own.root / name}" for name in ("few", "c", "clean")]
+    run_script(robustness, own.checkpoint, *QUIET, "--data", *sets)
+    out = capsys.readouterr().out
+    content = json.loads((own.root / "tiny.robustness.json").read_text())
+    assert content["class_names"] == OWN
+    few, c, clean = (content["results"][name] for name in ("few", "c", "clean"))
+    assert (few["acc1"], few["acc5"], few["images"], few["interval"]) == (50, 50, 2, list(wilson(1, 2)))
+    assert (clean["acc1"], clean["acc5"]) == (75, 87.5)
+    assert c["corruptions"] == {"dark": 25, "salt, pepper": 100}
+    assert (c["acc1"], c["images"], c["below_clean"]) == (62.5, 10, 12.5)
+    assert c["acc5"] == (((75 + 50) / 2) + 100) / 2
+    assert c["corruptions_below_clean"] == {"dark": 50, "salt, pepper": -25}
+    assert "mce" not in c
+    assert "c: 1 files or folders are no corruption or severity and left out: readme.txt\n" in out
+    assert "few: up to 5 of its 7 classes have no image\n" in out
+    assert "| corruption | top-1 | points below clean | severity 2 | severity 10 | severity low |" in out
+    assert "| dark | 25.00 % | 50.00 | 50.00 % | 0.00 % |  |" in out
+    assert "| salt, pepper | 100.00 % | -25.00 |  |  | 100.00 % |" in out
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            "sketch={root}/clean",
+            "has other classes than ImageNet's synsets: .*; --data sketch is a set of ImageNet: give",
+        ),
+        ("other={root}/other", "other: 1 folders are no class of this set: lion"),
+        ("c={root}/few", "c=.*/few: no folder is in .*; the layout is corruption/severity/class"),
+        ("c={root}/none", "c=.*/none: no such folder"),
+    ],
+)
+def test_mistakes_of_classes_of_ones_own(own, run_script, capsys, data, message):
+    own.fill(own.root / "other", ["lion"] * 7, [0])
+    assert_mistake(run_script, capsys, message, own.checkpoint, "--data", data.format(root=own.root))
+
+
+def test_a_set_of_ones_own_of_imagenet(world, results, run_script, tmp_path, capsys):
+    """It is answered among all classes, and said to be: its name may be a wrong one of a published set."""
+    words = [world.checkpoint, *QUIET, "--output", tmp_path / "out.json", "--data"]
+    run_script(robustness, *words, f"Sketch={world.root / 'sketch'}")
+    assert "Sketch: no published set; its images are classified among all 1000 classes\n" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out.json").read_text())["results"]["Sketch"]
+    assert found["acc1"] == results["sketch"]["acc1"]
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ FINETUNE_MISTAKES = {
     "--finetune none.pth": "no checkpoint file none.pth",
     "--resume none.pth --model_key model_ema": "--model_key chooses among the weights of --finetune",
     "--eval": "--eval needs a checkpoint",
+    "--output x": "--output is the folder for the report of --eval; that of a run is --output_dir",
     "--input_size 50": "image size 50 does not divide into patches of 8 pixels; nearest: 48 or 56",
     "--mixup 0.8 --batch_size 3": "need an even batch",
     "--smoothing 1": "1 is not at least 0 and at most 0.999",
