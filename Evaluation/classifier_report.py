@@ -237,7 +237,7 @@ def headline(rows: dict[str, dict], classes: int) -> list[list[str]]:
     ]
     for kind, words in UNANSWERED.items():
         if any(kind in row for row in rows.values()):
-            found.append(cells(words, lambda row, kind=kind: str(row.get(kind, 0))))
+            found.append([words, *(str(row.get(kind, 0)) for row in rows.values())])
     return found if classes > 5 else [row for row in found if not row[0].startswith("top-5")]
 
 

@@ -1,7 +1,5 @@
 """Numbers of a classifier's evaluation, from the answer to every image."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from Evaluation.tables import wilson
@@ -73,10 +71,10 @@ def calibration(confidence: np.ndarray, right: np.ndarray) -> dict:
     """
     edges = np.linspace(0, 1, BINS + 1)
     place = np.digitize(confidence, edges[1:-1], right=True)
+    groups = [np.flatnonzero(place == number) for number in np.unique(place)]
     bins = []
-    for number in np.unique(place).tolist():
-        own = place == number
-        images, correct = int(own.sum()), int(right[own].sum())
+    for own in groups:
+        images, correct, number = len(own), int(right[own].sum()), int(place[own[0]])
         bins.append({
             "low": 100 * float(edges[number]),
             "high": 100 * float(edges[number + 1]),
@@ -85,18 +83,14 @@ def calibration(confidence: np.ndarray, right: np.ndarray) -> dict:
             "accuracy": 100 * correct / images,
             "interval": wilson(correct, images),
         })  # fmt: skip
-    order = np.argsort(confidence, kind="stable")
-    shares = [own for own in np.array_split(order, BINS) if len(own)]
-    equal = [(len(own), 100 * confidence[own].mean(), 100 * right[own].mean()) for own in shares]
+
+    def error(groups: list[np.ndarray]) -> float:
+        gaps = [abs(confidence[own].sum() - right[own].sum()) for own in groups]
+        return 100 * float(sum(gaps)) / len(right)
+
     return {
         "confidence": 100 * float(confidence.mean()),
-        "ece": _weighted_gap([(row["images"], row["confidence"], row["accuracy"]) for row in bins]),
-        "ece_equal_mass": _weighted_gap(equal),
+        "ece": error(groups),
+        "ece_equal_mass": error(np.array_split(np.argsort(confidence, kind="stable"), BINS)),
         "bins": bins,
     }
-
-
-def _weighted_gap(bins: Sequence[tuple[int, float, float]]) -> float:
-    """Return the mean difference of confidence and accuracy over bins, weighted by their images."""
-    total = sum(images for images, _, _ in bins)
-    return float(sum(images * abs(confidence - accuracy) for images, confidence, accuracy in bins) / total)

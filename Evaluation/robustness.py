@@ -150,7 +150,7 @@ def own_folders(path: Path) -> dict[tuple[str, str], Path]:
     Raises:
         UserError: a corruption has no severity, or there is no corruption.
     """
-    folders = {}
+    folders: dict[tuple[str, str], Path] = {}
     for corruption in [path, *folders_in(path)]:
         if not folders_in(corruption):
             raise UserError(f"--data c={path}: no folder is in {corruption}; the layout is corruption/severity/class")
@@ -286,7 +286,7 @@ def main(args: argparse.Namespace) -> None:
         args.class_names = synsets
     imagenet = set(args.class_names) == set(synsets)
     names = synsets if imagenet else args.class_names
-    check_sets(args, model.head.out_features, imagenet, synsets)
+    check_sets(args, model, imagenet, synsets)
     if imagenet:
         sort_outputs(model, args.class_names, synsets)
     sets = {name: parts_of(name, path, names, imagenet) for name, path in args.data}
@@ -319,20 +319,18 @@ def main(args: argparse.Namespace) -> None:
     write_result(output, settings, content)
 
 
-def check_sets(args: argparse.Namespace, outputs: int, imagenet: bool, synsets: list[str]) -> None:
+def check_sets(args: argparse.Namespace, model: ARMClassifier, imagenet: bool, synsets: list[str]) -> None:
     """Raise UserError if the classifier does not have the classes that a set needs.
 
     Args:
         args: of the script, with the classifier's `class_names`.
-        outputs: of the classifier.
+        model: the classifier.
         imagenet: its classes are ImageNet's.
         synsets: of ImageNet.
     """
     if not args.class_names:
-        raise UserError(
-            f"{args.checkpoint} has {outputs} outputs, not the {len(synsets)} of ImageNet, and does not name them: "
-            "sets are matched by name"
-        )
+        outputs = f"has {model.head.out_features} outputs, not the {len(synsets)} of ImageNet"
+        raise UserError(f"{args.checkpoint} {outputs}, and does not name them: sets are matched by name")
     of_imagenet = [name for name, _ in args.data if name in OF_IMAGENET]
     if of_imagenet and not imagenet:
         other = some(sorted(set(args.class_names) ^ set(synsets)))
