@@ -202,7 +202,7 @@ def page(content: dict) -> str:
         table(["measure", *map(escaped, rows)], *headline(rows, len(names))),
     ]
     if without:
-        of = f"{len(without)} of {len(names)} classes have no images, and no accuracy"
+        of = f"Without images, and so without accuracy, are {len(without)} of {len(names)} classes"
         lines.append(f"{of}: {escaped(some(without, LISTED))}.")
     lines.append("All numbers: [JSON](report.json), [classes](classes.csv), [confusions](confusions.csv).")
     for key, row in rows.items():

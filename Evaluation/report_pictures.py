@@ -152,8 +152,9 @@ def draw_calibration(row: dict, _: list[str]) -> "Figure":
     upper.plot(confidence, accuracy, "o", color=BLUE, markersize=5, label="accuracy at mean confidence of the bin")
     upper.set(ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 102))
     upper.set_title(f"expected calibration error {row['ece']:.1f} %", fontsize=10)
+    white = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5}  # over the line of the mean
     bars = lower.bar(left, [own["images"] for own in bins], width, align="edge", color="0.7", edgecolor="0.4")
-    lower.bar_label(bars, fontsize=7, padding=1, rotation=90 if answered > 999 else 0)
+    lower.bar_label(bars, fontsize=7, padding=1, rotation=90 if answered > 999 else 0, bbox=white)
     lower.axvline(row["confidence"], color=ORANGE, linewidth=1.4, label=f"mean confidence, {row['confidence']:.1f} %")
     lower.set(xlabel="confidence: probability of the predicted class (%)", ylabel="images")
     lower.margins(y=0.45 if answered > 999 else 0.25)

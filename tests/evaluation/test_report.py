@@ -153,7 +153,7 @@ def test_files(written):
         wrong = {(SHOWN[a], SHOWN[b], n) for a, b, n in row["confusions"]}
         off = {(line["class"], line["predicted"], int(line["images"])) for line in own}
         assert wrong == {line for line in off if line[0] != line[1]}
-    assert rf"1 of 4 classes have no images, and no accuracy: {escaped(SHOWN[3])}." in page
+    assert rf"Without images, and so without accuracy, are 1 of 4 classes: {escaped(SHOWN[3])}." in page
     for table in re.findall(r"(?:^\|.*\n)+", page, re.M):
         assert len({len(re.split(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1, table
     assert r"| a\|b \*c\* |" in page
