@@ -27,7 +27,7 @@ from util.files import printable
 
 SIDE = 64  # pixels of a tile
 AERIAL = "2019_YELL_2_528000_4978000_image_crop2", "2019_YELL_2_541000_4977000_image_crop"
-TRAINED = 2 / 3  # of the first one's height, from the top; the rest of it and the second one are held out
+TRAINED = 2 / 3  # of the height of each, from the top; the rest is held out
 COVER = {"open": 0.0, "scattered": 0.05, "forest": 0.35}  # least share of a tile that crowns cover
 # Colour photographs, by the module of the package that contains them.
 OTHERS = {
@@ -94,7 +94,7 @@ def main(args: argparse.Namespace) -> None:
                 cut = tiles(path)
                 with Image.open(path) as photograph:
                     ground = covered(path.with_suffix(".xml"), photograph.size)
-                last = TRAINED * (ground.shape[0] // SIDE) if path is aerial[0] else 0
+                last = TRAINED * (ground.shape[0] // SIDE)
                 for (row, column), tile in cut.items():
                     kind = "tiles" if row < last else "held_out"
                     name = f"{kind}/{path.stem}_{row:02d}_{column:02d}.png"

@@ -129,10 +129,10 @@ def as_package(folder, name, images, boxes=()):
 
 
 def test_tiles_of_photographs(tmp_path, monkeypatch, run_script, capsys):
-    """Two thirds of the first aerial photograph are to train on, and labels follow from the boxes."""
+    """The upper two thirds of the aerial photographs are to train on, and labels follow from the boxes."""
     first, second = (f"data/{name}" for name in photographs.AERIAL)
     others = {package: dict.fromkeys(names, (64, 64)) for package, names in photographs.OTHERS.items()}
-    aerial = {f"{first}.png": (130, 200), f"{second}.png": (64, 70)}
+    aerial = {f"{first}.png": (130, 200), f"{second}.png": (64, 130)}
     boxes = [(f"{first}.xml", (-3, 0, 64, 30)), (f"{second}.xml", (0, 0, 64, 6))]
     as_package(tmp_path, "skimage", others["skimage"])
     as_package(tmp_path, "deepforest", others["deepforest"] | aerial, boxes)
@@ -142,15 +142,15 @@ def test_tiles_of_photographs(tmp_path, monkeypatch, run_script, capsys):
     run_script(photographs, tmp_path / "own")
     flat, held_out = ([*(tmp_path / "own" / kind).iterdir()] for kind in ("tiles", "held_out"))
     assert f"{len(flat)} tiles without labels, {len(held_out)} held out" in capsys.readouterr().out
-    assert len(flat) == 11 + 2 * 10 * 6 + 4  # scikit-learn's are real, of 640 x 427 pixels
+    assert len(flat) == 11 + 2 * 10 * 6 + 4 + 2  # scikit-learn's are real, of 640 x 427 pixels
     with (tmp_path / "own" / "cover.csv").open(encoding="utf-8", newline="") as file:
         rows = {row["path"]: (row["label"], row["split"]) for row in csv.DictReader(file)}
     name = photographs.AERIAL[0]
     assert rows[f"tiles/{name}_00_00.png"] == ("forest", "train")
     assert rows[f"tiles/{name}_00_01.png"] == ("open", "train")
     assert rows[f"held_out/{name}_02_01.png"] == ("open", "val")
-    assert rows[f"held_out/{photographs.AERIAL[1]}_00_00.png"] == ("scattered", "val")
-    assert len(rows) == 7
+    assert rows[f"tiles/{photographs.AERIAL[1]}_00_00.png"] == ("scattered", "train")
+    assert len(rows) == 8
     assert all((tmp_path / "own" / path).is_file() for path in rows)
 
 
