@@ -32,7 +32,7 @@ from util.training.precision import autocast
 from util.training.run_state import Run, fingerprint, starting_point
 
 if TYPE_CHECKING:
-    from models_arm import PretrainModel
+    from models_pretrain import PretrainModel
 
 # `main` imports timm, torchvision and matplotlib after its checks, so that --help and mistakes take half of the time.
 

@@ -10,7 +10,7 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from models_arm import PretrainModel
+from models_pretrain import PretrainModel
 
 
 class MaskedPretrain(PretrainModel):

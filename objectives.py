@@ -13,7 +13,7 @@ from torch import Tensor
 from util.errors import UserError
 from util.files import some
 
-# The module and class of each objective, a `models_arm.PretrainModel`. A module is imported when it is first needed.
+# The module and class of each objective, a `models_pretrain.PretrainModel`. Modules are imported when first needed.
 OBJECTIVES = {"arm": "models_arm.ARMPretrain", "mae": "models_mae.MaskedPretrain"}
 # Regular expressions of the names in a state dict: the encoder's, and those of the decoder that all objectives share.
 ENCODER = r"(patch_embed|layers)\..+|pos_embed|cluster_order"

@@ -13,8 +13,8 @@ from typing import Any
 from timm.layers import to_2tuple
 
 import models_arm
-from models_arm import PretrainModel
 from models_classifier import ARMClassifier
+from models_pretrain import PretrainModel
 from objectives import check_names, encoder_part, objective_of
 from ops import BackendUnavailable
 from util.checkpoints import checkpoint_file, convert, inspection

@@ -52,8 +52,8 @@ import ops
 from benchmarks import bench_ops, released
 from benchmarks.command_line import fitting, make_parser
 from Finetuning import engine_finetune
-from models_arm import PretrainModel
 from models_classifier import ARMClassifier
+from models_pretrain import PretrainModel
 from ops import BackendUnavailable, fused
 from ops.cuda_graph import captures
 from util import cli, hardware

@@ -17,8 +17,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from mamba import Mixer, SwiGLU
-from models_arm import PretrainModel
 from models_classifier import ARMClassifier
+from models_pretrain import PretrainModel
 from ops import causal_conv1d, selective_scan
 from util.training.precision import autocast
 

@@ -12,7 +12,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.datasets import ImageFolder
 
 import pretrained
-from models_arm import PretrainModel
+from models_pretrain import PretrainModel
 from util.data.decode import with_pillow
 from util.data.transforms import eval_transform
 from util.files import save_figure

@@ -88,7 +88,7 @@ def main(args: argparse.Namespace) -> None:
     locate(args.checkpoint)
 
     import pretrained
-    from models_arm import PretrainModel
+    from models_pretrain import PretrainModel
     from util.tracking import prediction_figures
 
     found = pretrained.read(args.checkpoint, ignore_keys=args.ignore_keys)

@@ -26,7 +26,7 @@ RUN = "--batch_size 8 --epochs 1 --warmup_epochs 0 --save_freq 1 --vis_freq 1".s
 THIRD = """
 import torch
 from torch import nn
-from models_arm import PretrainModel
+from models_pretrain import PretrainModel
 
 
 class Sharpen(PretrainModel):

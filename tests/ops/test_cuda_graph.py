@@ -19,6 +19,7 @@ import decoder
 import kernels
 import main_pretrain
 import models_arm
+import models_pretrain
 from Finetuning import main_finetune
 from ops import cuda_graph, measured
 from util import arguments
@@ -231,7 +232,7 @@ def test_a_block_that_cannot_be_captured(stage, monkeypatch, caplog):
 
     if stage == "rehearsal":
         monkeypatch.setattr(Emulation, "warm_up", refuse)
-        monkeypatch.setattr(models_arm, "DecoderBlock", Waiting)
+        monkeypatch.setattr(models_pretrain, "DecoderBlock", Waiting)
         reason = "Waiting cannot be captured: test.waits.default: called a synchronizing CUDA operation"
     elif stage == "capture":
         monkeypatch.setattr(Emulation, "record", record)

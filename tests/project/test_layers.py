@@ -20,8 +20,8 @@ FLOORS = """
     engine_pretrain pretrained kernels
     models_mae
     models_arm
-    models_classifier decoder objectives
-    timm_models mamba
+    models_classifier models_pretrain objectives
+    timm_models decoder mamba
     util/training
     util/tracking
     util/checkpoints

@@ -24,7 +24,7 @@ GIVEN = "tab:orange"
 
 
 class Predicts(Protocol):
-    """Attributes of `models_arm.PretrainModel` that the figures need."""
+    """Attributes of `models_pretrain.PretrainModel` that the figures need."""
 
     cluster_size: int
     patch_size: int
