@@ -1,4 +1,4 @@
-"""Parts of the encoder: patch embedding, Mamba mixer with one or four scan directions, SwiGLU, block, orders."""
+"""Sizes of the models, and parts of the encoder: patch embedding, Mamba mixer, SwiGLU, block, orders of tokens."""
 
 import math
 from collections.abc import Callable
@@ -9,9 +9,20 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ops import causal_conv1d, check_backend
 from ops.fused import add_branches, selective_ssm, swiglu
+
+SIZES = {
+    # published (paper, section 4.1)
+    "arm_base_pz16": {"embed_dim": 768, "depth": 12, "dec_embed_dim": 512},
+    "arm_large_pz16": {"embed_dim": 1024, "depth": 24, "dec_embed_dim": 512},
+    "arm_huge_pz16": {"embed_dim": 1536, "depth": 24, "dec_embed_dim": 512},
+    # ours, for small experiments: the decoder is no wider than the encoder
+    "arm_tiny_pz16": {"embed_dim": 192, "depth": 12, "dec_embed_dim": 192},
+    "arm_small_pz16": {"embed_dim": 384, "depth": 12, "dec_embed_dim": 384},
+}
 
 # Suffixes of the parameters that each scan direction owns; the names are those of the published checkpoints.
 ONE_DIRECTION = ("",)  # row-major forward
@@ -107,6 +118,8 @@ class PatchEmbed(nn.Module):
         nn.init.zeros_(self.get_parameter("proj.bias"))
 
     def forward(self, imgs: Tensor) -> Tensor:
+        if imgs.shape[1] != self.proj.in_channels:
+            raise ValueError(f"images of {imgs.shape[1]} channels, the model takes {self.proj.in_channels}: in_chans")
         # One matrix product: a step of ARM-base takes 64 ms on an H200, and 67 ms with cuDNN's convolution.
         p = self.proj.kernel_size[0]
         patches = rearrange(imgs, "b channel (h p) (w q) -> b h w (channel p q)", p=p, q=p)
@@ -257,6 +270,13 @@ def drop_path_factors(rates: Tensor, batch: int) -> Tensor:
     """
     keep = (1 - rates).view(-1, 1, 1, 1, 1).expand(-1, 2, batch, 1, 1)  # (depth,) -> (depth, 2, B, 1, 1)
     return torch.bernoulli(keep) / keep
+
+
+def run_block(block: nn.Module, recompute: bool, *args: Tensor | None) -> Tensor:
+    """Call a block; with `recompute`, it runs again in the backward pass instead of keeping its activations."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)
 
 
 def fill_buffers(model: Any, _: object) -> None:

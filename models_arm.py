@@ -14,21 +14,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mamba import SIZES
 from models_classifier import ARMClassifier
 from models_pretrain import PretrainModel
 from objectives import OBJECTIVES as OBJECTIVES  # the place to register an objective
 from objectives import check_names, objective_class
 from timm_models import register
 
-SIZES = {
-    # published (paper, section 4.1)
-    "arm_base_pz16": {"embed_dim": 768, "depth": 12, "dec_embed_dim": 512},
-    "arm_large_pz16": {"embed_dim": 1024, "depth": 24, "dec_embed_dim": 512},
-    "arm_huge_pz16": {"embed_dim": 1536, "depth": 24, "dec_embed_dim": 512},
-    # ours, for small experiments: the decoder is no wider than the encoder
-    "arm_tiny_pz16": {"embed_dim": 192, "depth": 12, "dec_embed_dim": 192},
-    "arm_small_pz16": {"embed_dim": 384, "depth": 12, "dec_embed_dim": 384},
-}
 MAX_PATCHES = 2**14  # of ARM's objective: the attention mask has the square of their number, 1 GB
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -99,12 +91,22 @@ class ARMPretrain(PretrainModel):
 
     def __init__(self, **sizes: Any) -> None:
         super().__init__(**sizes)
-        if self.num_patches == self.cluster_size**2:
-            raise ValueError(f"an image of {self.image_size} pixels holds a single cluster: there is no next one")
-        if self.num_patches > MAX_PATCHES:
-            raise ValueError(f"{self.num_patches} patches are more than {MAX_PATCHES}: the mask has their square")
         self.register_buffer("mask", self.new_mask().to(self.pos_embed.device))
         self.register_load_state_dict_pre_hook(_supply_mask)
+
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Raise ValueError for a grid of a single cluster, or of more than `MAX_PATCHES` patches."""
+        patches = grid[0] * grid[1]
+        if patches == self.cluster_size**2:
+            sides = self.patch_size * grid[0], self.patch_size * grid[1]
+            raise ValueError(f"an image of {sides} pixels holds a single cluster: there is no next one")
+        if patches > MAX_PATCHES:
+            raise ValueError(f"{patches} patches are more than {MAX_PATCHES}: the mask has their square")
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """See `PretrainModel.set_input_size`."""
+        super().set_input_size(img_size)
+        self.mask = self.new_mask().to(self.mask)
 
     def new_mask(self) -> Tensor:
         """Return the attention mask (n, n), float32 on the CPU: 0 where a query may look and -inf elsewhere."""
@@ -114,25 +116,25 @@ class ARMPretrain(PretrainModel):
         return torch.zeros(visible.shape, device="cpu").masked_fill(~visible, float("-inf"))
 
     def forward_encoder(self, imgs: Tensor, order: Tensor | None = None) -> Tensor:
-        """Encode all clusters but the last: (B, 3, H, W) -> latents (B, n, Cd, dec_depth), for each decoder block."""
+        """Encode all clusters but the last: (B, in_chans, H, W) -> latents (B, n, Cd, dec_depth), by decoder block."""
         return self.latents(self.embed(imgs, order)[:, :-1])
 
     def forward_decoder(self, latents: Tensor, order: Tensor | None = None) -> Tensor:
-        """Predict the pixels of all clusters but the first: (B, n, Cd, dec_depth) -> (B, n, 3 * p * p)."""
+        """Predict the pixels of all clusters but the first: (B, n, Cd, dec_depth) -> (B, n, D)."""
         queries = self.to_clusters(self.ar_token + self.dec_pos_embed, order)[:, 1:].flatten(1, 2)  # (1 or B, n, Cd)
         return self.decode(queries, latents, self.mask)
 
     def target(self, imgs: Tensor, order: Tensor | None = None) -> Tensor:
-        """Return the pixels that `forward_decoder` is to predict: (B, 3, H, W) -> (B, n, 3 * p * p)."""
-        target = self.to_clusters(self.patchify(imgs), order)[:, 1:]  # (B, clusters - 1, c * c, 3pp)
-        return self.as_target(target.flatten(1, 2))  # (B, n, 3pp)
+        """Return the pixels that `forward_decoder` is to predict: (B, in_chans, H, W) -> (B, n, D)."""
+        target = self.to_clusters(self.patchify(imgs), order)[:, 1:]  # (B, clusters - 1, c * c, D)
+        return self.as_target(target.flatten(1, 2))  # (B, n, D)
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, order: Tensor | None = None) -> Tensor:
         """Return the squared error of each position, averaged over batch and pixels: (n,)."""
         return (pred - self.target(imgs, order)).square().mean(dim=(0, 2))
 
     def forward(self, imgs: Tensor) -> Tensor:
-        """Return the loss of each position: (B, 3, H, W) -> (n,)."""
+        """Return the loss of each position: (B, in_chans, H, W) -> (n,)."""
         order = self.draw_order(len(imgs))
         return self.forward_loss(imgs, self.forward_decoder(self.forward_encoder(imgs, order), order), order)
 

@@ -1,15 +1,25 @@
 """The classifier: a Mamba encoder with a class token in the middle of the sequence, and a head."""
 
 from collections.abc import Collection
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from timm.layers import resample_patch_embed, trunc_normal_
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from mamba import FOUR_DIRECTIONS, Block, PatchEmbed, check_size, drop_path_factors, fill_buffers, grid_of, scan_orders
+from mamba import (
+    FOUR_DIRECTIONS,
+    Block,
+    PatchEmbed,
+    check_size,
+    drop_path_factors,
+    fill_buffers,
+    grid_of,
+    run_block,
+    scan_orders,
+)
 from timm_models import INSTEAD, TimmModel, init_head, new_head, pooling
 from util.pos_embed import insert_middle, resize_around_token
 
@@ -39,6 +49,8 @@ class ARMClassifier(TimmModel):
         dynamic_img_size: accept images of any size that divides into patches, with the position embedding interpolated;
             otherwise only `img_size`.
         in_chans: channels of the images.
+        dynamic_img_pad: pad images with zeros, at the bottom and on the right, to a multiple of `patch_size`. Padded
+            patches are scanned and pooled as the others are, and feature maps contain them.
         directions: 4 scans rows and columns, forward and backward; 1 scans rows forward only.
 
     Raises:
@@ -62,6 +74,7 @@ class ARMClassifier(TimmModel):
         dynamic_img_size: bool = False,
         in_chans: int = 3,
         directions: int = 4,
+        dynamic_img_pad: bool = False,
     ) -> None:
         super().__init__()
         if directions not in (1, 4):
@@ -73,7 +86,8 @@ class ARMClassifier(TimmModel):
         self.global_pool = pooling(global_pool, directions)
         self.embed_dim = self.num_features = self.head_hidden_size = embed_dim  # timm's names
         self.num_classes, self.drop_rate, self.in_chans = num_classes, drop_rate, in_chans
-        self.dynamic_img_size, self.grad_checkpointing = dynamic_img_size, False
+        self.dynamic_img_size, self.dynamic_img_pad = dynamic_img_size, dynamic_img_pad
+        self.grad_checkpointing, self.frozen_layers = False, 0
         num_patches = self.grid_size[0] * self.grid_size[1]
 
         # Registration order is that of the published code: optimizer states are stored by it.
@@ -126,9 +140,11 @@ class ARMClassifier(TimmModel):
         if side != self.patch_size:
             old = self.patch_embed.proj
             self.patch_embed = PatchEmbed(side, self.embed_dim, self.in_chans).to(old.weight)
+            self.patch_embed.requires_grad_(old.weight.requires_grad)
             new = {"weight": resample_patch_embed(old.weight, [side, side]), "bias": old.get_parameter("bias")}
             self.patch_embed.proj.load_state_dict(new)
-        self.pos_embed = nn.Parameter(resize_around_token(self.pos_embed, self.grid_size, grid))
+        pos_embed = resize_around_token(self.pos_embed, self.grid_size, grid)
+        self.pos_embed = nn.Parameter(pos_embed, self.pos_embed.requires_grad)
         self.grid_size, self.patch_size = grid, side
         self.init_non_persistent_buffers()
         self.record_input_size((grid[0] * side, grid[1] * side))
@@ -137,6 +153,23 @@ class ARMClassifier(TimmModel):
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images, in pixels."""
         return self.grid_size[0] * self.patch_size, self.grid_size[1] * self.patch_size
+
+    def freeze(self, blocks: int | Literal["all"]) -> None:
+        """Freeze the embeddings (patches, positions, class token) and the first `blocks`; "all": all but the head.
+
+        Frozen blocks run without drop path, and keep nothing for the backward pass. "all" also freezes `norm_f`: a
+        linear head can express its scale and shift.
+
+        Raises:
+            ValueError: the model has fewer blocks.
+        """
+        count = len(self.layers) if blocks == "all" else blocks
+        if not 0 <= count <= len(self.layers):
+            raise ValueError(f"{count} blocks to freeze, the model has {len(self.layers)}")
+        self.frozen_layers = count + 1  # counted as in util.lr_decay: the embeddings are a layer
+        frozen = [self.patch_embed, *self.layers[:count], *[self.norm_f] * (blocks == "all")]
+        for part in (self.cls_token, self.pos_embed, *frozen):
+            part.requires_grad_(False)
 
     def for_grid(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return position embedding (1, M + 1, C) and scan order (directions, M + 1) of a grid of M patches.
@@ -171,17 +204,19 @@ class ARMClassifier(TimmModel):
         """
         if isinstance(imgs, torch.fx.Proxy):
             raise TypeError(f"torch.fx cannot trace this model, {INSTEAD}")
-        pos_embed, order = self.for_grid(patch_grid((imgs.shape[-2], imgs.shape[-1]), self.patch_size))
-        x = self.patch_embed(imgs).flatten(1, 2)  # (B, rows, columns, C) -> (B, M, C)
-        h = insert_middle(x, self.cls_token.expand(x.shape[0], -1, -1)) + pos_embed  # (B, M + 1, C)
+        if self.dynamic_img_pad:
+            imgs = F.pad(imgs, (0, -imgs.shape[-1] % self.patch_size, 0, -imgs.shape[-2] % self.patch_size))
+        with torch.no_grad() if self.frozen_layers else nullcontext():
+            pos_embed, order = self.for_grid(patch_grid((imgs.shape[-2], imgs.shape[-1]), self.patch_size))
+            x = self.patch_embed(imgs).flatten(1, 2)  # (B, rows, columns, C) -> (B, M, C)
+            h = insert_middle(x, self.cls_token.expand(x.shape[0], -1, -1)) + pos_embed  # (B, M + 1, C)
         keep = drop_path_factors(self.drop_path_rates, len(h)) if self.training and self.drop_path_rate else None
         outputs = []
         for i, layer in enumerate(self.layers[:depth]):
-            factors = None if keep is None else keep[i]  # (2, B, 1, 1)
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(layer, h, order, factors, use_reentrant=False)
-            else:
-                h = layer(h, order, factors)
+            frozen = i + 1 < self.frozen_layers
+            factors = None if keep is None or frozen else keep[i]  # (2, B, 1, 1)
+            with torch.no_grad() if frozen else nullcontext():
+                h = run_block(layer, self.grad_checkpointing, h, order, factors)
             if i in indices:
                 outputs.append(h)
         return h, outputs

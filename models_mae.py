@@ -31,35 +31,43 @@ class MaskedPretrain(PretrainModel):
 
     def __init__(self, mask_ratio: float = 0.75, **sizes: Any) -> None:
         super().__init__(**sizes)
-        self.num_hidden = min(max(1, round(mask_ratio * self.num_patches)), self.num_patches - 1)
-        if not self.num_hidden:
-            raise ValueError(f"an image of {self.patch_size} pixels is a single patch: nothing is left to predict it")
+        self.mask_ratio = mask_ratio
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
         trunc_normal_(self.mask_token, std=0.02)
+
+    @property
+    def num_hidden(self) -> int:
+        """Number of hidden patches: at least one is hidden, and one is not."""
+        return min(max(1, round(self.mask_ratio * self.num_patches)), self.num_patches - 1)
+
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Raise ValueError for a grid of a single patch."""
+        if grid == (1, 1):
+            raise ValueError(f"an image of {self.patch_size} pixels is a single patch: nothing is left to predict it")
 
     def draw_hidden(self, batch: int) -> Tensor:
         """Draw the patches to hide: indices in raster order, (batch, num_hidden)."""
         return torch.rand(batch, self.num_patches, device=self.pos_embed.device).argsort(dim=1)[:, : self.num_hidden]
 
     def forward_encoder(self, imgs: Tensor, hidden: Tensor, order: Tensor | None = None) -> Tensor:
-        """Encode all patches, with `hidden` (B, m) ones replaced: (B, 3, H, W) -> latents (B, M, Cd, dec_depth)."""
+        """Encode all patches, `hidden` (B, m) replaced: (B, in_chans, H, W) -> latents (B, M, Cd, dec_depth)."""
         x = self.embed_patches(imgs)  # (B, M, C)
         is_hidden = torch.zeros_like(x[:, :, :1], dtype=torch.bool).scatter(1, hidden[:, :, None], True)  # (B, M, 1)
         x = torch.where(is_hidden, self.mask_token, x) + self.pos_embed
         return self.latents(self.to_clusters(x, order))
 
     def forward_decoder(self, latents: Tensor, hidden: Tensor) -> Tensor:
-        """Predict the pixels of the patches `hidden` (B, m): (B, M, Cd, dec_depth) -> (B, m, 3 * p * p)."""
+        """Predict the pixels of the patches `hidden` (B, m): (B, M, Cd, dec_depth) -> (B, m, D)."""
         queries = (self.ar_token + self.dec_pos_embed).take_along_dim(hidden[:, :, None], dim=1)  # (B, m, Cd)
         return self.decode(queries, latents)
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, hidden: Tensor) -> Tensor:
         """Return the squared error of each image, averaged over its hidden patches and pixels: (B,)."""
-        target = self.patchify(imgs).take_along_dim(hidden[:, :, None], dim=1)  # (B, m, 3pp)
+        target = self.patchify(imgs).take_along_dim(hidden[:, :, None], dim=1)  # (B, m, D)
         return (pred - self.as_target(target)).square().mean(dim=(1, 2))
 
     def forward(self, imgs: Tensor) -> Tensor:
-        """Return the loss of each image: (B, 3, H, W) -> (B,)."""
+        """Return the loss of each image: (B, in_chans, H, W) -> (B,)."""
         pred, hidden, _ = self.predict(imgs)
         return self.forward_loss(imgs, pred, hidden)
 

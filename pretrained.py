@@ -20,8 +20,8 @@ from ops import BackendUnavailable
 from util.checkpoints import checkpoint_file, convert, inspection
 from util.errors import as_user_error
 from util.files import printable
-from util.pos_embed import resize_pos_embed
 
+LOGGER = logging.getLogger("arm")
 Model = PretrainModel | ARMClassifier
 SMALLEST_DECODER = {"dec_embed_dim": 64, "dec_depth": 1}  # of a model that only encodes images
 
@@ -59,7 +59,7 @@ class Checkpoint:
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """Return `embed_dim`, `depth` and `patch_size`; of a classifier also `num_classes` and `directions`."""
+        """Return `embed_dim`, `depth`, `patch_size`, `in_chans`; of a classifier also `num_classes`, `directions`."""
         return inspection.classifier_sizes(self.state_dict)
 
     @cached_property
@@ -134,12 +134,13 @@ class Checkpoint:
             return create("arm_base_pz16", **{**found, **overrides, "img_size": size})
 
     def load_into(self, model: Model, keep_head: bool = True, encoder: bool = False) -> bool:
-        """Load the weights into a model of the same width, depth and patch size.
+        """Load the weights into a model of the same width and depth; log what was loaded, adapted and left out.
 
         Args:
-            model: a classifier of any resolution, also for weights of a pretraining model; or a pretraining model.
+            model: a classifier of any resolution, patch size and number of channels, also for weights of a pretraining
+                model; or a pretraining model.
             keep_head: require that the classifier's head fits; if False, a head of another size is not loaded.
-            encoder: load only the encoder into a pretraining model, of any resolution.
+            encoder: load only the encoder into a pretraining model, of any resolution and so on.
 
         Returns:
             Whether the head came from the file.
@@ -149,14 +150,15 @@ class Checkpoint:
         """
         if self.is_pretraining:
             check_names(self.state_dict)
+        saved = inspection.saved_size(self.content)
         if isinstance(model, ARMClassifier):
-            return convert.load_into_classifier(self.state_dict, model, inspection.saved_size(self.content), keep_head)
-        state_dict = encoder_part(self.state_dict) if encoder else self.state_dict
-        if encoder:
-            trained = self.input_size[0] // model.patch_size, self.input_size[1] // model.patch_size
-            state_dict["pos_embed"] = resize_pos_embed(state_dict["pos_embed"], trained, model.grid_size)
-        convert.load(model, state_dict, set(model.state_dict()) - state_dict.keys() if encoder else set())
-        return False
+            loaded = convert.load_into_classifier(self.state_dict, model, saved, keep_head)
+        elif encoder:
+            loaded = convert.load_encoder(encoder_part(self.state_dict), model, saved)
+        else:
+            loaded = convert.load(model, self.state_dict)
+        LOGGER.info("%s: %s%s", printable(self.name), f"{self.key}: " if self.key else "", "; ".join(loaded.notes))
+        return loaded.head
 
     def load_model(self, encoder: bool = False, **overrides: Any) -> Model:
         """Return the model with its weights, in evaluation mode; log the guesses. For the rest see `build`."""

@@ -195,7 +195,7 @@ class TimmModel(nn.Module):
             raise ValueError(f"unknown output_fmt {output_fmt!r}; choose from NCHW, NLC")
         taken = chosen(len(self.layers), indices)
         h, states = self.encode(x, taken, max(taken) + 1 if stop_early else None)
-        rows = x.shape[-2] // self.patch_size
+        rows = -(-x.shape[-2] // self.patch_size)  # with those that `dynamic_img_pad` adds
         intermediates, prefixes = [], []
         for state in states:
             patches, token = split_middle(self.norm_f(state) if norm else state)

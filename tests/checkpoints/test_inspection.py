@@ -62,8 +62,9 @@ def test_input_size_is_read_from_the_saved_arguments(size, want):
 
 
 def test_sizes_are_read_off_the_shapes():
-    assert inspection.classifier_sizes(classifier().state_dict()) == {**SIZES, "num_classes": 3, "directions": 4}
-    assert inspection.classifier_sizes(pretrained().state_dict()) == SIZES
+    sizes = {**SIZES, "in_chans": 3}
+    assert inspection.classifier_sizes(classifier().state_dict()) == {**sizes, "num_classes": 3, "directions": 4}
+    assert inspection.classifier_sizes(pretrained().state_dict()) == sizes
     assert inspection.image_size(classifier().state_dict(), (48, 32)) == (48, 32)
     assert inspection.image_size(classifier((48, 48)).state_dict()) == (48, 48)
 

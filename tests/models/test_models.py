@@ -9,7 +9,7 @@ from helpers import relative_error
 
 import decoder
 import models_arm
-from mamba import ORDERS, SwiGLU, drop_path_factors, scan_orders
+from mamba import ONE_DIRECTION, ORDERS, Block, SwiGLU, drop_path_factors, scan_orders
 from objectives import encoder_part
 from ops import fused
 from util.checkpoints import convert
@@ -357,7 +357,7 @@ def test_bf16_autocast_keeps_the_recurrence_in_float32(monkeypatch):
 def test_initial_step_sizes_lie_in_their_range():
     """dt = softplus(bias) of the pretraining scan is log-uniform in [0.001, 0.1]."""
     torch.manual_seed(0)
-    mixer = models_arm.Block(768, 1, models_arm.ONE_DIRECTION, "torch").mixer
+    mixer = Block(768, 1, ONE_DIRECTION, "torch").mixer
     dt = torch.nn.functional.softplus(mixer.dt_proj.bias).log()
     low, high = math.log(0.001), math.log(0.1)
     assert low - 1e-4 < dt.min()
@@ -381,7 +381,7 @@ def test_drop_path_factors():
 
 def test_drop_path_leaves_out_branches_in_training_only():
     torch.manual_seed(0)
-    block = models_arm.Block(32, 2, models_arm.ONE_DIRECTION, "torch").double()
+    block = Block(32, 2, ONE_DIRECTION, "torch").double()
     h = torch.randn(3, 5, 32, dtype=torch.float64)
     keep = torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, 4.0]], dtype=torch.float64).view(2, 3, 1, 1)
     got = block(h, keep=keep)

@@ -14,7 +14,7 @@ import pretrained
 from util.checkpoints.checkpoint_file import say_once
 from util.errors import UserError
 
-ENCODER = {"embed_dim": 32, "depth": 2, "patch_size": 8}
+ENCODER = {"embed_dim": 32, "depth": 2, "patch_size": 8, "in_chans": 3}
 PRETRAIN = {**ENCODER, "img_size": (48, 32), "cluster_size": 2, "dec_embed_dim": 64, "dec_depth": 2}
 RUN = {"input_size": [48, 32], "order": "row", "taps": "even", "norm_pix_loss": False, "cluster_size": 2}
 

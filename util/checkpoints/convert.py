@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Set
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,9 @@ from util.checkpoints.inspection import image_size, is_pretrained
 from util.distributed.parallel import shard_like
 from util.errors import UserError
 from util.files import some
-from util.pos_embed import insert_middle, resize_around_token
+from util.pos_embed import insert_middle, resize_around_token, resize_pos_embed
 
-Classifier = Any  # `models_classifier.ARMClassifier`, which util does not import
+Model = Any  # a pretraining model or an `ARMClassifier`, which util does not import
 
 # Parameters of which each scan direction has its own, as a one-direction checkpoint names them.
 _SCAN = re.compile(r"^(layers\.\d+\.mixer\.)(A|D|conv1d|x_proj|dt_proj)(_log)?(\.weight|\.bias)?$")
@@ -23,44 +23,109 @@ _SCAN = re.compile(r"^(layers\.\d+\.mixer\.)(A|D|conv1d|x_proj|dt_proj)(_log)?(\
 SHARED = ("patch_embed.", "layers.", "pos_embed")
 # Parameters that only the classifier has.
 NEW_IN_CLASSIFIER = {"cls_token", "norm_f.weight", "norm_f.bias", "head.weight", "head.bias"}
+WORDS = {"cls_token": "class token", "norm_f": "last norm", "head": "head"}  # of parameters, for users
 
 
-def pretrain_to_classifier(state_dict: StateDict, model: Classifier, saved: tuple[int, int] | None = None) -> StateDict:
-    """Convert a state dict, of pretraining or of a classifier of another resolution, for a classifier.
+class Loaded(NamedTuple):
+    """What a model took from a state dict: whether the head came from there, and notes for the user."""
 
-    From pretraining: every scan parameter goes to all four directions; the position embedding is interpolated to
-    the model's grid and gets a zero row for the class token; the decoder is dropped; class token, `norm_f` and
-    head are not in the result. From a classifier: the patch rows of the position embedding are interpolated, the
-    row of the class token stays.
+    head: bool
+    notes: list[str]
+
+
+def fit_embeddings(state_dict: StateDict, model: Model, saved: tuple[int, int] | None = None) -> list[str]:
+    """Fit the patch and position embedding of a state dict to the channels, patches and grid of a model, in place.
+
+    Channels are summed for a model of one channel, else repeated and scaled, so that the response to equal channels
+    stays: timm's rule (`adapt_input_conv`). Patches are resampled as FlexiViT's (Beyer et al. 2023), positions
+    interpolated.
 
     Args:
-        state_dict: as `weights` returns it; left unchanged.
-        model: the `ARMClassifier` to load into.
+        state_dict: of a pretraining model or a classifier; its tensors are replaced, not changed.
+        model: a pretraining model or a classifier.
         saved: height and width of the input that `state_dict` was trained on, if known. Otherwise, the grid is that of
             the model if the number of patches is the same, else a square.
+
+    Returns:
+        What was changed.
 
     Raises:
         UserError: the grid is unknown, and the number of patches is no square.
     """
-    pretrained = is_pretrained(state_dict)
+    notes = []
+    pos_embed, weight = state_dict["pos_embed"], state_dict["patch_embed.proj.weight"]
+    channels, side = weight.shape[1], weight.shape[-1]
+    patches = pos_embed.shape[1] - (not is_pretrained(state_dict))
+    if saved is None and patches == model.grid_size[0] * model.grid_size[1]:
+        grid = model.grid_size
+    else:
+        height, width = image_size(state_dict, saved)
+        grid = height // side, width // side
+    if grid != model.grid_size:
+        resize = resize_pos_embed if is_pretrained(state_dict) else resize_around_token
+        state_dict["pos_embed"] = resize(pos_embed, grid, model.grid_size)
+        before, after = (f"{rows} x {columns}" for rows, columns in (grid, model.grid_size))
+        notes.append(f"position embedding interpolated from {before} to {after} patches")
+    if channels != model.in_chans:
+        weight = fit_channels(weight, model.in_chans)
+        how = "summed" if model.in_chans == 1 else "repeated" if model.in_chans > channels else "cut"
+        notes.append(f"patch embedding {how} from {channels} to {model.in_chans} channels")
+    if side != model.patch_size:
+        from timm.layers import resample_patch_embed  # which --help need not import
+
+        weight = resample_patch_embed(weight, [model.patch_size, model.patch_size])
+        notes.append(f"patch embedding resampled from {side} to {model.patch_size} pixels")
+    state_dict["patch_embed.proj.weight"] = weight
+    return notes
+
+
+def fit_channels(weight: Tensor, channels: int) -> Tensor:
+    """Return the weight of a patch embedding (C, channels before, p, p) for other channels; see `fit_embeddings`."""
+    before = weight.shape[1]
+    if channels == 1:
+        return weight.float().sum(dim=1, keepdim=True).to(weight.dtype)
+    repeated = weight.float().repeat(1, -(-channels // before), 1, 1)[:, :channels]
+    return (repeated * (before / channels)).to(weight.dtype)
+
+
+def pretrain_to_classifier(
+    state_dict: StateDict, model: Model, saved: tuple[int, int] | None = None, notes: list[str] | None = None
+) -> StateDict:
+    """Convert a state dict, of pretraining or of a classifier of another resolution, for a classifier.
+
+    From pretraining: every scan parameter goes to all directions; the position embedding gets a zero row for the class
+    token; the decoder is dropped; class token, `norm_f` and head are not in the result. For patch and position
+    embedding see `fit_embeddings`. The row of a class token stays.
+
+    Args:
+        state_dict: as `weights` returns it; left unchanged.
+        model: the `ARMClassifier` to load into.
+        saved: see `fit_embeddings`.
+        notes: gets what was changed.
+
+    Raises:
+        UserError: see `fit_embeddings`.
+    """
+    pretrained, decoder = is_pretrained(state_dict), "ar_token" in state_dict
     state_dict = {name: value for name, value in state_dict.items() if not pretrained or name.startswith(SHARED)}
-    pos_embed = state_dict["pos_embed"]
+    changes = fit_embeddings(state_dict, model, saved)
     if pretrained:
+        directions = model.layers[0].mixer.directions
         for name in list(state_dict):
             if match := _SCAN.match(name):
                 layer, parameter, log, kind = match[1], match[2], match[3] or "", match[4] or ""
-                for s in model.layers[0].mixer.directions:
+                for s in directions:
                     state_dict[f"{layer}{parameter}{s}{log}{kind}"] = state_dict[name].clone()
-        pos_embed = insert_middle(pos_embed, torch.zeros_like(pos_embed[:, :1]))
-    if saved is None and pos_embed.shape[1] == model.pos_embed.shape[1]:
-        saved = model.grid_size[0] * model.patch_size, model.grid_size[1] * model.patch_size
-    height, width = image_size(state_dict, saved)
-    side = state_dict["patch_embed.proj.weight"].shape[-1]
-    state_dict["pos_embed"] = resize_around_token(pos_embed, (height // side, width // side), model.grid_size)
+        pos_embed = state_dict["pos_embed"]
+        state_dict["pos_embed"] = insert_middle(pos_embed, torch.zeros_like(pos_embed[:, :1]))
+        changes += [f"scan copied to {len(directions)} directions"] * (len(directions) > 1)
+        changes += ["decoder left out"] * decoder
+    if notes is not None:
+        notes += changes
     return state_dict
 
 
-def load(model: nn.Module, state_dict: StateDict, allow_missing: Set[str] = frozenset()) -> None:
+def load(model: nn.Module, state_dict: StateDict, allow_missing: Set[str] = frozenset()) -> Loaded:
     """Load a state dict, of which every key and shape must fit and every value must be finite.
 
     A buffer that holds infinite values in the model, as the attention mask does, may hold them in the state dict, too.
@@ -69,6 +134,9 @@ def load(model: nn.Module, state_dict: StateDict, allow_missing: Set[str] = froz
         model: the model to load into.
         state_dict: its parameters and buffers.
         allow_missing: keys that may be absent; the model keeps their values.
+
+    Returns:
+        Notes: how many of the model's parameters were loaded, and which kept the model's values.
 
     Raises:
         UserError: names both sizes if width or depth differ, else the first keys that do not fit or are not finite,
@@ -99,6 +167,10 @@ def load(model: nn.Module, state_dict: StateDict, allow_missing: Set[str] = froz
     if broken:
         raise UserError(f"the checkpoint has weights that are not finite (NaN or infinite): {some(broken)}")
     model.load_state_dict({k: shard_like(v, own.get(k)) for k, v in state_dict.items()}, strict=not allow_missing)
+    counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    notes = [f"{sum(n for k, n in counts.items() if k in state_dict):,} of {sum(counts.values()):,} parameters loaded"]
+    kept = list(dict.fromkeys(WORDS.get(k.split(".")[0], k) for k in counts if k not in state_dict))
+    return Loaded("head.weight" in state_dict, notes + [f"new: {some(kept)}"] * bool(kept))
 
 
 def is_finite(value: Tensor) -> bool:
@@ -116,27 +188,38 @@ def _width_and_depth(state_dict: StateDict) -> tuple[int, int]:
     return weight.shape[0] if weight is not None and weight.ndim == 4 else 0, len(blocks)
 
 
-def load_into_classifier(
-    state_dict: StateDict, model: Classifier, saved: tuple[int, int] | None = None, keep_head: bool = True
-) -> bool:
-    """Load a state dict, of pretraining or of a classifier, into a classifier.
+def load_encoder(state_dict: StateDict, model: Model, saved: tuple[int, int] | None = None) -> Loaded:
+    """Load the encoder's part of a state dict of pretraining into a pretraining model, which keeps its decoder.
 
-    Args:
-        state_dict: as `weights` returns it; its width, depth and patch size are those of the model.
-        model: an `ARMClassifier`, at any resolution.
-        saved: height and width of the input that `state_dict` was trained on, if known.
-        keep_head: the head must fit; otherwise a head of another size is left out.
-
-    Returns:
-        Whether the head came from the state dict.
+    `model` may have another resolution, patch size and number of channels; for `saved` see `fit_embeddings`.
 
     Raises:
         UserError: lists the keys that do not fit.
     """
-    state_dict = pretrain_to_classifier(state_dict, model, saved)
+    notes = fit_embeddings(state_dict, model, saved)
+    loaded = load(model, state_dict, model.state_dict().keys() - state_dict.keys())
+    return Loaded(False, [loaded.notes[0], *notes, "only the encoder"])
+
+
+def load_into_classifier(
+    state_dict: StateDict, model: Model, saved: tuple[int, int] | None = None, keep_head: bool = True
+) -> Loaded:
+    """Load a state dict, of pretraining or of a classifier, into a classifier.
+
+    Args:
+        state_dict: as `weights` returns it; its width and depth are those of the model.
+        model: an `ARMClassifier`, of any resolution, patch size and number of channels.
+        saved: height and width of the input that `state_dict` was trained on, if known.
+        keep_head: the head must fit; otherwise a head of another size is left out.
+
+    Raises:
+        UserError: lists the keys that do not fit.
+    """
+    changes: list[str] = []
+    state_dict = pretrain_to_classifier(state_dict, model, saved, changes)
     new: set[str] = set() if "cls_token" in state_dict else NEW_IN_CLASSIFIER
     if not keep_head and "head.weight" in state_dict and state_dict["head.weight"].shape != model.head.weight.shape:
         del state_dict["head.weight"], state_dict["head.bias"]
         new = {"head.weight", "head.bias"}
-    load(model, state_dict, new)
-    return not new
+    loaded = load(model, state_dict, new)
+    return Loaded(not new, [loaded.notes[0], *changes, *loaded.notes[1:]])

@@ -29,6 +29,7 @@ PUBLISHED: dict[str, Any] = {
     "norm_pix_loss": True,
     "cluster_size": 4,
     "directions": 4,
+    "in_chans": 3,
 }
 
 _NOT_ARM = "the checkpoint is not one of ARM"
@@ -85,17 +86,17 @@ def classifier_sizes(state_dict: StateDict) -> dict[str, int]:
         state_dict: of a pretraining model or a classifier, as `weights` returns it.
 
     Returns:
-        `embed_dim`, `depth` and `patch_size`; for a classifier also `num_classes` and `directions`. A model of these
-        sizes is no larger than a small multiple of the state dict.
+        `embed_dim`, `depth`, `patch_size` and `in_chans`; for a classifier also `num_classes` and `directions`. A model
+        of these sizes is no larger than a small multiple of the state dict.
 
     Raises:
         UserError: the blocks are not numbered from 0, not alike, or do not have the width of the patch embedding.
     """
-    embed_dim, _, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
+    embed_dim, in_chans, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
     layers = _blocks(state_dict, "layers")
     if layers[0].get("mixer.in_proj.weight") != (2 * embed_dim, embed_dim):
         raise UserError(f"{_NOT_ARM}: its blocks do not have the {embed_dim} channels of its patches")
-    sizes = {"embed_dim": embed_dim, "depth": len(layers), "patch_size": patch_size}
+    sizes = {"embed_dim": embed_dim, "depth": len(layers), "patch_size": patch_size, "in_chans": in_chans}
     if is_pretrained(state_dict):
         return sizes
     head = state_dict["head.weight"]
@@ -250,8 +251,8 @@ def pretrain_options(content: dict, state_dict: StateDict) -> dict[str, object]:
         UserError: mask or arguments are impossible.
     """
     saved = saved_arguments(content)
-    found = PUBLISHED | {name: saved[name] for name in PUBLISHED if saved.get(name) is not None}
-    del found["directions"]  # of a classifier
+    names = ("objective", "order", "taps", "norm_pix_loss", "cluster_size")
+    found = {name: PUBLISHED[name] if saved.get(name) is None else saved[name] for name in names}
     if "cluster_order" in state_dict:
         found["order"] = "random"
     if "mask" in state_dict:  # every cluster but one
