@@ -18,7 +18,7 @@ import torch
 import kernels
 from decoder import TAPS
 from engine_pretrain import train_one_epoch
-from mamba import ORDERS
+from mamba import ORDERS, SIZES
 from objectives import OBJECTIVES
 from ops import BackendUnavailable
 from util import arguments, cli
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser; its defaults are the published recipe of the base model."""
     parser = cli.Parser("main_pretrain.py", description=__doc__.splitlines()[0])
-    arguments.add_shared_arguments(parser)
+    arguments.add_shared_arguments(parser, SIZES)
     add = parser.add_argument_group("pretraining").add_argument
     add("--cluster_size", type=arguments.side, default=4, help="patches a side (default: %(default)s)")
     add("--dec_embed_dim", type=arguments.side, help="decoder channels (default: 512; tiny 192, small 384)")
@@ -75,6 +75,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     kernels.add_arguments(parser.add_argument_group("kernels"))
     parser.set_defaults(
         model="arm_base_pz16",
+        in_chans=3,
         input_size=[192],
         epochs=1600,
         recipe_epochs=1600,
@@ -96,15 +97,19 @@ def build_model(args: argparse.Namespace) -> "PretrainModel":
     import models_arm
 
     with as_user_error(ValueError, BackendUnavailable):
-        return models_arm.create_pretrain_model(
+        model = models_arm.create_pretrain_model(
             args.model,
             img_size=arguments.image_size(args),
             norm_pix_loss=args.norm_pix_loss,
             scan_backend=args.scan_backend,
             cluster_size=args.cluster_size,
             dec_depth=args.dec_depth,
-            **arguments.given(args, "patch_size", "embed_dim", "depth", "dec_embed_dim", "order", "taps", "objective"),
+            **arguments.given(
+                args, "patch_size", "embed_dim", "depth", "dec_embed_dim", "order", "taps", "objective", "in_chans"
+            ),
         )
+    model.set_grad_checkpointing(getattr(args, "grad_checkpointing", False))
+    return model
 
 
 def main(args: argparse.Namespace) -> None:

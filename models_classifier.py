@@ -165,7 +165,7 @@ class ARMClassifier(TimmModel):
         """
         count = len(self.layers) if blocks == "all" else blocks
         if not 0 <= count <= len(self.layers):
-            raise ValueError(f"{count} blocks to freeze, the model has {len(self.layers)}")
+            raise ValueError(f"the model has {len(self.layers)} blocks, not {count}")
         self.frozen_layers = count + 1  # counted as in util.lr_decay: the embeddings are a layer
         frozen = [self.patch_embed, *self.layers[:count], *[self.norm_f] * (blocks == "all")]
         for part in (self.cls_token, self.pos_embed, *frozen):

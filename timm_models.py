@@ -4,6 +4,7 @@ import models_arm  # registers
 model = timm.create_model("arm_base_pz16", num_classes=10, img_size=(224, 192))
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,10 +13,12 @@ from timm.layers import is_exportable, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import Tensor, nn
 
-from util.checkpoints.checkpoint_file import StateDict
-from util.checkpoints.convert import NEW_IN_CLASSIFIER, pretrain_to_classifier
+from util.checkpoints import inspection
+from util.checkpoints.checkpoint_file import StateDict, read, weight_keys
+from util.checkpoints.convert import NEW_IN_CLASSIFIER, load_into_classifier, pretrain_to_classifier
 from util.checkpoints.inspection import is_pretrained
 from util.data.transforms import crop_ratio
+from util.errors import UserError
 from util.lr_decay import NO_WEIGHT_DECAY
 from util.pos_embed import split_middle
 
@@ -27,9 +30,9 @@ except ImportError:  # timm 1.0.28
         """Do nothing: this version does not keep the size."""
 
 
-def input_config(size: tuple[int, int]) -> dict[str, Any]:
-    """Return the entries of timm's config that depend on height and width of the images."""
-    return {"input_size": (3, *size), "crop_pct": crop_ratio(size)}
+def input_config(size: tuple[int, int], in_chans: int = 3) -> dict[str, Any]:
+    """Return the entries of timm's config that depend on height, width and channels of the images."""
+    return {"input_size": (in_chans, *size), "crop_pct": crop_ratio(size)}
 
 
 # From timm's names and the values of --global_pool to timm's names.
@@ -45,6 +48,7 @@ CONFIG = {  # for timm.data.resolve_data_config; "squash" and the crop evaluate 
     "first_conv": "patch_embed.proj",
     "classifier": "head",
 }
+LOGGER = logging.getLogger("arm")
 INSTEAD = "which chooses its path and its scan in Python: use torch.export or torch.compile"
 default_cfgs: dict[str, Any] = {}  # timm reads the configs of this module's models here
 
@@ -52,8 +56,10 @@ default_cfgs: dict[str, Any] = {}  # timm reads the configs of this module's mod
 def register(name: str, classifier: Callable[..., nn.Module], check_names: Callable[[StateDict], None]) -> None:
     """Let `timm.create_model(name, ...)` build a classifier.
 
-    `pretrained=True` with a `file` in `pretrained_cfg_overlay` loads a state dict of pretraining (the head keeps its
-    random values), or of a classifier of any resolution; see `pretrain_to_classifier`.
+    `pretrained=True` with a `file` in `pretrained_cfg_overlay` builds the classifier of a checkpoint and loads it, with
+    its moving average if there is one: width, depth, patch size, channels, directions, input size, classes and pooling
+    are the file's, unless arguments say otherwise; see `OwnFile`. The head keeps its random values if the file is of
+    pretraining or has other classes. Weights from elsewhere are adapted by `pretrain_to_classifier`.
 
     `exportable=True` computes the scan with operators of torch only, which exporters know.
 
@@ -63,15 +69,20 @@ def register(name: str, classifier: Callable[..., nn.Module], check_names: Calla
     def create(
         pretrained: bool = False, pretrained_cfg: Any = None, pretrained_cfg_overlay: dict | None = None, **kwargs: Any
     ) -> nn.Module:
-        overlay = dict(pretrained_cfg_overlay or {})
-        if "img_size" in kwargs:
-            size = to_2tuple(kwargs["img_size"])
-            if size != tuple(resolve_pretrained_cfg(name, pretrained_cfg, dict(overlay)).input_size[-2:]):
-                overlay = input_config(size) | overlay
+        overlay, build = dict(pretrained_cfg_overlay or {}), classifier
+        config = resolve_pretrained_cfg(name, pretrained_cfg, dict(overlay))
+        if pretrained and config.file and config.source != "local-dir" and not config.state_dict:
+            own = OwnFile(config.file, classifier, check_names)
+            kwargs = own.with_sizes(kwargs)
+            pretrained, build = False, own.build
+            overlay = own.config | {"num_classes": kwargs.get("num_classes", CONFIG["num_classes"])} | overlay
+        shape = kwargs.get("in_chans", 3), *to_2tuple(kwargs.get("img_size", config.input_size[-2:]))
+        if shape != tuple(config.input_size):
+            overlay = input_config(shape[1:], shape[0]) | overlay
         if is_exportable():
             kwargs.setdefault("scan_backend", "export")
         return build_model_with_cfg(
-            classifier,
+            build,
             name,
             pretrained,
             pretrained_cfg=pretrained_cfg,
@@ -95,11 +106,63 @@ def register(name: str, classifier: Callable[..., nn.Module], check_names: Calla
     register_model(create)
 
 
+class OwnFile:
+    """A checkpoint of this code, which describes its classifier.
+
+    Args:
+        file: path, URL or hf:// name.
+        classifier: builds the model.
+        check_names: see `register`.
+
+    Attributes:
+        config: entries of timm's config that the file knows.
+
+    Raises:
+        UserError: the file is no checkpoint of ARM.
+    """
+
+    def __init__(
+        self, file: str, classifier: Callable[..., nn.Module], check_names: Callable[[StateDict], None]
+    ) -> None:
+        content = read(file)
+        key = "model_ema" if "model_ema" in weight_keys(content) else None
+        self.file, self.classifier, self.saved = file, classifier, inspection.saved_size(content)
+        self.state_dict, arguments = inspection.weights(content, key), inspection.saved_arguments(content)
+        self.config = {name: tuple(arguments[name]) for name in ("mean", "std") if arguments.get(name)}
+        self.sizes: dict[str, Any] = {**inspection.classifier_sizes(self.state_dict)}
+        if is_pretrained(self.state_dict):
+            check_names(self.state_dict)
+        elif arguments.get("global_pool") is not None:
+            self.sizes["global_pool"] = arguments["global_pool"]
+
+    def with_sizes(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Return arguments of the classifier: those given, and for all others the file's.
+
+        Raises:
+            UserError: a given width, depth or number of directions is not the file's; or no size of the images is
+                given, and the file does not tell it.
+        """
+        for name in ("embed_dim", "depth", "directions"):
+            if name in given and given[name] != self.sizes.get(name, given[name]):
+                raise UserError(f"{self.file} has {name} {self.sizes[name]}, not {given[name]}: leave {name} out")
+        if "img_size" not in given:
+            given = given | {"img_size": inspection.image_size(self.state_dict, self.saved)}
+        return self.sizes | given
+
+    def build(self, **sizes: Any) -> nn.Module:
+        """Build the classifier, and load the weights."""
+        model = self.classifier(**sizes)
+        loaded = load_into_classifier(self.state_dict, model, self.saved, keep_head=False)
+        LOGGER.info("%s: %s", self.file, "; ".join(loaded.notes))
+        return model
+
+
 class TimmModel(nn.Module):
     """The methods that timm calls, for a classifier with `encode` and the attributes below; see `ARMClassifier`."""
 
     embed_dim: int
     patch_size: int
+    in_chans: int
     num_classes: int
     global_pool: str
     grad_checkpointing: bool
@@ -174,7 +237,7 @@ class TimmModel(nn.Module):
         """Return the patches after some of the blocks.
 
         Args:
-            x: images (B, 3, H, W).
+            x: images (B, in_chans, H, W).
             indices: of blocks, negative from the end; a number n takes the last n; None takes all.
             return_prefix_tokens: return pairs of the patches and the class token (B, 1, C).
             norm: apply `norm_f` to each.
@@ -230,7 +293,7 @@ class TimmModel(nn.Module):
     def record_input_size(self, size: tuple[int, int]) -> None:
         """Write height and width of the images to timm's configs of this model."""
         if hasattr(self, "pretrained_cfg"):
-            self.pretrained_cfg.update(input_config(size))
+            self.pretrained_cfg.update(input_config(size, self.in_chans))
         update_model_input_size(self, size, patch_size=self.patch_size)
 
     def __prepare_scriptable__(self) -> None:

@@ -31,6 +31,7 @@ from torch import nn
 
 import kernels
 from Finetuning.engine_finetune import train_one_epoch
+from mamba import SIZES
 from ops import BackendUnavailable
 from util import arguments, cli
 from util.checkpoints import checkpoint_file
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; its defaults are those of the published base recipe."""
     parser = cli.Parser("main_finetune.py", description=__doc__.splitlines()[0])
-    arguments.add_shared_arguments(parser)
+    arguments.add_shared_arguments(parser, SIZES)
     group = parser.add_argument_group("finetuning")
     add = group.add_argument
     add(
@@ -70,7 +71,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add("--model_key", choices=("model", "model_ema"), help="which weights of --finetune, or to evaluate")
     arguments.add_ignore_keys(group)
-    add("--nb_classes", type=arguments.number(int, 1, 10**6), help="number of classes (default: 1000)")
+    add("--nb_classes", type=arguments.number(int, 1, 10**6), help="number of outputs (default: classes of train/)")
     add(
         "--global_pool",
         type=arguments.boolean,
@@ -84,6 +85,12 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=int,
         choices=(4, 1),
         help="scans: rows and columns, forward and backward, or the pretrained one (default: 4, or the checkpoint's)",
+    )
+    add(
+        "--freeze",
+        type=arguments.frozen,
+        metavar="N",
+        help="train neither the embeddings nor the first N blocks; all: only the head (default: train everything)",
     )
     add("--drop_path", type=arguments.rate, default=0.1, help="stochastic depth rate (default: %(default)s)")
     add(
@@ -126,13 +133,14 @@ def get_args_parser() -> argparse.ArgumentParser:
 def build_classifier(args: argparse.Namespace, found: Checkpoint | None) -> ARMClassifier:
     """Build the classifier that the command line and the checkpoint to start from describe, with random weights.
 
-    The command line comes first, then the checkpoint: width, depth, patch size and directions; for evaluation also
-    input size and classes; for evaluation and resuming the pooling. The default is base at 224 pixels with 1000
-    classes and global pooling. `args` is set to the values of the model.
+    The command line comes first, then the checkpoint: width, depth, patch size, channels and directions; for evaluation
+    also the input size; for evaluation and resuming the classes and the pooling. The default is base at 224 pixels with
+    three channels and global pooling. `args` is set to the values of the model.
 
     Raises:
-        UserError: sizes do not fit together; the checkpoint is of pretraining, for evaluation or resuming; or the
-            pooling differs from the checkpoint's and `args.allow_changed_args` is not set.
+        UserError: sizes do not fit together; there are fewer blocks than --freeze names; the checkpoint is of
+            pretraining, for evaluation or resuming; or the pooling differs from the checkpoint's and
+            `args.allow_changed_args` is not set.
     """
     from models_arm import create_classifier
 
@@ -151,11 +159,11 @@ def build_classifier(args: argparse.Namespace, found: Checkpoint | None) -> ARMC
             )
         if args.model is not None:
             del sizes["embed_dim"], sizes["depth"]
-        if not args.eval:
+        if not (args.eval or args.resume):
             sizes.pop("num_classes", None)
-        elif args.input_size is None:
+        if args.eval and args.input_size is None:
             sizes["img_size"] = found.input_size
-    sizes |= arguments.given(args, "patch_size", "embed_dim", "depth", "directions")
+    sizes |= arguments.given(args, "patch_size", "in_chans", "embed_dim", "depth", "directions")
     if args.input_size is not None:
         sizes["img_size"] = arguments.image_size(args)
     if args.nb_classes is not None:
@@ -176,7 +184,11 @@ def build_classifier(args: argparse.Namespace, found: Checkpoint | None) -> ARMC
             **sizes,
         )
     args.input_size = list(model.image_size)
-    args.nb_classes, args.directions = model.head.out_features, len(model.order)
+    args.nb_classes, args.directions, args.in_chans = model.num_classes, len(model.order), model.in_chans
+    model.set_grad_checkpointing(getattr(args, "grad_checkpointing", False))
+    for blocks in arguments.given(args, "freeze").values():
+        with as_user_error(ValueError, prefix=f"--freeze {blocks}: "):
+            model.freeze(blocks)
     return model
 
 
@@ -207,18 +219,23 @@ def main(args: argparse.Namespace) -> None:
         if content is None and args.finetune:
             content = checkpoint_file.read(args.finetune, args.ignore_keys)
             args.model_key = checkpoint_file.chosen_key(content, args.model_key)
+    if args.freeze is not None and content is None:
+        raise UserError(f"--freeze {args.freeze} keeps weights as they are: --finetune says which")
     source = open_source(args.data_path, "val")
+    train = None if args.eval else open_source(args.data_path, "train")
+    if train is not None and args.nb_classes is None and not args.resume:
+        args.nb_classes = len(train.classes)
 
     from pretrained import Checkpoint
 
     found = None if content is None else Checkpoint(args.resume or args.finetune, content, args.model_key)
     model, val = prepare(args, found, source, device)
-    if args.eval and found is not None:
+    if train is not None:
+        finetune(args, found, model, train, val, device, log)
+    elif found is not None:
         from Evaluation.classifier_report import evaluate_checkpoint
 
         evaluate_checkpoint(args, found, model, val, device, log)
-    else:
-        finetune(args, found, model, val, device, log)
 
 
 def prepare(
@@ -248,26 +265,26 @@ def finetune(
     args: argparse.Namespace,
     found: Checkpoint | None,
     model: ARMClassifier,
+    source: Source,
     val: ImageDataset,
     device: torch.device,
     log: Log,
 ) -> None:
-    """Train; evaluate after every epoch and keep the best weights.
+    """Train on the images of `source`; evaluate after every epoch and keep the best weights.
 
     Raises:
         UserError: arguments, checkpoint or data do not fit; no training has started then.
     """
     from timm.utils import ModelEmaV3
 
-    from util.data.datasets import image_dataset
+    from util.data.datasets import ImageDataset, pixels_by
     from util.data.loaders import eval_loader, train_loader
     from util.data.transforms import finetune_transform
 
     with as_user_error(AssertionError, ValueError, KeyError, prefix=f"--aa {args.aa}: "):
         transform = finetune_transform(arguments.image_size(args), args)
-    train = image_dataset(args.data_path, "train", transform, args.loader)
+    train, classes = ImageDataset(source, pixels_by(args.loader, transform)), source.classes
     kernels.fuse_augmentation(train.transform)
-    source, classes = train.source, train.source.classes
     if len(classes) > args.nb_classes:
         raise UserError(f"{source.root} has {len(classes)} classes, the classifier {args.nb_classes}: --nb_classes")
     for line in match_classes(val.source, classes, source.root):
@@ -285,6 +302,8 @@ def finetune(
         log.say(f"{len(classes)} classes, and {args.nb_classes} outputs: --nb_classes")
     if found is not None and not args.resume:
         start_from(args, found, model, names, log)
+    if args.freeze is not None:
+        log.say(describe_frozen(model, f"--freeze {args.freeze}", bool(found and found.is_pretraining)))
     model.to(device)
     ema = ModelEmaV3(model, decay=args.ema_decay) if args.ema_decay is not None else None
     wrapped = distribute(model, device, args.fsdp)  # all processes have the weights of rank 0 from here on
@@ -345,6 +364,13 @@ def start_from(args: argparse.Namespace, found: Checkpoint, model: ARMClassifier
     else:
         unnamed = args.data_path if any(saved) else file
         log.say(f"the head is that of {file}, output by output: {unnamed} does not name its classes")
+
+
+def describe_frozen(model: nn.Module, flag: str, is_new: bool) -> str:
+    """Return a line about a frozen model: how much of it is trained, and that a new class token is not."""
+    trained, every = (sum(p.numel() for p in model.parameters() if p.requires_grad or not t) for t in (True, False))
+    new = "; the class token, which is new, keeps its random values" * is_new
+    return f"{flag}: {trained:,} of {every:,} parameters are trained{new}"
 
 
 def mixes(args: argparse.Namespace) -> bool:

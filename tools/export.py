@@ -115,7 +115,7 @@ def describe(found: Checkpoint, encoder: bool) -> dict:
         "num_classes": classes,
         "num_features": sizes["embed_dim"],
         "model_args": sizes,
-        "pretrained_cfg": CONFIG | {"num_classes": classes} | input_config(sizes["img_size"]),
+        "pretrained_cfg": CONFIG | {"num_classes": classes} | input_config(sizes["img_size"], sizes["in_chans"]),
     }
 
 

@@ -79,10 +79,10 @@ def broken_modules(model: nn.Module) -> list[str]:
     return found
 
 
-def read_update(path: Path, size: tuple[int, int], classes: int | None) -> dict:
+def read_update(path: Path, image: tuple[int, int, int], classes: int | None) -> dict:
     """Read the batches of one process: `epoch`, `first` (number of the first batch in the epoch) and `batches`.
 
-    `size` is height and width of the model's input, `classes` the number of outputs of a classifier.
+    `image` is channels, height and width of the model's input, `classes` the number of outputs of a classifier.
 
     Raises:
         UserError: the file is damaged or holds something else.
@@ -94,20 +94,21 @@ def read_update(path: Path, size: tuple[int, int], classes: int | None) -> dict:
                 raise ValueError(f"it has no number {name}")
         if not isinstance(update.get("batches"), list) or not update["batches"]:
             raise ValueError("it has no batches")
-        if not all(is_batch(batch, size, classes) for batch in update["batches"]):
-            raise ValueError(f"a batch is no pair of images of {size[0]} x {size[1]} pixels and labels")
+        if not all(is_batch(batch, image, classes) for batch in update["batches"]):
+            sizes = " x ".join(map(str, image))
+            raise ValueError(f"a batch is no pair of images of {sizes} values and labels")
     return update
 
 
-def is_batch(batch: object, size: tuple[int, int], classes: int | None) -> bool:
-    """Return whether a saved batch is a list of images (B, 3, *size) and labels (B,) int64, for a model as above."""
+def is_batch(batch: object, image: tuple[int, int, int], classes: int | None) -> bool:
+    """Return whether a saved batch is a list of images (B, *image) and labels (B,) int64, for a model as above."""
     if not isinstance(batch, list) or len(batch) != 2 or not all(isinstance(tensor, Tensor) for tensor in batch):
         return False
     imgs, labels = batch
     if not imgs.is_floating_point() or labels.dtype != torch.int64 or labels.ndim != 1:
         return False
     known = classes is None or (len(labels) > 0 and labels.min() >= 0 and labels.max() < classes)
-    return bool(known) and imgs.shape == (len(labels), 3, *size)
+    return bool(known) and imgs.shape == (len(labels), *image)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -128,9 +129,8 @@ def main(args: argparse.Namespace) -> None:
     ranks = [rank for rank in ranks_in(args.folder) if rank < saved["world_size"]]
     if not ranks:
         raise UserError(f"{printable(args.folder)} holds no batches")
-    updates = {
-        r: read_update(batch_file(args.folder, r), model.image_size, getattr(model, "num_classes", None)) for r in ranks
-    }
+    image, classes = (model.in_chans, *model.image_size), getattr(model, "num_classes", None)
+    updates = {r: read_update(batch_file(args.folder, r), image, classes) for r in ranks}
     for rank, update in updates.items():
         for step, batch in enumerate(update["batches"], update["first"]):
             seed_everything(saved["seed"], update["epoch"], step, of_rank=rank)

@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +58,18 @@ class WarmUp(argparse.Action):
 
 # A long help stands below its flag.
 # fmt: off
-def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+def add_shared_arguments(parser: argparse.ArgumentParser, models: Iterable[str]) -> None:
     """Add the arguments that pretraining and finetuning share; each sets its defaults by `parser.set_defaults`.
 
-    One of these is `recipe_epochs`, the length of the run that the default of `--warmup_epochs` is meant for.
+    `models` are the names that --model takes. One of the defaults is `recipe_epochs`, the length of the run that the
+    default of `--warmup_epochs` is meant for.
     """
     add_machine_arguments(parser)
     add = parser.add_argument_group("model").add_argument
-    add("--model", metavar="NAME", help="one of models_arm.SIZES")
+    add("--model", choices=tuple(models), metavar="NAME", help=f"one of {', '.join(models)}")
     add("--input_size", type=pixels, nargs="+", metavar="PX", help="side, or height and width, of the input")
     add("--patch_size", type=side, help="pixels a side")
+    add("--in_chans", type=number(int, 1, 64), help="channels of the images (default: 3, or the checkpoint's)")
     add("--embed_dim", type=side, help="number of channels, instead of the model's")
     add("--depth", type=few, help="number of blocks, instead of the model's")
 
@@ -110,6 +112,8 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     add("--compile", action="store_true", default=None,
         help="torch.compile the blocks (default: when training on a GPU)")
     add("--no_compile", action="store_false", dest="compile", help="run them eagerly")
+    add("--grad_checkpointing", action="store_true",
+        help="recompute each block in the backward pass, for less memory and more time; the result is the same")
     add("--fsdp", action="store_true",
         help="shard weights, gradients and moments over torchrun's processes (FSDP2), for models too large for one GPU")
     add("--deterministic", action="store_true",
@@ -157,6 +161,17 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", metavar="FILE", help="JSON file of the result (default: next to CKPT)")
 
 
+def frozen(text: str) -> int | str:
+    """Argument type: a number of blocks, or all."""
+    try:
+        return text if text == "all" else int(number(int, 0, 1000)(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of blocks nor all") from error
+
+
+frozen.__name__ = "int"  # as of `number`, by which tests know an argument with bounds
+
+
 def add_ignore_keys(parser: argparse._ActionsContainer) -> None:
     """Add `--ignore_keys`, patterns of parameters of a checkpoint to leave out; see `checkpoint_file.read`."""
     parser.add_argument("--ignore_keys", nargs="+", default=[], metavar="PATTERN",
@@ -195,7 +210,7 @@ def check_arguments(args: argparse.Namespace, processes: int | None = None) -> N
         raise UserError("--eval does not shard the model: leave --fsdp out")
     if args.fsdp and args.world_size == 1:
         raise UserError("--fsdp shards over processes, and there is one: start several with torchrun")
-    for other in ("fsdp", "deterministic", "eval"):
+    for other in ("fsdp", "deterministic", "grad_checkpointing", "eval"):
         if getattr(args, other, False):
             if args.cuda_graph:
                 raise UserError(f"--cuda_graph does not go together with --{other}: leave one of them out")

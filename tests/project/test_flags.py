@@ -14,12 +14,13 @@ import studies.run
 from demo import compare_loaders
 from Evaluation import probe, robustness
 from Finetuning import main_finetune
+from mamba import SIZES
 from tools import export, pack_images, plot_log, replay_nonfinite, visualize
 from util import arguments
 from util.errors import UserError
 
 SHARED = """
-    model input_size patch_size embed_dim depth scan_backend
+    model input_size patch_size in_chans embed_dim depth scan_backend grad_checkpointing
     batch_size accum_iter epochs warmup_epochs lr blr min_lr weight_decay clip_grad
     data_path loader max_bad_samples scale hflip num_workers worker_timeout pin_mem no_pin_mem
     output_dir log_dir tracker save_freq save_every_steps keep resume start_epoch allow_changed_args
@@ -29,7 +30,7 @@ PRETRAIN = SHARED + "cluster_size dec_embed_dim dec_depth norm_pix_loss no_norm_
 FINETUNE = (
     SHARED
     + """
-    finetune model_key ignore_keys nb_classes global_pool cls_token directions drop_path layer_decay ema_decay
+    finetune model_key ignore_keys nb_classes global_pool cls_token directions drop_path layer_decay ema_decay freeze
     color_jitter aa smoothing reprob remode recount
     mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode
     eval dist_eval output eval_resize eval_loader eval_bad
@@ -175,11 +176,14 @@ def test_there_are_numeric_arguments():
     assert len(names) > 100
 
 
-def test_help_names_every_flag(capsys):
+@pytest.mark.parametrize("script", [main_pretrain, main_finetune])
+def test_help_names_every_flag_and_model(script, capsys):
     with pytest.raises(SystemExit) as exit_info:
-        main_finetune.get_args_parser().parse_args(["--help"])
+        script.get_args_parser().parse_args(["--help"])
     assert exit_info.value.code == 0
-    assert "--layer_decay" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "--weight_decay" in shown
+    assert all(name in shown for name in SIZES)
 
 
 LATE = "timm", "torchvision", "models_arm", "matplotlib", "tensorboard", "torch._dynamo", "sympy", "datasets", "onnx"

@@ -18,7 +18,10 @@ from util.errors import UserError
 
 PRETRAIN_MISTAKES = {
     "--batch_size 0": "argument --batch_size: 0 is not at least 1",
-    "--model arm_giant": "unknown model 'arm_giant'; choose from arm_base_pz16",
+    "--model arm_giant": r"argument --model: invalid choice: 'arm_giant' \(choose from '?arm_base_pz16",
+    "--in_chans 0": "argument --in_chans: 0 is not at least 1 and at most 64",
+    "--in_chans 65": "argument --in_chans: 65 is not at least 1 and at most 64",
+    "--grad_checkpointing --cuda_graph": "--cuda_graph does not go together with --grad_checkpointing",
     "--input_size 40 32": r"image size 40 does not divide .* nearest: 32 or 48",
     "--input_size 1 2 3": "--input_size takes one side",
     "--dec_embed_dim 65": "decoder width 65 is not a multiple of 64",
@@ -54,6 +57,9 @@ PRETRAIN_MISTAKES = {
 FINETUNE_MISTAKES = {
     "--nb_classes 2": "has 3 classes, the classifier 2",
     "--finetune none.pth": "no checkpoint file none.pth",
+    "--freeze 2": "--freeze 2 keeps weights as they are: --finetune says which",
+    "--freeze -1": "argument --freeze: -1 is not at least 0 and at most 1000",
+    "--freeze some": "argument --freeze: 'some' is neither a number of blocks nor all",
     "--resume none.pth --model_key model_ema": "--model_key chooses among the weights of --finetune",
     "--eval": "--eval needs a checkpoint",
     "--output x": "--output is the folder for the report of --eval; that of a run is --output_dir",

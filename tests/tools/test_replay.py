@@ -36,7 +36,7 @@ def test_a_whole_bundle(bundle, run_script, capsys):
 
 UPDATES = {
     "no batches": {"batches": []},
-    "no pair of images of 48 x 32": {"batches": [[torch.randn(2, 3, 48, 48), torch.tensor([0, 1])]]},
+    "no pair of images of 3 x 48 x 32": {"batches": [[torch.randn(2, 3, 48, 48), torch.tensor([0, 1])]]},
     "no pair": {"batches": [[torch.randn(2, 3, 48, 32)]]},
     "is no pair of": {"batches": [[torch.randn(2, 3, 48, 32), torch.tensor([0.0, 1.0])]]},
     "a batch is no": {"batches": [[torch.randn(3, 3, 48, 32), torch.tensor([0, 1])]]},

@@ -10,7 +10,8 @@ from util.training.run_state import FREE
 # Flags that change the result of a run: a checkpoint is not resumed if they differ. The others are in FREE.
 CHANGE_THE_RESULT = set(
     """
-    model input_size patch_size embed_dim depth dec_embed_dim dec_depth directions global_pool nb_classes
+    model input_size patch_size in_chans embed_dim depth dec_embed_dim dec_depth directions global_pool nb_classes
+    freeze
     objective order taps norm_pix_loss cluster_size
     epochs warmup_epochs lr min_lr weight_decay layer_decay clip_grad drop_path ema_decay smoothing seed
     loader scale hflip aa color_jitter reprob remode recount

@@ -210,7 +210,7 @@ def load_into_classifier(
         state_dict: as `weights` returns it; its width and depth are those of the model.
         model: an `ARMClassifier`, of any resolution, patch size and number of channels.
         saved: height and width of the input that `state_dict` was trained on, if known.
-        keep_head: the head must fit; otherwise a head of another size is left out.
+        keep_head: the head must fit; otherwise a head of another size, or for a model without one, is left out.
 
     Raises:
         UserError: lists the keys that do not fit.
@@ -218,8 +218,10 @@ def load_into_classifier(
     changes: list[str] = []
     state_dict = pretrain_to_classifier(state_dict, model, saved, changes)
     new: set[str] = set() if "cls_token" in state_dict else NEW_IN_CLASSIFIER
-    if not keep_head and "head.weight" in state_dict and state_dict["head.weight"].shape != model.head.weight.shape:
-        del state_dict["head.weight"], state_dict["head.bias"]
+    head = dict(model.head.named_parameters())  # empty without a head
+    fits = "weight" in head and "head.weight" in state_dict and state_dict["head.weight"].shape == head["weight"].shape
+    if not keep_head and not new and not fits:
+        state_dict = {name: value for name, value in state_dict.items() if not name.startswith("head.")}
         new = {"head.weight", "head.bias"}
     loaded = load(model, state_dict, new)
     return Loaded(not new, [loaded.notes[0], *changes, *loaded.notes[1:]])

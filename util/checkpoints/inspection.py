@@ -30,6 +30,7 @@ PUBLISHED: dict[str, Any] = {
     "cluster_size": 4,
     "directions": 4,
     "in_chans": 3,
+    "freeze": None,
 }
 
 _NOT_ARM = "the checkpoint is not one of ARM"
