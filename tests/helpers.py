@@ -47,7 +47,7 @@ SLOW = set(
     test_no_fused_multiply_adds test_no_spills test_operation_on_small_images test_outputs_that_end_early
     test_packing_resumes test_packing_resumes_after_a_kill_at_any_moment test_randaugment
     test_random_batches_against_timm test_registers_spills_and_instructions test_runs test_runs_are_compared
-    test_switches::test_compiled test_the_line_that_starts_timms_scripts
+    test_sharded_pretraining test_switches::test_compiled test_the_line_that_starts_timms_scripts
     test_training_and_a_probe_without_linux test_triton
     test_two_processes test_two_processes_equal_one test_two_processes_have_one_order
     test_under_torchrun_one_process_speaks test_whole_model

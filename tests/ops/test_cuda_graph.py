@@ -45,6 +45,15 @@ def test_training_equals_the_eager_one(kind, accum_iter):
     assert len(replays) == 2 * blocks * 9  # not in the first of 12 batches, nor in two of another size
 
 
+@pytest.mark.parametrize("blocks", [0, 1, "all"])
+def test_frozen_blocks_are_not_captured(blocks, monkeypatch):
+    """The others are; the first one reads its input from outside the graphs."""
+    monkeypatch.setattr(Trained, "prepare", lambda self: self.model.freeze(blocks))
+    eager, graphed = (Trained("finetune", g, batches_of("finetune", [4, 4, 4])) for g in (False, True))
+    assert_equal(graphed, eager)
+    assert len(replays) == (0 if blocks == "all" else 2 * (3 - blocks) * 2)
+
+
 @pytest.mark.parametrize(("kind", "replayed"), [("pretrain", 4 + 3), ("finetune", 1 + 3 + 1)])
 def test_nothing_is_copied_between_blocks(kind, replayed, monkeypatch):
     """Check the number of copies: only tensors from outside the blocks are copied, mask and orders once.
