@@ -11,6 +11,7 @@ from timm.models import adapt_input_conv
 import models_arm
 from pretrained import Checkpoint
 from util.checkpoints import convert
+from util.tracking import prediction_figures
 
 ENCODER = {"embed_dim": 32, "depth": 2, "patch_size": 8, "img_size": (48, 32)}
 DECODER = {"cluster_size": 2, "dec_embed_dim": 64, "dec_depth": 2}
@@ -145,3 +146,9 @@ def test_patches_of_another_size():
     weight = resample_patch_embed(source.patch_embed.proj.weight, [16, 16])
     assert torch.equal(target.patch_embed.proj.weight, weight)
     assert torch.equal(target.pos_embed, source.pos_embed)  # of the same grid
+
+
+def test_figures_say_which_channels_they_show():
+    assert [prediction_figures.title_of_input(n) for n in (1, 3)] == ["input"] * 2
+    assert prediction_figures.title_of_input(5) == "input, channels 1-3 of 5"
+    assert prediction_figures.title_of_input(2) == "input, channel 1 of 2"

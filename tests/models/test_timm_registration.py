@@ -1,6 +1,8 @@
 """The models as timm knows them: registration, configs, and what timm's own tests ask of a registered model."""
 
+import argparse
 import copy
+import logging
 import subprocess
 import sys
 
@@ -8,9 +10,11 @@ import pytest
 import timm
 import torch
 from helpers import REPOSITORY
+from timm.layers import resample_patch_embed
 
 import models_arm
 from util.data.transforms import eval_transform
+from util.errors import UserError
 
 SMALL = {"embed_dim": 32, "depth": 3, "patch_size": 8, "img_size": (48, 32), "num_classes": 5}
 
@@ -157,3 +161,60 @@ def test_timm_pretrained(tmp_path, name, default, options):
     assert model.num_classes == options["num_classes"]
     features = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, features_only=True)
     assert torch.equal(features.model.pos_embed, state["pos_embed"])
+
+
+def write_run(path, model, **args):
+    args = {"input_size": [48, 32], "global_pool": True, **args}
+    torch.save({"model": model.state_dict(), "args": argparse.Namespace(**args)}, path)
+    return {"file": str(path)}
+
+
+@pytest.mark.parametrize("options", [{}, {"directions": 1}, {"in_chans": 5}, {"global_pool": "token"}], ids=str)
+def test_a_file_describes_its_classifier(options, tmp_path, caplog):
+    """Whatever the name says: width, depth, patches, channels, directions, input size, classes and pooling."""
+    want = models_arm.create_classifier("arm_tiny_pz16", **SMALL, **options).eval()
+    overlay = write_run(tmp_path / "c.pth", want, global_pool=options.get("global_pool", True), mean=[0.5], std=[0.25])
+    with caplog.at_level(logging.INFO, "arm"):
+        model = timm.create_model("arm_base_pz16", pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    every = f"{sum(p.numel() for p in want.parameters()):,}"
+    assert f"c.pth: {every} of {every} parameters loaded" in caplog.text
+    imgs = torch.randn(2, want.in_chans, 48, 32)
+    assert torch.equal(model(imgs), want(imgs))
+    assert model.default_cfg["input_size"] == (want.in_chans, 48, 32)
+    assert (model.default_cfg["num_classes"], model.default_cfg["mean"]) == (5, (0.5,))
+    maps = timm.create_model("arm_base_pz16", pretrained=True, pretrained_cfg_overlay=overlay, features_only=True)
+    got = maps.eval()(imgs)
+    assert all(
+        torch.equal(g, w)
+        for g, w in zip(got, want.forward_intermediates(imgs, 3, intermediates_only=True), strict=True)
+    )
+
+
+def test_arguments_win_over_the_file(tmp_path):
+    """But width, depth and directions, which its weights fix; with an average of the weights, that is taken."""
+    want, ema = (models_arm.create_classifier("arm_tiny_pz16", **SMALL) for _ in range(2))
+    overlay = write_run(tmp_path / "c.pth", want)
+    content = torch.load(overlay["file"], weights_only=False) | {"model_ema": ema.state_dict()}
+    torch.save(content, overlay["file"])
+
+    def create(**options):
+        return timm.create_model("arm_base_pz16", pretrained=True, pretrained_cfg_overlay=overlay, **options)
+
+    model = create(img_size=64, patch_size=16, in_chans=1, num_classes=3)
+    assert (model.image_size, model.in_chans, model.num_classes) == ((64, 64), 1, 3)
+    weight = resample_patch_embed(ema.patch_embed.proj.weight.sum(1, keepdim=True), [16, 16])
+    assert torch.allclose(model.patch_embed.proj.weight, weight, atol=1e-6)
+    assert torch.equal(model.norm_f.weight, ema.norm_f.weight)
+    assert model.default_cfg["num_classes"] == 3
+    assert create(depth=3).num_classes == 5
+    for option, message in (({"depth": 4}, "depth 3, not 4"), ({"directions": 1}, "directions 4, not 1")):
+        with pytest.raises(UserError, match=rf"c\.pth has {message}: leave {next(iter(option))} out"):
+            create(**option)
+    encoder = models_arm.create_pretrain_model(
+        "arm_tiny_pz16", img_size=(48, 32), patch_size=8, cluster_size=2, embed_dim=32, depth=3, dec_depth=1
+    )
+    overlay = write_run(tmp_path / "p.pth", encoder)
+    model = create(num_classes=0, directions=1)
+    assert (model.image_size, len(model.layers), model.num_classes) == ((48, 32), 3, 0)
+    assert torch.equal(model.layers[2].mixer.A_log, encoder.layers[2].mixer.A_log)
+    assert create().num_classes == 1000

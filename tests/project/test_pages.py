@@ -154,6 +154,8 @@ def test_the_examples_of_a_page_run(example_files, page):
         assert names["latents"].shape == (2, 128, 192, 4)
         assert names["tokens"].shape == (2, 169, 192)
         assert names["features"].shape == (2, 192)
+        assert (names["clusters"].shape, names["maps"].shape) == ((1, 192, 192), (1, 192, 16, 12))
+        assert (names["wide"].image_size, names["padded"].shape) == ((256, 192), (1, 192, 16, 13))
         assert names["pooled"].shape == (1, 192)
         assert names["model"].grid_size == (14, 12)
         assert names["pyramid"].feature_info.channels() == [768] * 3

@@ -80,7 +80,14 @@ def draw_sheets(model: Predicts, imgs: Tensor) -> "list[Figure]":
     side = model.cluster_size * model.patch_size
     orders = [None] * len(imgs) if places is None else places.tolist()
     panels = zip(images, predictions, losses.float().cpu().numpy(), orders, strict=True)
-    return [_sheet(*panel, side) for panel in panels]
+    return [_sheet(*panel, side, title_of_input(imgs.shape[1])) for panel in panels]
+
+
+def title_of_input(channels: int) -> str:
+    """Return the title of the input, which says what is drawn of images that are neither grey nor RGB."""
+    if channels in (1, 3):
+        return "input"
+    return "input, channel 1 of 2" if channels == 2 else f"input, channels 1-3 of {channels}"
 
 
 def pixels(figure: "Figure") -> np.ndarray:
@@ -93,7 +100,7 @@ def pixels(figure: "Figure") -> np.ndarray:
 
 
 def _sheet(
-    image: np.ndarray, predicted: np.ndarray, losses: np.ndarray, places: list[list[int]] | None, side: int
+    image: np.ndarray, predicted: np.ndarray, losses: np.ndarray, places: list[list[int]] | None, side: int, title: str
 ) -> "Figure":
     """Draw the figure of one image.
 
@@ -104,6 +111,7 @@ def _sheet(
         places: (rows, columns) of the clusters, their place in the order of prediction, 0 for a given one; None if all
             are predicted at once.
         side: side of a cluster in pixels.
+        title: of the image.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -116,10 +124,10 @@ def _sheet(
     if places is None:
         hidden = np.kron(~np.isnan(losses), np.ones((height // len(losses),) * 2)).astype(bool)  # (H, W)
         panels = (image, np.where(hidden[..., None], 0.5, image), predicted)
-        titles = ("input", "what the encoder sees", "hidden patches predicted")
+        titles = (title, "what the encoder sees", "hidden patches predicted")
     else:
         panels = (image, 0.65 + 0.35 * image, predicted)  # paler under the numbers
-        titles = ("input", "clusters in order of prediction", "each predicted from those before")
+        titles = (title, "clusters in order of prediction", "each predicted from those before")
     for axis, panel, title in zip(axes, panels, titles, strict=False):
         axis.imshow(panel, interpolation="nearest", extent=(0, width, height, 0))
         axis.set_title(title, fontsize=10)
