@@ -1,6 +1,7 @@
 """Images of other numbers of channels, and weights of other numbers of channels, patch sizes and grids."""
 
 import argparse
+import json
 import logging
 
 import pytest
@@ -9,7 +10,9 @@ from timm.layers import resample_patch_embed
 from timm.models import adapt_input_conv
 
 import models_arm
+import pretrained
 from pretrained import Checkpoint
+from tools import export, replay_nonfinite
 from util.checkpoints import convert
 from util.tracking import prediction_figures
 
@@ -97,7 +100,7 @@ def test_grey_images_have_the_same_outputs(before, after, caplog):
         with caplog.at_level(logging.INFO):
             Checkpoint("c.pth", content).load_into(target, encoder=encoder)
         how = "summed" if after == 1 else "repeated"
-        assert f"patch embedding {how} from {before} to {after} channels" in caplog.text
+        assert f"channels of the patch embedding {how} from {before} to {after}" in caplog.text
         grey = images(1)
         got, want = (m.patch_embed(grey.expand(-1, m.in_chans, -1, -1)) for m in (target, source))
         assert torch.allclose(got, want, atol=1e-5)
@@ -125,8 +128,9 @@ def test_what_was_loaded(caplog):
     total = sum(p.numel() for p in model.parameters())
     assert line(pretraining(), model) == (
         f"c.pth: model: {total - sum(p.numel() for p in new):,} of {total:,} parameters loaded; position embedding "
-        "interpolated from 6 x 4 to 12 x 12 patches; patch embedding repeated from 3 to 4 channels; patch embedding "
-        "resampled from 8 to 4 pixels; scan copied to 4 directions; decoder left out; new: class token, head, last norm"
+        "interpolated from 6 x 4 to 12 x 12 patches; channels of the patch embedding repeated from 3 to 4; patch "
+        "embedding resampled from 8 to 4 pixels; scan copied to 4 directions; decoder left out; new: class token, "
+        "head, last norm"
     )
     every = count(model.parameters())
     assert line(model, classifier(img_size=48, in_chans=4, patch_size=4)) == (
@@ -152,3 +156,41 @@ def test_figures_say_which_channels_they_show():
     assert [prediction_figures.title_of_input(n) for n in (1, 3)] == ["input"] * 2
     assert prediction_figures.title_of_input(5) == "input, channels 1-3 of 5"
     assert prediction_figures.title_of_input(2) == "input, channel 1 of 2"
+
+
+def saved(path, model, **args):
+    content = {"model": model.state_dict(), "args": argparse.Namespace(input_size=[48, 32], **args)}
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize("encoder", [False, True])
+def test_export(encoder, tmp_path, run_script):
+    """The exported file has the channels of the checkpoint."""
+    want = pretraining(in_chans=4) if encoder else classifier(in_chans=4)
+    args = {"cluster_size": 2, "in_chans": 4, "mean": [0.5] * 4, "std": [0.25] * 4}
+    path, output = saved(tmp_path / "c.pth", want, **args), tmp_path / "out.safetensors"
+    run_script(export, path, "--to", "safetensors", "--output", output, *["--encoder"] * encoder)
+    about = json.loads(output.with_suffix(".json").read_text())
+    assert (about["model_args"]["in_chans"], about["pretrained_cfg"]["input_size"]) == (4, [4, 48, 32])
+    again, found = pretrained.load(output, encoder=encoder)
+    assert found.sizes["in_chans"] == 4
+    assert torch.allclose(again.forward_features(images(4)), want.forward_features(images(4)), atol=1e-6)
+
+
+def test_channels_and_patches_replace_those_of_a_file(tmp_path):
+    source = pretraining()
+    path = saved(tmp_path / "c.pth", source, cluster_size=2)
+    model, found = pretrained.load(
+        path, encoder=True, in_chans=1, patch_size=4, img_size=(24, 16), dynamic_img_size=True
+    )
+    assert (found.sizes["in_chans"], model.in_chans, model.image_size) == (3, 1, (24, 16))
+    weight = resample_patch_embed(source.patch_embed.proj.weight.sum(1, keepdim=True), [4, 4])
+    assert torch.allclose(model.patch_embed.proj.weight, weight, atol=1e-5)
+    assert model.forward_features(torch.randn(1, 1, 32, 32)).shape == (1, 64, 32)
+
+
+def test_batches_that_are_replayed():
+    batch = [torch.zeros(2, 4, 48, 32), torch.zeros(2, dtype=torch.int64)]
+    assert replay_nonfinite.is_batch(batch, (4, 48, 32), None)
+    assert not replay_nonfinite.is_batch(batch, (3, 48, 32), None)

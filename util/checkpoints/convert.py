@@ -69,7 +69,7 @@ def fit_embeddings(state_dict: StateDict, model: Model, saved: tuple[int, int] |
     if channels != model.in_chans:
         weight = fit_channels(weight, model.in_chans)
         how = "summed" if model.in_chans == 1 else "repeated" if model.in_chans > channels else "cut"
-        notes.append(f"patch embedding {how} from {channels} to {model.in_chans} channels")
+        notes.append(f"channels of the patch embedding {how} from {channels} to {model.in_chans}")
     if side != model.patch_size:
         from timm.layers import resample_patch_embed  # which --help need not import
 
