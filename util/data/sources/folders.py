@@ -9,79 +9,84 @@ from pathlib import Path
 import numpy as np
 
 from util.data.decode import SUFFIXES
-from util.data.sources.readers import HIDDEN, count_left_out, hash_states, is_folder, read_at
+from util.data.sources.image_files import ImageFiles
+from util.data.sources.readers import HIDDEN, SPLITS, NoSplit, choose_split, count_left_out, is_folder
 from util.errors import UserError, as_user_error
-from util.files import open_regular, printable
+from util.files import printable
 
-LOGGER = logging.getLogger(__name__)
+LOGGER = logging.getLogger("arm")
 
 LOOSE = "files lie beside the class folders"
 UNKNOWN = "files have no suffix of an image format that can be read"
 LOOPS = "links lead to folders that contain them"
 
 
-class Folder:
-    """One folder of images per class.
+class Folder(ImageFiles):
+    """A folder of images, with or without one folder for each class.
 
     Classes and images have the order of torchvision's `ImageFolder`. Unlike there, hidden files and folders are left
-    out, and files with any of the suffixes `util.data.decode.SUFFIXES` are read.
-
-    Attributes:
-        paths: (n,) bytes, below the folder of the split.
+    out, and files with any of the suffixes `util.data.decode.SUFFIXES` are read. Without labels, images at any depth
+    are read; they have classes if each of them lies in a folder.
     """
 
-    def __init__(self, data_path: str, split: str) -> None:
-        about = f"--data_path {printable(data_path)}: "
-        self.folder = str(Path(data_path, split))
-        self.root = printable(self.folder)
-        with as_user_error(OSError, prefix=about):
+    def __init__(self, data_path: str, split: str, labels: bool = True) -> None:
+        about = f"--data_path {printable(data_path)}"
+        with as_user_error(OSError, prefix=f"{about}: "):
             if not is_folder(data_path):
-                raise UserError(f"{about}no such folder")
-            if not is_folder(self.folder):
-                raise UserError(f"{about}there is no folder {split!r} in it")
-            names, images, left_out = self._list()
-        self.classes = [printable(name) for name in names]
-        self.labels = np.repeat(np.arange(len(names)), [len(paths) for paths in images])
-        # not a list of strings, whose reference counts would make every worker copy its memory
+                raise UserError(f"{about}: no such folder")
+            found = [name for names in SPLITS.values() for name in names if is_folder(Path(data_path, name))]
+            name = choose_split(found, split, labels, about)
+            if name is None:
+                raise NoSplit(f"{about}: there is no folder {split!r} in it")
+            self.folder = str(Path(data_path, name))
+            self.root = printable(self.folder)
+            self.classes, images, left_out = self._list_labelled() if labels else self._list()
+        counts = [len(paths) for paths in images]
+        self.labels = np.repeat(np.arange(len(counts)), counts) if self.classes else np.zeros(sum(counts), np.int64)
         self.paths = np.array([os.fsencode(path) for paths in images for path in paths])
         if left_out:
             LOGGER.warning("%s: %s", self.root, left_out)
+        if split and not name:
+            LOGGER.info("%s has no folder train: all %d images below it are taken", self.root, len(self.paths))
 
-    def _list(self) -> tuple[list[str], list[list[str]], str]:
+    def _list_labelled(self) -> tuple[list[str], list[list[str]], str]:
         """Return the names of the class folders, the paths of the images in each, and a line on what is left out."""
         found: dict[str, list[str]] = {reason: [] for reason in (LOOSE, UNKNOWN, HIDDEN, LOOPS)}
         names, found[LOOSE] = _split_entries(self.folder, "", found[HIDDEN])
         if not names:
-            raise UserError(f"{self.root}: Couldn't find any class folder in it")
+            raise UserError(f"{self.root}: Couldn't find any class folder in it, so its images have no labels")
         shown, times = Counter(map(printable, names)).most_common(1)[0]
         if times > 1:
             raise UserError(f"{self.root}: {times} class folders would be called {shown}: rename one")
-        images = []
-        for name in names:
-            files = list(_files_below(self.folder, name, found[HIDDEN], found[LOOPS]))
-            images.append([path for path in files if _is_image(path)])
-            found[UNKNOWN] += [path for path in files if not _is_image(path)]
+        images = [_images_below(self.folder, name, found, {}) for name in names]
         left_out = count_left_out(found)
         empty = [printable(name) for name, paths in zip(names, images, strict=True) if not paths]
         if empty:
             without = f"{len(empty)} of {len(names)} class folders: {', '.join(empty[:5])}"
             raise UserError(f"{self.root}: no image in {without}{left_out and f' ({left_out})'}")
-        return names, images, left_out
+        return [*map(printable, names)], images, left_out
 
-    def read(self, index: int) -> bytes:
-        path = self.path(index)
-        with open_regular(path) as file:
-            return read_at(file, 0, os.fstat(file.fileno()).st_size, path)
+    def _list(self) -> tuple[list[str], list[list[str]], str]:
+        """Return the same for images with or without labels; the names are empty if some image lies in no folder."""
+        found: dict[str, list[str]] = {reason: [] for reason in (UNKNOWN, HIDDEN, LOOPS)}
+        names, files = _split_entries(self.folder, "", found[HIDDEN])
+        found[UNKNOWN] = [path for path in files if not _is_image(path)]
+        loose = [path for path in files if _is_image(path)]
+        read: dict[str, str] = {}
+        below = {name: images for name in names if (images := _images_below(self.folder, name, found, read))}
+        left_out = count_left_out(found)
+        if not loose and not below:
+            raise UserError(f"{self.root}: no image in it{left_out and f' ({left_out})'}")
+        shown = [*map(printable, below)]
+        labelled = not loose and len(set(shown)) == len(shown)
+        return shown if labelled else [], [loose, *below.values()] if loose else [*below.values()], left_out
 
-    def path(self, index: int) -> str:
-        """Return the path of an image for the operating system; it may not be printable."""
-        return os.path.join(self.folder, os.fsdecode(self.paths[index]))
 
-    def name(self, index: int) -> str:
-        return printable(self.path(index))
-
-    def state(self) -> str:
-        return hash_states([os.fsencode(self.path(index)) for index in range(len(self.paths))])
+def _images_below(root: str, folder: str, found: dict[str, list[str]], read: dict[str, str]) -> list[str]:
+    """Return the images at any depth in a folder; add other files to `found[UNKNOWN]`. See `_files_below`."""
+    files = list(_files_below(root, folder, found[HIDDEN], found[LOOPS], read))
+    found[UNKNOWN] += [path for path in files if not _is_image(path)]
+    return [path for path in files if _is_image(path)]
 
 
 def _is_image(path: str) -> bool:
@@ -107,17 +112,18 @@ def _split_entries(root: str, folder: str, hidden: list[str]) -> tuple[list[str]
     return sorted(folders), sorted(files)
 
 
-def _files_below(root: str, folder: str, hidden: list[str], loops: list[str]) -> Iterator[str]:
-    """Yield all files below a class folder, in the order of `sorted(os.walk(...))`; links are followed.
+def _files_below(root: str, folder: str, hidden: list[str], loops: list[str], read: dict[str, str]) -> Iterator[str]:
+    """Yield all files below a folder of `root`, in the order of `sorted(os.walk(...))`; links are followed.
 
     Hidden files are added to `hidden`. Links to a folder that contains them are added to `loops` and not followed.
+    `read` maps each folder that was read, without links, to the path through which it was read; more are added.
 
     Raises:
         UserError: a link leads to a folder that was already read, so its images would count twice.
         OSError: a folder cannot be read.
     """
     real = os.path.realpath(root)
-    read = {real, *map(str, Path(real).parents)}
+    read |= {str(path): root for path in (Path(real), *Path(real).parents)}
     pending, found = [(folder, os.path.join(real, folder))], []
     while pending:
         here, real = pending.pop()
@@ -129,10 +135,10 @@ def _files_below(root: str, folder: str, hidden: list[str], loops: list[str]) ->
             continue
         if real in read:
             raise UserError(
-                f"{printable(path)} leads to {printable(real)}, which was already read: its images would count twice. "
-                "Remove the link"
+                f"{printable(path)} leads to {printable(real)}, which was already read as {printable(read[real])}: its "
+                "images would count twice. Remove the link"
             )
-        read.add(real)
+        read[real] = path
         folders, files = _split_entries(root, here, hidden)
         found.append((here, files))
         pending += [(below, os.path.join(real, os.path.basename(below))) for below in folders]

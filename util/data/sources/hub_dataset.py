@@ -24,7 +24,7 @@ class HubDataset:
         UserError: it is missing, damaged, or has other columns or splits.
     """
 
-    def __init__(self, path: str, split: str) -> None:
+    def __init__(self, path: str, split: str, labels: bool = True) -> None:
         try:
             import datasets
         except ImportError as error:

@@ -7,9 +7,10 @@ timm's) read the same shards, but shuffle within a buffer and cannot start in th
 
 import errno
 import hashlib
+import logging
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from typing import BinaryIO, Protocol
@@ -20,13 +21,16 @@ from util.data.decode import MAX_PIXELS
 from util.errors import UserError
 from util.files import printable
 
+LOGGER = logging.getLogger("arm")
+
+SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "test")}  # their names, the first one that exists
 MAX_CLASSES = 10**6  # far more than any dataset has; a larger label is an id
 THREADS = 16  # for the states of files
 MAX_IMAGE = 6 * MAX_PIXELS  # bytes of an image file: 3 x 16 bits for each pixel of the largest image
 HIDDEN = "images or folders are hidden"
 
 # {prefix of --data_path: (class of the reader, imported when it is used; text for the help)}. A path without one of
-# these prefixes is a folder. A new reader is a file with a class `Reader(path, split)` that has the members of
+# these prefixes is a folder. A new reader is a file with a class `Reader(path, split, labels)` that has the members of
 # `Source`, and a line here.
 READERS = {
     "": ("util.data.sources.folders.Folder", "folder with train/ and val/, one folder per class"),
@@ -39,12 +43,12 @@ READERS = {
 
 
 class Source(Protocol):
-    """Encoded images with labels: the members of every reader.
+    """Encoded images with or without labels: the members of every reader.
 
     Attributes:
         root: name of the source in messages.
-        classes: name of each label's class, or "" if the source does not name it.
-        labels: (n,) int64.
+        classes: name of each label's class, or "" if the source does not name it; empty without labels.
+        labels: (n,) int64; zeros without labels.
     """
 
     root: str
@@ -60,17 +64,28 @@ class Source(Protocol):
     def state(self) -> str:
         """Return a hash that changes when the content of an image may have changed."""
 
+    def identity(self) -> str:
+        """Return a hash of the names or sizes of all images in order; it stays the same where they are moved."""
 
-def open_source(data_path: str, split: str) -> Source:
+
+class NoSplit(UserError):
+    """The data has no images of the split."""
+
+
+def open_source(data_path: str, split: str, labels: bool = True) -> Source:
     """Open the images of `--data_path`; one warning counts the files that are left out.
 
     Args:
         data_path: a folder with train/ and val/, each with one folder of images per class; wds:FOLDER with tar shards
             in FOLDER/train and FOLDER/val, or with the word train or val in their names; hfds:NAME of a dataset on the
             Hugging Face hub (see `HubDataset`) or of a folder that `datasets` can load.
-        split: "train" or "val".
+        split: "train"; "val", which is also called validation, valid or test; or "" for the images in the place itself:
+            a folder at any depth, the tar files directly in a folder, all rows.
+        labels: whether every image needs a label. If not, images without labels are read as well: the source then has
+            no classes. Where there is neither train nor val, "train" then means the images in the place itself.
 
     Raises:
+        NoSplit: there is no such split.
         UserError: the data is missing or has another layout.
     """
     kind, colon, path = data_path.partition(":")
@@ -79,7 +94,40 @@ def open_source(data_path: str, split: str) -> Source:
     elif not path:
         raise UserError(f"--data_path {data_path}: nothing follows the colon")
     module, _, reader = READERS[kind][0].rpartition(".")
-    return getattr(import_module(module), reader)(path, split)
+    return getattr(import_module(module), reader)(path, split, labels)
+
+
+def choose_split(found: Collection[str], split: str, labels: bool, about: str) -> str | None:
+    """Return the name under which a place has a split, "" for the images in the place itself, or None if it has none.
+
+    A line says which name was taken for val if it has another, and which other names are left out.
+
+    Args:
+        found: names of splits in the place.
+        split: "train", "val" or "".
+        labels: see `open_source`.
+        about: name of the place in messages.
+
+    Raises:
+        UserError: the place itself would be taken for train, but has a val, whose images would be trained on.
+    """
+    if not split:
+        return split
+    names = [name for name in SPLITS[split] if name in found]
+    if names:
+        if names != [split]:
+            left_out = f"; {' and '.join(names[1:])} {'are' if names[2:] else 'is'} left out" if names[1:] else ""
+            LOGGER.info("%s: %s is taken as %s%s", about, names[0], split, left_out)
+        return names[0]
+    if labels or split != "train":
+        return None
+    held_out = next((name for name in SPLITS["val"] if name in found), None)
+    if held_out:
+        raise UserError(
+            f"{about}: it has {held_out} and no train, so images to validate with would be trained on: call the others "
+            f"train, or name the folder of those to train on"
+        )
+    return ""
 
 
 def read_at(file: BinaryIO, offset: int, size: int, path: str | os.PathLike) -> bytes:
@@ -119,6 +167,13 @@ def hash_states(paths: Sequence[bytes]) -> str:
     with ThreadPoolExecutor(THREADS) as pool:
         shares = np.array_split(np.arange(len(paths)), THREADS)
         return hashlib.sha256(b"".join(pool.map(share, shares))).hexdigest()
+
+
+def without_labels(fault: str, labels: bool) -> None:
+    """Raise UserError with a fault of the labels if they are needed; else say that the images are read without them."""
+    if labels:
+        raise UserError(fault)
+    LOGGER.info("%s: the images are read without labels", fault)
 
 
 def count_left_out(found: dict[str, list[str]]) -> str:

@@ -50,7 +50,7 @@ class TarShards:
     written. If each label has its own folder in the keys, the folder's name is the name of the class.
     """
 
-    def __init__(self, data_path: str, split: str) -> None:
+    def __init__(self, data_path: str, split: str, labels: bool = True) -> None:
         root, about = Path(data_path), f"--data_path wds:{printable(data_path)}: "
         with as_user_error(OSError, prefix=about):
             if not is_folder(root):
