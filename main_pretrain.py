@@ -29,7 +29,7 @@ from util.errors import as_user_error
 from util.seeding import seed_everything
 from util.tracking.run_log import clock, open_log
 from util.training.precision import autocast
-from util.training.run_state import Run, fingerprint, starting_point
+from util.training.run_state import Run, agreed_fingerprint, starting_point
 
 if TYPE_CHECKING:
     from models_pretrain import PretrainModel
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser; its defaults are the published recipe of the base model."""
     parser = cli.Parser("main_pretrain.py", description=__doc__.splitlines()[0])
-    arguments.add_shared_arguments(parser, SIZES)
+    arguments.add_shared_arguments(parser, SIZES, unlabelled=True)
     add = parser.add_argument_group("pretraining").add_argument
     add("--cluster_size", type=arguments.side, default=4, help="patches a side (default: %(default)s)")
     add("--dec_embed_dim", type=arguments.side, help="decoder channels (default: 512; tiny 192, small 384)")
@@ -123,7 +123,7 @@ def main(args: argparse.Namespace) -> None:
     folders = arguments.output_folders(args)
     log = open_log(folders, tracker=args.tracker)
     content = starting_point(args, folders[0], log.say)
-    source = open_source(args.data_path, "train")
+    source = open_source(args.data_path, "train", labels=False)
 
     from timm.optim import param_groups_weight_decay
 
@@ -134,12 +134,12 @@ def main(args: argparse.Namespace) -> None:
 
     size = arguments.image_size(args)
     dataset = ImageDataset(source, pixels_by(args.loader, pretrain_transform(size, args)))
-    args.data = fingerprint(source)
+    args.data = agreed_fingerprint(source)
     seed_everything(args.seed)
     model = build_model(args).to(device)
     kernels.choose(args, device, model.embed_dim, {"augment": "pretraining only crops and flips"})
     loader = train_loader(dataset, args, device)
-    shown = prediction_figures.fixed_images(args.data_path, size) if args.vis_freq and is_main() else None
+    shown = prediction_figures.fixed_images(args.data_path, size, source) if args.vis_freq and is_main() else None
     wrapped = distribute(model, device, args.fsdp)
     groups = param_groups_weight_decay(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)

@@ -36,7 +36,8 @@ from ops import BackendUnavailable
 from util import arguments, cli
 from util.checkpoints import checkpoint_file
 from util.data.class_names import differing, match_classes, names_by_output
-from util.data.sources.readers import Source, open_source
+from util.data.sources.readers import open_source
+from util.data.sources.source import Source
 from util.distributed.parallel import distribute
 from util.distributed.processes import init_device
 from util.errors import UserError, as_user_error
@@ -45,7 +46,7 @@ from util.lr_decay import param_groups_layer_decay
 from util.seeding import seed_everything
 from util.tracking.run_log import Log, clock, open_log
 from util.training.evaluation import describe_result, evaluate
-from util.training.run_state import Run, fingerprint, starting_point
+from util.training.run_state import Run, agreed_fingerprint, starting_point
 
 if TYPE_CHECKING:
     from timm.data import Mixup
@@ -290,7 +291,7 @@ def finetune(
     for line in match_classes(val.source, classes, source.root):
         log.say(line)
     names = names_by_output(source, args.nb_classes)
-    args.data = fingerprint(source)
+    args.data = agreed_fingerprint(source)
     if mixes(args) and args.batch_size % 2:
         raise UserError(f"--batch_size {args.batch_size}: mixup and cutmix pair images and need an even batch")
     for side in args.input_size if args.cutmix_minmax else ():

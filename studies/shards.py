@@ -9,7 +9,8 @@ import numpy as np
 
 from tools.pack_images import add_image
 from util.data.decode import SUFFIXES
-from util.data.sources.readers import Source, open_source
+from util.data.sources.readers import open_source
+from util.data.sources.source import Source
 from util.data.sources.tar_shards import TarShards
 from util.errors import UserError
 from util.files import replacing

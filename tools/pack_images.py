@@ -34,7 +34,7 @@ from util.data import decode
 from util.data.decode import BrokenImage
 from util.data.device_loader import allowed_broken, list_broken, too_many_broken
 from util.data.sources.folders import Folder
-from util.data.sources.readers import Source
+from util.data.sources.source import Source
 from util.data.sources.tar_shards import TarShards
 from util.errors import RunError, UserError, as_user_error
 from util.files import printable, read_json, replacing, write_json

@@ -58,11 +58,11 @@ class WarmUp(argparse.Action):
 
 # A long help stands below its flag.
 # fmt: off
-def add_shared_arguments(parser: argparse.ArgumentParser, models: Iterable[str]) -> None:
+def add_shared_arguments(parser: argparse.ArgumentParser, models: Iterable[str], unlabelled: bool = False) -> None:
     """Add the arguments that pretraining and finetuning share; each sets its defaults by `parser.set_defaults`.
 
     `models` are the names that --model takes. One of the defaults is `recipe_epochs`, the length of the run that the
-    default of `--warmup_epochs` is meant for.
+    default of `--warmup_epochs` is meant for. `unlabelled`: `--data_path` takes several places, and images without labels.
     """
     add_machine_arguments(parser)
     add = parser.add_argument_group("model").add_argument
@@ -85,8 +85,9 @@ def add_shared_arguments(parser: argparse.ArgumentParser, models: Iterable[str])
     add("--clip_grad", type=number(float, 0, 1e9, above=True), help="largest gradient norm")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", type=nonempty, required=True,
-        help="; ".join(text for _, text in READERS.values()))
+    add("--data_path", type=nonempty, required=True, nargs="+" if unlabelled else None, metavar="PATH",
+        help="; ".join(text for _, text in READERS.values()) + "; images need neither labels nor train/; several "
+        "places are mixed, and PATH*N takes each image N times" * unlabelled)
     add("--loader", choices=("fast", "pil"), default="fast",
         help="fast: decode training images with libjpeg-turbo and augment them on the training device; pil: do both in "
         "Pillow as the released code does")

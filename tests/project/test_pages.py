@@ -94,8 +94,8 @@ def parsed_recipe(path: Path, *more: str) -> argparse.Namespace:
 def test_recipes(path):
     """They parse, state accuracy and duration, and resume the run that they have begun."""
     kind, size, *resolution = path.stem.split("_")
-    args = parsed_recipe(path, "--seed", "7")
-    assert (args.model, args.data_path, args.resume, args.seed) == (f"arm_{size}_pz16", "/data", "auto", 7)
+    args, data = parsed_recipe(path, "--seed", "7"), ["/data"] if kind == "pretrain" else "/data"
+    assert (args.model, args.data_path, args.resume, args.seed) == (f"arm_{size}_pz16", data, "auto", 7)
     assert args.input_size == ([int(resolution[0])] if resolution else [192] if kind == "pretrain" else None)
     header = path.read_text().partition("\nset ")[0]
     for word in ("Recipe: published" if size in ("base", "large") else "Recipe: not published", "Reaches: ", "Takes: "):

@@ -251,7 +251,7 @@ def test_data_whose_name_is_not_utf8(clothes, tmp_path):
     found = run.find_data(f"wds:{path}", tmp_path / "data", BUDGETS["smoke"], ("few",), [0])
     step = Step("pretrain", 0, flags("--batch_size 8") | {"--data_path": [found.everything]}, tmp_path)
     assert len(open_source(found.everything, "train").labels) == 80
-    assert run.parse(step, ONE).data_path == found.everything
+    assert run.parse(step, ONE).data_path == [found.everything]
 
 
 def test_mistakes_of_users(run_script, capsys, tmp_path, clothes):

@@ -20,6 +20,7 @@ from Finetuning import main_finetune
 from pretrained import load
 from tools import plot_log, visualize
 from util.checkpoints import checkpoint_file
+from util.data.sources.readers import open_source
 from util.tracking import prediction_figures
 from util.tracking.run_log import RunLog
 
@@ -175,22 +176,28 @@ def test_mistakes_of_visualize(pretrained, image_folder, tmp_path, run_script, c
 
 
 def test_fixed_images(image_folder, tmp_path):
-    """They cover all classes of val/, or of train/ if val/ is missing or unsorted; broken images are left out."""
+    """They cover all classes of val/, or of train/ if val/ is missing or empty; broken images are left out."""
     want = [
         image_folder / "val" / name for name in ("class_0/0.png", "class_0/2.png", "class_1/1.png", "class_2/1.png")
     ]
     transform = prediction_figures.input_transform((48, 32))
-    images = prediction_figures.fixed_images(str(image_folder), (48, 32))
+
+    def fixed(folder):
+        path = str(folder)
+        return prediction_figures.fixed_images(path, (48, 32), open_source(path, "train", labels=False))
+
+    images = fixed(image_folder)
     assert torch.equal(images, torch.stack([transform(Image.open(path)) for path in want]))
     folder = tmp_path / "train" / "a"
     folder.mkdir(parents=True)
     (folder / "0.png").write_text("no image")
-    assert prediction_figures.fixed_images(str(tmp_path), (48, 32)) is None
+    assert fixed(tmp_path) is None
     Image.new("L", (9, 9)).save(folder / "1.png")
-    assert prediction_figures.fixed_images(str(tmp_path), (48, 32)).shape == (1, 3, 48, 32)
     (tmp_path / "val").mkdir()
-    Image.new("L", (9, 9)).save(tmp_path / "val" / "unsorted.png")
-    assert prediction_figures.fixed_images(str(tmp_path), (48, 32)).shape == (1, 3, 48, 32)
+    assert fixed(tmp_path).shape == (1, 3, 48, 32)
+    for name in "ab":
+        Image.new("L", (9, 9)).save(tmp_path / "val" / f"{name}.png")
+    assert fixed(tmp_path).shape == (2, 3, 48, 32)
 
 
 def test_sheets_of_a_run(pretrained, image_folder, tmp_path, run_script, monkeypatch):

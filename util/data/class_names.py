@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from util.data.sources.readers import Source
+from util.data.sources.source import Source
 from util.errors import UserError
 from util.files import printable, some
 

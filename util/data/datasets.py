@@ -9,7 +9,8 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from util.data.decode import BrokenImage
-from util.data.sources.readers import Source, open_source
+from util.data.sources.readers import open_source
+from util.data.sources.source import Source
 from util.data.transforms import PillowTransform
 from util.data.uint8_transform import Uint8Transform
 from util.files import printable

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from util.data.decode import BrokenImage, with_pillow
 from util.data.sources.readers import open_source
+from util.data.sources.source import Source
 from util.data.transforms import eval_transform
 from util.errors import UserError
 
@@ -38,24 +39,22 @@ def input_transform(size: tuple[int, int]) -> Callable[[Image.Image], Tensor]:
     return eval_transform(size, "shorter")
 
 
-def fixed_images(data_path: str, size: tuple[int, int], count: int = 4) -> Tensor | None:
-    """Read evenly spaced images of val/, or of train/ if there is no usable val/; every run gets the same.
+def fixed_images(data_path: str | list[str], size: tuple[int, int], train: Source, count: int = 4) -> Tensor | None:
+    """Read evenly spaced images of val/, or of the training images if there is no usable val/; every run gets the same.
 
     Args:
         data_path: see `open_source`.
         size: height and width of the input.
+        train: images to take if there is no usable val/.
         count: number of images; broken ones are left out.
 
     Returns:
         (count, 3, H, W) float32, normalised; None if no image can be decoded.
-
-    Raises:
-        UserError: there is neither a usable val/ nor train/.
     """
     try:
-        source = open_source(data_path, "val")
+        source = open_source(data_path, "val", labels=False)
     except UserError:  # pretraining needs no val/, so an unusable one must not end the run
-        source = open_source(data_path, "train")
+        source = train
     transform, images = input_transform(size), []
     for index in range(0, len(source.labels), -(-len(source.labels) // count)):
         try:

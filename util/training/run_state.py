@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import math
+import socket
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from util.checkpoints import convert, inspection
 from util.checkpoints.checkpoint_file import read, weight_keys
 from util.checkpoints.checkpoint_folder import CheckpointFolder
 from util.data.class_names import differing
-from util.data.sources.readers import Source
+from util.data.sources.source import Source
 from util.distributed.parallel import join_gather, local_share
 from util.distributed.processes import barrier, gather, is_main, on_main, world_size
 from util.distributed.signals import StopRequest
@@ -281,10 +282,23 @@ def starting_point(args: argparse.Namespace, folder: Path, say: Callable[[str], 
 
 
 def fingerprint(source: Source) -> str:
-    """Return a hash of a dataset's classes and the labels of its images in order, independent of its path."""
+    """Return a hash of a dataset, independent of its path: of its classes and labels in order, or of its `identity`."""
     digest = hashlib.sha256("\0".join(source.classes).encode(errors="surrogateescape"))
-    digest.update(source.labels.astype("int64").tobytes())
+    digest.update(source.labels.astype("int64").tobytes() if source.classes else source.identity().encode())
     return digest.hexdigest()[:16]
+
+
+def agreed_fingerprint(source: Source) -> str:
+    """Return the same after a check that all processes see the same images; raise UserError. All processes call it."""
+    images = len(source.labels), source.identity(), fingerprint(source)
+    (first, host), *others = gather((images, socket.gethostname()))
+    for number, (seen, other_host) in enumerate(others, 1):
+        if seen != first:
+            raise UserError(
+                f"rank {number} on {other_host} sees other images than rank 0 on {host}: {seen[0]} and {first[0]} of "
+                f"{source.root}, or other names, sizes or labels. All need the same files"
+            )
+    return images[-1]
 
 
 def changed_arguments(args: argparse.Namespace, content: dict) -> list[str]:

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from util.data.sources import readers, tar_shards
+from util.data.sources import tar_shards
+from util.data.sources.source import MAX_CLASSES
 from util.errors import UserError
 
 BLOCK = tarfile.BLOCKSIZE
@@ -174,7 +175,7 @@ def test_forged_headers(tmp_path, kind):
             forged = forged[:at] + with_checksum(bytes(header)) + forged[at + BLOCK :]
         got = open_shard(tmp_path / "s", forged)
         refused += got is None
-        assert got is None or all(image in forged and label < readers.MAX_CLASSES for label, image in got)
+        assert got is None or all(image in forged and label < MAX_CLASSES for label, image in got)
     assert refused > 100
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from util.data.decode import SUFFIXES
 from util.data.sources.image_files import ImageFiles
-from util.data.sources.readers import HIDDEN, SPLITS, NoSplit, choose_split, count_left_out, is_folder
+from util.data.sources.source import HIDDEN, SPLITS, NoSplit, choose_split, count_left_out, is_folder
 from util.errors import UserError, as_user_error
 from util.files import printable
 

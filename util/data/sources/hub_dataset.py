@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from util.data.sources.readers import MAX_CLASSES, read_at
+from util.data.sources.source import MAX_CLASSES, read_at
 from util.errors import UserError, as_user_error
 from util.files import HUB_NAME, open_regular, printable
 

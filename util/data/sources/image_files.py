@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 
-from util.data.sources.readers import hash_states, read_at
+from util.data.sources.source import hash_states, read_at
 from util.files import open_regular, printable
 
 

@@ -1,33 +1,21 @@
-"""Find the reader of `--data_path`, and what readers share.
+"""Find the readers of the values of `--data_path`, and mix their images if there are several."""
 
-A source returns any image by its index, so shuffling, sharding and resuming are left to the sampler: epochs hold each
-image exactly once, and samples do not depend on the number of processes and workers. Streaming readers (webdataset,
-timm's) read the same shards, but shuffle within a buffer and cannot start in the middle of an epoch.
-"""
-
-import errno
-import hashlib
 import logging
 import os
-import stat
-from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import re
+from collections.abc import Sequence
 from importlib import import_module
-from typing import BinaryIO, Protocol
+from itertools import combinations
 
-import numpy as np
-
-from util.data.decode import MAX_PIXELS
+from util.data.sources.image_files import ImageFiles
+from util.data.sources.mixture import Mixture
+from util.data.sources.source import NoSplit, Source
 from util.errors import UserError
 from util.files import printable
 
 LOGGER = logging.getLogger("arm")
 
-SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "test")}  # their names, the first one that exists
-MAX_CLASSES = 10**6  # far more than any dataset has; a larger label is an id
-THREADS = 16  # for the states of files
-MAX_IMAGE = 6 * MAX_PIXELS  # bytes of an image file: 3 x 16 bits for each pixel of the largest image
-HIDDEN = "images or folders are hidden"
+MAX_WEIGHT = 1000  # of a place in a mixture
 
 # {prefix of --data_path: (class of the reader, imported when it is used; text for the help)}. A path without one of
 # these prefixes is a folder. A new reader is a file with a class `Reader(path, split, labels)` that has the members of
@@ -42,43 +30,14 @@ READERS = {
 }
 
 
-class Source(Protocol):
-    """Encoded images with or without labels: the members of every reader.
-
-    Attributes:
-        root: name of the source in messages.
-        classes: name of each label's class, or "" if the source does not name it; empty without labels.
-        labels: (n,) int64; zeros without labels.
-    """
-
-    root: str
-    classes: list[str]
-    labels: np.ndarray
-
-    def read(self, index: int) -> bytes:
-        """Return the content of an image file; raise OSError if it cannot be read."""
-
-    def name(self, index: int) -> str:
-        """Return a printable name of the image for messages; never raise."""
-
-    def state(self) -> str:
-        """Return a hash that changes when the content of an image may have changed."""
-
-    def identity(self) -> str:
-        """Return a hash of the names or sizes of all images in order; it stays the same where they are moved."""
-
-
-class NoSplit(UserError):
-    """The data has no images of the split."""
-
-
-def open_source(data_path: str, split: str, labels: bool = True) -> Source:
+def open_source(data_path: str | Sequence[str], split: str, labels: bool = True) -> Source:
     """Open the images of `--data_path`; one warning counts the files that are left out.
 
     Args:
         data_path: a folder with train/ and val/, each with one folder of images per class; wds:FOLDER with tar shards
             in FOLDER/train and FOLDER/val, or with the word train or val in their names; hfds:NAME of a dataset on the
-            Hugging Face hub (see `HubDataset`) or of a folder that `datasets` can load.
+            Hugging Face hub (see `HubDataset`) or of a folder that `datasets` can load. A list of these is mixed, see
+            `open_mixture`.
         split: "train"; "val", which is also called validation, valid or test; or "" for the images in the place itself:
             a folder at any depth, the tar files directly in a folder, all rows.
         labels: whether every image needs a label. If not, images without labels are read as well: the source then has
@@ -88,95 +47,76 @@ def open_source(data_path: str, split: str, labels: bool = True) -> Source:
         NoSplit: there is no such split.
         UserError: the data is missing or has another layout.
     """
-    kind, colon, path = data_path.partition(":")
-    if not colon or kind not in READERS:
-        kind, path = "", data_path
-    elif not path:
+    if not isinstance(data_path, str):
+        return open_mixture(data_path, split, labels)
+    kind, path = path_of(data_path)
+    if not path:
         raise UserError(f"--data_path {data_path}: nothing follows the colon")
     module, _, reader = READERS[kind][0].rpartition(".")
     return getattr(import_module(module), reader)(path, split, labels)
 
 
-def choose_split(found: Collection[str], split: str, labels: bool, about: str) -> str | None:
-    """Return the name under which a place has a split, "" for the images in the place itself, or None if it has none.
+def open_mixture(roots: Sequence[str], split: str, labels: bool) -> Source:
+    """Open the images of one or several values of `--data_path`, each with a weight as in PATH*3.
 
-    A line says which name was taken for val if it has another, and which other names are left out.
-
-    Args:
-        found: names of splits in the place.
-        split: "train", "val" or "".
-        labels: see `open_source`.
-        about: name of the place in messages.
+    A place without this split is left out, and named, if another one has it. Weights count for training images only.
 
     Raises:
-        UserError: the place itself would be taken for train, but has a val, whose images would be trained on.
+        NoSplit: no place has the split.
+        UserError: see `open_source`; or a place comes twice, or a weight is not from 1 to `MAX_WEIGHT`.
     """
-    if not split:
-        return split
-    names = [name for name in SPLITS[split] if name in found]
-    if names:
-        if names != [split]:
-            left_out = f"; {' and '.join(names[1:])} {'are' if names[2:] else 'is'} left out" if names[1:] else ""
-            LOGGER.info("%s: %s is taken as %s%s", about, names[0], split, left_out)
-        return names[0]
-    if labels or split != "train":
-        return None
-    held_out = next((name for name in SPLITS["val"] if name in found), None)
-    if held_out:
-        raise UserError(
-            f"{about}: it has {held_out} and no train, so images to validate with would be trained on: call the others "
-            f"train, or name the folder of those to train on"
-        )
-    return ""
+    places, weights = zip(*map(weighted, roots), strict=True)
+    if len(roots) == 1 and (weights == (1,) or split == "val"):
+        return open_source(places[0], split, labels)
+    sources: dict[str, Source] = {}
+    missing: list[NoSplit] = []
+    for place in places:
+        if place in sources:
+            raise UserError(f"--data_path {printable(place)} comes twice: {printable(place)}*2 takes its images twice")
+        try:
+            sources[place] = open_source(place, split, labels)
+        except NoSplit as error:
+            missing.append(error)
+    if not sources:
+        raise missing[0]
+    for (one, first), (two, second) in combinations(sources.items(), 2):
+        if _overlap(one, first, two, second):
+            raise UserError(
+                f"--data_path {printable(one)} and {printable(two)} hold the same images, which would count twice: "
+                f"leave one of them out; {printable(one)}*2 takes its images twice"
+            )
+    if labels and len({tuple(source.classes) for source in sources.values()}) > 1:
+        raise UserError("--data_path: several places need the same classes to be read with labels")
+    times = [1 if split == "val" else weight for place, weight in zip(places, weights, strict=True) if place in sources]
+    counts = [f"{len(source.labels)} of {source.root}" for source in sources.values()]
+    counts = [f"{weight} x {count}" if weight > 1 else count for weight, count in zip(times, counts, strict=True)]
+    without = [printable(place) for place in places if place not in sources]
+    none = f"; none of {', '.join(without)}" if without else ""
+    mixture = Mixture([*sources.values()], times)
+    LOGGER.info("images of %s: %s = %d%s", split or "all", " + ".join(counts), len(mixture.labels), none)
+    return mixture
 
 
-def read_at(file: BinaryIO, offset: int, size: int, path: str | os.PathLike) -> bytes:
-    """Read `size` bytes from `offset`: an image file, or one inside a shard; raise OSError."""
-    if size > MAX_IMAGE:
-        raise OSError(errno.EFBIG, f"an image of {size} bytes is larger than {MAX_IMAGE} bytes", path)
-    data = os.pread(file.fileno(), size, offset)
-    if len(data) < size:
-        raise OSError(errno.EIO, f"{len(data)} of {size} bytes from byte {offset} are left", path)
-    return data
+def weighted(root: str) -> tuple[str, int]:
+    """Return the place and the weight of one value of `--data_path`; without a weight, or if it exists so, 1."""
+    match = re.fullmatch(r"(.+)\*([0-9]+)", root, re.DOTALL)
+    if not match or os.path.lexists(path_of(root)[1]):
+        return root, 1
+    if not 1 <= int(match[2][:9]) <= MAX_WEIGHT:
+        raise UserError(f"--data_path {printable(root)}: a weight is from 1 to {MAX_WEIGHT}")
+    return match[1], int(match[2])
 
 
-def is_folder(path: str | os.PathLike) -> bool:
-    """Return whether a path is a folder; raise OSError if that cannot be determined, as without permission."""
-    try:
-        return stat.S_ISDIR(os.stat(path).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+def _overlap(one: str, first: Source, two: str, second: Source) -> bool:
+    """Return whether two places are the same, or one folder of images contains the other."""
+    (kind, path), (other_kind, other_path) = path_of(one), path_of(two)
+    if kind == other_kind == "" and isinstance(first, ImageFiles) and isinstance(second, ImageFiles):
+        path, other_path = (os.path.realpath(source.folder) for source in (first, second))
+        return os.path.commonpath([path, other_path]) in (path, other_path)
+    return kind == other_kind and os.path.realpath(path) == os.path.realpath(other_path)
 
 
-def hash_states(paths: Sequence[bytes]) -> str:
-    """Hash the path, size and modification time of every file.
-
-    A million files take some seconds on a local disk. Threads hide the latency of network file systems.
-    """
-
-    def share(indices: np.ndarray) -> bytes:
-        digest = hashlib.sha256()
-        for path in map(paths.__getitem__, indices):
-            try:
-                status = os.stat(path)
-                digest.update(b"%b\0%d\0%d\0" % (path, status.st_size, status.st_mtime_ns))
-            except OSError:  # a broken image, which is reported when it is read
-                digest.update(b"%b\0\0\0" % path)
-        return digest.digest()
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        shares = np.array_split(np.arange(len(paths)), THREADS)
-        return hashlib.sha256(b"".join(pool.map(share, shares))).hexdigest()
-
-
-def without_labels(fault: str, labels: bool) -> None:
-    """Raise UserError with a fault of the labels if they are needed; else say that the images are read without them."""
-    if labels:
-        raise UserError(fault)
-    LOGGER.info("%s: the images are read without labels", fault)
-
-
-def count_left_out(found: dict[str, list[str]]) -> str:
-    """Return one line that counts the names left out for each reason, or "" if there are none."""
-    line = "{} {} and are left out; the first: {}"
-    return "; ".join(line.format(len(names), reason, printable(names[0])) for reason, names in found.items() if names)
+def path_of(data_path: str) -> tuple[str, str]:
+    """Return the prefix of one value of `--data_path`, "" for a folder, and the rest."""
+    kind, colon, path = data_path.partition(":")
+    return (kind, path) if colon and kind in READERS else ("", data_path)

@@ -21,7 +21,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from util.data.decode import SUFFIXES
-from util.data.sources.readers import HIDDEN, MAX_CLASSES, count_left_out, hash_states, is_folder, read_at
+from util.data.sources.source import HIDDEN, MAX_CLASSES, count_left_out, hash_states, is_folder, read_at
 from util.errors import UserError, as_user_error
 from util.files import from_json, open_regular, printable, replacing, write_text
 
