@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from util.data.sources import tar_shards
+from util.data.sources import tar_members, tar_shards
 from util.data.sources.source import MAX_CLASSES
 from util.errors import UserError
 
@@ -64,7 +64,7 @@ def layout(data):
         info = tarfile.TarInfo.frombuf(data[at : at + BLOCK], "utf-8", "surrogateescape")
         parts.append(("header", at, at + BLOCK))
         at += BLOCK
-        kind = "extended" if info.type in tar_shards.EXTENDED else "label" if 0 < info.size < 9 else "image"
+        kind = "extended" if info.type in tar_members.EXTENDED else "label" if 0 < info.size < 9 else "image"
         parts.append((kind, at, at + info.size))
         at += -(-info.size // BLOCK) * BLOCK
     return parts
