@@ -53,7 +53,7 @@ def test_columns_of_a_hub_dataset(tmp_path):
     hub.DatasetDict({"train": train.rename_column("label", "fine")}).save_to_disk(tmp_path / "other")
     with pytest.raises(UserError, match="one ClassLabel column or one called 'label'; found: coarse, fine"):
         readers.open_source(f"hfds:{tmp_path / 'other'}", "train")
-    with pytest.raises(UserError, match="it has the splits train, and no validation"):
+    with pytest.raises(UserError, match="it has the splits train, and none for val"):
         readers.open_source(f"hfds:{tmp_path / 'other'}", "val")
 
 
@@ -75,7 +75,7 @@ def test_labels_of_a_hub_dataset_are_read_at_once(tmp_path):
     assert [int(source.read(index)) for index in range(1000)] == source.labels.tolist()
     some = hub.Dataset.from_dict({"image": rows["image"][:3], "label": [0, None, -1]}, features=features)
     hub.DatasetDict({"train": some}).save_to_disk(tmp_path / "some")
-    with pytest.raises(UserError, match="2 images have no label"):
+    with pytest.raises(UserError, match="2 of 3 images have no label"):
         readers.open_source(f"hfds:{tmp_path / 'some'}", "train")
 
 
@@ -94,11 +94,11 @@ def test_a_single_saved_dataset(tmp_path):
     path = saved(tmp_path / "alone", image=image, label=label)
     source = readers.open_source(path, "train")
     assert (source.classes, source.labels.tolist(), source.read(0)) == (["a"], [0], b"x")
-    with pytest.raises(UserError, match="the splits train, and no validation; a single saved dataset counts"):
+    with pytest.raises(UserError, match="the splits train, and none for val; a single saved dataset counts"):
         readers.open_source(path, "val")
     path = saved(tmp_path / "val", "validation", image=image, label=label)
     assert readers.open_source(path, "val").labels.tolist() == [0]
-    with pytest.raises(UserError, match="the splits validation, and no train"):
+    with pytest.raises(UserError, match="the splits validation, and none for train"):
         readers.open_source(path, "train")
 
 
@@ -126,8 +126,8 @@ def test_mistakes_of_hub_datasets(tmp_path):
         "fractions": ({"image": images, "label": (hub.Value("float32"), [0, 1])}, r"'label' holds Value\('float32'\)"),
         "truths": ({"image": images, "label": (hub.Value("bool"), [0, 1])}, r"'label' holds Value\('bool'\)"),
         "words": ({"image": images, "label": (hub.Value("string"), ["0", "1"])}, r"'label' holds Value\('string'\)"),
-        "no numbers": ({"image": images, "label": (hub.Value("int64"), [None, None])}, "2 images have no label"),
-        "below 0": ({"image": images, "label": (hub.Value("int32"), [-1, 0])}, "1 images have no label"),
+        "no numbers": ({"image": images, "label": (hub.Value("int64"), [None, None])}, "2 of 2 images have no label"),
+        "below 0": ({"image": images, "label": (hub.Value("int32"), [-1, 0])}, "1 of 2 images have no label"),
         "an id": ({"image": images, "label": (hub.Value("int64"), [10**18, 0])}, r"label 10{18} is not below 1000000"),
     }
     for case, (columns, message) in cases.items():

@@ -1,24 +1,32 @@
 """Read images and labels from a Hugging Face dataset."""
 
 import errno
+import hashlib
 import os
 import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from util.data.sources.source import MAX_CLASSES, read_at
+import numpy as np
+
+from util.data.sources.source import MAX_CLASSES, SPLITS, NoSplit, choose_split, read_at, without_labels
 from util.errors import UserError, as_user_error
 from util.files import HUB_NAME, open_regular, printable
 
+ROWS = 100_000  # whose sizes are hashed at a time
+
 
 class HubDataset:
-    """A dataset with an image and a label column, through Hugging Face's `datasets`.
+    """A dataset with an image column and, if labels are needed, a label column, through Hugging Face's `datasets`.
+
+    If labels are not needed and some images have none, all are read without.
 
     Args:
         path: a folder that `datasets` has saved or can load, or a dataset on the hub: NAME, or
             OWNER/NAME@REVISION/FOLDER for the files in one of its folders, with the parts that are needed.
-        split: "train" or "val".
+        split: "train", "val" or "" for all splits.
+        labels: whether every image needs a label.
 
     Raises:
         UserError: it is missing, damaged, or has other columns or splits.
@@ -29,6 +37,7 @@ class HubDataset:
             import datasets
         except ImportError as error:
             raise UserError("--data_path hfds: needs Hugging Face's library: pip install datasets") from error
+        self.classes: list[str]
         self.root = f"hfds:{printable(path)}"
         about = f"--data_path {self.root}: "
         try:
@@ -39,34 +48,44 @@ class HubDataset:
             if re.search("scripts are no longer supported|Config name is missing", reason):
                 reason += "; name a folder of its data files: hfds:OWNER/NAME/FOLDER or hfds:OWNER/NAME@REVISION/FOLDER"
             raise UserError(f"{about}{'it is damaged or empty: ' * saved}{printable(reason)}") from error
-        others = "validation", "val", "test"
         if single := isinstance(splits, datasets.Dataset):
-            splits = {str(splits.split) if str(splits.split) in others else "train": splits}
-        names = ("train",) if split == "train" else others
-        name = next((name for name in names if name in splits), None)
+            splits = {str(splits.split) if str(splits.split) in SPLITS["val"] else "train": splits}
+        name = choose_split(splits, split, True, self.root)
         if name is None:
             reason = "; a single saved dataset counts as train unless it names another split" if single else ""
-            raise UserError(f"{about}it has the splits {', '.join(splits) or 'none'}, and no {names[0]}{reason}")
-        data = splits[name]
-        self.root += f" ({name})"
-        features = data.features
-        self.image = self._column(features, datasets.Image, "image")
-        named = any(isinstance(feature, datasets.ClassLabel) for feature in features.values())
-        integers = not named and re.fullmatch("u?int[0-9]+", getattr(features.get("label"), "dtype", ""))
-        label = "label" if integers else self._column(features, datasets.ClassLabel, "label")
+            raise NoSplit(f"{about}it has the splits {', '.join(splits) or 'none'}, and none for {split}{reason}")
+        with as_user_error(ValueError, prefix=about):  # splits with other columns
+            data = splits[name] if name else datasets.concatenate_datasets([*splits.values()])
+        self.root += f" ({name})" if name else ""
         if not len(data):
             raise UserError(f"{self.root}: it holds no images")
+        self.image = self._column(data.features, datasets.Image, "image")
+        self.rows = data.select_columns(self.image).cast_column(self.image, datasets.Image(decode=False))
+        named = any(isinstance(feature, datasets.ClassLabel) for feature in data.features.values())
+        integers = not named and re.fullmatch("u?int[0-9]+", getattr(data.features.get("label"), "dtype", ""))
+        self.classes, self.labels = [], np.zeros(len(data), np.int64)
+        if not labels and not named and not integers:
+            return
+        try:
+            label = "label" if integers else self._column(data.features, datasets.ClassLabel, "label")
+            self.classes, self.labels = self._labels(data, label)
+        except UserError as error:
+            without_labels(str(error), labels)
+
+    def _labels(self, data: Any, label: str) -> tuple[list[str], np.ndarray]:
+        """Return the names of the classes and the labels of all images; raise UserError if one has none."""
         # the whole column at once: one by one, a million labels take most of a minute
         column = data.select_columns(label).with_format("arrow")[:].column(label)
         with as_user_error(ValueError, prefix=f"{self.root}: "):  # a uint64 above the range of int64
-            self.labels = column.cast("int64").fill_null(-1).to_numpy().copy()  # its own memory is read-only
-        if self.labels.min() < 0:
-            raise UserError(f"{self.root}: {(self.labels < 0).sum()} images have no label")
-        largest = self.labels.max()
-        self.classes = [""] * min(largest + 1, MAX_CLASSES) if integers else [*map(printable, features[label].names)]
-        if largest >= len(self.classes):
-            raise UserError(f"{self.root}: label {largest} is not below {len(self.classes)}")
-        self.rows = data.select_columns(self.image).cast_column(self.image, datasets.Image(decode=False))
+            labels = column.cast("int64").fill_null(-1).to_numpy().copy()  # its own memory is read-only
+        if labels.min() < 0:
+            raise UserError(f"{self.root}: {(labels < 0).sum()} of {len(labels)} images have no label")
+        largest = labels.max()
+        names = getattr(data.features[label], "names", None)
+        classes = [""] * min(largest + 1, MAX_CLASSES) if names is None else [*map(printable, names)]
+        if largest >= len(classes):
+            raise UserError(f"{self.root}: label {largest} is not below {len(classes)}")
+        return classes, labels
 
     def _column(self, features: dict[str, Any], kind: type, usual: str) -> str:
         """Return the name of the only column of this type, or of the one that is called `usual`."""
@@ -96,6 +115,18 @@ class HubDataset:
 
     def state(self) -> str:
         return self.rows._fingerprint  # of its content and of all operations on it
+
+    def identity(self) -> str:
+        """Return a hash of the sizes of the images, or of their names if they lie in files of their own."""
+        from pyarrow import compute
+
+        digest, rows = hashlib.sha256(), self.rows.with_format("arrow")
+        for start in range(0, len(rows), ROWS):
+            images = rows[start : start + ROWS][self.image].combine_chunks()
+            sizes, paths = compute.binary_length(images.field("bytes")), images.field("path").to_pylist()
+            for size, path in zip(sizes.to_pylist(), paths, strict=True):
+                digest.update(os.fsencode(os.path.basename(path or "")) + b"\0" if size is None else b"%d\0" % size)
+        return digest.hexdigest()
 
 
 def _load(path: str) -> Any:

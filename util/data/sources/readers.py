@@ -22,6 +22,7 @@ MAX_WEIGHT = 1000  # of a place in a mixture
 # `Source`, and a line here.
 READERS = {
     "": ("util.data.sources.folders.Folder", "folder with train/ and val/, one folder per class"),
+    "csv": ("util.data.sources.csv_table.CsvTable", "csv:FILE, a table of paths, labels and splits"),
     "wds": ("util.data.sources.tar_shards.TarShards", "wds:FOLDER of tar shards"),
     "hfds": (
         "util.data.sources.hub_dataset.HubDataset",
@@ -35,9 +36,9 @@ def open_source(data_path: str | Sequence[str], split: str, labels: bool = True)
 
     Args:
         data_path: a folder with train/ and val/, each with one folder of images per class; wds:FOLDER with tar shards
-            in FOLDER/train and FOLDER/val, or with the word train or val in their names; hfds:NAME of a dataset on the
-            Hugging Face hub (see `HubDataset`) or of a folder that `datasets` can load. A list of these is mixed, see
-            `open_mixture`.
+            in FOLDER/train and FOLDER/val, or with the word train or val in their names; csv:FILE, see `CsvTable`;
+            hfds:NAME of a dataset on the Hugging Face hub (see `HubDataset`) or of a folder that `datasets` can load. A
+            list of these is mixed, see `open_mixture`.
         split: "train"; "val", which is also called validation, valid or test; or "" for the images in the place itself:
             a folder at any depth, the tar files directly in a folder, all rows.
         labels: whether every image needs a label. If not, images without labels are read as well: the source then has

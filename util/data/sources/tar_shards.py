@@ -1,5 +1,6 @@
 """Read images and labels from tar shards in the webdataset layout."""
 
+import hashlib
 import io
 import json
 import logging
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
+from itertools import repeat
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +23,18 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from util.data.decode import SUFFIXES
-from util.data.sources.source import HIDDEN, MAX_CLASSES, count_left_out, hash_states, is_folder, read_at
+from util.data.sources.source import (
+    HIDDEN,
+    MAX_CLASSES,
+    SPLITS,
+    NoSplit,
+    choose_split,
+    count_left_out,
+    hash_states,
+    is_folder,
+    read_at,
+    without_labels,
+)
 from util.data.sources.tar_members import members
 from util.errors import UserError, as_user_error
 from util.files import from_json, open_regular, printable, replacing, write_text
@@ -31,35 +44,42 @@ LOGGER = logging.getLogger("arm")
 MAX_LABEL = 2**20  # bytes of a .cls or .json file in a shard
 MAX_NAMES = 2**24  # bytes of the names of shards and classes in a small index
 
-SPLIT_WORDS = {"train": {"train"}, "val": {"val", "validation"}}
 COLUMNS = "labels", "shard", "offset", "size"  # of the images in an index: (n,) int64 each
 INDEX_VERSION = 3
 
 IMAGELESS = "labels have no image of a known format"
 UNUSED = "keys have neither an image of a known format nor a label"
 LABELLESS = "images with a dot in their key have no label"
+STRANGE = f"labels are no whole numbers from 0 to {MAX_CLASSES - 1}"
 ELSEWHERE = "archives are compressed or not beside the other shards"
 
 
 class TarShards:
     """Tar files in the webdataset layout: KEY.jpg (or another image) and KEY.cls, or KEY.json with a "label".
 
+    Without labels, KEY.jpg is enough; a label that is no whole number then counts as none. If some images have no
+    label, all are read without.
+
     The positions of the images are found once and stored beside the shards in index-SPLIT.npz if the folder can be
     written. If each label has its own folder in the keys, the folder's name is the name of the class.
     """
 
     def __init__(self, data_path: str, split: str, labels: bool = True) -> None:
-        root, about = Path(data_path), f"--data_path wds:{printable(data_path)}: "
-        with as_user_error(OSError, prefix=about):
+        root, about = Path(data_path), f"--data_path wds:{printable(data_path)}"
+        with as_user_error(OSError, prefix=f"{about}: "):
             if not is_folder(root):
-                raise UserError(f"{about}no such folder")
-            named = [p for p in _archives(root) if SPLIT_WORDS[split] & set(re.split("[^a-z]", p.name.lower()))]
-            found = [*(_archives(root / split) if is_folder(root / split) else []), *named]
+                raise UserError(f"{about}: no such folder")
+            places = {name: _archives_of(root, name) for names in SPLITS.values() for name in names}
+            name = choose_split([name for name, found in places.items() if found], split, labels, about)
+            named = f"{split}/*.tar, and no tar file with {split} in its name, as a word" if split else "tar file in it"
+            if name is None:
+                raise NoSplit(f"{about}: no {named}")
+            found = places[name] if name else _archives(root)
             shards = [path for path in found if path.suffix == ".tar"]
             self.shards = [path for path in shards if path.parent == shards[0].parent]
             if not self.shards:
                 only = f", only {printable(found[0])}" if found else ""
-                raise UserError(f"{about}no {split}/*.tar, and no tar file with {split} in its name, as a word{only}")
+                raise UserError(f"{about}: no {named}{only}")
             stats = [(shard, shard.stat()) for shard in self.shards]
         for shard, status in stats:
             if not stat.S_ISREG(status.st_mode):
@@ -68,16 +88,28 @@ class TarShards:
         self.unreadable: set[Path] = set()  # shards from which an image could not be read
         self.sizes = np.array([status.st_size for _, status in stats])
         state = json.dumps([INDEX_VERSION, [(shard.name, s.st_size, s.st_mtime_ns) for shard, s in stats]])
-        index = self._index(self.shards[0].parent / f"index-{split}.npz", state)
+        index = self._index(self.shards[0].parent / f"index-{split or 'all'}.npz", state, labels)
         self.labels, self.shard, self.offset, self.size = (index[name] for name in COLUMNS)
         self.classes = [index["classes"].get(label, "") for label in range(self.labels.max() + 1)]
+        without = self.labels < 0
+        if labels and without.any():  # the index was made when labels were not needed
+            _images_of(self.shards[self.shard[without][0]], labels)  # raises what is wrong with the first one
+        if without.any():
+            if not without.all():
+                without_labels(f"{self.root}: {without.sum()} of {len(without)} images have no label", labels)
+            self.classes, self.labels = [], np.zeros_like(self.labels)
+        if split and not name:
+            LOGGER.info("%s has no train: all %d images in it are taken", self.root, len(self.labels))
         others = [str(path) for path in found if path not in set(self.shards)]
         left_out = [line for line in (index["left_out"], count_left_out({ELSEWHERE: others})) if line]
         if left_out:
             LOGGER.warning("%s: %s", self.root, "; ".join(left_out))
 
-    def _index(self, path: Path, state: str) -> dict[str, Any]:
-        """Return the labels and positions of all images, {label: name of the class}, and a line on what is left out."""
+    def _index(self, path: Path, state: str, needs_labels: bool) -> dict[str, Any]:
+        """Return the labels and positions of all images, {label: name of the class}, and a line on what is left out.
+
+        The label -1 stands for none; a stored index may hold it even if labels are needed.
+        """
         with suppress(ValueError):
             if index := self._read_index(path, state):
                 return index
@@ -87,7 +119,7 @@ class TarShards:
             except ValueError as error:
                 index = None
                 LOGGER.warning("%s cannot be used and is made again: %s", printable(path), error)
-            return index or self._make_index(path, state)
+            return index or self._make_index(path, state, needs_labels)
 
     def _read_index(self, path: Path, state: str) -> dict[str, Any] | None:
         """Return the index in a file, None if it is missing or out of date; raise ValueError if it is damaged."""
@@ -110,7 +142,7 @@ class TarShards:
         classes = {int(label): name for label, name in names.items()}
         left_out = stored["left_out"].item()
         if not (
-            0 <= labels.min() <= labels.max() < MAX_CLASSES
+            -1 <= labels.min() <= labels.max() < MAX_CLASSES
             and 0 <= shard.min() <= shard.max() < len(self.shards)
             and offset.min() >= tarfile.BLOCKSIZE
             and size.min() >= 0
@@ -124,21 +156,21 @@ class TarShards:
             raise ValueError("it holds positions that cannot be in these shards")
         return dict(zip(COLUMNS, columns, strict=True)) | {"classes": classes, "left_out": left_out}
 
-    def _make_index(self, path: Path, state: str) -> dict[str, Any]:
+    def _make_index(self, path: Path, state: str, needs_labels: bool) -> dict[str, Any]:
         """Read the headers of all shards, and store the index if it can be written."""
         with ThreadPoolExecutor() as pool:
-            entries, left_out = zip(*pool.map(_images_of, self.shards), strict=True)
+            entries, left_out = zip(*pool.map(_images_of, self.shards, repeat(needs_labels)), strict=True)
         counted = count_left_out(
             {
                 reason: [f"{shard.name}: {name}" for shard, found in zip(self.shards, left_out, strict=True)
                          for name in found[reason]]
-                for reason in (IMAGELESS, UNUSED, LABELLESS, HIDDEN)
+                for reason in (IMAGELESS, UNUSED, LABELLESS, STRANGE, HIDDEN)
             }
         )  # fmt: skip
         labels, offset, size = (np.array([e[k] for images in entries for e in images], np.int64) for k in range(3))
         if not len(labels):
             raise UserError(f"{self.root}: the shards hold no image{counted and f': {counted}'}")
-        named = {(label, folder) for images in entries for label, _, _, folder in images if folder}
+        named = {(label, folder) for images in entries for label, _, _, folder in images if folder and label >= 0}
         names, folders = dict(named), {folder for _, folder in named}
         if not len(named) == len(names) == len(folders):  # the folders are not the classes
             names = {}
@@ -170,6 +202,17 @@ class TarShards:
 
     def state(self) -> str:
         return hash_states([os.fsencode(shard) for shard in self.shards])
+
+    def identity(self) -> str:
+        names = "\0".join(shard.name for shard in self.shards).encode(errors="surrogateescape")
+        positions = b"".join(column.tobytes() for column in (self.shard, self.offset, self.size))
+        return hashlib.sha256(names + b"\0" + positions).hexdigest()
+
+
+def _archives_of(root: Path, split: str) -> list[Path]:
+    """Return the archives in the folder of a split, then those beside it with the split as a word in their names."""
+    inside = _archives(root / split) if is_folder(root / split) else []
+    return inside + [path for path in _archives(root) if split in re.split("[^a-z]", path.name.lower())]
 
 
 def _archives(folder: Path) -> list[Path]:
@@ -233,8 +276,13 @@ def _opened(path: str) -> BinaryIO:
     return open_regular(path)
 
 
-def _images_of(shard: Path) -> tuple[list[tuple[int, int, int, str]], dict[str, list[str]]]:
-    """Return (label, offset, size, folder) of every image in a shard, and {reason: names that are left out}."""
+def _images_of(shard: Path, needs_labels: bool) -> tuple[list[tuple[int, int, int, str]], dict[str, list[str]]]:
+    """Return (label, offset, size, folder) of every image in a shard, and {reason: names that are left out}.
+
+    Raises:
+        UserError: the shard is damaged; or an image has no label, or none that is a whole number, and needs it. If it
+            does not need it, its label is -1.
+    """
     about = f"{printable(shard)}: "
     images: dict[str, tuple[int, int, str]] = {}
     labels: dict[str, dict[str, int | ValueError | None]] = {"cls": {}, "json": {}}
@@ -276,23 +324,36 @@ def _images_of(shard: Path) -> tuple[list[tuple[int, int, int, str]], dict[str, 
         for key in suffixes.keys() - images.keys() - labels["cls"].keys() - labels["json"].keys()
     ]
     left_out[UNUSED].sort()
+    labelled = any(label is not None for found in labels.values() for label in found.values())
     for key in dict.fromkeys([*images, *labels["cls"], *labels["json"]]):
         kind = "cls" if key in labels["cls"] else "json"
         label = labels[kind].get(key)
-        dotted = "." in key.rpartition("/")[2]
+        folder, _, file_name = key.rpartition("/")
+        parts = file_name.split(".")
+        dotted = len(parts) > 1
         if key not in images:
             # KEY.meta.json belongs to KEY
             if label is not None and not (dotted and kind == "json"):
                 left_out[IMAGELESS].append(f"{key} ({', '.join(suffixes[key])})")
         elif isinstance(label, ValueError):
-            raise UserError(f"{about}{printable(names[key, kind])} holds no label: {label}") from label
+            if needs_labels:
+                raise UserError(f"{about}{printable(names[key, kind])} holds no label: {label}") from label
+            left_out[STRANGE].append(names[key, kind])
+            entries.append((-1, *images[key]))
         elif label is not None:
             entries.append((label, *images[key]))
-        elif dotted:  # KEY.mask.png belongs to KEY
+        # KEY.mask.png belongs to KEY
+        elif dotted and (labelled or any(_joined(folder, parts[:count]) in images for count in range(1, len(parts)))):
             left_out[LABELLESS].append(names[key, "image"])
-        else:
+        elif needs_labels:
             raise UserError(f"{about}{printable(key)} has no label, in a .cls or a .json file")
+        else:
+            entries.append((-1, *images[key]))
     return entries, left_out
+
+
+def _joined(folder: str, parts: list[str]) -> str:
+    return "/".join([*filter(None, [folder]), ".".join(parts)])
 
 
 def _label(file: BinaryIO, member: tarfile.TarInfo, kind: str) -> int | ValueError | None:
