@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.pack_images import add_image
-from util.data.decode import SUFFIXES
+from tools.pack_images import add_image, suffix_of
 from util.data.sources.readers import open_source
 from util.data.sources.source import Source
 from util.data.sources.tar_shards import TarShards
@@ -21,9 +20,7 @@ def write_shard(path: Path, source: Source, indices: Iterable[int]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, tarfile.open(temporary, "w") as tar:
         for index in indices:
-            suffix = Path(source.name(index)).suffix.removeprefix(".").lower()
-            # readers look at the content; the suffix must only be that of an image
-            add_image(tar, source, index, suffix if suffix in SUFFIXES else "jpg", source.read(index))
+            add_image(tar, source, index, suffix_of(source.name(index)), source.read(index))
 
 
 def balanced(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:

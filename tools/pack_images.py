@@ -1,15 +1,15 @@
-"""Re-encode a folder of images into tar shards, once, for faster training.
+"""Re-encode images into tar shards, once, for faster training.
 
     python tools/pack_images.py /path/to/ImageNet /path/to/shards --short_side 256
 
-writes shards/train/*.tar and, if there is a folder val/, shards/val/*.tar in the webdataset layout, which
+writes shards/train/*.tar and, if there are images to validate, shards/val/*.tar in the webdataset layout, which
 `--data_path wds:/path/to/shards` reads. Training images with a shorter side above 256 are resized (bicubic) and stored
-as JPEG; all others, and all images of val/, are stored unchanged. The same command resumes a run that was stopped.
+as JPEG; all others, and all images of val/, are stored unchanged. Instead of a folder, csv:FILE, wds:FOLDER or
+hfds:NAME is packed as well. The same command resumes a run that was stopped.
 """
 
 import argparse
 import errno
-import hashlib
 import io
 import os
 import stat
@@ -18,7 +18,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -31,14 +31,17 @@ from tqdm import tqdm
 
 from util import arguments, cli, hardware
 from util.data import decode
-from util.data.decode import BrokenImage
+from util.data.decode import SUFFIXES, BrokenImage
 from util.data.device_loader import allowed_broken, list_broken, too_many_broken
 from util.data.sources.folders import Folder
-from util.data.sources.source import Source
+from util.data.sources.image_files import ImageFiles
+from util.data.sources.readers import READERS, open_source, path_of
+from util.data.sources.source import NoSplit, Source
 from util.data.sources.tar_shards import TarShards
 from util.errors import RunError, UserError, as_user_error
 from util.files import printable, read_json, replacing, write_json
 from util.lock import lock_folder
+from util.training.run_state import fingerprint
 
 MAX_JPEG_SIDE = 65500  # of libjpeg
 
@@ -50,8 +53,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = cli.Parser("pack_images.py", description=__doc__.splitlines()[0])
     parser.add_argument("source", type=arguments.nonempty, metavar="SRC",
-        help="folder with train/ and optionally val/, each with one folder of images per class")
+        help="; ".join(text for _, text in READERS.values()))
     parser.add_argument("target", type=arguments.nonempty, metavar="DST", help="folder for the shards")
+    parser.add_argument("--allow_unlabelled", action="store_true",
+        help="also pack images without labels, for pretraining")
     parser.add_argument("--short_side", type=arguments.side, metavar="PX", help="resize larger training images to this")
     parser.add_argument("--quality", type=arguments.number(int, 1, 100), default=90, help="quality of written JPEGs")
     parser.add_argument("--shard_images", type=arguments.positive, default=4096, metavar="N", help="images per shard")
@@ -63,7 +68,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 # fmt: on
 
 
-def encode(source: Folder, short_side: int | None, quality: int, index: int) -> tuple[str, bytes] | str:
+def encode(source: Source, short_side: int | None, quality: int, index: int) -> tuple[str, bytes] | str:
     """Return the suffix and content of the file to store for an image, or the reason why the image is broken.
 
     `short_side` is the largest shorter side, in pixels; None stores the image unchanged, broken or not.
@@ -75,10 +80,10 @@ def encode(source: Folder, short_side: int | None, quality: int, index: int) -> 
     try:
         data = source.read(index)
     except OSError as error:
-        if error.errno == errno.EFBIG or _never_readable(source.path(index)):
+        if error.errno == errno.EFBIG or (isinstance(source, ImageFiles) and _never_readable(source.path(index))):
             return f"{name}: {error.strerror}"
         raise RunError(f"{name}: {error.strerror}; the same command resumes after the last complete shard") from error
-    suffix = os.path.splitext(name)[1].removeprefix(".").lower()
+    suffix = suffix_of(name)
     if short_side is None:
         return suffix, data
     try:
@@ -95,6 +100,15 @@ def encode(source: Folder, short_side: int | None, quality: int, index: int) -> 
     return "jpg", simplejpeg.encode_jpeg(pixels.contiguous().numpy(), quality=quality, colorsubsampling="420")
 
 
+def suffix_of(name: str) -> str:
+    """Return the suffix under which an image is stored, without a dot: its own if it is one of an image, else jpg.
+
+    Readers look at the content; the suffix must only be that of an image.
+    """
+    suffix = os.path.splitext(name)[1].removeprefix(".").lower()
+    return suffix if suffix in SUFFIXES else "jpg"
+
+
 def _never_readable(path: str) -> bool:
     """Return whether a path is a broken link, a pipe, a device or the like."""
     try:
@@ -103,7 +117,7 @@ def _never_readable(path: str) -> bool:
         return error.errno in (errno.ENOENT, errno.ELOOP) and os.path.islink(path)
 
 
-def _start_worker(source: Folder, short_side: int | None, quality: int) -> None:
+def _start_worker(source: Source, short_side: int | None, quality: int) -> None:
     global _encode
     torch.set_num_threads(1)
     _encode = partial(encode, source, short_side, quality)
@@ -122,7 +136,7 @@ def shards_of(count: int, folder: Path, size: int) -> dict[Path, list[int]]:
     }
 
 
-def claim(source: Folder, folder: Path, short_side: int | None, args: argparse.Namespace) -> dict[Path, list[str]]:
+def claim(source: Source, folder: Path, short_side: int | None, args: argparse.Namespace) -> dict[Path, list[str]]:
     """Create and lock the folder of one split, and write the images and settings to be packed to its packed.json.
 
     Returns:
@@ -132,9 +146,10 @@ def claim(source: Folder, folder: Path, short_side: int | None, args: argparse.N
         UserError: the folder holds shards of other or unknown images or settings; a file in it is damaged; it is in
             use, or cannot be written.
     """
-    names = hashlib.sha256(b"\0".join(source.paths)).hexdigest()
-    plan = {"images": len(source.labels), "names": names, "short_side": short_side}
+    plan = {"images": len(source.labels), "names": source.identity(), "short_side": short_side}
     plan |= {"quality": args.quality, "shard_images": args.shard_images}
+    if not isinstance(source, Folder) or args.allow_unlabelled:  # in a folder, the names of images hold their labels
+        plan["data"] = fingerprint(source)
     plan_file = folder / "packed.json"
     with as_user_error(OSError):  # its message names the file
         folder.mkdir(parents=True, exist_ok=True)
@@ -180,7 +195,7 @@ def _starting_workers() -> Iterator[None]:
 
 
 def pack(
-    source: Folder, folder: Path, short_side: int | None, args: argparse.Namespace, finished: dict[Path, list[str]]
+    source: Source, folder: Path, short_side: int | None, args: argparse.Namespace, finished: dict[Path, list[str]]
 ) -> list[str]:
     """Write the missing shards of one split.
 
@@ -227,25 +242,35 @@ def pack(
 
 
 def add_image(tar: tarfile.TarFile, source: Source, index: int, suffix: str, data: bytes) -> None:
-    """Add an image and its label to a shard, in a folder with the name of its class."""
-    label = source.labels[index]
-    stem = Path(source.name(index)).stem.replace(".", "_")  # a key ends at its first dot
-    for kind, content in ((suffix, data), ("cls", b"%d" % label)):
-        member = tarfile.TarInfo(f"{source.classes[label]}/{index}_{stem}.{kind}")
+    """Add an image and its label, if it has one, to a shard, in a folder with the name of its class."""
+    key = f"{index}_{Path(source.name(index)).stem.replace('.', '_')}"  # it ends at its first dot
+    files = {suffix: data}
+    if source.classes:
+        label = source.labels[index]
+        files["cls"] = b"%d" % label
+        key = f"{source.classes[label]}/{key}" if source.classes[label] else key
+    for kind, content in files.items():
+        member = tarfile.TarInfo(f"{key}.{kind}")
         member.size = len(content)
         tar.addfile(member, io.BytesIO(content))
 
 
 def main(args: argparse.Namespace) -> None:
     """Pack every split; raise UserError before anything is packed, or RunError if a split cannot be packed."""
-    source, target = Path(args.source), Path(args.target)
-    splits = [split for split in ("train", "val") if (source / split).is_dir()]
-    if not splits:
-        raise UserError(f"{source}: there is no folder train or val in it")
+    target, place = Path(args.target), path_of(args.source)[1]
     with as_user_error(OSError):
-        if target.exists() and target.samefile(source):
+        if target.exists() and os.path.exists(place) and target.samefile(place):
             raise UserError(f"DST {printable(args.target)} is SRC: choose another folder for the shards")
-    sources = {split: Folder(args.source, split) for split in splits}
+    sources: dict[str, Source] = {}
+    for split in ("train", "val"):
+        with suppress(NoSplit):
+            sources[split] = open_source(args.source, split, labels=not args.allow_unlabelled)
+    if not sources:
+        remedy = "; --allow_unlabelled packs all images in it, for pretraining" * (not args.allow_unlabelled)
+        raise UserError(f"{printable(args.source)}: there is no train or val in it{remedy}")
+    for name in (name for source in sources.values() for name in source.classes):
+        if "/" in name or name.startswith("."):
+            raise UserError(f"{printable(args.source)}: the class {name} cannot be a folder in the shards: rename it")
     short_sides = {"train": args.short_side, "val": None}
     # check all splits first, since packing one can take hours
     finished = {split: claim(images, target / split, short_sides[split], args) for split, images in sources.items()}
@@ -257,7 +282,7 @@ def main(args: argparse.Namespace) -> None:
             raise RunError(f"a worker was killed; {advice}; if memory ran out, use a smaller --num_workers") from error
         except OSError as error:
             raise RunError(f"{printable(target)}: {error.strerror}") from error
-        packed = TarShards(args.target, split)
+        packed = TarShards(args.target, split, labels=bool(images.classes))
         if len(packed.labels) + len(broken) != len(images.labels):
             found = f"{len(packed.labels)} of {len(images.labels)} images"
             raise RunError(f"{target / split} has {found}: remove it and repeat")

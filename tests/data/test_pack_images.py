@@ -197,7 +197,10 @@ def test_packing_leaves_broken_images_out(jpeg_folder, tmp_path, capsys):
 
 
 def test_user_mistakes_in_packing(tmp_path, capsys, monkeypatch):
-    for words, message in (([tmp_path, tmp_path / "x"], "no folder train or val in it"), ([], "required: SRC, DST")):
+    for words, message in (
+        ([tmp_path, tmp_path / "x"], "no train or val in it; --allow_unlabelled packs"),
+        ([], "required: SRC, DST"),
+    ):
         monkeypatch.setattr(sys, "argv", ["pack_images", *map(str, words)])
         with pytest.raises(SystemExit) as exit_info:
             cli.run_main(pack_images.main, pack_images.get_args_parser())
