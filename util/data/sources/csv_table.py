@@ -126,7 +126,8 @@ class _Table:
         with ThreadPoolExecutor(THREADS) as pool:  # threads hide the latency of network file systems
             shares = np.array_split(np.arange(len(self.paths)), THREADS)
             found = pool.map(lambda share: [*self._missing(os.path.dirname(file), share)], shares)
-            self.check([row for rows_of_share in found for row in rows_of_share], "there is no such file")
+            missing = {row: reason for part in found for row, reason in part}
+        self.check([*missing], next(iter(missing.values()), ""))
 
     def _read(self, text: str) -> None:
         head = text.lstrip().partition("\n")[0]
@@ -168,13 +169,14 @@ class _Table:
                 LOGGER.info("%s: the first column %s is read as the %s", self.shown, first, kind)
         return {kind: names.index(same[0]) for kind, same in found.items() if same}
 
-    def _missing(self, folder: str, rows: np.ndarray) -> Iterator[int]:
+    def _missing(self, folder: str, rows: np.ndarray) -> Iterator[tuple[int, str]]:
+        """Yield the rows whose image is no file that can be found, and why."""
         for row in rows:
             try:
                 if not stat.S_ISREG(os.stat(os.path.join(folder, self.paths[row])).st_mode):
-                    yield row
-            except OSError:
-                yield row
+                    yield row, "it is no regular file"
+            except OSError as error:
+                yield row, error.strerror or str(error)
 
     def check(self, rows: Sequence[int], reason: str) -> None:
         """Raise UserError, which names the line and the image of the first of the wrong rows, if there are any."""
