@@ -191,9 +191,10 @@ def damaged(folder: Path, damage: str) -> None:
 @pytest.mark.parametrize(
     ("script", "tiny", "damage", "message"),
     [
-        (main_pretrain, TINY_PRETRAIN, "no train", "there is no folder 'train'"),
-        (main_pretrain, TINY_PRETRAIN, "empty class", "no image in 1 of 4 class folders: class_x"),
-        (main_pretrain, TINY_PRETRAIN, "no class", "Couldn't find any class folder"),
+        (main_pretrain, TINY_PRETRAIN, "no train", "it has val and no train, so images to validate with"),
+        (main_pretrain, TINY_PRETRAIN, "no class", "train: no image in it"),
+        (main_finetune, TINY_FINETUNE, "empty class", "no image in 1 of 4 class folders: class_x"),
+        (main_finetune, TINY_FINETUNE, "no class", "Couldn't find any class folder"),
         (main_finetune, TINY_FINETUNE, "no train", "there is no folder 'train'"),
         (main_finetune, TINY_FINETUNE, "no val", "there is no folder 'val'"),
         (
