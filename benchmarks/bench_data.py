@@ -120,7 +120,7 @@ def released_epochs(recipe: str, *words: object) -> Epoch:
     """Return epochs of the released pipeline: ImageFolder, a transform of torchvision or timm in Pillow, DataLoader."""
     args = recipe_arguments(recipe, *words)
     transform = TRANSFORMS[recipe](arguments.image_size(args), args)
-    dataset = ImageFolder(f"{args.data_path}/train", transform, loader=open_as_released)
+    dataset = ImageFolder(f"{words[0]}/train", transform, loader=open_as_released)
     loader = DataLoader(
         dataset, args.batch_size, True, num_workers=args.num_workers, persistent_workers=True, drop_last=True
     )

@@ -14,8 +14,6 @@ from util.data.sources.source import MAX_CLASSES, SPLITS, NoSplit, choose_split,
 from util.errors import UserError, as_user_error
 from util.files import HUB_NAME, open_regular, printable
 
-ROWS = 100_000  # whose sizes are hashed at a time
-
 
 class HubDataset:
     """A dataset with an image column and, if labels are needed, a label column, through Hugging Face's `datasets`.
@@ -120,11 +118,10 @@ class HubDataset:
         """Return a hash of the sizes of the images, or of their names if they lie in files of their own."""
         from pyarrow import compute
 
-        digest, rows = hashlib.sha256(), self.rows.with_format("arrow")
-        for start in range(0, len(rows), ROWS):
-            images = rows[start : start + ROWS][self.image].combine_chunks()
-            sizes, paths = compute.binary_length(images.field("bytes")), images.field("path").to_pylist()
-            for size, path in zip(sizes.to_pylist(), paths, strict=True):
+        digest = hashlib.sha256()
+        for images in self.rows.with_format("arrow")[:][self.image].chunks:  # its bytes are not read
+            sizes, paths = compute.binary_length(images.field("bytes")), images.field("path")
+            for size, path in zip(sizes.to_pylist(), paths.to_pylist(), strict=True):
                 digest.update(os.fsencode(os.path.basename(path or "")) + b"\0" if size is None else b"%d\0" % size)
         return digest.hexdigest()
 
