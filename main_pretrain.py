@@ -29,7 +29,7 @@ from util.errors import as_user_error
 from util.seeding import seed_everything
 from util.tracking.run_log import clock, open_log
 from util.training.precision import autocast
-from util.training.run_state import Run, agreed_fingerprint, starting_point
+from util.training.run_state import Run, check_same_images, fingerprint, starting_point
 
 if TYPE_CHECKING:
     from models_pretrain import PretrainModel
@@ -134,7 +134,8 @@ def main(args: argparse.Namespace) -> None:
 
     size = arguments.image_size(args)
     dataset = ImageDataset(source, pixels_by(args.loader, pretrain_transform(size, args)))
-    args.data = agreed_fingerprint(source)
+    args.data = fingerprint(source)
+    check_same_images(source)
     seed_everything(args.seed)
     model = build_model(args).to(device)
     kernels.choose(args, device, model.embed_dim, {"augment": "pretraining only crops and flips"})

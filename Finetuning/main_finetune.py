@@ -46,7 +46,7 @@ from util.lr_decay import param_groups_layer_decay
 from util.seeding import seed_everything
 from util.tracking.run_log import Log, clock, open_log
 from util.training.evaluation import describe_result, evaluate
-from util.training.run_state import Run, agreed_fingerprint, starting_point
+from util.training.run_state import Run, check_same_images, fingerprint, starting_point
 
 if TYPE_CHECKING:
     from timm.data import Mixup
@@ -286,12 +286,13 @@ def finetune(
         transform = finetune_transform(arguments.image_size(args), args)
     train, classes = ImageDataset(source, pixels_by(args.loader, transform)), source.classes
     kernels.fuse_augmentation(train.transform)
+    check_same_images(source, val.source)
     if len(classes) > args.nb_classes:
         raise UserError(f"{source.root} has {len(classes)} classes, the classifier {args.nb_classes}: --nb_classes")
     for line in match_classes(val.source, classes, source.root):
         log.say(line)
     names = names_by_output(source, args.nb_classes)
-    args.data = agreed_fingerprint(source)
+    args.data = fingerprint(source)
     if mixes(args) and args.batch_size % 2:
         raise UserError(f"--batch_size {args.batch_size}: mixup and cutmix pair images and need an even batch")
     for side in args.input_size if args.cutmix_minmax else ():

@@ -288,17 +288,17 @@ def fingerprint(source: Source) -> str:
     return digest.hexdigest()[:16]
 
 
-def agreed_fingerprint(source: Source) -> str:
-    """Return the same after a check that all processes see the same images; raise UserError. All processes call it."""
-    images = len(source.labels), source.identity(), fingerprint(source)
-    (first, host), *others = gather((images, socket.gethostname()))
-    for number, (seen, other_host) in enumerate(others, 1):
-        if seen != first:
-            raise UserError(
-                f"rank {number} on {other_host} sees other images than rank 0 on {host}: {seen[0]} and {first[0]} of "
-                f"{source.root}, or other names, sizes or labels. All need the same files"
-            )
-    return images[-1]
+def check_same_images(*sources: Source) -> None:
+    """Raise UserError, which names a process, unless all processes see the same images. All processes call it."""
+    own = [(len(source.labels), source.identity(), fingerprint(source)) for source in sources]
+    (first, host), *others = gather((own, socket.gethostname()))
+    for number, (images, other_host) in enumerate(others, 1):
+        for source, seen, expected in zip(sources, images, first, strict=True):
+            if seen != expected:
+                raise UserError(
+                    f"rank {number} on {other_host} sees other images than rank 0 on {host}: {seen[0]} and "
+                    f"{expected[0]} of {source.root}, or other names, sizes or labels. All need the same files"
+                )
 
 
 def changed_arguments(args: argparse.Namespace, content: dict) -> list[str]:

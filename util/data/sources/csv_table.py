@@ -4,6 +4,7 @@ import csv
 import io
 import logging
 import os
+import re
 import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -80,11 +81,12 @@ def _labels(table: "_Table", rows: np.ndarray, needed: bool) -> tuple[list[str],
         table.check([row for row in rows if not table.labels[row]], "it has no label")
         table.check_repeats(table.labels)
         names = sorted({*table.labels} - {""})
-        if all(name.isascii() and name.isdecimal() for name in names):
-            large = {name for name in names if len(name) > 18 or int(name) >= MAX_CLASSES}
-            table.check([row for row in rows if table.labels[row] in large], f"its label is above {MAX_CLASSES - 1}")
+        if all(re.fullmatch("-?[0-9]+", name) for name in names):
+            wrong = {name for name in names if len(name) > 18 or not 0 <= int(name) < MAX_CLASSES}
+            rows_of_wrong = [row for row in rows if table.labels[row] in wrong]
+            table.check(rows_of_wrong, f"its label is no number from 0 to {MAX_CLASSES - 1}")
             labels = np.array([int(table.labels[row]) for row in rows], np.int64)
-            return [""] * (max(map(int, {*names} - large)) + 1), labels
+            return [""] * (max(int(name) for name in names if name not in wrong) + 1), labels
         classes = sorted({printable(name) for name in names})
         place = {name: number for number, name in enumerate(classes)}
         return classes, np.array([place[printable(table.labels[row])] for row in rows], np.int64)
