@@ -43,6 +43,7 @@ READ = {
     "BOM, CRLF, blank lines": ("\ufeff\r\npath,label\r\n\r\na.jpg,x\r\n,\r\ndeep/b.jpg,y\r\n \r\n", "xy", [0, 1]),
     "semicolons": ("Path; Label\na.jpg; x,y\ndeep/b.jpg; z\n", ["x,y", "z"], [0, 1]),
     "tabs": ("Filename\tClass\tid\na.jpg\tx\t1\ndeep/b.jpg\ty\t2\n", "xy", [0, 1]),
+    "spaces": ('path, label\na.jpg, "x, y"\ndeep/b.jpg, z \n', ["x, y", "z"], [0, 1]),
     "another order": ("id,class_name,file_name\n7,x,a.jpg\n8,y,deep/b.jpg\n", "xy", [0, 1]),
     "no line feed at the end": ("path,label\na.jpg,x\ndeep/b.jpg,y", "xy", [0, 1]),
 }  # fmt: skip

@@ -177,6 +177,7 @@ def test_a_mixture(places, crops, caplog):
     assert f"images of val: 1 of {folder}/val = 1; none of {flat}, wds:{tars}" in caplog.text
     with pytest.raises(NoSplit, match="there is no folder 'val' in it"):
         opened(places[:1], "val")
+    assert images(opened([flat, folder + "*3"], "val")) == [crops[7]]
     assert opened([folder + "*3"]).classes == ["a", "b"]  # of one place, or places with the same classes
     assert opened([folder + "*3"]).labels.tolist() == [0, 1] * 3
 
