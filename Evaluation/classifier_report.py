@@ -19,7 +19,7 @@ from util.checkpoints import checkpoint_file
 from util.data.class_names import known_names, match_classes
 from util.data.datasets import ImageDataset
 from util.data.loaders import eval_loader
-from util.data.sources.readers import Source
+from util.data.sources.source import Source
 from util.distributed.processes import on_main
 from util.errors import RunError
 from util.files import figure_of, json_with, output_file, printable, save_figure, some, write_json, write_text
