@@ -189,8 +189,9 @@ def test_user_mistakes_in_data_paths(tmp_path, run_script, capsys, path):
         pytest.importorskip("datasets")
     image = encoded(Image.new("RGB", (300, 300), (1, 2, 3)))
     for name in (path.rpartition(":")[2] for path in MISTAKES):
-        (tmp_path / name.strip("/") / "train").mkdir(parents=True, exist_ok=True)
-    write_shard(tmp_path / "UNLABELLED/train/0.tar", [("a.jpg", image)])
+        for split in ("train", "val"):
+            (tmp_path / name.strip("/") / split).mkdir(parents=True, exist_ok=True)
+    write_shard(tmp_path / "UNLABELLED/val/0.tar", [("a.jpg", image)])
     write_shard(tmp_path / "IMAGELESS/train/0.tar", [("a.txt", image)])
     write_shard(tmp_path / "TRUNCATED/train/0.tar", [("a.cls", b"0"), ("a.jpg", image)])
     os.truncate(tmp_path / "TRUNCATED/train/0.tar", 3000)
@@ -204,15 +205,17 @@ def test_user_mistakes_in_data_paths(tmp_path, run_script, capsys, path):
     }.items():
         (tmp_path / name / "train/0.tar").write_bytes(change(whole.read_bytes()))
     for name, content in {"LIST": b'{"label": [1]}', "NUMBER": b"3"}.items():
-        write_shard(tmp_path / name / "train/0.tar", [("a.jpg", image), ("a.json", content)])
+        write_shard(tmp_path / name / "val/0.tar", [("a.jpg", image), ("a.json", content)])
     (tmp_path / "TEXT/train/0.tar").write_text("not a tar file" * 100)
-    words = [*TINY_PRETRAIN, "--output_dir", tmp_path / "out", "--data_path"]
+    message = MISTAKES[path]
+    script, words = (main_finetune, TINY_FINETUNE) if "label" in message else (main_pretrain, TINY_PRETRAIN)
+    path = path.replace(":", f":{tmp_path}/") if ":/" not in path else path
     with pytest.raises(SystemExit) as exit_info:
-        run_script(main_pretrain, *words, path.replace(":", f":{tmp_path}/") if ":/" not in path else path)
+        run_script(script, *words, "--output_dir", tmp_path / "out", "--data_path", path)
     assert exit_info.value.code == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
-    assert re.search(MISTAKES[path], error)
+    assert re.search(message, error)
 
 
 @pytest.mark.parametrize("change", [str.lower, str.upper, str.title])
