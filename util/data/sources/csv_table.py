@@ -87,9 +87,9 @@ def _labels(table: "_Table", rows: np.ndarray, needed: bool) -> tuple[list[str],
             table.check(rows_of_wrong, f"its label is no number from 0 to {MAX_CLASSES - 1}")
             labels = np.array([int(table.labels[row]) for row in rows], np.int64)
             return [""] * (max(int(name) for name in names if name not in wrong) + 1), labels
-        classes = sorted({printable(name) for name in names})
-        place = {name: number for number, name in enumerate(classes)}
-        return classes, np.array([place[printable(table.labels[row])] for row in rows], np.int64)
+        shown = {name: printable(name) for name in names}
+        place = {name: number for number, name in enumerate(sorted({*shown.values()}))}
+        return [*place], np.array([place[shown[table.labels[row]]] for row in rows], np.int64)
     except UserError as error:
         if needed or table.labels:
             without_labels(str(error), needed)

@@ -92,8 +92,6 @@ class TarShards:
         self.labels, self.shard, self.offset, self.size = (index[name] for name in COLUMNS)
         self.classes = [index["classes"].get(label, "") for label in range(self.labels.max() + 1)]
         without = self.labels < 0
-        if labels and without.any():  # the index was made when labels were not needed
-            _images_of(self.shards[self.shard[without][0]], labels)  # raises what is wrong with the first one
         if without.any():
             if not without.all():
                 without_labels(f"{self.root}: {without.sum()} of {len(without)} images have no label", labels)
@@ -108,25 +106,31 @@ class TarShards:
     def _index(self, path: Path, state: str, needs_labels: bool) -> dict[str, Any]:
         """Return the labels and positions of all images, {label: name of the class}, and a line on what is left out.
 
-        The label -1 stands for none; a stored index may hold it even if labels are needed.
+        The label -1 stands for none.
         """
         with suppress(ValueError):
-            if index := self._read_index(path, state):
+            if index := self._read_index(path, state, needs_labels):
                 return index
         with _one_at_a_time(path.with_suffix(".lock")):
             try:
-                index = self._read_index(path, state)
+                index = self._read_index(path, state, needs_labels)
             except ValueError as error:
                 index = None
                 LOGGER.warning("%s cannot be used and is made again: %s", printable(path), error)
             return index or self._make_index(path, state, needs_labels)
 
-    def _read_index(self, path: Path, state: str) -> dict[str, Any] | None:
-        """Return the index in a file, None if it is missing or out of date; raise ValueError if it is damaged."""
+    def _read_index(self, path: Path, state: str, needs_labels: bool) -> dict[str, Any] | None:
+        """Return the index in a file, None if it is missing or unfit; raise ValueError if it is damaged.
+
+        It is unfit if it is of other shards, or if it lacks labels that are needed: making it again names the image.
+        """
         try:
             with open_regular(path) as file:
                 stored = _read_arrays(file, ("of", "classes", "left_out", *COLUMNS), self.sizes.sum())
-            return self._check_index(stored) if stored["of"].item() == state else None
+            if stored["of"].item() != state:
+                return None
+            index = self._check_index(stored)
+            return None if needs_labels and index["labels"].min() < 0 else index
         except FileNotFoundError:
             return None
         except Exception as error:  # numpy and zipfile raise nearly any exception on damaged files
