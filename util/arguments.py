@@ -61,8 +61,8 @@ class WarmUp(argparse.Action):
 def add_shared_arguments(parser: argparse.ArgumentParser, models: Iterable[str], unlabelled: bool = False) -> None:
     """Add the arguments that pretraining and finetuning share; each sets its defaults by `parser.set_defaults`.
 
-    `models` are the names that --model takes. One of the defaults is `recipe_epochs`, the length of the run that the
-    default of `--warmup_epochs` is meant for. `unlabelled`: `--data_path` takes several places, and images without labels.
+    `models` are the names that --model takes. With `unlabelled`, `--data_path` takes several places, and images without
+    labels. One of the defaults is `recipe_epochs`, the length of the run that the default of `--warmup_epochs` is for.
     """
     add_machine_arguments(parser)
     add = parser.add_argument_group("model").add_argument
