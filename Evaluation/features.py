@@ -7,9 +7,11 @@ import json
 import os
 import socket
 import stat
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from functools import reduce
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +33,8 @@ from util.lock import is_running
 from util.tracking.run_log import LOG_EVERY, Log
 from util.training.precision import activation_dtype, autocast
 from util.training.run_state import fingerprint
+
+T = TypeVar("T")
 
 DIGEST = hashlib.sha256().digest_size  # bytes: the end of a cache file
 BLOCK = 2**24  # bytes that are hashed at a time
@@ -107,87 +111,159 @@ def hash_of(model: Model) -> str:
     return digest.hexdigest()
 
 
+def form_of(model: Model, tokens: bool) -> tuple[type, tuple[int, ...]]:
+    """Return dtype and shape of an image's features: all tokens (L, C) float16, or pooled (C,) float32."""
+    length = model.grid_size[0] * model.grid_size[1] + isinstance(model, ARMClassifier)
+    return (np.float16, (length, model.embed_dim)) if tokens else (np.float32, (model.embed_dim,))
+
+
+def encode_kinds(model: Model, imgs: Tensor, blocks: range, kinds: Collection[bool]) -> dict[bool, np.ndarray]:
+    """Encode images (B, 3, H, W) once; return their tokens under True and pooled under False, see `form_of`."""
+    with autocast(imgs.device):
+        tokens = encode(model, imgs, blocks)
+    with np.errstate(over="ignore"):  # values beyond float16 become infinite
+        return {
+            kind: (tokens if kind else pool(model, tokens)).cpu().numpy().astype(form_of(model, kind)[0])
+            for kind in kinds
+        }
+
+
+def are_finite(found: np.ndarray) -> np.ndarray:
+    """Return whether the features (B, ...) of each image are finite: (B,) bool."""
+    return np.isfinite(found).reshape(len(found), -1).all(axis=1)  # (B, ...) -> (B, n) -> (B,)
+
+
+class CacheFile:
+    """A file of the cache: labels and features of one kind of every image of a split; see `features`.
+
+    Args:
+        args: of the script.
+        model: whose features they are.
+        kind: tokens or pooled.
+        images: their number.
+        split: name of the dataset, which begins the name of the file.
+        settings: all that changes a value.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, model: Model, kind: bool, images: int, split: str, settings: dict
+    ) -> None:
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        self.path = Path(args.cache) / f"{split}-{'tokens' if kind else 'pooled'}-{key}.npy"
+        self.record = np.dtype([("label", np.int64), ("feature", *form_of(model, kind))], align=True)
+        self.images = images
+        size = images * self.record.itemsize / 1e9
+        if size > args.max_gb and not os.path.lexists(self.path):
+            raise UserError(f"the features of {split} take {size:.3g} GB, more than --max_gb {args.max_gb:g} allows")
+
+    def start(self) -> Path | None:
+        """Create the file to fill and return its path; None if the features are cached. Raises UserError."""
+        if os.path.lexists(self.path):
+            return None
+        folder, mine = self.path.parent, f".{self.path.name}.{socket.gethostname()}."  # other hosts may use it too
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob(f"{glob.escape(mine)}*"):  # of a process that was killed
+                pid = left.suffix[1:]
+                if pid == str(os.getpid()) or not (pid.isdecimal() and is_running(int(pid))):
+                    left.unlink(missing_ok=True)
+            partial = self.path.with_name(f"{mine}{os.getpid()}")
+            with partial.open("xb") as file:  # a new file, never the target of a link
+                header = {"descr": np.lib.format.dtype_to_descr(self.record), "fortran_order": False}
+                np.lib.format.write_array_header_1_0(file, header | {"shape": (self.images,)})
+                # reserve the space: on a full disk, writing to the memory map would kill the process without a message
+                reserve(file, file.tell() + self.images * self.record.itemsize + DIGEST)
+        except OSError as error:
+            with suppress(OSError, NameError):
+                partial.unlink()
+            raise UserError(f"--cache {printable(folder)} cannot be written: {error.strerror}") from error
+        return partial
+
+    def finish(self, partial: Path) -> None:
+        """Write the digest into a complete file, `partial`, and rename it; raise UserError. All processes call it."""
+        digest, _ = digest_of(partial)
+        on_main(lambda: publish(partial, self.path, digest))
+
+    def read(self, verify: bool) -> tuple[Tensor, Tensor]:
+        """Return features and labels, memory-mapped; `verify` their checksum. Raises UserError if it is damaged."""
+        with as_user_error(ValueError, OSError, prefix=f"{printable(self.path)} is damaged, delete it: "):
+            if not stat.S_ISREG(self.path.stat().st_mode):
+                raise ValueError("it is no regular file")
+            if verify:
+                digest, stored = digest_of(self.path)
+                if digest != stored:
+                    raise ValueError("its checksum does not match its content")
+            rows = np.load(
+                self.path, mmap_mode="c", allow_pickle=False
+            )  # copy on write: torch has no read-only tensors
+            if (rows.dtype, rows.shape) != (self.record, (self.images,)):
+                raise ValueError(f"it holds {rows.dtype} {rows.shape}, not {self.record} {(self.images,)}")
+        return torch.from_numpy(rows["feature"]), torch.from_numpy(rows["label"])
+
+
 def features(
-    args: argparse.Namespace, model: Model, dataset: ImageDataset, split: str, blocks: range, tokens: bool, log: Log
-) -> tuple[Tensor, Tensor]:
+    args: argparse.Namespace,
+    model: Model,
+    dataset: ImageDataset,
+    split: str,
+    blocks: range,
+    kinds: Collection[bool],
+    log: Log,
+) -> dict[bool, tuple[Tensor, Tensor]]:
     """Return the features of every image from the cache; compute them first, each process a share, if need be.
 
-    A file of the cache has NumPy's format, which executes nothing, and is memory-mapped. Its name holds a hash of the
-    weights, of the images' folder, files and labels, and of all settings that change a value. It ends with a checksum
-    of its content, which is checked once, before its use. `split` names the dataset; for `blocks` see `encode`.
+    All kinds that are not cached are computed in one pass. A file of the cache has NumPy's format, which executes
+    nothing, and is memory-mapped. Its name holds a hash of the weights, of the images' folder, files and labels, and of
+    all settings that change a value. It ends with a checksum of its content, which is checked once, before its use.
+    `split` names the dataset; for `blocks` see `encode`.
 
     Returns:
-        Pooled features (n, C) float32, or with `tokens` all tokens (n, L, C) float16, and labels (n,) int64, in the
+        For each kind (True: tokens, False: pooled) features (n, ...), see `form_of`, and labels (n,) int64, in the
         order of the data; the label of a broken image is -1. Memory-mapped from the file.
 
     Raises:
-        UserError: the file would be larger than `--max_gb`, cannot be written, or is damaged.
+        UserError: a file would be larger than `--max_gb`, cannot be written, or is damaged.
         RunError: images are broken, or features are not finite.
     """
     device = model.pos_embed.device
     settings = {
         "weights": hash_of(model), "data": fingerprint(dataset.source), "split": split,
         "root": os.path.abspath(dataset.source.root), "files": on_main(dataset.source.state),
-        "blocks": list(blocks), "tokens": tokens, "pool": str(getattr(model, "global_pool", "mean")),
+        "blocks": list(blocks), "pool": str(getattr(model, "global_pool", "mean")),
         "dtype": str(activation_dtype(device)), "cluster_size": getattr(model, "cluster_size", None),
         "order": model.order if isinstance(model, PretrainModel) else None,
         **{name: getattr(args, name) for name in ("input_size", "eval_resize", "eval_loader", "eval_bad")},
     }  # fmt: skip
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    path = Path(args.cache) / f"{split}-{'tokens' if tokens else 'pooled'}-{key}.npy"
-    length = model.grid_size[0] * model.grid_size[1] + isinstance(model, ARMClassifier)
-    feature = ("feature", np.float16, (length, model.embed_dim)) if tokens else ("feature", np.float32, model.embed_dim)
-    record = np.dtype([("label", np.int64), feature], align=True)
-
-    def start() -> str | None:
-        """Create the file to fill and return its path; None if the features are cached."""
-        if os.path.lexists(path):
-            return None
-        size = len(dataset) * record.itemsize / 1e9
-        if size > args.max_gb:
-            raise UserError(f"the features of {split} take {size:.3g} GB, more than --max_gb {args.max_gb:g} allows")
-        mine = f".{path.name}.{socket.gethostname()}."  # other hosts may use the folder too
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for left in path.parent.glob(f"{glob.escape(mine)}*"):  # of a process that was killed
-                pid = left.suffix[1:]
-                if pid == str(os.getpid()) or not (pid.isdecimal() and is_running(int(pid))):
-                    left.unlink(missing_ok=True)
-            partial = path.with_name(f"{mine}{os.getpid()}")
-            with partial.open("xb") as file:  # a new file, never the target of a link
-                header = {"descr": np.lib.format.dtype_to_descr(record), "fortran_order": False}
-                np.lib.format.write_array_header_1_0(file, header | {"shape": (len(dataset),)})
-                # reserve the space: on a full disk, writing to the memory map would kill the process without a message
-                size = file.tell() + len(dataset) * record.itemsize + DIGEST
-                reserve(file, size)
-        except OSError as error:
-            with suppress(OSError, NameError):
-                partial.unlink()
-            raise UserError(f"--cache {printable(path.parent)} cannot be written: {error.strerror}") from error
-        return str(partial)
-
-    partial = on_main(start)
-    if partial is not None:
-        loader = eval_loader(dataset, args, device)
-        try:
-            compute(model, loader, np.lib.format.open_memmap(partial, "r+"), blocks, tokens, log, split)
+    files = {
+        kind: CacheFile(args, model, kind, len(dataset), split, settings | {"tokens": kind}) for kind in sorted(kinds)
+    }
+    partials: dict[bool, Path] = {}
+    try:
+        for kind, file in files.items():
+            if partial := on_main(file.start):
+                partials[kind] = partial
+        if partials:
+            rows = {kind: np.lib.format.open_memmap(partial, "r+") for kind, partial in partials.items()}
+            loader = eval_loader(dataset, args, device)
+            for share, labels, found in compute(
+                loader, lambda imgs: encode_kinds(model, imgs, blocks, partials), log, f"features of {split}"
+            ):
+                for kind, values in found.items():
+                    if not (finite := are_finite(values)).all():
+                        name = printable(dataset.source.name(share[int(finite.argmin())]))
+                        form = " in float16" * kind
+                        raise RunError(f"features of {split} are not finite{form}; the first: {name}")
+                    rows[kind]["feature"][share], rows[kind]["label"][share] = values, labels
+            for array in rows.values():
+                array.flush()
             barrier()
-            digest, _ = digest_of(Path(partial))
-            on_main(lambda: publish(Path(partial), path, digest))
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
-    with as_user_error(ValueError, OSError, prefix=f"{printable(path)} is damaged, delete it: "):
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ValueError("it is no regular file")
-        if partial is None:
-            digest, stored = digest_of(path)
-            if digest != stored:
-                raise ValueError("its checksum does not match its content")
-        rows = np.load(path, mmap_mode="c", allow_pickle=False)  # copy on write: torch has no read-only tensors
-        if (rows.dtype, rows.shape) != (record, (len(dataset),)):
-            raise ValueError(f"it holds {rows.dtype} {rows.shape}, not {record} {(len(dataset),)}")
-    return torch.from_numpy(rows["feature"]), torch.from_numpy(rows["label"])
+            for kind, partial in partials.items():
+                files[kind].finish(partial)
+    except BaseException:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+        raise
+    return {kind: file.read(verify=kind not in partials) for kind, file in files.items()}
 
 
 def digest_of(path: Path) -> tuple[bytes, bytes]:
@@ -225,22 +301,16 @@ def publish(partial: Path, path: Path, digest: bytes) -> None:
 
 @torch.inference_mode()
 def compute(
-    model: Model, loader: DeviceLoader, rows: np.memmap, blocks: range, tokens: bool, log: Log, title: str
-) -> None:
-    """Compute this process's share of the rows (n,) of features and labels; for the rest see `features`."""
-    progress, seen, order = log.progress(f"features of {title}", len(loader)), 0, list(loader.sampler)
+    loader: DeviceLoader, outputs: Callable[[Tensor], T], log: Log, title: str
+) -> Iterator[tuple[range, np.ndarray, T]]:
+    """Yield places, labels (B,) int64 and `outputs` of the images (B, 3, H, W) of each batch of this process's share.
+
+    `title` is that of the progress display. A label of -1 means a broken image.
+    """
+    progress, seen = log.progress(title, len(loader)), 0
     for step, (imgs, labels) in enumerate(loader, start=1):
-        with autocast(model.pos_embed.device):
-            encoded = encode(model, imgs, blocks)
-        share = order[seen : seen + len(labels)]
-        with np.errstate(over="ignore"):  # values beyond float16 become infinite
-            found = (encoded if tokens else pool(model, encoded)).cpu().numpy().astype(rows["feature"].dtype)
-        finite = np.isfinite(found).reshape(len(found), -1).all(axis=1)  # (B, ...) -> (B, n) -> (B,)
-        if not finite.all():
-            name = printable(loader.names([seen + int(finite.argmin())])[0])
-            raise RunError(f"features of {title} are not finite" + " in float16" * tokens + f"; the first: {name}")
-        rows["feature"][share], rows["label"][share] = found, labels.cpu()
+        found = outputs(imgs)
+        yield loader.sampler.indices[seen : seen + len(labels)], labels.cpu().numpy(), found
         seen += len(labels)
         progress.update(len(labels) * world_size(), quiet=step % LOG_EVERY != 0 and step != len(loader))
     progress.close()
-    rows.flush()

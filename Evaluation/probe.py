@@ -94,23 +94,21 @@ def main(args: argparse.Namespace) -> None:
         log.say(line)
     names = [printable(name) for name in sources["train"].classes]
     check_images(args, model.embed_dim, {name: torch.from_numpy(s.labels) for name, s in sources.items()}, names)
-    # tokens first: what is larger than --max_gb is refused before any work
-    data = {
-        tokens: {name: features(args, model, part, name, blocks, tokens, log) for name, part in splits.items()}
-        for tokens in sorted({probe.tokens for probe in probes}, reverse=True)
-    }
-    labels = {name: y for name, (_, y) in next(iter(data.values())).items()}
+    kinds = {probe.tokens for probe in probes}
+    data = {name: features(args, model, part, name, blocks, kinds, log) for name, part in splits.items()}
+    labels = {name: next(iter(parts.values()))[1] for name, parts in data.items()}
     broken = {name: int((y < 0).sum()) for name, y in labels.items()}  # under --eval_bad wrong
     if any(broken.values()):
         log.say(f"broken images: {broken['train']} of train are left out, {broken['val']} of val count as wrong")
     for line in check_images(args, model.embed_dim, labels, names):
         log.say(line)
-    if False in data:
-        data[False] = {name: (x.to(device), y.to(device)) for name, (x, y) in data[False].items()}
+    for parts in data.values():
+        if False in parts:
+            parts[False] = parts[False][0].to(device), parts[False][1].to(device)
     rows: list[dict] = []
     for probe in probes:
-        parts = data[probe.tokens]
-        rows += probe.evaluate(Task(parts["train"], parts["val"], len(names), args, device, log))
+        train, val = (data[name][probe.tokens] for name in ("train", "val"))
+        rows += probe.evaluate(Task(train, val, len(names), args, device, log))
 
     log.say(f"{type(model).__name__}, block {', '.join(map(str, blocks))} of {len(model.layers)}")
     head = ["probe", "top-1 (95 % over images)", "deviation over seeds", "top-5", "images", "learning rate"]

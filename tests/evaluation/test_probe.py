@@ -18,14 +18,12 @@ from torchvision.datasets import ImageFolder
 import models_arm
 from Evaluation import features, probe, probes
 from util.data.datasets import image_dataset
-from util.data.loaders import eval_loader
 from util.data.transforms import eval_transform
 from util.errors import RunError, UserError
 from util.tracking.run_log import Log
 
 SIZES = {"img_size": (48, 32), "patch_size": 8, "embed_dim": 32, "depth": 4}
 QUIET = ["--device", "cpu", "--num_workers", 0, "--probe_epochs", 30]
-CPU = torch.device("cpu")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,17 +83,16 @@ def test_features_are_what_the_decoder_reads(models):
     assert torch.allclose(features.pool(model, after), after.mean(dim=1))
 
 
-def test_features_beyond_float16_are_named(models, image_folder, monkeypatch):
+def test_features_beyond_float16_are_named(models, image_folder, tmp_path, monkeypatch):
     """Tokens are stored in float16, which larger values overflow."""
     dataset = image_dataset(str(image_folder), "val", eval_transform((48, 32), "square"), "pil")
-    args = cli_args("--batch_size", 2)
+    args = cli_args("--batch_size", 2, "--input_size", 48, 32, "--cache", tmp_path)
     seen = []
     large = lambda *_: seen.append(1) or torch.full((2, 24, 32), 1e5 if len(seen) == 2 else 1.0)  # noqa: E731
     monkeypatch.setattr(features, "encode", large)
-    rows = np.zeros(7, [("label", np.int64), ("feature", np.float16, (24, 32))])
-    loader = eval_loader(dataset, args, CPU)
     with pytest.raises(RunError, match=r"val are not finite in float16; the first: .*class_0/2\.png"):
-        features.compute(models["pretrain"], loader, rows, range(4, 5), True, Log(), "val")
+        features.features(args, models["pretrain"], dataset, "val", range(4, 5), {True}, Log())
+    assert not list(tmp_path.iterdir())
 
 
 def cli_args(*words):
@@ -188,6 +185,25 @@ def test_features_are_computed_once(checkpoints, image_folder, tmp_path, monkeyp
     counts.clear()
     run(tmp_path, tmp_path / "changed.pth", *words[1:], "--probe", "knn")
     assert sum(counts) == 31
+
+
+def test_both_kinds_of_features_take_one_pass(checkpoints, image_folder, tmp_path, monkeypatch):
+    """A kind that is cached is not computed again, and each file is the same as if it had been computed alone."""
+    counts = []
+    encode = features.encode
+    monkeypatch.setattr(features, "encode", lambda *args: counts.append(len(args[1])) or encode(*args))
+    words = [checkpoints / "pretrain.pth", "--data_path", image_folder, "--k", 1, "--seeds", 1, "--probe_epochs", 1]
+    run(tmp_path, *words, "--cache", tmp_path / "both", "--probe", "knn", "attentive")
+    assert sum(counts) == 24 + 7
+    for probes_of in (["knn"], ["attentive", "knn"]):  # the second adds the tokens
+        counts.clear()
+        run(tmp_path, *words, "--cache", tmp_path / "alone", "--probe", *probes_of)
+        assert sum(counts) == 24 + 7
+    names = {path.name for path in (tmp_path / "both").iterdir()}
+    assert names == {path.name for path in (tmp_path / "alone").iterdir()}
+    assert len(names) == 4
+    for name in names:
+        assert (tmp_path / "both" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
 class NearestMean(probes.Probe):
