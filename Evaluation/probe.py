@@ -7,7 +7,6 @@ torchrun each process takes a share of the images, queries and seeds; the result
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from util import arguments, cli, hardware
 from util.checkpoints.hub import beside, locate
 from util.data.class_names import match_classes
 from util.data.sources.readers import open_source
-from util.distributed.processes import init_device, world_size
+from util.distributed.processes import check_one_machine, init_device
 from util.errors import UserError
 from util.files import printable
 from util.seeding import seed_everything
@@ -37,13 +36,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.Parser("probe.py", description=__doc__.splitlines()[0])
     arguments.add_machine_arguments(parser)
     arguments.add_eval_arguments(parser)
-    arguments.add_checkpoint_arguments(parser)
+    arguments.add_result(arguments.add_checkpoint_arguments(parser))
     group = parser.add_argument_group("features")
     add = group.add_argument
     add("--data_path", type=arguments.nonempty, required=True, help="images with train and val, as for training")
-    which = group.add_mutually_exclusive_group()
-    which.add_argument("--block", type=arguments.few, metavar="N", help="the output of block N, from 1 (default: last)")
-    which.add_argument("--average_last", type=arguments.few, metavar="N", help="the mean of the last N blocks")
+    arguments.add_block_arguments(group)
     add("--cache", type=arguments.nonempty, metavar="DIR", help="folder of features (default: features/ beside CKPT)")
     add(
         "--max_gb",
@@ -71,8 +68,7 @@ def main(args: argparse.Namespace) -> None:
         UserError: arguments, checkpoint or data do not fit.
     """
     arguments.check_input_size(args)
-    if world_size() != int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-        raise UserError("the processes share a file of features: run all of them on one machine")
+    check_one_machine()
     device, log = init_device(args.device, args.dist_timeout), open_log()
     seed_everything(args.seed)
     output = result_file(args, ".probe.json", list)

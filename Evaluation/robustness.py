@@ -99,7 +99,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.Parser("robustness.py", description=__doc__.splitlines()[0])
     arguments.add_machine_arguments(parser)
     arguments.add_eval_arguments(parser)
-    arguments.add_checkpoint_arguments(parser)
+    arguments.add_result(arguments.add_checkpoint_arguments(parser))
     sets = f"of ImageNet {', '.join(OF_IMAGENET)}; any name for class folders of your own; c: corruption/severity/class"
     parser.add_argument("--data", type=named_path, nargs="+", required=True, metavar="SET=FOLDER", help=sets)
     parser.set_defaults(dist_eval=True)

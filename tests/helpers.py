@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 SCRIPTS_BY_PATH = [
     "main_pretrain.py", "Finetuning/main_finetune.py", "Evaluation/probe.py", "Evaluation/robustness.py",
-    *(f"tools/{name}.py" for name in ("export", "visualize", "replay_nonfinite", "pack_images", "plot_log")),
+    *(f"tools/{name}.py" for name in ("export", "visualize", "replay_nonfinite", "pack_images", "plot_log", "predict")),
 ]  # fmt: skip
 
 
@@ -48,7 +48,7 @@ SLOW = set(
     test_packing_resumes test_packing_resumes_after_a_kill_at_any_moment test_randaugment
     test_random_batches_against_timm test_registers_spills_and_instructions test_runs test_runs_are_compared
     test_sharded_pretraining test_switches::test_compiled test_the_line_that_starts_timms_scripts
-    test_training_and_a_probe_without_linux test_triton
+    test_three_processes_for_two_images test_training_and_a_probe_without_linux test_triton
     test_two_processes test_two_processes_equal_one test_two_processes_have_one_order
     test_under_torchrun_one_process_speaks test_whole_model
 """.split()

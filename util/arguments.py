@@ -140,26 +140,39 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
         help="timeout of collectives, after which the run ends (default: %(default)s seconds)")
 
 
-def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of how images are evaluated."""
+def add_eval_arguments(parser: argparse.ArgumentParser, scored: bool = True) -> None:
+    """Add the arguments of how images are evaluated; broken ones have a choice only if images are `scored`."""
     add = parser.add_argument_group("evaluated images").add_argument
     add("--eval_resize", choices=("square", "shorter"), default="square",
         help="resize images to a square as the released code does, or their shorter side and crop the center")
     add("--eval_loader", choices=("fast", "pil"), default="pil",
         help="decode and resize images with libjpeg-turbo and torch (fast), or with Pillow")
-    add("--eval_bad", choices=("stop", "wrong"), default="stop",
-        help="a broken image stops the evaluation, or counts as wrong")
+    if scored:
+        add("--eval_bad", choices=("stop", "wrong"), default="stop",
+            help="a broken image stops the evaluation, or counts as wrong")
 
 
-def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of scripts that examine a checkpoint: which one, and the file of the result."""
+def add_block_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the choice of the blocks whose outputs are features; see `Evaluation.features.chosen_blocks`."""
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--block", type=few, metavar="N", help="the output of block N, from 1 (default: last)")
+    add("--average_last", type=few, metavar="N", help="the mean of the last N blocks")
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add which checkpoint a script examines, and return the group; the script adds `--output`."""
     group = parser.add_argument_group("checkpoint")
     add = group.add_argument
     add("checkpoint", type=nonempty, metavar="CKPT", help="file of pretraining or finetuning")
     add("--model_key", choices=("model", "model_ema"), help="weights to take (default: model)")
     add_ignore_keys(group)
     add("--input_size", type=pixels, nargs="+", metavar="PX", help="side, or height and width (default: as trained)")
-    add("--output", metavar="FILE", help="JSON file of the result (default: next to CKPT)")
+    return group
+
+
+def add_result(group: argparse._ArgumentGroup) -> None:
+    """Add `--output`, the JSON file of a result; see `Evaluation.tables.result_file`."""
+    group.add_argument("--output", metavar="FILE", help="JSON file of the result (default: next to CKPT)")
 
 
 def frozen(text: str) -> int | str:

@@ -15,7 +15,7 @@ from demo import compare_loaders
 from Evaluation import probe, robustness
 from Finetuning import main_finetune
 from mamba import SIZES
-from tools import export, pack_images, plot_log, replay_nonfinite, visualize
+from tools import export, pack_images, plot_log, predict, replay_nonfinite, visualize
 from util import arguments
 from util.errors import UserError
 
@@ -38,21 +38,28 @@ FINETUNE = (
 )
 EXAMINE = """
     model_key ignore_keys input_size output device batch_size scan_backend num_workers worker_timeout pin_mem no_pin_mem
-    dist_timeout eval_resize eval_loader eval_bad
+    dist_timeout eval_resize eval_loader
 """
 PROBE = (
     EXAMINE
     + """
-    data_path block average_last cache max_gb
+    eval_bad data_path block average_last cache max_gb
     probe k temperature seeds probe_epochs probe_batch_size attn_heads seed
 """
 )
-ROBUSTNESS = EXAMINE + "data"
+ROBUSTNESS = EXAMINE + "eval_bad data"
+PREDICT = EXAMINE + "topk features block average_last"
 
 
 @pytest.mark.parametrize(
     ("script", "flags"),
-    [(main_pretrain, PRETRAIN), (main_finetune, FINETUNE), (probe, PROBE), (robustness, ROBUSTNESS)],
+    [
+        (main_pretrain, PRETRAIN),
+        (main_finetune, FINETUNE),
+        (probe, PROBE),
+        (robustness, ROBUSTNESS),
+        (predict, PREDICT),
+    ],
 )
 def test_flags_are_frozen(script, flags):
     """Others write job scripts against these: adding one is a decision, removing one breaks somebody."""
@@ -147,7 +154,7 @@ def numeric_arguments() -> list:
     """Every argument of every script that takes a number, as (id, parser, action)."""
     found = []
     scripts = [main_pretrain, main_finetune, probe, robustness, studies.run]
-    scripts += [compare_loaders, export, pack_images, plot_log, replay_nonfinite, visualize]
+    scripts += [compare_loaders, export, pack_images, plot_log, predict, replay_nonfinite, visualize]
     scripts += [importlib.import_module(f"benchmarks.{name}") for name in BENCHMARKS]
     for parser in [script.get_args_parser() for script in scripts]:
         for action in parser._actions:

@@ -19,7 +19,7 @@ import studies.run
 from demo import compare_loaders
 from Evaluation import features, probe, robustness
 from Finetuning import main_finetune
-from tools import export, pack_images, plot_log, visualize
+from tools import export, pack_images, plot_log, predict, visualize
 
 SCRIPTS = {
     "main_pretrain.py": main_pretrain,
@@ -31,6 +31,7 @@ SCRIPTS = {
     "tools/export.py": export,
     "tools/pack_images.py": pack_images,
     "tools/plot_log.py": plot_log,
+    "tools/predict.py": predict,
     "tools/visualize.py": visualize,
 }
 

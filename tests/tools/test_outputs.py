@@ -16,7 +16,7 @@ from PIL import Image
 import main_pretrain
 import models_arm
 from Evaluation import probe, robustness
-from tools import export, plot_log, visualize
+from tools import export, plot_log, predict, visualize
 from util import hardware
 from util.errors import UserError
 from util.files import figure_of, json_with, output_file, save_figure, write_json
@@ -91,13 +91,14 @@ def commands(pretrained, image_folder, tmp_path):
         "robustness": (robustness, [pretrained / "fine.pth", "--data", f"v2={image_folder}", "--device", "cpu"]),
         "export": (export, [pretrained / "fine.pth", "--to", "safetensors"]),
         "plot_log": (plot_log, [tmp_path]),
+        "predict": (predict, [pretrained / "fine.pth", photo, "--device", "cpu", "--num_workers", 0]),
     }
 
 
-@pytest.mark.parametrize("script", ["probe", "robustness", "export", "plot_log"])
+@pytest.mark.parametrize("script", ["probe", "robustness", "export", "plot_log", "predict"])
 def test_scripts_refuse_an_output_that_is_not_theirs(script, commands, tmp_path, run_script, capsys):
     module, words = commands[script]
-    suffix = {"export": ".safetensors", "plot_log": ".png"}.get(script, ".json")
+    suffix = {"export": ".safetensors", "plot_log": ".png", "predict": ".csv"}.get(script, ".json")
     stranger, link = tmp_path / f"mine{suffix}", tmp_path / f"checkpoint{suffix}"
     stranger.write_bytes(b"of someone else")
     os.link(tmp_path / "log.txt" if script == "plot_log" else words[0], link)
@@ -114,7 +115,7 @@ def test_scripts_refuse_an_output_that_is_not_theirs(script, commands, tmp_path,
 
 
 def test_a_result_of_the_same_kind_is_replaced(commands, tmp_path, run_script):
-    for script, name in (("probe", "x.json"), ("plot_log", "x.png"), ("export", "y.safetensors")):
+    for script, name in (("probe", "x.json"), ("plot_log", "x.png"), ("export", "y.safetensors"), ("predict", "z.csv")):
         module, words = commands[script]
         for _ in range(2):
             run_script(module, *words, "--output", tmp_path / name)
@@ -176,6 +177,8 @@ LONG = "x" * 300
         (robustness, ["{root}/fine.pth", "--data", "sketch="], "'sketch=' is not SET=FOLDER"),
         (plot_log, [LONG], "File name too long"),
         (plot_log, ["{root}", "--output", ""], "--output: .* has an empty name"),
+        (predict, ["{root}/fine.pth", LONG, "--output", "x.csv", "--device", "cpu"], "File name too long"),
+        (predict, ["{root}/fine.pth", "x", "--output", f"{LONG}.csv", "--device", "cpu"], "File name too long"),
         (visualize, ["{root}/pre.pth", LONG, "--device", "cpu"], "File name too long"),
     ],
 )

@@ -49,6 +49,12 @@ def _from_environment(variable: str, least: int) -> int:
     return int(text)
 
 
+def check_one_machine() -> None:
+    """Raise UserError if the run has processes on several machines; for scripts whose processes share a file."""
+    if world_size() != _from_environment("LOCAL_WORLD_SIZE", 1):
+        raise UserError("the processes share a file: run all of them on one machine")
+
+
 def init_device(name: str | None, timeout: float = 600, deterministic: bool = False) -> torch.device:
     """Return the device of this process; create the process groups if torchrun started several processes.
 

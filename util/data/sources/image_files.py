@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -38,3 +39,15 @@ class ImageFiles:
 
     def identity(self) -> str:
         return hashlib.sha256(b"\0".join(self.paths)).hexdigest()
+
+
+class FileList(ImageFiles):
+    """Image files that are named one by one, without labels."""
+
+    folder = ""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.root = f"{len(paths)} files"
+        self.classes: list[str] = []
+        self.labels = np.zeros(len(paths), np.int64)
+        self.paths = np.array([os.fsencode(path) for path in paths])
