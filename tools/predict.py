@@ -34,7 +34,7 @@ from util.checkpoints.hub import beside, locate
 from util.data.class_names import known_names
 from util.data.sources.image_files import FileList
 from util.data.sources.mixture import Mixture
-from util.data.sources.readers import open_source, path_of
+from util.data.sources.readers import READERS, open_source, path_of
 from util.data.sources.source import Source
 from util.distributed.processes import check_one_machine, gather_late, init_device, on_main, rank, world_size
 from util.errors import RunError, UserError
@@ -57,10 +57,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.Parser("predict.py", description=__doc__.splitlines()[0])
     arguments.add_machine_arguments(parser)
     arguments.add_eval_arguments(parser, scored=False)
-    add = arguments.add_checkpoint_arguments(parser).add_argument
-    add("images", type=arguments.nonempty, nargs="+", metavar="IMAGES", help="files, folders, wds:FOLDER and the like")
+    arguments.add_checkpoint_arguments(parser)
     group = parser.add_argument_group("answers")
     add = group.add_argument
+    places = "files, folders, and places with a prefix: " + ", ".join(f"{kind}:" for kind in READERS if kind)
+    add("images", type=arguments.nonempty, nargs="+", metavar="IMAGES", help=places)
     add("--output", type=Path, required=True, metavar="FILE", help=".csv or .jsonl; with --features .npy")
     add("--topk", type=arguments.positive, metavar="K", help=f"likeliest classes (default: {TOPK}, or all of fewer)")
     add("--features", choices=("pooled", "tokens"), help="write features instead, float32 or all tokens in float16")
