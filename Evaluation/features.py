@@ -23,9 +23,11 @@ from objectives import encoder_part
 from ops import BackendUnavailable, choose_backend
 from pretrained import Model
 from util import arguments
-from util.data.datasets import ImageDataset
+from util.data.datasets import ImageDataset, pixels_by
 from util.data.device_loader import DeviceLoader
 from util.data.loaders import eval_loader
+from util.data.sources.source import Source
+from util.data.transforms import eval_transform
 from util.distributed.processes import barrier, gather_late, on_main, rank, world_size
 from util.errors import RunError, UserError, as_user_error
 from util.files import printable, reserve
@@ -57,6 +59,13 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Model:
     size = arguments.image_size(args)
     model = found.load_model(encoder=True, img_size=size, scan_backend=args.scan_backend)
     return model.to(device).requires_grad_(False)
+
+
+def eval_images(args: argparse.Namespace, source: Source) -> ImageDataset:
+    """Return the images of a source as the model of `load_model` sees them in evaluation."""
+    return ImageDataset(
+        source, pixels_by(args.eval_loader, eval_transform(arguments.image_size(args), args.eval_resize))
+    )
 
 
 def chosen_blocks(args: argparse.Namespace, depth: int) -> range:

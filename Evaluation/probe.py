@@ -75,17 +75,14 @@ def main(args: argparse.Namespace) -> None:
     locate(args.checkpoint)
     sources = {name: open_source(args.data_path, name) for name in ("train", "val")}
 
-    from Evaluation.features import chosen_blocks, features, hash_of, load_model
-    from util.data.datasets import ImageDataset, pixels_by
-    from util.data.transforms import eval_transform
+    from Evaluation.features import chosen_blocks, eval_images, features, hash_of, load_model
 
     model = load_model(args, device)
     torch.set_float32_matmul_precision("highest")  # TF32 would choose other neighbours than a CPU
     args.cache = args.cache or beside(args.checkpoint).parent / "features"
     blocks = chosen_blocks(args, len(model.layers))
     probes = [probe for name, probe in PROBES.items() if name in args.probe]
-    transform = pixels_by(args.eval_loader, eval_transform(arguments.image_size(args), args.eval_resize))
-    splits = {name: ImageDataset(source, transform) for name, source in sources.items()}
+    splits = {name: eval_images(args, source) for name, source in sources.items()}
     for line in match_classes(sources["val"], sources["train"].classes, sources["train"].root):
         log.say(line)
     names = [printable(name) for name in sources["train"].classes]

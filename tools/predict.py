@@ -341,15 +341,12 @@ def main(args: argparse.Namespace) -> None:
     locate(args.checkpoint)
     source = open_images(args.images)
 
-    from Evaluation.features import load_model
+    from Evaluation.features import eval_images, load_model
     from models_arm import ARMClassifier
-    from util.data.datasets import ImageDataset, pixels_by
     from util.data.loaders import eval_loader
-    from util.data.transforms import eval_transform
 
     model = load_model(args, device)
-    transform = pixels_by(args.eval_loader, eval_transform(arguments.image_size(args), args.eval_resize))
-    loader = eval_loader(ImageDataset(source, transform), args, device)
+    loader = eval_loader(eval_images(args, source), args, device)
     if args.features:
         errors = write_features(args, model, loader, source, log)
     elif isinstance(model, ARMClassifier):

@@ -11,6 +11,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from data_helpers import write_shard
 from helpers import torchrun
 from PIL import Image
 
@@ -125,6 +126,19 @@ def test_json_lines(models, checkpoints, photos, run):
     assert np.allclose([row["probabilities"] for row in found], probabilities.topk(2).values, atol=1e-5)
     assert {tuple(row) for row in found} == {("file", "classes", "probabilities")}
     assert pandas.read_json(path, lines=True)["file"].tolist() == [row["file"] for row in found]
+
+
+def test_shards_and_tables(models, checkpoints, photos, run, tmp_path):
+    """An image of a shard is named by the shard and the member."""
+    data = (photos / "1.jpg").read_bytes()
+    (tmp_path / "tars").mkdir()
+    write_shard(tmp_path / "tars" / "a.tar", [("x/1.jpg", data), ("x/2.jpg", data)])
+    (tmp_path / "table.csv").write_text(f"path\n{photos / '2.png'}\n")
+    found = rows(run(checkpoints / "three.pth", f"wds:{tmp_path}/tars", f"csv:{tmp_path}/table.csv"))
+    tar = tmp_path / "tars" / "a.tar"
+    assert [row["file"] for row in found] == [f"{tar}: x/1.jpg", f"{tar}: x/2.jpg", str(photos / "2.png")]
+    best = wanted(models["three"], [photos / "1.jpg", photos / "1.jpg", photos / "2.png"]).amax(dim=1)
+    assert np.allclose([float(row["probability_1"]) for row in found], best, atol=1e-5)
 
 
 def test_one_class(checkpoints, photos, run):
