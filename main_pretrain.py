@@ -121,7 +121,7 @@ def main(args: argparse.Namespace) -> None:
     arguments.check_arguments(args)
     device = init_device(args.device, args.dist_timeout, args.deterministic)
     folders = arguments.output_folders(args)
-    log = open_log(folders, tracker=args.tracker)
+    log = open_log(folders, args.tracker, args.print_freq)
     content = starting_point(args, folders[0], log.say)
     source = open_source(args.data_path, "train", labels=False)
 

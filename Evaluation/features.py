@@ -32,7 +32,7 @@ from util.distributed.processes import barrier, gather_late, on_main, rank, worl
 from util.errors import RunError, UserError, as_user_error
 from util.files import printable, reserve
 from util.lock import is_running
-from util.tracking.run_log import LOG_EVERY, Log
+from util.tracking.run_log import Log
 from util.training.precision import activation_dtype, autocast
 from util.training.run_state import fingerprint
 
@@ -321,5 +321,5 @@ def compute(
         found = outputs(imgs)
         yield loader.sampler.indices[seen : seen + len(labels)], labels.cpu().numpy(), found
         seen += len(labels)
-        progress.update(len(labels) * world_size(), quiet=step % LOG_EVERY != 0 and step != len(loader))
+        progress.update(len(labels) * world_size(), quiet=step % log.every != 0 and step != len(loader))
     progress.close()

@@ -212,10 +212,11 @@ def main(args: argparse.Namespace) -> None:
     seed_everything(args.seed)
     content: dict | None
     if args.eval:
-        log, content = open_log(), checkpoint_file.read(args.resume or args.finetune, args.ignore_keys)
+        log = open_log(every=args.print_freq)
+        content = checkpoint_file.read(args.resume or args.finetune, args.ignore_keys)
     else:
         folders = arguments.output_folders(args)
-        log = open_log(folders, tracker=args.tracker)
+        log = open_log(folders, args.tracker, args.print_freq)
         content = starting_point(args, folders[0], log.say)
         if content is None and args.finetune:
             content = checkpoint_file.read(args.finetune, args.ignore_keys)

@@ -14,6 +14,7 @@ from util.errors import UserError, as_user_error
 from util.hardware import available_cores
 
 LOGGER = logging.getLogger("arm")
+LOG_EVERY = 20  # steps between two log points
 
 
 def number(kind: type, low: float, high: float, above: bool = False) -> Callable[[str], float]:
@@ -100,6 +101,8 @@ def add_shared_arguments(parser: argparse.ArgumentParser, models: Iterable[str],
     add("--output_dir", type=nonempty, default="./output_dir", help="checkpoints and log.txt")
     add("--log_dir", type=nonempty, help="TensorBoard files (default: the output folder)")
     add("--tracker", choices=("tensorboard", "wandb", "trackio"), default="tensorboard", help="experiment tracker")
+    add("--print_freq", type=positive, default=LOG_EVERY, metavar="N",
+        help="steps between lines on the screen and points of curves (default: %(default)s)")
     add("--save_freq", type=positive, default=20, help="epochs between kept checkpoints")
     add("--save_every_steps", type=positive, metavar="N", help="also write checkpoint-last.pth every N updates")
     add("--keep", type=few, default=2, metavar="N",

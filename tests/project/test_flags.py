@@ -23,7 +23,7 @@ SHARED = """
     model input_size patch_size in_chans embed_dim depth scan_backend grad_checkpointing
     batch_size accum_iter epochs warmup_epochs lr blr min_lr weight_decay clip_grad
     data_path loader max_bad_samples scale hflip num_workers worker_timeout pin_mem no_pin_mem
-    output_dir log_dir tracker save_freq save_every_steps keep resume start_epoch allow_changed_args
+    output_dir log_dir tracker print_freq save_freq save_every_steps keep resume start_epoch allow_changed_args
     device seed deterministic compile no_compile cuda_graph no_cuda_graph fused_ops fsdp max_nonfinite dist_timeout
 """
 PRETRAIN = SHARED + "cluster_size dec_embed_dim dec_depth norm_pix_loss no_norm_pix_loss order taps objective vis_freq"

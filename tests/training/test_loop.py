@@ -1,5 +1,6 @@
 """One epoch of training: gradients, updates, EMA, log points."""
 
+import itertools
 import math
 import os
 import platform
@@ -16,7 +17,7 @@ from training_helpers import NotedLog, one_weight_run, plain_sgd
 
 from Finetuning import engine_finetune
 from util.distributed.parallel import distribute
-from util.tracking.run_log import Log, Progress
+from util.tracking.run_log import Log, Progress, ScreenLog
 from util.training.loop import train_epoch
 from util.training.run_state import Run
 
@@ -149,6 +150,37 @@ def test_the_host_waits_only_at_log_points(accum_iter, monkeypatch):
     assert reads[0] == reads[1] == 1  # this test's own look at the weight
     assert len(log.points) == 3  # batches 20 or 21, 40 or 42, 45
     assert lists.count(torch.Size([5])) == 1 + 3
+
+
+class Lines(ScreenLog):
+    """A log that keeps its lines."""
+
+    def __init__(self, every):
+        self.lines, self.every = [], every
+        self.show = self.lines.append
+
+
+@pytest.mark.parametrize(("every", "want"), [(1, range(1, 8)), (3, [1, 3, 6, 7]), (1000, [1, 7])])
+def test_the_first_update_is_shown_at_once(every, want, monkeypatch):
+    """With its own loss and the throughput; the lines after it are means since the last log point, and cover it."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    log, samples = Lines(every), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+    weight, stats = one_weight_run(samples, log=log, lr=0.0, min_lr=0.0)
+    shown = [re.match(r"epoch 0  \[(\d)/7\]  loss (\S+)  lr 0  img/s \d+  left 0:00:0\d$", line) for line in log.lines]
+    assert [int(line[1]) for line in shown] == list(want)
+    points = [0, *(step for step in want if step % every == 0 or step == 7)]
+    means = {after: sum(samples[before:after]) / (after - before) for before, after in itertools.pairwise(points)}
+    assert [float(line[2]) for line in shown] == pytest.approx([({1: 1.0} | means)[step] for step in want], abs=1e-3)
+    assert (weight, stats["train_loss"]) == (1, 4)
+
+
+def test_the_first_update_of_accumulated_batches_is_shown(monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    log = Lines(20)
+    one_weight_run([1.0, 3.0] * 5, log=log, lr=0.0, min_lr=0.0, accum_iter=2)
+    assert [line.split("  img/s")[0] for line in log.lines] == [
+        f"epoch 0  [{step}/10]  loss 2  lr 0" for step in (2, 10)
+    ]
 
 
 def test_quiet_steps_count_and_print_nothing(capsys, monkeypatch):

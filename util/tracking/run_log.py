@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
+from util.arguments import LOG_EVERY
 from util.distributed.processes import is_main
 from util.errors import RunError, UserError
 from util.files import open_lock, open_regular, replacing, to_json, write_text
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 TRACKER_ID = "tracker-id"  # file in the output folder
-LOG_EVERY = 20  # steps between two log points, at which the host waits for results of the device
 
 
 def show(text: str) -> None:
@@ -90,7 +90,13 @@ class Progress:
 
 
 class Log:
-    """The log of all ranks but 0, which shows and keeps nothing; base of the other logs."""
+    """The log of all ranks but 0, which shows and keeps nothing; base of the other logs.
+
+    Attributes:
+        every: steps between two log points, at which the host waits for the device; the same on all ranks.
+    """
+
+    every = LOG_EVERY
 
     def progress(self, title: str, steps: int, done: int = 0) -> Progress:
         """Return the display of one pass over data; see `Progress`."""
@@ -272,12 +278,13 @@ def _epoch_of(line: bytes) -> int | None:
     return epoch if type(epoch) is int else None
 
 
-def open_log(folders: tuple[Path, Path] | None = None, tracker: str = "tensorboard") -> Log:
+def open_log(folders: tuple[Path, Path] | None = None, tracker: str = "tensorboard", every: int = LOG_EVERY) -> Log:
     """Return the log of this rank: silent except on rank 0.
 
     Args:
         folders: output folder and folder of the TensorBoard files; None logs to the screen only.
         tracker: tensorboard, wandb or trackio.
+        every: steps between two log points.
 
     Raises:
         UserError: the tracker is not installed.
@@ -286,9 +293,11 @@ def open_log(folders: tuple[Path, Path] | None = None, tracker: str = "tensorboa
         module = None if tracker == "tensorboard" else importlib.import_module(tracker)
     except ImportError as error:
         raise UserError(f"--tracker {tracker}: it is not installed: pip install {tracker}") from error
-    if not is_main():
-        return Log()
-    return RunLog(*folders, module) if folders else ScreenLog()
+    log = Log()
+    if is_main():
+        log = RunLog(*folders, module) if folders else ScreenLog()
+    log.every = every
+    return log
 
 
 def clock(start: float, done: int, total: int) -> str:

@@ -13,7 +13,7 @@ from util.distributed.parallel import unsharded
 from util.distributed.processes import gather, reduce_sum, world_size
 from util.distributed.signals import StopRequest
 from util.errors import Interrupted, RunError
-from util.tracking.run_log import LOG_EVERY, Log
+from util.tracking.run_log import Log
 from util.training.precision import autocast
 
 LOGGER = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ def evaluate(
             hits, loss = score(logits.float(), labels.masked_fill(bad[-1], -1))
             seen += len(labels)
             sums += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum(), loss, broken.sum(), bad[-1].sum()])
-            progress.update(len(labels) * processes, quiet=step % LOG_EVERY != 0 and step != len(loader))
+            progress.update(len(labels) * processes, quiet=step % log.every != 0 and step != len(loader))
             if stop is not None and step <= common and stop.agreed():
                 raise Interrupted("stopped during an evaluation, which --resume auto repeats from its start")
     progress.close()

@@ -18,7 +18,7 @@ from util.distributed.parallel import full_tensor, no_sync
 from util.distributed.processes import reduce_sum, world_size
 from util.lr_sched import lr_at, set_lr
 from util.seeding import seed_everything
-from util.tracking.run_log import LOG_EVERY, Log
+from util.tracking.run_log import Log
 from util.training.nonfinite import dump_nonfinite
 from util.training.precision import autocast
 from util.training.run_state import Run
@@ -37,7 +37,8 @@ def train_epoch(
 ) -> dict[str, float]:
     """Train for the rest of the epoch, `accum_iter` batches per update; batches that fill no update are left out.
 
-    The host queues work for the device and reads results only at log points, every `LOG_EVERY` batches, and at saves.
+    The host queues work for the device and reads results only at log points, every `log.every` batches, and at saves;
+    and the loss of the first update, so that a line soon tells that the run works.
     An update with a non-finite gradient is skipped on the device: the norm is that of the all-reduced gradients, so all
     processes skip it together. After `max_nonfinite` skipped updates in a row, all further updates are skipped until
     the next log point ends the run.
@@ -124,8 +125,12 @@ def train_epoch(
         update = (epoch * steps + step + 1) // accum_iter  # of the run, from 1
         stops = run.stop.agreed()
         saves = bool(args.save_every_steps) and update % args.save_every_steps == 0
-        if unlogged < LOG_EVERY and step + 1 < steps and not stops and not saves:
-            progress.update(images, quiet=True)
+        if unlogged < log.every and step + 1 < steps and not stops and not saves:
+            if step + 1 == done + accum_iter:  # not a log point: these stay where they are
+                total, count = reduce_sum(window.clone()).tolist()
+                progress.update(images, loss=total / count if count else math.nan, lr=lr)
+            else:
+                progress.update(images, quiet=True)
             continue
         window = reduce_sum(window)
         total, count, grad_norm, now_skipped, row = torch.cat(
