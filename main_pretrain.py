@@ -72,6 +72,22 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="epochs between figures of predictions of 4 images of val/, else train/; 0: none (default: %(default)s)",
     )
+    add = parser.add_argument_group("watching").add_argument
+    add("--val_freq", type=arguments.natural, default=0, metavar="N", help="epochs between losses on val/ (0: none)")
+    add(
+        "--probe_freq",
+        type=arguments.natural,
+        default=0,
+        metavar="N",
+        help="epochs between kNN accuracy, where there are labels, and effective rank of the features (0: none)",
+    )
+    add(
+        "--probe_images",
+        type=arguments.number(int, 4, 10**6),
+        default=2000,
+        metavar="N",
+        help="number of images for --probe_freq (default: %(default)s)",
+    )
     kernels.add_arguments(parser.add_argument_group("kernels"))
     parser.set_defaults(
         model="arm_base_pz16",
@@ -127,6 +143,7 @@ def main(args: argparse.Namespace) -> None:
 
     from timm.optim import param_groups_weight_decay
 
+    from Evaluation import online
     from util.data.datasets import ImageDataset, pixels_by
     from util.data.loaders import train_loader
     from util.data.transforms import pretrain_transform
@@ -136,6 +153,7 @@ def main(args: argparse.Namespace) -> None:
     dataset = ImageDataset(source, pixels_by(args.loader, pretrain_transform(size, args)))
     args.data = fingerprint(source)
     check_same_images(source)
+    watch = online.Watch(args, source, device, log.say)
     seed_everything(args.seed)
     model = build_model(args).to(device)
     kernels.choose(args, device, model.embed_dim, {"augment": "pretraining only crops and flips"})
@@ -158,6 +176,7 @@ def main(args: argparse.Namespace) -> None:
         while run.epoch < args.epochs:
             epoch = run.epoch
             stats = train_one_epoch(wrapped, loader, run, device, log)
+            stats |= (found := watch.measure(model, run, log))
             log.epoch(**stats, epoch=epoch)
             run.end_epoch()
             if args.vis_freq and run.epoch % args.vis_freq == 0:
@@ -167,7 +186,7 @@ def main(args: argparse.Namespace) -> None:
                 log.images(epoch, **pixels)
             loader.report(log.say)  # may end the run
             passed = clock(start, run.epoch - first, args.epochs - first)
-            log.say(f"epoch {epoch}: loss {stats['train_loss']:.4f}; {passed}")
+            log.say(f"epoch {epoch}: loss {stats['train_loss']:.4f}{online.describe(found)}; {passed}")
 
 
 if __name__ == "__main__":

@@ -153,11 +153,10 @@ def torchrun(script: str, *argv: object, processes: int = 2) -> str:
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The lines of log.txt without the speed, the one value that differs from run to run."""
+    """The lines of log.txt without the values of time, which differ from run to run."""
     rows = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-    for row in rows:
-        del row["images_per_second"]
-    return rows
+    times = "images_per_second", "val_share", "probe_share"
+    return [{name: value for name, value in row.items() if name not in times} for row in rows]
 
 
 MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))

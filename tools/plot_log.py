@@ -2,7 +2,7 @@
 
     python tools/plot_log.py ./out_finetune_b ./out_finetune_l --output runs.png
 
-draws loss, learning rate, accuracy, accuracy of the EMA and throughput over epochs, as far as the runs have them.
+draws losses, learning rate, accuracies, effective rank and throughput over epochs, as far as the runs have them.
 """
 
 import argparse
@@ -29,10 +29,12 @@ MAX_EPOCHS = 10**9  # as of --epochs
 TITLE = "ARM curves"  # in the metadata of the file
 QUANTITIES = {
     "train_loss": "training loss",
-    "train_lr": "learning rate",
     "test_loss": "loss on val",
+    "train_lr": "learning rate",
     "test_acc1": "top-1 on val (%)",
     "ema_test_acc1": "top-1 of the EMA on val (%)",
+    "test_knn_acc1": "top-1 of nearest neighbours (%)",
+    "rankme": "effective rank of features (RankMe)",
     "images_per_second": "images a second",
 }
 

@@ -26,7 +26,13 @@ SHARED = """
     output_dir log_dir tracker print_freq save_freq save_every_steps keep resume start_epoch allow_changed_args
     device seed deterministic compile no_compile cuda_graph no_cuda_graph fused_ops fsdp max_nonfinite dist_timeout
 """
-PRETRAIN = SHARED + "cluster_size dec_embed_dim dec_depth norm_pix_loss no_norm_pix_loss order taps objective vis_freq"
+PRETRAIN = (
+    SHARED
+    + """
+    cluster_size dec_embed_dim dec_depth norm_pix_loss no_norm_pix_loss order taps objective vis_freq
+    val_freq probe_freq probe_images
+"""
+)
 FINETUNE = (
     SHARED
     + """

@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, g
 
 from util.data.datasets import ImageDataset, Item, SeededSamples
 from util.data.device_loader import Batch, DeviceLoader, allowed_broken, too_many_broken
+from util.data.transforms import PillowTransform
+from util.data.uint8_transform import Uint8Transform
 from util.distributed.processes import rank, world_size
 from util.distributed.signals import SIGNALS
 from util.errors import UserError
@@ -57,6 +59,28 @@ class ShareSampler(Sampler):
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.indices)
+
+
+class ChunkSampler(Sampler):
+    """Yield every n-th chunk of consecutive indices; together the ranks yield each index exactly once.
+
+    Args:
+        images: number of indices.
+        size: of a chunk; the last one may be smaller.
+
+    Attributes:
+        common: number of chunks that every rank has at least.
+    """
+
+    def __init__(self, images: int, size: int) -> None:
+        chunks = [list(range(start, min(start + size, images))) for start in range(0, images, size)]
+        self.chunks, self.common = chunks[rank() :: world_size()], len(chunks) // world_size()
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.chunks)
 
 
 class SharedMemoryCollate:
@@ -113,17 +137,21 @@ def _ignore_signals() -> None:
     threading.Thread(target=obey_parent, daemon=True).start()
 
 
-def _loader_options(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def _loader_options(args: argparse.Namespace, device: torch.device, workers: int) -> dict[str, Any]:
     return {
-        "batch_size": args.batch_size,
-        "num_workers": args.num_workers,
-        "persistent_workers": args.num_workers > 0,
+        "num_workers": workers,
         "pin_memory": args.pin_mem and device.type == "cuda",
-        "timeout": args.worker_timeout if args.num_workers > 0 else 0,
-        "prefetch_factor": PREFETCH if args.num_workers > 0 else None,
+        "timeout": args.worker_timeout if workers > 0 else 0,
+        "prefetch_factor": PREFETCH if workers > 0 else None,
         "worker_init_fn": _begin_worker,
         "collate_fn": SharedMemoryCollate(),
     }
+
+
+def _lasting(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Return the options of a loader with batches of `args.batch_size`, whose workers live as long as it."""
+    more = {"batch_size": args.batch_size, "persistent_workers": args.num_workers > 0}
+    return _loader_options(args, device, args.num_workers) | more
 
 
 def train_loader(dataset: ImageDataset, args: argparse.Namespace, device: torch.device) -> DeviceLoader:
@@ -134,7 +162,7 @@ def train_loader(dataset: ImageDataset, args: argparse.Namespace, device: torch.
     max_broken = min(allowed_broken(args.max_bad_samples, len(dataset)), len(dataset) - 1)
     samples = SeededSamples(dataset, args.seed, max_broken)
     sampler = EpochSampler(samples, args.seed)
-    loader = DataLoader(samples, sampler=sampler, drop_last=True, **_loader_options(args, device))
+    loader = DataLoader(samples, sampler=sampler, drop_last=True, **_lasting(args, device))
     if len(loader) < args.accum_iter:
         raise UserError(
             f"{len(dataset)} training images do not fill one update: batch size {args.batch_size} x {world_size()} "
@@ -149,7 +177,26 @@ def eval_loader(dataset: ImageDataset, args: argparse.Namespace, device: torch.d
 
     The label of a broken image is -1, unless `args.eval_bad` ends the run.
     """
-    loader = DataLoader(dataset, sampler=ShareSampler(dataset, args.dist_eval), **_loader_options(args, device))
+    loader = DataLoader(dataset, sampler=ShareSampler(dataset, args.dist_eval), **_lasting(args, device))
     max_broken = 0 if args.eval_bad == "stop" else math.inf
     advice = "repair or remove it, or count it as wrong with --eval_bad wrong"
     return DeviceLoader(loader, dataset.transform.finish, device, max_broken, advice)
+
+
+def chunk_loader(
+    dataset: Any, transform: PillowTransform | Uint8Transform, args: argparse.Namespace, device: torch.device, size: int
+) -> DeviceLoader:
+    """Return a loader of every sample once, whose batches do not depend on the number of processes: see `ChunkSampler`.
+
+    Its workers end with each pass. The label of a broken image is -1.
+
+    Args:
+        dataset: an `ImageDataset`, or parts of some.
+        transform: of its images.
+        args: see `arguments.add_machine_arguments`.
+        device: of the batches.
+        size: images of a batch.
+    """
+    sampler = ChunkSampler(len(dataset), size)
+    options = _loader_options(args, device, min(args.num_workers, len(sampler)))
+    return DeviceLoader(DataLoader(dataset, batch_sampler=sampler, **options), transform.finish, device)

@@ -256,7 +256,7 @@ class RunLog(ScreenLog):
             self.writer.flush()  # the thread that writes ends with Python, and would lose those of the last epoch
 
     def epoch(self, **values: float) -> None:
-        evaluated = {name: value for name, value in values.items() if "test_" in name}
+        evaluated = {name: value for name, value in values.items() if "test_" in name or name == "rankme"}
         self.scalars(1000 * (int(values["epoch"]) + 1), **evaluated)
         with self._writing():
             if self.path.exists():

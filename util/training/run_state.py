@@ -37,7 +37,7 @@ FREE = {
     "allow_changed_args", "save_freq", "save_every_steps", "keep", "blr", "batch_size", "accum_iter", "world_size",
     "num_workers", "worker_timeout", "pin_mem", "max_bad_samples", "max_nonfinite", "dist_timeout", "device", "compile",
     "cuda_graph", "fused_ops", "deterministic", "fsdp", "scan_backend", "eval", "dist_eval", "eval_bad", "output",
-    "tracker", "vis_freq", "grad_checkpointing", "print_freq",
+    "tracker", "vis_freq", "grad_checkpointing", "print_freq", "val_freq", "probe_freq", "probe_images",
 }  # fmt: skip
 
 
