@@ -90,7 +90,7 @@ class Watch:
         """
         count, images = min(self.args.probe_images, len(train.labels)), ImageDataset(train, self.pixels)
         every = f"every {self.args.probe_freq} epochs"
-        if not train.classes or count < 2:
+        if not train.classes:
             self.say(f"probe: RankMe of {count} training images, {every}; kNN needs labels, which {train.root} lacks")
             return ConcatDataset([Subset(images, draw(train.labels, count).tolist())]), 0
         if val is not None and val.classes:

@@ -11,7 +11,7 @@ from helpers import REPOSITORY, SCRIPTS_BY_PATH, TINY_PRETRAIN
 
 import main_pretrain
 import studies.run
-from demo import compare_loaders
+from demo import compare_loaders, watch_cost
 from Evaluation import probe, robustness
 from Finetuning import main_finetune
 from mamba import SIZES
@@ -160,7 +160,7 @@ def numeric_arguments() -> list:
     """Every argument of every script that takes a number, as (id, parser, action)."""
     found = []
     scripts = [main_pretrain, main_finetune, probe, robustness, studies.run]
-    scripts += [compare_loaders, export, pack_images, plot_log, predict, replay_nonfinite, visualize]
+    scripts += [compare_loaders, export, pack_images, plot_log, predict, replay_nonfinite, visualize, watch_cost]
     scripts += [importlib.import_module(f"benchmarks.{name}") for name in BENCHMARKS]
     for parser in [script.get_args_parser() for script in scripts]:
         for action in parser._actions:

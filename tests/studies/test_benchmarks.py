@@ -20,7 +20,7 @@ from benchmarks import (
     bench_train,
     released,
 )
-from demo import compare_loaders
+from demo import compare_loaders, watch_cost
 from mamba import FOUR_DIRECTIONS, ONE_DIRECTION, Block, scan_orders
 from ops import fused
 from ops.backends import cuda_backend, torch_backend, triton_backend
@@ -312,6 +312,7 @@ def test_losses(tmp_path, capsys, monkeypatch):
         (bench_data, "--images 2", "argument --images: 2 is not at least 4 and at most 1000000"),
         (compare_loaders, "--seeds 1", "argument --seeds: 1 is not at least 2 and at most 1000"),
         (compare_loaders, "--output /dev/null/x.json", "cannot be written"),
+        (watch_cost, "--output /dev/null/x.json", "cannot be written"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

@@ -23,7 +23,7 @@ from util.checkpoints import checkpoint_file
 from util.errors import RunError
 
 
-@pytest.mark.parametrize("name", ["demo.py", "compare_loaders.py", "photographs.py"])
+@pytest.mark.parametrize("name", ["demo.py", "compare_loaders.py", "photographs.py", "watch_cost.py"])
 def test_it_starts_as_a_script(name):
     """Python searches the script's own folder, too, whose demo.py must not hide the package."""
     assert run_forked([REPOSITORY / "demo" / name, "--help"]).returncode == 0

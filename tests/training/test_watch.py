@@ -13,6 +13,7 @@ from helpers import REPOSITORY, TINY_PRETRAIN, assert_one_line, encoded, read_lo
 from PIL import Image
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch._dynamo.utils import counters
 from training_helpers import FAST, NotedLog, final_weights
 
 import main_pretrain
@@ -22,6 +23,7 @@ from util.arguments import check_arguments
 from util.data.decode import with_pillow
 from util.data.sources.readers import open_source
 from util.data.transforms import eval_transform
+from util.errors import Interrupted
 from util.seeding import seed_everything
 from util.training.run_state import Run
 
@@ -100,6 +102,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one(run, watched):
     assert read_log(resumed) == read_log(watched)[1:]
 
 
+def test_a_resumed_run_can_be_watched_otherwise(run, watched):
+    more = ["--resume", watched / "checkpoint-0.pth", *"--probe_freq 1 --probe_images 8 --print_freq 1".split()]
+    assert_same_end(run("otherwise", *more), watched)
+
+
 def test_a_stop_during_a_probe_ends_it(run, watched, monkeypatch):
     """After the chunk that is computed; the run resumes at the end of the epoch, and repeats no update."""
     calls = []
@@ -109,8 +116,6 @@ def test_a_stop_during_a_probe_ends_it(run, watched, monkeypatch):
         return features.encode(*args)
 
     monkeypatch.setattr(online, "encode", encode)
-    from util.errors import Interrupted
-
     with pytest.raises(Interrupted, match="stopped in epoch 1 after 24 images; --resume auto resumes there"):
         run("stopped", *WATCHED)
     assert len(calls) == 1
@@ -132,6 +137,21 @@ def test_generators_and_mode_are_left(image_folder, few_images):
     torch.rand(1)
     again = watch.measure(model, of_model, NotedLog())
     assert {**first, "val_share": 0, "probe_share": 0} == {**again, "val_share": 0, "probe_share": 0}
+
+
+def test_nothing_is_compiled(image_folder, few_images):
+    """Else the graphs of training, compiled later in a resumed run, would be of variable batches."""
+    watch, model, of_model = watch_of(image_folder, *WATCHED)
+    torch._dynamo.reset()
+    counters.clear()
+    want = watch.measure(model, of_model, NotedLog())
+    model.compile(backend="eager")
+    found = watch.measure(model, of_model, NotedLog())
+    assert found["test_loss"] == want["test_loss"]
+    assert not counters["stats"]
+    model(torch.randn(2, 3, 48, 32)).mean().backward()
+    assert counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
 
 
 # ---- values
@@ -216,6 +236,9 @@ def test_features_that_are_not_finite(image_folder, few_images):
     torch.nn.init.constant_(model.patch_embed.proj.bias, torch.nan)
     found = watch.measure(model, of_model, NotedLog())
     assert all(found[name] != found[name] for name in ("rankme", "test_knn_acc1", "test_loss"))
+    bank, asked = torch.eye(3), torch.tensor([[0.0, 0, 2], [torch.nan, 0, 0], [0, 0, 0], [0, 1, 0]])
+    wanted = torch.tensor([2, 0, 0, 1])
+    assert watch._accuracy(bank, torch.arange(3), asked, wanted) == 50
 
 
 # ---- images
