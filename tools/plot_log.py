@@ -120,10 +120,9 @@ def draw(logs: dict[str, list[dict]]) -> "Figure":
     panels = figure.subplots(rows_of_panels, columns, squeeze=False).flat
     for axis, key in zip(panels, present, strict=False):
         for name, rows in logs.items():
-            points = [(row["epoch"] + 1, row.get(key, math.nan)) for row in rows]
-            axis.plot(
-                *zip(*points, strict=True), marker="o" if len(points) < 30 else None, markersize=3, label=_label(name)
-            )
+            measured = [row for row in rows if key in row]  # some values are not measured after every epoch
+            epochs, values = [row["epoch"] + 1 for row in measured], [row[key] for row in measured]
+            axis.plot(epochs, values, marker="o" if len(epochs) < 30 else None, markersize=3, label=_label(name))
         axis.set_title(QUANTITIES[key], fontsize=10)
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)

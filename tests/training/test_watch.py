@@ -306,6 +306,8 @@ def test_logs_curves_and_panels(watched, capsys):
         "training loss", "loss on val", "learning rate", "top-1 of nearest neighbours (%)",
         "effective rank of features (RankMe)", "images a second",
     ]  # fmt: skip
+    (line,) = figure.axes[4].get_lines()  # through all its points, without gaps where nothing was measured
+    assert line.get_xydata().tolist() == [[epoch, rows[epoch - 1]["rankme"]] for epoch in (2, 3)]
 
 
 def test_lines_of_a_run(run, capsys):
