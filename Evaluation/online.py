@@ -25,7 +25,8 @@ from util.data.class_names import match_classes
 from util.data.datasets import ImageDataset, pixels_by
 from util.data.device_loader import DeviceLoader
 from util.data.loaders import chunk_loader
-from util.data.sources.readers import Source, open_source
+from util.data.sources.readers import open_source
+from util.data.sources.source import NoSplit, Source
 from util.data.transforms import eval_transform
 from util.distributed.parallel import unsharded
 from util.distributed.processes import rank, reduce_sum, world_size
@@ -73,10 +74,10 @@ class Watch:
         """Return val/, or None if it is not needed, or there is none and the probe alone would have liked it."""
         if self.args.val_freq:
             with as_user_error(UserError, prefix=f"--val_freq {self.args.val_freq}: "):
-                return open_source(self.args.data_path, "val")
+                return open_source(self.args.data_path, "val", labels=False)
         try:
-            return open_source(self.args.data_path, "val") if self.args.probe_freq else None
-        except UserError as error:
+            return open_source(self.args.data_path, "val", labels=False) if self.args.probe_freq else None
+        except NoSplit as error:
             self.say(f"the probe uses training images only: {error}")
             return None
 
@@ -90,10 +91,10 @@ class Watch:
         """
         count, images = min(self.args.probe_images, len(train.labels)), ImageDataset(train, self.pixels)
         every = f"every {self.args.probe_freq} epochs"
-        if not train.classes:
-            self.say(f"probe: RankMe of {count} training images, {every}; kNN needs labels, which {train.root} lacks")
+        if len(train.classes) < 2:  # without classes, or all images lie in one folder
+            self.say(f"probe: RankMe of {count} training images, {every}; kNN needs classes, which {train.root} lacks")
             return ConcatDataset([Subset(images, draw(train.labels, count).tolist())]), 0
-        if val is not None and val.classes:
+        if val is not None and len(val.classes) > 1:
             with as_user_error(UserError, prefix=f"--probe_freq {self.args.probe_freq}: "):
                 for line in match_classes(val, train.classes, train.root):
                     self.say(line)

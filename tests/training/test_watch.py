@@ -278,7 +278,7 @@ def test_images_without_labels_have_a_rank(image_folder, few_images):
     train, said = open_source(str(image_folder), "train"), []
     train.classes, train.labels = [], np.zeros_like(train.labels)
     watch, model, of_model = watch_of(image_folder, "--probe_freq", 1, train=train, said=said.append)
-    assert re.fullmatch("probe: RankMe of 24 training images, every 1 epochs; kNN needs labels, .*", said[0])
+    assert re.fullmatch("probe: RankMe of 24 training images, every 1 epochs; kNN needs classes, .*", said[0])
     found = watch.measure(model, of_model, NotedLog())
     assert found.keys() == {"rankme", "probe_share"}
     imgs = torch.stack([watch.pixels(train.read(i))[0] for i in range(24)])
