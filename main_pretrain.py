@@ -22,6 +22,7 @@ from mamba import ORDERS, SIZES
 from objectives import OBJECTIVES
 from ops import BackendUnavailable
 from util import arguments, cli
+from util.data.pixels import Pixels
 from util.data.sources.readers import open_source
 from util.distributed.parallel import distribute, unsharded
 from util.distributed.processes import init_device, is_main
@@ -135,6 +136,8 @@ def main(args: argparse.Namespace) -> None:
         UserError: a mistake in the arguments or the data, before training starts.
     """
     arguments.check_arguments(args)
+    pixels = Pixels.of(args)
+    vars(args).update(pixels.arguments())
     device = init_device(args.device, args.dist_timeout, args.deterministic)
     folders = arguments.output_folders(args)
     log = open_log(folders, args.tracker, args.print_freq)
@@ -158,7 +161,10 @@ def main(args: argparse.Namespace) -> None:
     model = build_model(args).to(device)
     kernels.choose(args, device, model.embed_dim, {"augment": "pretraining only crops and flips"})
     loader = train_loader(dataset, args, device)
-    shown = prediction_figures.fixed_images(args.data_path, size, source) if args.vis_freq and is_main() else None
+    if args.vis_freq and is_main():
+        shown = prediction_figures.fixed_images(args.data_path, size, source, pixels)
+    else:
+        shown = None
     wrapped = distribute(model, device, args.fsdp)
     groups = param_groups_weight_decay(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
@@ -181,9 +187,9 @@ def main(args: argparse.Namespace) -> None:
             run.end_epoch()
             if args.vis_freq and run.epoch % args.vis_freq == 0:
                 with unsharded(model), autocast(device):  # only rank 0 draws
-                    figures = [] if shown is None else prediction_figures.draw_sheets(model, shown.to(device))
-                pixels = {f"image_{i}": prediction_figures.pixels(figure) for i, figure in enumerate(figures)}
-                log.images(epoch, **pixels)
+                    figures = [] if shown is None else prediction_figures.draw_sheets(model, shown.to(device), pixels)
+                panels = {f"image_{i}": prediction_figures.pixels(figure) for i, figure in enumerate(figures)}
+                log.images(epoch, **panels)
             loader.report(log.say)  # may end the run
             passed = clock(start, run.epoch - first, args.epochs - first)
             log.say(f"epoch {epoch}: loss {stats['train_loss']:.4f}{online.describe(found)}; {passed}")

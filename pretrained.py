@@ -4,6 +4,7 @@ model, found = pretrained.load("hf://OWNER/REPO/checkpoint-best.pth")
 logits = model(imgs)  # images of `found.input_size` pixels; `found.class_names` names the outputs
 """
 
+import argparse
 import logging
 import os
 from collections.abc import Collection, Sequence
@@ -18,7 +19,8 @@ from models_pretrain import PretrainModel
 from objectives import check_names, encoder_part, objective_of
 from ops import BackendUnavailable
 from util.checkpoints import checkpoint_file, convert, inspection
-from util.errors import as_user_error
+from util.data.pixels import Pixels
+from util.errors import UserError, as_user_error
 from util.files import printable
 
 LOGGER = logging.getLogger("arm")
@@ -82,6 +84,19 @@ class Checkpoint:
     def class_names(self) -> list[str]:
         """Return the names of a classifier's outputs, in their order; an empty list if the file has none."""
         return inspection.class_names(self.content)
+
+    @property
+    def saved_pixels(self) -> dict[str, Any]:
+        """Return the arguments of `Pixels.of` that the file has."""
+        known = inspection.saved_arguments(self.content)
+        found = {name: known[name] for name in ("mean", "std", "exif") if known.get(name) is not None}
+        return found | {"in_chans": self.state_dict["patch_embed.proj.weight"].shape[1]}
+
+    @property
+    def pixels(self) -> Pixels:
+        """Return channels, orientation, mean and deviation of the images in training; raise UserError if unknown."""
+        with as_user_error(UserError, prefix=f"{printable(self.name)} does not say how images were normalised: "):
+            return Pixels.of(argparse.Namespace(**self.saved_pixels))
 
     @property
     def saved_pooling(self) -> bool | str | None:

@@ -26,6 +26,7 @@ from util import arguments
 from util.data.datasets import ImageDataset, pixels_by
 from util.data.device_loader import DeviceLoader
 from util.data.loaders import eval_loader
+from util.data.pixels import Pixels
 from util.data.sources.source import Source
 from util.data.transforms import eval_transform
 from util.distributed.processes import barrier, gather_late, on_main, rank, world_size
@@ -45,13 +46,15 @@ BLOCK = 2**24  # bytes that are hashed at a time
 def load_model(args: argparse.Namespace, device: torch.device) -> Model:
     """Load the frozen model of a checkpoint: a classifier, or a pretraining model whose decoder stays random.
 
-    `args.model_key` and `args.input_size` are set to those of the model, `args.class_names` to a classifier's outputs.
+    `args.model_key` and `args.input_size` are set to those of the model, `args.class_names` to a classifier's outputs,
+    and the arguments of `Pixels` to those that it was trained with.
 
     Raises:
         UserError: the file is no checkpoint of ARM, or the input size or backend does not fit.
     """
     found = pretrained.read(args.checkpoint, args.model_key, args.ignore_keys)
     args.model_key, args.class_names = found.key, found.class_names
+    vars(args).update(found.pixels.arguments())
     with as_user_error(TypeError, ValueError, BackendUnavailable):
         choose_backend(args.scan_backend, device, activation_dtype(device), found.sizes["embed_dim"])
     if args.input_size is None:
@@ -63,9 +66,8 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Model:
 
 def eval_images(args: argparse.Namespace, source: Source) -> ImageDataset:
     """Return the images of a source as the model of `load_model` sees them in evaluation."""
-    return ImageDataset(
-        source, pixels_by(args.eval_loader, eval_transform(arguments.image_size(args), args.eval_resize))
-    )
+    transform = eval_transform(arguments.image_size(args), args.eval_resize, Pixels.of(args))
+    return ImageDataset(source, pixels_by(args.eval_loader, transform))
 
 
 def chosen_blocks(args: argparse.Namespace, depth: int) -> range:
@@ -242,6 +244,7 @@ def features(
         "dtype": str(activation_dtype(device)), "cluster_size": getattr(model, "cluster_size", None),
         "order": model.order if isinstance(model, PretrainModel) else None,
         **{name: getattr(args, name) for name in ("input_size", "eval_resize", "eval_loader", "eval_bad")},
+        "pixels": Pixels.of(args).arguments(),
     }  # fmt: skip
     files = {
         kind: CacheFile(args, model, kind, len(dataset), split, settings | {"tokens": kind}) for kind in sorted(kinds)

@@ -275,7 +275,7 @@ def main(args: argparse.Namespace) -> None:
     from models_arm import ARMClassifier
     from util.data.datasets import ImageDataset, pixels_by
     from util.data.loaders import eval_loader
-    from util.data.transforms import eval_transform
+    from util.data.transforms import Pixels, eval_transform
 
     model = load_model(args, device)
     weights, synsets = hash_of(model), timm_list("imagenet_synsets.txt")
@@ -297,9 +297,8 @@ def main(args: argparse.Namespace) -> None:
             log.say(f"{name}: {line}")
     rows: dict[str, dict] = {}
     for name, parts in sets.items():
-        # images of ImageNet-C are stored cropped
-        crop = 1.0 if name == "c" and imagenet else None
-        transform = eval_transform(arguments.image_size(args), args.eval_resize, crop)
+        ratio = 1.0 if name == "c" and imagenet else None  # images of ImageNet-C are stored cropped
+        transform = eval_transform(arguments.image_size(args), args.eval_resize, Pixels.of(args), ratio)
         results = {}
         for title, part in parts.items():
             loader = eval_loader(ImageDataset(part.source, pixels_by(args.eval_loader, transform)), args, device)

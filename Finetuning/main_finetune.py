@@ -249,13 +249,15 @@ def prepare(
         UserError: see `build_classifier`; or the kernels are not there.
     """
     from util.data.datasets import ImageDataset, pixels_by
-    from util.data.transforms import eval_transform
+    from util.data.transforms import Pixels, eval_transform
 
     if found is not None:
         new = set() if args.resume or args.eval else {"global_pool"}
         found.say_guesses(new | arguments.given(args, "global_pool", "input_size").keys())
     model = build_classifier(args, found)
-    transform = eval_transform(arguments.image_size(args), args.eval_resize)
+    pixels = Pixels.of(args, {} if found is None else found.saved_pixels)
+    vars(args).update(pixels.arguments())
+    transform = eval_transform(arguments.image_size(args), args.eval_resize, pixels)
     val = ImageDataset(source, pixels_by(args.eval_loader, transform))
     idle = {"augment": "it carries out RandAugment on the training device: --aa rand..., --loader fast"}
     augments = not args.eval and args.loader != "pil" and (args.aa or "").startswith("rand")

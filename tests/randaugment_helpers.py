@@ -9,6 +9,8 @@ from timm.data import auto_augment
 from torchvision import transforms
 
 from util import seeding
+from util.data.pixels import IMAGENET
+from util.data.transforms import Recipe
 from util.data.uint8_transform import Uint8Transform
 
 CPU = torch.device("cpu")
@@ -29,7 +31,7 @@ OPERATIONS = {op.name: op for aa in ("rand-m10-mstd101", "rand-m10-mstd101-inc1"
 def uint8_transform(*steps):
     """Return a transform that keeps the size of an image of 224 x 200 and does not normalise."""
     normalize = transforms.Normalize([0.0] * 3, [1 / 255] * 3)
-    return Uint8Transform(transforms.Compose([transforms.Resize((200, 224)), *steps, normalize]))
+    return Uint8Transform(Recipe([transforms.Resize((200, 224)), *steps, normalize], IMAGENET))
 
 
 def carried_out(transform, images, notes, device=CPU):

@@ -98,7 +98,8 @@ def describe(found: Checkpoint, encoder: bool) -> dict:
     from models_arm import SIZES
     from timm_models import CONFIG, input_config, pooling
 
-    sizes: dict = found.sizes | {"img_size": found.input_size}
+    size = found.input_size
+    sizes: dict = found.sizes | {"img_size": size}
     same = (n for n, s in SIZES.items() if all(s[k] == sizes[k] for k in ("embed_dim", "depth")))
     about: dict = {"architecture": next(same, "arm_base_pz16"), "weights": found.key}
     options: dict = found.options
@@ -110,12 +111,13 @@ def describe(found: Checkpoint, encoder: bool) -> dict:
             sizes["num_classes"] = 0
         elif any(found.class_names):
             about["label_names"] = found.class_names  # timm's name
-    classes = sizes.get("num_classes", 0)
+    classes, normalised = sizes.get("num_classes", 0), {"mean": found.pixels.mean, "std": found.pixels.std}
     return about | {
         "num_classes": classes,
         "num_features": sizes["embed_dim"],
         "model_args": sizes,
-        "pretrained_cfg": CONFIG | {"num_classes": classes} | input_config(sizes["img_size"], sizes["in_chans"]),
+        "pretrained_cfg": CONFIG | {"num_classes": classes} | input_config(size, sizes["in_chans"]) | normalised,
+        "exif": found.pixels.exif,
     }
 
 
@@ -142,6 +144,7 @@ def to_safetensors(module: nn.Module, about: dict, imgs: Tensor, path: Path) -> 
 
     sizes, switches = about["model_args"], about.get("switches", {})
     known = {"input_size": sizes["img_size"], "global_pool": sizes.get("global_pool") == "avg", **switches}
+    known |= {"exif": about["exif"], **{name: about["pretrained_cfg"][name] for name in ("mean", "std")}}
     if "label_names" in about:
         known["class_names"] = about["label_names"]
     state_dict = (module.model if isinstance(module, Encoder) else module).state_dict()

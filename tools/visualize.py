@@ -15,11 +15,9 @@ from typing import cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from PIL import Image
-
 from util import arguments, cli
 from util.checkpoints.hub import locate
-from util.data.decode import BrokenImage, with_pillow
+from util.data.decode import BrokenImage
 from util.distributed.processes import init_device
 from util.errors import RunError, UserError, as_user_error
 from util.files import figure_of, open_regular, output_file, printable, save_figure
@@ -43,18 +41,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_image(path: Path) -> Image.Image:
-    """Read and decode an image file.
+def read_image(path: Path) -> bytes:
+    """Return the content of an image file.
 
     Raises:
-        UserError: the file cannot be read or decoded, is no regular file, or is larger than `MAX_BYTES`.
+        UserError: the file cannot be read, is no regular file, or is larger than `MAX_BYTES`.
     """
     with as_user_error(OSError, BrokenImage, ValueError, prefix=f"{printable(path)}: "):
         with open_regular(path) as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise BrokenImage(f"it is larger than {MAX_BYTES} bytes")
-        return with_pillow(data)
+        return data
 
 
 def targets(args: argparse.Namespace) -> list[Path]:
@@ -97,13 +95,12 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"{found.name} {what}: only a pretraining checkpoint predicts images")
     model = cast(PretrainModel, found.load_model().to(device))
     seed_everything(0)  # the same hidden patches and the same random order in each call
-    transform = prediction_figures.input_transform(model.image_size)
     imgs = []
     for path, image in zip(args.images, images, strict=True):
-        with as_user_error(BrokenImage, prefix=f"{printable(path)}: "):  # too long and narrow for the model's input
-            imgs.append(transform(image)[None])  # (1, 3, H, W)
+        with as_user_error(BrokenImage, prefix=f"{printable(path)}: "):
+            imgs.append(prediction_figures.model_input(image, model.image_size, found.pixels)[None])  # (1, C, H, W)
     for img, target in zip(imgs, sheets, strict=True):
-        (figure,) = prediction_figures.draw_sheets(model, img.to(device))
+        (figure,) = prediction_figures.draw_sheets(model, img.to(device), found.pixels)
         try:
             save_figure(figure, target, TITLE)
         except OSError as error:

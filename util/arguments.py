@@ -96,6 +96,11 @@ def add_shared_arguments(parser: argparse.ArgumentParser, models: Iterable[str],
         help="end the run after an epoch with more broken training images than this (default: 0.1 %% of the images)")
     add("--scale", type=rate, nargs=2, help="least and largest area of crops")
     add("--hflip", type=rate, default=0.5, help="rate of horizontal flips")
+    add("--mean", type=number(float, -1e9, 1e9), nargs="+", metavar="X",
+        help="of the channels, for values from 0 to 1: one number, or one each (default: ImageNet's)")
+    add("--std", type=number(float, 0, 1e9, above=True), nargs="+", metavar="X", help="standard deviation, likewise")
+    add("--exif", type=boolean, nargs="?", const=True,
+        help="turn images as the orientation in their EXIF data says (default: False)")
 
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", type=nonempty, default="./output_dir", help="checkpoints and log.txt")

@@ -20,6 +20,7 @@ import main_pretrain
 from Finetuning import main_finetune
 from tools import pack_images
 from util.data import datasets, decode, loaders, transforms
+from util.data.pixels import IMAGENET
 from util.data.sources import folders, readers
 from util.errors import RunError
 
@@ -202,7 +203,8 @@ def test_a_bug_in_a_transform_is_not_a_broken_image(jpeg_folder, error):
     def transform(image):
         raise error
 
-    dataset = datasets.ImageDataset(folders.Folder(str(jpeg_folder), "train"), transforms.PillowTransform(transform))
+    recipe = transforms.PillowTransform(transforms.Recipe([transform], IMAGENET))
+    dataset = datasets.ImageDataset(folders.Folder(str(jpeg_folder), "train"), recipe)
     with pytest.raises(type(error), match="a bug"):
         dataset[0]
 

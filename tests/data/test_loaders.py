@@ -21,6 +21,7 @@ from torchvision.datasets import ImageFolder
 from util import seeding
 from util.data import datasets, loaders, transforms
 from util.data.device_loader import DeviceLoader
+from util.data.pixels import IMAGENET
 from util.errors import RunError
 
 
@@ -124,7 +125,9 @@ def test_workers_do_not_change_the_samples(seeded):
 
 
 def test_epochs_differ_and_hold_every_image_once(seeded):
-    seeded.dataset.transform = transforms.PillowTransform(lambda image: torch.tensor(image.getpixel((0, 0))))
+    seeded.dataset.transform = transforms.PillowTransform(
+        transforms.Recipe([lambda image: torch.tensor(image.getpixel((0, 0)))], IMAGENET)
+    )
     orders = []
     for epoch in (0, 1):
         colours = torch.cat([imgs for imgs, _ in batches(seeded, epoch)])

@@ -27,6 +27,7 @@ from torchvision import transforms
 from util import seeding
 from util.data import decode, randaugment
 from util.data import transforms as our_transforms
+from util.data.pixels import IMAGENET
 from util.data.uint8_transform import Uint8Transform
 
 PRETRAIN = argparse.Namespace(scale=[0.2, 1.0], hflip=0.5)
@@ -427,7 +428,7 @@ def test_erased_boxes_are_those_of_timm(photographs, count):
 def test_colours_of_erased_boxes(mode, deviation, within):
     step = RandomErasing(1.0, mode=mode, device="cpu")
     normalize = transforms.Normalize([0.5] * 3, [0.25] * 3)
-    transform = Uint8Transform(transforms.Compose([transforms.Resize((8, 8)), normalize, step]))
+    transform = Uint8Transform(our_transforms.Recipe([transforms.Resize((8, 8)), normalize, step], IMAGENET))
     box = [8, 40, 16, 48]
     todo = torch.tensor([[0, seed, *box] for seed in range(64)])
     images = transform.finish(torch.full((64, 64, 64, 3), 200, dtype=torch.uint8), todo, CPU)

@@ -17,7 +17,8 @@ from torchvision import transforms
 import models_arm
 from Evaluation import robustness
 from Evaluation.tables import wilson
-from util.data.transforms import BICUBIC, NORMALIZE
+from util.data.pixels import IMAGENET
+from util.data.transforms import BICUBIC
 from util.tracking.run_log import Log
 from util.training.evaluation import evaluate
 
@@ -51,7 +52,8 @@ class World:
     @cache  # noqa: B019
     def logits(self, i, crop):
         size = (36, 36) if crop else (32, 32)  # 32 / 0.875
-        steps = [transforms.Resize(size, BICUBIC), transforms.CenterCrop(32), transforms.ToTensor(), NORMALIZE]
+        steps = [transforms.Resize(size, BICUBIC), transforms.CenterCrop(32), transforms.ToTensor()]
+        steps += [transforms.Normalize(IMAGENET.mean, IMAGENET.std)]
         with torch.no_grad():
             return self.model(transforms.Compose(steps)(self.images[i])[None])[0].numpy()
 

@@ -22,7 +22,7 @@ from util.errors import UserError
 SHARED = """
     model input_size patch_size in_chans embed_dim depth scan_backend grad_checkpointing
     batch_size accum_iter epochs warmup_epochs lr blr min_lr weight_decay clip_grad
-    data_path loader max_bad_samples scale hflip num_workers worker_timeout pin_mem no_pin_mem
+    data_path loader max_bad_samples scale hflip mean std exif num_workers worker_timeout pin_mem no_pin_mem
     output_dir log_dir tracker print_freq save_freq save_every_steps keep resume start_epoch allow_changed_args
     device seed deterministic compile no_compile cuda_graph no_cuda_graph fused_ops fsdp max_nonfinite dist_timeout
 """
@@ -174,7 +174,7 @@ def numeric_arguments() -> list:
 def test_numbers_have_bounds(parser, action):
     """One line names the argument and, of what is a number, its bounds."""
     flag, count = action.option_strings[0], action.nargs if isinstance(action.nargs, int) else 1
-    for text in (str(10**18), "9" * 400, "9" * 5000, "1e308", "inf", "nan", "-1"):
+    for text in (str(10**18), "9" * 400, "9" * 5000, "1e308", "inf", "nan", *["-1"] * (flag != "--mean")):
         with pytest.raises(UserError, match=f"argument {flag}: ") as raised:
             parser.parse_args([flag, *[text] * count])
         assert "\n" not in str(raised.value)

@@ -21,6 +21,7 @@ from pretrained import load
 from tools import plot_log, visualize
 from util.checkpoints import checkpoint_file
 from util.data.sources.readers import open_source
+from util.data.transforms import eval_transform
 from util.tracking import prediction_figures
 from util.tracking.run_log import RunLog
 
@@ -180,7 +181,7 @@ def test_fixed_images(image_folder, tmp_path):
     want = [
         image_folder / "val" / name for name in ("class_0/0.png", "class_0/2.png", "class_1/1.png", "class_2/1.png")
     ]
-    transform = prediction_figures.input_transform((48, 32))
+    transform = eval_transform((48, 32), "shorter")
 
     def fixed(folder):
         path = str(folder)

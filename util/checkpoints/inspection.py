@@ -149,10 +149,17 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, (str, float, bool)) or value is None or is_integer(value, 1 - 2**63)
 
 
+def _are_numbers(value: object, above: float = -math.inf) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(type(v) is float and above < v < math.inf for v in value)
+
+
 # the saved arguments that code reads, and which values are possible
 _POSSIBLE: dict[str, Callable[[object], bool]] = {
     "input_size": _is_size,
     "global_pool": lambda value: isinstance(value, (bool, str)),
+    "mean": _are_numbers,
+    "std": lambda value: _are_numbers(value, 0),
+    "exif": lambda value: isinstance(value, bool),
     "norm_pix_loss": lambda value: isinstance(value, bool),
     "directions": lambda value: is_integer(value, 1, 4),
     "start_epoch": lambda value: is_integer(value, 0, 2**31),

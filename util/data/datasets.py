@@ -6,12 +6,11 @@ from io import BytesIO
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import transforms
 
 from util.data.decode import BrokenImage
 from util.data.sources.readers import open_source
 from util.data.sources.source import Source
-from util.data.transforms import PillowTransform
+from util.data.transforms import PillowTransform, Recipe
 from util.data.uint8_transform import Uint8Transform
 from util.files import printable
 from util.seeding import preserve_generators, seed_sample
@@ -57,12 +56,12 @@ class ImageDataset(Dataset):
         return pixels, [*numbers, -1]
 
 
-def image_dataset(data_path: str, split: str, transform: transforms.Compose, loader: str) -> ImageDataset:
+def image_dataset(data_path: str, split: str, transform: Recipe, loader: str) -> ImageDataset:
     """Open the images of `--data_path` by `open_source`, with the transform carried out as `--loader` says."""
     return ImageDataset(open_source(data_path, split), pixels_by(loader, transform))
 
 
-def pixels_by(loader: str, transform: transforms.Compose) -> PillowTransform | Uint8Transform:
+def pixels_by(loader: str, transform: Recipe) -> PillowTransform | Uint8Transform:
     """Return a transform of the content of image files, for the loader "fast" or "pil"."""
     return Uint8Transform(transform) if loader == "fast" else PillowTransform(transform)
 

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 from PIL.TiffImagePlugin import TiffImageFile
 
+from util.data.pixels import IMAGENET, Pixels
 from util.files import printable
 
 # Largest number of pixels that is decoded, 89 million: above it, Pillow warns of decompression bombs. Decoding takes up
@@ -77,7 +78,7 @@ def check_size(width: int, height: int) -> None:
 
 
 @_as_broken_image()
-def with_pillow(data: bytes) -> Image.Image:
+def with_pillow(data: bytes, pixels: Pixels = IMAGENET) -> Image.Image:
     """Decode the content of an image file with Pillow to mode RGB; raise `BrokenImage` with the reason.
 
     Only the first frame or page is decoded, without EXIF's orientation.

@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as F
 
 from util.data import decode
 from util.data.randaugment import NO_OPERATION, NOTE, carry_out_layers, recording_copy, runs_on_device
-from util.data.transforms import check_resized
+from util.data.transforms import Recipe, check_resized
 
 Array = np.ndarray  # (H, W, 3) uint8
 RANDOM_CROPS = transforms.RandomResizedCrop, RandomResizedCropAndInterpolation
@@ -36,7 +36,8 @@ class Uint8Transform:
 
     carry_out = staticmethod(carry_out_layers)  # `kernels.fuse_augmentation` may replace it
 
-    def __init__(self, transform: transforms.Compose) -> None:
+    def __init__(self, transform: Recipe) -> None:
+        self.pixels = transform.pixels
         missing: Any = None  # torchvision and timm do not type their steps
         self.crop = self.resize = self.centre = self.erase = self.normalize = self.draw = missing
         self.fill, self.flip_rate = (0, 0, 0), 0.0

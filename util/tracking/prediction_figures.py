@@ -1,15 +1,14 @@
 """Draw what a pretraining model sees and predicts of an image, for visualize.py and for the log of a run."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from util.data.decode import BrokenImage, with_pillow
+from util.data.datasets import pixels_by
+from util.data.decode import BrokenImage
+from util.data.pixels import IMAGENET, Pixels
 from util.data.sources.readers import open_source
 from util.data.sources.source import Source
 from util.data.transforms import eval_transform
@@ -34,47 +33,54 @@ class Predicts(Protocol):
         """Return predicted images, loss of each patch, and places of the clusters in the order of prediction."""
 
 
-def input_transform(size: tuple[int, int]) -> Callable[[Image.Image], Tensor]:
-    """Return the transform of an image to the model's input: RGB -> (3, H, W) float32; see `eval_transform`."""
-    return eval_transform(size, "shorter")
+def model_input(data: bytes, size: tuple[int, int], pixels: Pixels) -> Tensor:
+    """Return the input (C, H, W) float32 of a model for the content of an image file; raise `BrokenImage`."""
+    transform = pixels_by("pil", eval_transform(size, "shorter", pixels))
+    image, numbers = transform(data)
+    return transform.finish(image[None], torch.tensor([numbers]), torch.device("cpu"))[0]
 
 
-def fixed_images(data_path: str | list[str], size: tuple[int, int], train: Source, count: int = 4) -> Tensor | None:
+def fixed_images(
+    data_path: str | list[str], size: tuple[int, int], train: Source, pixels: Pixels = IMAGENET, count: int = 4
+) -> Tensor | None:
     """Read evenly spaced images of val/, or of the training images if there is no usable val/; every run gets the same.
 
     Args:
         data_path: see `open_source`.
         size: height and width of the input.
         train: images to take if there is no usable val/.
+        pixels: of the run.
         count: number of images; broken ones are left out.
 
     Returns:
-        (count, 3, H, W) float32, normalised; None if no image can be decoded.
+        (count, C, H, W) float32, normalised; None if no image can be decoded.
     """
     try:
         source = open_source(data_path, "val", labels=False)
     except UserError:  # pretraining needs no val/, so an unusable one must not end the run
         source = train
-    transform, images = input_transform(size), []
+    images = []
     for index in range(0, len(source.labels), -(-len(source.labels) // count)):
         try:
-            images.append(transform(with_pillow(source.read(index))))
+            images.append(model_input(source.read(index), size, pixels))
         except (BrokenImage, OSError):
             continue
     return torch.stack(images) if images else None
 
 
-def draw_sheets(model: Predicts, imgs: Tensor) -> "list[Figure]":
+def draw_sheets(model: Predicts, imgs: Tensor, pixels: Pixels = IMAGENET) -> "list[Figure]":
     """Draw one figure per image: input, order of prediction, prediction, and loss of each patch.
 
     Args:
         model: a `PretrainModel`; compiled blocks run eagerly here, so that drawing compiles nothing.
-        imgs: (B, 3, H, W), normalised, on the model's device.
+        imgs: (B, C, H, W), normalised, on the model's device. Of more than three channels, the first three are drawn.
+        pixels: their mean and standard deviation.
     """
     with torch.compiler.set_stance("force_eager"):
         predicted, losses, places = model.predicted_images(imgs)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    shown = [(batch.float().cpu() * std + mean).clamp(0, 1) for batch in (imgs, predicted)]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (pixels.mean, pixels.std))
+    colours = [0, 1, 2] if pixels.channels >= 3 else [0, 0, 0]
+    shown = [(batch.float().cpu() * std + mean).clamp(0, 1)[:, colours] for batch in (imgs, predicted)]
     images, predictions = (batch.permute(0, 2, 3, 1).numpy() for batch in shown)  # (B, H, W, 3)
     side = model.cluster_size * model.patch_size
     orders = [None] * len(imgs) if places is None else places.tolist()

@@ -18,6 +18,7 @@ from util.checkpoints import convert, inspection
 from util.checkpoints.checkpoint_file import read, weight_keys
 from util.checkpoints.checkpoint_folder import CheckpointFolder
 from util.data.class_names import differing
+from util.data.pixels import Pixels
 from util.data.sources.source import Source
 from util.distributed.parallel import join_gather, local_share
 from util.distributed.processes import barrier, gather, is_main, on_main, world_size
@@ -309,7 +310,7 @@ def changed_arguments(args: argparse.Namespace, content: dict) -> list[str]:
     if "samples" not in content:
         return []
     counts = ("batch_size", "accum_iter", "world_size")
-    saved = inspection.PUBLISHED | inspection.saved_arguments(content, *counts)
+    saved = inspection.PUBLISHED | Pixels().arguments() | inspection.saved_arguments(content, *counts)
     now = vars(args)
     changed = [f"{k} {saved[k]} -> {now[k]}" for k in sorted(saved.keys() & now.keys() - FREE) if saved[k] != now[k]]
     before, after = (math.prod(values[name] for name in counts) for values in (saved, now))
