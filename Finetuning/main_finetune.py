@@ -261,7 +261,9 @@ def prepare(
     val = ImageDataset(source, pixels_by(args.eval_loader, transform))
     idle = {"augment": "it carries out RandAugment on the training device: --aa rand..., --loader fast"}
     augments = not args.eval and args.loader != "pil" and (args.aa or "").startswith("rand")
-    kernels.choose(args, device, model.embed_dim, {} if augments else idle)
+    if augments:
+        idle = {} if pixels.channels == 3 else {"augment": "its kernels are for images of 3 channels"}
+    kernels.choose(args, device, model.embed_dim, idle)
     return model, val
 
 

@@ -1,12 +1,13 @@
 """Datasets: decoded, transformed and labelled images, and what takes the place of broken ones."""
 
+import logging
 import math
-from io import BytesIO
+from functools import cache
 
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from util.data import arrays
 from util.data.decode import BrokenImage
 from util.data.sources.readers import open_source
 from util.data.sources.source import Source
@@ -14,6 +15,8 @@ from util.data.transforms import PillowTransform, Recipe
 from util.data.uint8_transform import Uint8Transform
 from util.files import printable
 from util.seeding import preserve_generators, seed_sample
+
+LOGGER = logging.getLogger("arm")
 
 Sample = tuple[Tensor, list[float]]  # pixels; the numbers of the transform, followed by the label
 Item = tuple[Sample, dict[int, str]]  # a sample, and {index: reason} of the broken images that were met
@@ -50,9 +53,7 @@ class ImageDataset(Dataset):
 
     def blank(self) -> Sample:
         """Return a black sample with the label -1, in place of a broken one."""
-        file = BytesIO()
-        Image.new("RGB", (1, 1)).save(file, "PNG")
-        pixels, numbers = self.transform(file.getvalue())
+        pixels, numbers = self.transform(arrays.blank(self.transform.pixels))
         return pixels, [*numbers, -1]
 
 
@@ -62,8 +63,19 @@ def image_dataset(data_path: str, split: str, transform: Recipe, loader: str) ->
 
 
 def pixels_by(loader: str, transform: Recipe) -> PillowTransform | Uint8Transform:
-    """Return a transform of the content of image files, for the loader "fast" or "pil"."""
+    """Return a transform of the content of image files, for the loader "fast" or "pil".
+
+    Images that Pillow has no mode for are the same with both, and one line says so.
+    """
+    if loader == "pil" and transform.pixels.as_stored:
+        _say_as_stored(transform.pixels.channels)
+        loader = "fast"
     return Uint8Transform(transform) if loader == "fast" else PillowTransform(transform)
+
+
+@cache
+def _say_as_stored(channels: int) -> None:
+    LOGGER.info("images of %d channels are resized in float32, not in Pillow, whatever the loader", channels)
 
 
 class SeededSamples(Dataset):

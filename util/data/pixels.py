@@ -28,6 +28,11 @@ class Pixels(NamedTuple):
     channels: int = 3
     exif: bool = False
 
+    @property
+    def as_stored(self) -> bool:
+        """Return whether images are arrays of floating point, since Pillow has none of this number of channels."""
+        return self.channels not in (1, 3)
+
     @classmethod
     def of(cls, args: argparse.Namespace, saved: Mapping[str, Any] = MappingProxyType({})) -> "Pixels":
         """Return those of a command line, of an examined model or of a checkpoint.

@@ -45,14 +45,14 @@ def carry_out_layers(images: Tensor, notes: Tensor, parameters: Tensor, order: T
     """Carry out the operations of every layer on each image.
 
     Args:
-        images: (B, 3, H, W) uint8, changed in place.
+        images: (B, C, H, W) uint8, changed in place.
         notes: (B, layers * NOTE) float64 on the CPU, as a `recording_copy` draws them; index -1 is no operation.
         parameters: the same on the device of the images.
         order: (B, layers) int64 on that device: indices that sort the operations of each layer.
-        fill: (3, 1, 1) uint8, the colour outside the image.
+        fill: (C, 1, 1) uint8, the colour outside the image.
 
     Returns:
-        (B, 3, H, W) uint8.
+        (B, C, H, W) uint8.
     """
     functions = list(OPERATIONS.values())
     chunk_size = 1 if images.is_cpu else 16  # a CPU's caches hold about one image; 16 of 224 x 224 take 0.2 GB
@@ -71,8 +71,8 @@ def _bytes(values: Tensor) -> Tensor:
 
 
 def _look_up(images: Tensor, tables: Tensor) -> Tensor:
-    """Replace every value v of a channel by entry v of its table; `tables` are (n, 3, 256)."""
-    indices = images.flatten(2).long()  # (n, 3, H, W) -> (n, 3, H W)
+    """Replace every value v of a channel by entry v of its table; `tables` are (n, C, 256)."""
+    indices = images.flatten(2).long()  # (n, C, H, W) -> (n, C, H W)
     return _bytes(tables).gather(2, indices).view_as(images)
 
 
@@ -82,17 +82,19 @@ def _blend(first: Tensor, images: Tensor, factor: Tensor) -> Tensor:
     return _bytes((images.float() - first).mul_(factor.float()).add_(first))
 
 
-# ---- the operations of timm.data.auto_augment: images (n, 3, H, W) uint8, two parameters (n, 1, 1, 1) float64, and the
-# colour (3, 1, 1) uint8 outside the image -> (n, 3, H, W) uint8
+# ---- the operations of timm.data.auto_augment: images (n, C, H, W) uint8, two parameters (n, 1, 1, 1) float64, and the
+# colour (C, 1, 1) uint8 outside the image -> (n, C, H, W) uint8; C is 1 or 3
 
 
 def _grey(images: Tensor) -> Tensor:
+    if images.shape[1] == 1:
+        return images.int()
     red, green, blue = images.int().split(1, dim=1)
     return (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16  # (n, 1, H, W) int32
 
 
 def auto_contrast(images: Tensor, *_: Tensor) -> Tensor:
-    low, high = (f(images.flatten(2), 2, keepdim=True).double() for f in (torch.amin, torch.amax))  # (n, 3, 1)
+    low, high = (f(images.flatten(2), 2, keepdim=True).double() for f in (torch.amin, torch.amax))  # (n, C, 1)
     levels = torch.arange(256, device=images.device)
     # torch computes 255 / x as 255 (1 / x), rounded twice
     scale = torch.full_like(low, 255) / (high - low).clamp(min=1)
@@ -100,10 +102,10 @@ def auto_contrast(images: Tensor, *_: Tensor) -> Tensor:
 
 
 def equalize(images: Tensor, *_: Tensor) -> Tensor:
-    values = images.flatten(2).long()  # (n, 3, H, W) -> (n, 3, H W)
+    values = images.flatten(2).long()  # (n, C, H, W) -> (n, C, H W)
     counts = torch.zeros(*values.shape[:2], 256, dtype=torch.int64, device=values.device)
     counts.scatter_add_(2, values, torch.ones_like(values[:1, :1, :1]).expand_as(values))
-    step = (values.shape[2] - counts.gather(2, values.amax(2, keepdim=True))) // 255  # (n, 3, 1)
+    step = (values.shape[2] - counts.gather(2, values.amax(2, keepdim=True))) // 255  # (n, C, 1)
     tables = (counts.cumsum(2) - counts + step // 2) // step.clamp(min=1)
     return _look_up(images, torch.where(step > 0, tables, torch.arange(256, device=values.device)))
 
@@ -177,8 +179,8 @@ def _warp(images: Tensor, fill: Tensor, x: Tensor | None = None, y: Tensor | Non
             fractions.append(position - 0.5 - before)
     across, down = fractions
     corner = torch.as_tensor(index + stride + 1)  # index of the upper left one of 4 x 4 pixels
-    corner = corner.expand_as(images).flatten(2)  # (n, 1, H, W) -> (n, 3, H W)
-    padded = nn.functional.pad(images.float(), (2, 2, 2, 2), mode="replicate").flatten(2)  # (n, 3, (H + 4) (W + 4))
+    corner = corner.expand_as(images).flatten(2)  # (n, 1, H, W) -> (n, C, H W)
+    padded = nn.functional.pad(images.float(), (2, 2, 2, 2), mode="replicate").flatten(2)  # (n, C, (H + 4) (W + 4))
 
     def pixel(row: int, column: int) -> Tensor:
         return padded[:, :, row * stride + column :].gather(2, corner).view_as(images)

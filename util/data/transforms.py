@@ -12,6 +12,7 @@ from torchvision import transforms
 from util.data import decode
 from util.data.decode import MAX_PIXELS, BrokenImage
 from util.data.pixels import IMAGENET, Pixels
+from util.errors import UserError
 
 BICUBIC = transforms.InterpolationMode.BICUBIC
 
@@ -41,6 +42,10 @@ def pretrain_transform(size: tuple[int, int], args: argparse.Namespace) -> Recip
 def finetune_transform(size: tuple[int, int], args: argparse.Namespace) -> Recipe:
     """Return timm's transform with RandAugment, colour jitter and random erasing: image -> (C, H, W) float32."""
     pixels = Pixels.of(args)
+    if pixels.as_stored and (args.aa != "none" or args.color_jitter):
+        raise UserError(
+            f"--aa {args.aa} and --color_jitter are for images of 1 or 3 channels, not {pixels.channels}: --aa none"
+        )
     transform = create_transform(
         input_size=(pixels.channels, *size), is_training=True, interpolation="bicubic",
         scale=args.scale, hflip=args.hflip, color_jitter=args.color_jitter,
