@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ops import BackendUnavailable, choose_backend, fused, unavailable
 from ops.cuda_graph import BlockGraphs, captures
 from util.errors import UserError, as_user_error
-from util.training.precision import activation_dtype
+from util.training import precision
 
 LOGGER = logging.getLogger("arm")
 
@@ -36,18 +36,19 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
 
 
 def choose(args: argparse.Namespace, device: torch.device, width: int, idle: dict[str, str]) -> None:
-    """Check that the scan backend supports a model of this width; choose fused operators and CUDA graphs.
+    """Check that the scan backend supports a model of this width; choose dtype, fused operators and CUDA graphs.
 
-    The choice replaces `args.fused_ops` and `args.cuda_graph`. `idle` names fused operators that would do nothing in
-    this run, and why; they are refused if asked for by name.
+    The choice replaces `args.dtype`, `args.fused_ops` and `args.cuda_graph`. `idle` names fused operators that would do
+    nothing in this run, and why; they are refused if asked for by name.
 
     Raises:
         UserError: the backend, or an operator that was asked for, does not work here.
     """
+    precision.choose(args, device)
     if not should_compile(args.compile, device):
         idle = idle | {"casts": "the model is not compiled"}
     with as_user_error(TypeError, ValueError, BackendUnavailable):
-        choose_backend(args.scan_backend, device, activation_dtype(device), width)
+        choose_backend(args.scan_backend, device, precision.activation_dtype(device), width)
     for name in idle.keys() & {*args.fused_ops}:
         raise UserError(f"--fused_ops {name}: {idle[name]}")
     with as_user_error(ValueError, BackendUnavailable, prefix=f"--fused_ops {' '.join(args.fused_ops)}: "):

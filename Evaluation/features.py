@@ -34,6 +34,7 @@ from util.errors import RunError, UserError, as_user_error
 from util.files import printable, reserve
 from util.lock import is_running
 from util.tracking.run_log import Log
+from util.training import precision
 from util.training.precision import activation_dtype, autocast
 from util.training.run_state import fingerprint
 
@@ -47,7 +48,7 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Model:
     """Load the frozen model of a checkpoint: a classifier, or a pretraining model whose decoder stays random.
 
     `args.model_key` and `args.input_size` are set to those of the model, `args.class_names` to a classifier's outputs,
-    and the arguments of `Pixels` to those that it was trained with.
+    the arguments of `Pixels` to those that it was trained with, and `args.dtype` to the dtype of activations.
 
     Raises:
         UserError: the file is no checkpoint of ARM, or the input size or backend does not fit.
@@ -55,6 +56,7 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Model:
     found = pretrained.read(args.checkpoint, args.model_key, args.ignore_keys)
     args.model_key, args.class_names = found.key, found.class_names
     vars(args).update(found.pixels.arguments())
+    precision.choose(args, device)
     with as_user_error(TypeError, ValueError, BackendUnavailable):
         choose_backend(args.scan_backend, device, activation_dtype(device), found.sizes["embed_dim"])
     if args.input_size is None:

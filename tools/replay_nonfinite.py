@@ -30,6 +30,7 @@ from util.distributed.processes import init_device
 from util.errors import UserError, as_user_error
 from util.files import printable
 from util.seeding import seed_everything
+from util.training import precision
 from util.training.nonfinite import STATE, batch_file, ranks_in
 from util.training.precision import autocast
 
@@ -124,6 +125,12 @@ def main(args: argparse.Namespace) -> None:
     device = init_device(args.device)
     with as_user_error(AttributeError, KeyError, TypeError, ValueError, prefix=f"{printable(args.folder / STATE)}: "):
         model, compute_loss = build(content)
+        if not precision.is_state(content.get("scaler", {})):
+            raise ValueError("its scaler has no state of a loss scale")
+        precision.choose(argparse.Namespace(dtype=saved.get("dtype")), device)
+    loss_scale = precision.LossScale()
+    loss_scale.load_state_dict(content.get("scaler", {}))
+    loss_scale.start(device)
     model.to(device).train()
     modules, finite = broken_modules(model), True
     ranks = [rank for rank in ranks_in(args.folder) if rank < saved["world_size"]]
@@ -138,7 +145,7 @@ def main(args: argparse.Namespace) -> None:
             model.zero_grad()
             with autocast(device):
                 loss = compute_loss(*(tensor.to(device) for tensor in batch))
-            loss.backward()
+            loss_scale.scaled(loss).backward()
             parameters = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
             images = "" if batch[0].isfinite().all() else "; the images themselves are not finite"
             print(f"rank {rank}, batch {step}: loss {loss.item():.6g}{images}")

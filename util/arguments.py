@@ -137,6 +137,8 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("machine").add_argument
     add("--batch_size", type=batch, default=64, help="images per process and step")
     add("--device", type=nonempty, help="cuda or cpu (default: cuda where there is a GPU)")
+    add("--dtype", choices=("bf16", "fp16", "fp32"),
+        help="of activations; fp16 also scales the loss (default: bf16 on a GPU, fp16 on one before Ampere, else fp32)")
     add("--scan_backend", default="auto", help="auto, triton, cuda, mamba_ssm, cpu or torch")
     add("--num_workers", type=workers, default=min(10, available_cores()),
         help="processes that load images (default: 10, or the number of cores)")

@@ -22,7 +22,7 @@ from util.errors import UserError
 SHARED = """
     model input_size patch_size in_chans embed_dim depth scan_backend grad_checkpointing
     batch_size accum_iter epochs warmup_epochs lr blr min_lr weight_decay clip_grad
-    data_path loader max_bad_samples scale hflip mean std exif num_workers worker_timeout pin_mem no_pin_mem
+    data_path loader max_bad_samples scale hflip mean std exif dtype num_workers worker_timeout pin_mem no_pin_mem
     output_dir log_dir tracker print_freq save_freq save_every_steps keep resume start_epoch allow_changed_args
     device seed deterministic compile no_compile cuda_graph no_cuda_graph fused_ops fsdp max_nonfinite dist_timeout
 """
@@ -44,7 +44,7 @@ FINETUNE = (
 )
 EXAMINE = """
     model_key ignore_keys input_size output device batch_size scan_backend num_workers worker_timeout pin_mem no_pin_mem
-    dist_timeout eval_resize eval_loader
+    dtype dist_timeout eval_resize eval_loader
 """
 PROBE = (
     EXAMINE

@@ -10,7 +10,6 @@ import torch
 from helpers import TINY_FINETUNE, TINY_PRETRAIN, assert_one_line
 from PIL import Image
 
-import kernels
 import main_pretrain
 from Finetuning import main_finetune
 from util.distributed.processes import init_device
@@ -251,9 +250,8 @@ def test_gpus_that_are_not_there(monkeypatch, environment, device, gpus, message
         init_device(device)
 
 
-def test_backend_that_cannot_use_the_device(monkeypatch, run_script, image_folder, tmp_path, capsys):
-    monkeypatch.setattr(kernels, "activation_dtype", lambda device: torch.bfloat16)  # as on a GPU
-    words = ["--data_path", image_folder, "--output_dir", tmp_path, "--scan_backend", "cpu"]
+def test_backend_that_cannot_use_the_device(run_script, image_folder, tmp_path, capsys):
+    words = ["--data_path", image_folder, "--output_dir", tmp_path, "--scan_backend", "cpu", "--dtype", "bf16"]
     with pytest.raises(SystemExit) as exit_info:
         run_script(main_pretrain, *TINY_PRETRAIN, *words)
     assert_one_line(capsys, exit_info, "backend 'cpu' does not compute torch.bfloat16")

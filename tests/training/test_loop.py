@@ -18,6 +18,7 @@ from training_helpers import NotedLog, one_weight_run, plain_sgd
 from Finetuning import engine_finetune
 from util.distributed.parallel import distribute
 from util.tracking.run_log import Log, Progress, ScreenLog
+from util.training import precision
 from util.training.loop import train_epoch
 from util.training.run_state import Run
 
@@ -136,8 +137,9 @@ class CountReads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("accum_iter", [1, 3])
-def test_the_host_waits_only_at_log_points(accum_iter, monkeypatch):
+@pytest.mark.parametrize(("accum_iter", "dtype"), [(1, "fp32"), (3, "fp32"), (1, "fp16")])
+def test_the_host_waits_only_at_log_points(accum_iter, dtype, monkeypatch):
+    monkeypatch.setattr(precision, "_chosen", dtype)
     lists = []
     to_list = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: lists.append(self.shape) or to_list(self))
@@ -149,7 +151,7 @@ def test_the_host_waits_only_at_log_points(accum_iter, monkeypatch):
         reads.append(mode.reads)
     assert reads[0] == reads[1] == 1  # this test's own look at the weight
     assert len(log.points) == 3  # batches 20 or 21, 40 or 42, 45
-    assert lists.count(torch.Size([5])) == 1 + 3
+    assert lists.count(torch.Size([6])) == 1 + 3
 
 
 class Lines(ScreenLog):

@@ -159,6 +159,7 @@ _POSSIBLE: dict[str, Callable[[object], bool]] = {
     "global_pool": lambda value: isinstance(value, (bool, str)),
     "mean": _are_numbers,
     "std": lambda value: _are_numbers(value, 0),
+    "dtype": lambda value: value in ("bf16", "fp16", "fp32"),
     "exif": lambda value: isinstance(value, bool),
     "norm_pix_loss": lambda value: isinstance(value, bool),
     "directions": lambda value: is_integer(value, 1, 4),

@@ -41,7 +41,8 @@ def train_epoch(
     and the loss of the first update, so that a line soon tells that the run works.
     An update with a non-finite gradient is skipped on the device: the norm is that of the all-reduced gradients, so all
     processes skip it together. After `max_nonfinite` skipped updates in a row, all further updates are skipped until
-    the next log point ends the run.
+    the next log point ends the run. With float16, a skipped update halves the scale of the loss, and counts only when
+    the scale cannot fall further.
 
     Args:
         model: bare or distributed.
@@ -63,7 +64,9 @@ def train_epoch(
         Interrupted: the run was asked to stop; a checkpoint is written.
     """
     args, epoch, accum_iter = run.args, run.epoch, run.args.accum_iter
-    optimizer: Any = run.optimizer  # `found_inf` is an attribute that torch's own GradScaler sets, too
+    optimizer: Any = run.optimizer  # torch's own GradScaler sets `found_inf` and `grad_scale`, too
+    loss_scale = run.loss_scale
+    loss_scale.start(device)
     model.train()
     images = args.batch_size * world_size()  # of a batch, on all processes
     done = run.samples // images  # batches, before this process started
@@ -101,7 +104,7 @@ def train_epoch(
                 loss = compute_loss(*batch)
             finite = loss.detach().isfinite()
             # a non-finite loss can have finite gradients; NaN forces the skip
-            (loss / accum_iter * torch.where(finite, 1.0, math.nan)).backward()
+            loss_scale.scaled(loss / accum_iter * torch.where(finite, 1.0, math.nan)).backward()
         loss = loss.detach()
         if run.graphs is not None:
             run.graphs.capture()
@@ -112,15 +115,20 @@ def train_epoch(
             continue
 
         norm = full_tensor(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        norm = loss_scale.unscaled(norm)
         if args.clip_grad:
             nn.utils.clip_grads_with_norm_(parameters, args.clip_grad, norm)
-        skip = (~norm.isfinite() | (in_a_row >= args.max_nonfinite)).float()
+        overflow = (~norm.isfinite()).float()
+        skip = torch.maximum(overflow, (in_a_row >= args.max_nonfinite).float())
         optimizer.found_inf = skip  # where it is 1, a fused optimizer changes neither weights nor moments
+        if loss_scale.active:
+            optimizer.grad_scale = loss_scale.scale  # it divides the gradients
         optimizer.step()
         optimizer.zero_grad()
         after_update(skip)
         skipped += skip
-        in_a_row.add_(1).mul_(skip)
+        in_a_row.add_(loss_scale.counts()).mul_(skip)
+        loss_scale.update(overflow)
 
         update = (epoch * steps + step + 1) // accum_iter  # of the run, from 1
         stops = run.stop.agreed()
@@ -133,20 +141,22 @@ def train_epoch(
                 progress.update(images, quiet=True)
             continue
         window = reduce_sum(window)
-        total, count, grad_norm, now_skipped, row = torch.cat(
-            [window, torch.stack([norm, skipped, in_a_row]).double()]
+        total, count, grad_norm, now_skipped, row, scale = torch.cat(
+            [window, torch.stack([norm, skipped, in_a_row, loss_scale.scale]).double()]
         ).tolist()  # the one place where the host waits for the device
         loss_before = run.loss
         run.loss = run.loss + args.batch_size * torch.tensor([total, count], dtype=torch.float64)
         run.samples, run.skipped_in_a_row = (step + 1) * images, int(row)
         mean = total / count if count else math.nan
         progress.update(images, loss=mean, lr=lr)
-        log.scalars(abscissa_of(step + 1), train_loss=mean, lr=lr, grad_norm=grad_norm)
+        scales = {"loss_scale": scale} if loss_scale.active else {}
+        log.scalars(abscissa_of(step + 1), train_loss=mean, lr=lr, grad_norm=grad_norm, **scales)
         if row >= args.max_nonfinite:
             first, run.loss = max(0, step + 1 - int(row) * accum_iter), loss_before
             dump_nonfinite(run, loader, first, Path(args.output_dir))
         if now_skipped:
-            log.say(f"epoch {epoch}, batch {step}: skipped updates with a non-finite gradient: {now_skipped:.0f}")
+            now = f"; the loss is scaled by {scale:g} now" if loss_scale.active else ""
+            log.say(f"epoch {epoch}, batch {step}: skipped updates with a non-finite gradient: {now_skipped:.0f}{now}")
         if count:
             if spikes(run.recent, mean):
                 earlier = statistics.mean(run.recent)

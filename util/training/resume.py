@@ -12,6 +12,7 @@ from util.checkpoints.convert import is_finite, load
 from util.checkpoints.inspection import is_integer, saved_arguments, weights
 from util.distributed.parallel import shard_like
 from util.errors import UserError, as_user_error
+from util.training.precision import is_state
 
 
 def position(content: dict) -> tuple[int, int]:
@@ -23,6 +24,7 @@ def position(content: dict) -> tuple[int, int]:
 _POSITION: dict[str, Callable[[object], bool]] = {
     "samples": is_integer,
     "skipped_in_a_row": is_integer,
+    "scaler": is_state,
     "loss": lambda value: isinstance(value, list) and [type(part) for part in value] == [float, float],
     "max_accuracy": lambda value: isinstance(value, float),
     "ema_max_accuracy": lambda value: isinstance(value, float),

@@ -27,6 +27,7 @@ from util.errors import Interrupted, RunError, UserError
 from util.files import some
 from util.lock import lock_folder
 from util.training import resume
+from util.training.precision import LossScale
 
 if TYPE_CHECKING:
     from timm.utils import ModelEmaV3
@@ -37,8 +38,8 @@ FREE = {
     "output_dir", "log_dir", "data_path", "resume", "finetune", "model_key", "ignore_keys", "start_epoch",
     "allow_changed_args", "save_freq", "save_every_steps", "keep", "blr", "batch_size", "accum_iter", "world_size",
     "num_workers", "worker_timeout", "pin_mem", "max_bad_samples", "max_nonfinite", "dist_timeout", "device", "compile",
-    "cuda_graph", "fused_ops", "deterministic", "fsdp", "scan_backend", "eval", "dist_eval", "eval_bad", "output",
-    "tracker", "vis_freq", "grad_checkpointing", "print_freq", "val_freq", "probe_freq", "probe_images",
+    "cuda_graph", "fused_ops", "deterministic", "fsdp", "scan_backend", "dtype", "eval", "dist_eval", "eval_bad",
+    "output", "tracker", "vis_freq", "grad_checkpointing", "print_freq", "val_freq", "probe_freq", "probe_images",
 }  # fmt: skip
 
 
@@ -98,6 +99,7 @@ class Run:
         self.skipped_in_a_row = 0
         self.best: dict[str, float] = {}
         self.recent: deque[float] = deque(maxlen=20)  # the losses logged last
+        self.loss_scale = LossScale()
         self.stop = StopRequest()
         self.graphs = graphs
         if content is not None:
@@ -153,6 +155,7 @@ class Run:
         if self.samples:
             self.loss = torch.tensor(content.get("loss", [0.0, 0.0]), dtype=torch.float64)
         self.skipped_in_a_row = content.get("skipped_in_a_row", 0)
+        self.loss_scale.load_state_dict(content.get("scaler", {}))
         self.best = {key: content[key] for key in ("max_accuracy", "ema_max_accuracy") if key in content}
         if "model_ema" in weight_keys(content):
             if self.ema is None:
@@ -181,8 +184,7 @@ class Run:
             "samples": self.samples,
             "loss": self.loss.tolist(),
             "skipped_in_a_row": self.skipped_in_a_row,
-            # bf16 needs no loss scaling, but tools based on MAE expect a scaler to load
-            "scaler": torch.amp.GradScaler("cpu").state_dict(),
+            "scaler": self.loss_scale.state_dict(),  # without float16, for tools based on MAE, which expect one
             "args": self.args,
             **self.best,
         }
