@@ -13,7 +13,7 @@ from helpers import REPOSITORY
 import ops
 from ops import naive
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
 
 KERNELS = [("torch", torch.float64), ("torch", torch.float32), ("cpu", torch.float32)]

@@ -81,9 +81,10 @@ def test_wide_rows_are_cut_into_blocks():
 
 
 @OPS
-def test_bfloat16_activations_and_float32_parameters(op):
-    tolerance = 1e-2 if DEVICE == "cpu" else None  # the interpreter cuts bfloat16 off where GPUs round
-    check(op, random_order(2, 9), tolerance=tolerance, K=2, L=9, varying=torch.bfloat16)
+@pytest.mark.parametrize("varying", [torch.bfloat16, torch.float16])
+def test_activations_of_16_bits_and_float32_parameters(op, varying):
+    tolerance = 1e-2 if (DEVICE, varying) == ("cpu", torch.bfloat16) else None  # the interpreter cuts bfloat16 off
+    check(op, random_order(2, 9), tolerance=tolerance, K=2, L=9, varying=varying)
 
 
 @pytest.mark.parametrize("ordered", [False, True])
