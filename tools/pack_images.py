@@ -4,8 +4,8 @@
 
 writes shards/train/*.tar and, if there are images to validate, shards/val/*.tar in the webdataset layout, which
 `--data_path wds:/path/to/shards` reads. Training images with a shorter side above 256 are resized (bicubic) and stored
-as JPEG; all others, and all images of val/, are stored unchanged. Instead of a folder, csv:FILE, wds:FOLDER or
-hfds:NAME is packed as well. The same command resumes a run that was stopped.
+as JPEG, with their orientation; all others, and all images of val/, are stored unchanged. Instead of a folder,
+csv:FILE, wds:FOLDER or hfds:NAME is packed as well. The same command resumes a run that was stopped.
 """
 
 import argparse
@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import simplejpeg
 import torch
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from util import arguments, cli, hardware
@@ -97,7 +98,18 @@ def encode(source: Source, short_side: int | None, quality: int, index: int) -> 
 
     image = torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
     pixels = F.resize_image(image, [short_side], F.InterpolationMode.BICUBIC).permute(1, 2, 0)  # (3, h, w) -> (h, w, 3)
-    return "jpg", simplejpeg.encode_jpeg(pixels.contiguous().numpy(), quality=quality, colorsubsampling="420")
+    jpeg = simplejpeg.encode_jpeg(pixels.contiguous().numpy(), quality=quality, colorsubsampling="420")
+    return "jpg", with_orientation(jpeg, decode.orientation_of(data))
+
+
+def with_orientation(jpeg: bytes, orientation: int) -> bytes:
+    """Return a JPEG with an orientation in EXIF data, which the encoder does not write; 1 needs none."""
+    if orientation == 1:
+        return jpeg
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = exif.tobytes()
+    return jpeg[:2] + b"\xff\xe1" + (2 + len(data)).to_bytes(2, "big") + data + jpeg[2:]  # the segment APP1
 
 
 def suffix_of(name: str) -> str:

@@ -7,6 +7,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from data_helpers import put, run_pack
 from helpers import encoded, finetune_args
 from PIL import Image, ImageOps
 from randaugment_helpers import OPERATIONS
@@ -14,6 +15,7 @@ from randaugment_helpers import OPERATIONS
 from util import seeding
 from util.data import arrays, datasets, decode, randaugment, transforms
 from util.data.pixels import IMAGENET, Pixels
+from util.data.sources import readers
 from util.errors import UserError
 
 GREY, FIVE = Pixels((0.5,), (0.25,), 1), Pixels((0.5,) * 5, (0.25,) * 5, 5)
@@ -127,6 +129,23 @@ def test_an_image_is_turned_before_it_is_cropped(photographs):
             seeding.seed_sample(0, 1, 2)
             got.append(transform(content)[0])
         assert torch.equal(*got)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+def test_packed_images_keep_their_orientation(photographs, tmp_path, kind):
+    """Reduced and encoded anew, they are turned as the original is, or not, depending on --exif alone."""
+    name = f"photo.{kind.lower()}"
+    data = oriented(photographs[0], 6, kind)
+    put(tmp_path, f"train/a/{name}", content=data)
+    run_pack(tmp_path, tmp_path / "shards", "--short_side", 100)
+    packed = readers.open_source(f"wds:{tmp_path / 'shards'}", "train").read(0)
+    assert packed != data
+    for exif, size in ((True, (100, 149)), (False, (100, 149) if kind == "TIFF" else (149, 100))):
+        pixels = IMAGENET._replace(exif=exif)
+        image, original = decode.with_pillow(packed, pixels), decode.with_pillow(data, pixels)
+        assert image.size == size
+        difference = np.asarray(image).astype(int) - original.resize(size, Image.Resampling.BICUBIC)
+        assert np.abs(difference).mean() < 4  # another image, or one that is turned otherwise, differs by 40
 
 
 @pytest.mark.parametrize("value", [0, 9, 65535])

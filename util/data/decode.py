@@ -85,7 +85,7 @@ def with_pillow(data: bytes, pixels: Pixels = IMAGENET) -> Image.Image:
     `BrokenImage` with the reason.
     """
     with opened(data) as image:
-        turn = orientation(image) if pixels.exif and not isinstance(image, TiffImageFile) else 1
+        turn = orientation(image) if pixels.exif else 1
         image = (_grey8(image) if image.mode[0] in "IF" else image).convert("L" if pixels.channels == 1 else "RGB")
         return image if turn == 1 else Image.fromarray(np.ascontiguousarray(turned(np.asarray(image), turn)))
 
@@ -103,7 +103,12 @@ def opened(data: bytes) -> Iterator[Image.Image]:
 
 
 def orientation(image: Image.Image) -> int:
-    """Return the orientation in an image's EXIF data, 1 to 8; 1, as it is stored, if there is none or it is damaged."""
+    """Return the orientation in an image's EXIF data, 1 to 8; 1, as it is decoded, if there is none or it is damaged.
+
+    Pillow turns a TIFF when it decodes it, so that its orientation is 1.
+    """
+    if isinstance(image, TiffImageFile):
+        return 1
     try:
         found = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # Pillow raises nearly any exception on damaged data
@@ -197,7 +202,7 @@ def crop_of(
         whole = _all_pixels(data, pixels)
         return np.ascontiguousarray(_cut(whole, crop(*whole.shape[:2])))
     check_size(width, height)
-    turn = _orientation_of_jpeg(data) if pixels.exif else 1
+    turn = orientation_of(data) if pixels.exif else 1
     part = stored_crop(crop, turn)(height, width)
     top, _, h, w = part
     wanted = size and (size[::-1] if turn in EXCHANGE else size)
@@ -218,8 +223,8 @@ def crop_of(
     return np.ascontiguousarray(turned(_cut(stored, [n // shrink for n in part]), turn))
 
 
-def _orientation_of_jpeg(data: bytes) -> int:
-    """Return the orientation of a JPEG; Pillow takes 0.03 ms."""
+def orientation_of(data: bytes) -> int:
+    """Return the `orientation` in the content of an image file, which is not decoded; Pillow takes 0.03 ms."""
     try:
         with Image.open(BytesIO(data), formats=KNOWN) as image:
             return orientation(image)
