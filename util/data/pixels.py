@@ -11,6 +11,8 @@ from util.errors import UserError
 MEAN = 0.485, 0.456, 0.406
 STD = 0.229, 0.224, 0.225
 LUMA = 0.299, 0.587, 0.114  # share of red, green and blue in grey (ITU-R BT.601), as in Pillow
+# of grey images: exact for the mean, and for the deviation if the colours rise and fall together
+GREY = tuple((round(sum(w * v for w, v in zip(LUMA, values, strict=True)), 4),) for values in (MEAN, STD))
 
 
 class Pixels(NamedTuple):
@@ -72,16 +74,11 @@ IMAGENET = Pixels()
 
 
 def _usual(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of images of which neither is given.
-
-    Those of grey images are ImageNet's, weighted as the channels are: exact for the mean, and for the deviation if the
-    channels rise and fall together.
-    """
+    """Return mean and standard deviation of images of which neither is given: ImageNet's."""
     if channels == 3:
         return MEAN, STD
     if channels == 1:
-        mean, std = (sum(w * v for w, v in zip(LUMA, values, strict=True)) for values in (MEAN, STD))
-        return (round(mean, 4),), (round(std, 4),)
+        return GREY[0], GREY[1]
     raise UserError(
         f"images of {channels} channels have no usual mean and deviation: give --mean and --std, one number or "
         f"{channels} each, of values from 0 to 1"
