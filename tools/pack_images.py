@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from util import arguments, cli, hardware
 from util.data import decode
-from util.data.decode import SUFFIXES, BrokenImage
+from util.data.decode import ARRAYS, SUFFIXES, BrokenImage
 from util.data.device_loader import allowed_broken, list_broken, too_many_broken
 from util.data.sources.folders import Folder
 from util.data.sources.image_files import ImageFiles
@@ -118,7 +118,7 @@ def suffix_of(name: str) -> str:
     Readers look at the content; the suffix must only be that of an image.
     """
     suffix = os.path.splitext(name)[1].removeprefix(".").lower()
-    return suffix if suffix in SUFFIXES else "jpg"
+    return suffix if suffix in {*SUFFIXES, ARRAYS} else "jpg"
 
 
 def _never_readable(path: str) -> bool:

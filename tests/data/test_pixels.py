@@ -7,7 +7,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from data_helpers import put, run_pack
+from data_helpers import put, run_pack, warnings_of, write_shard
 from helpers import encoded, finetune_args
 from PIL import Image, ImageOps
 from randaugment_helpers import OPERATIONS
@@ -301,11 +301,26 @@ def test_bands_of_other_files(photographs):
     np.testing.assert_allclose(got, np.asarray(image) / 255, atol=1e-7)
 
 
-class Trap:
-    """Unpickled, it would end the process."""
-
-    def __reduce__(self):
-        raise AssertionError
+def test_arrays_are_images_where_there_are_no_others(photographs, tmp_path, caplog):
+    """In class folders and in shards; beside images they are left out, and in folders counted, as before."""
+    image, png = npy(bands(photographs, np.uint16)), encoded(photographs[0], "PNG")
+    put(tmp_path / "own", "train/a/1.npy", "train/a/2.NPY", "train/b/deep/3.npy", content=image)
+    own = readers.open_source(str(tmp_path / "own"), "train")
+    assert (own.classes, own.labels.tolist()) == (["a", "b"], [0, 0, 1])
+    run_pack(tmp_path / "own", tmp_path / "shards")
+    packed = readers.open_source(f"wds:{tmp_path / 'shards'}", "train")
+    assert sorted(packed.labels.tolist()) == [0, 0, 1]
+    for source in (own, packed):
+        assert [source.read(index) for index in range(3)] == [image] * 3
+    put(tmp_path / "both", "train/a/1.npy", content=image)
+    put(tmp_path / "both", "train/a/1.png", content=png)
+    source, (said,) = warnings_of(caplog, tmp_path / "both")
+    assert "1 files have no suffix of an image format" in said
+    assert [source.read(index) for index in range(len(source.labels))] == [png]
+    (tmp_path / "mixed").mkdir()
+    write_shard(tmp_path / "mixed" / "train.tar", [("a/1.npy", image), ("a/1.png", png), ("a/1.cls", b"0")])
+    source = readers.open_source(f"wds:{tmp_path / 'mixed'}", "train")
+    assert [source.read(index) for index in range(len(source.labels))] == [png]
 
 
 def of_size(shape, dtype="|u1"):

@@ -33,6 +33,7 @@ FORMATS = {
     "AVIF": ("avif", "avifs"),
 }
 SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)  # in lower case, without a dot
+ARRAYS = "npy"  # suffix of arrays of NumPy, see `util.data.arrays`
 
 # Pillow's warnings and log lines do not name the file; `BrokenImage` does, and the others do not matter.
 warnings.filterwarnings("ignore", module=r"PIL\.")

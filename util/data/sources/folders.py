@@ -4,11 +4,12 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from util.data.decode import SUFFIXES
+from util.data.decode import ARRAYS, SUFFIXES
 from util.data.sources.image_files import ImageFiles
 from util.data.sources.source import HIDDEN, SPLITS, NoSplit, choose_split, count_left_out, is_folder
 from util.errors import UserError, as_user_error
@@ -26,7 +27,7 @@ class Folder(ImageFiles):
 
     Classes and images have the order of torchvision's `ImageFolder`. Unlike there, hidden files and folders are left
     out, and files with any of the suffixes `util.data.decode.SUFFIXES` are read. Without labels, images at any depth
-    are read; they have classes if each of them lies in a folder.
+    are read; they have classes if each of them lies in a folder. Arrays (.npy) are images where there are no others.
     """
 
     def __init__(self, data_path: str, split: str, labels: bool = True) -> None:
@@ -58,7 +59,8 @@ class Folder(ImageFiles):
         shown, times = Counter(map(printable, names)).most_common(1)[0]
         if times > 1:
             raise UserError(f"{self.root}: {times} class folders would be called {shown}: rename one")
-        images = [_images_below(self.folder, name, found, {}) for name in names]
+        files = [[*_files_below(self.folder, name, found[HIDDEN], found[LOOPS], {})] for name in names]
+        images = _images_among(files, found[UNKNOWN])
         left_out = count_left_out(found)
         empty = [printable(name) for name, paths in zip(names, images, strict=True) if not paths]
         if empty:
@@ -70,10 +72,10 @@ class Folder(ImageFiles):
         """Return the same for images with or without labels; the names are empty if some image lies in no folder."""
         found: dict[str, list[str]] = {reason: [] for reason in (UNKNOWN, HIDDEN, LOOPS)}
         names, files = _split_entries(self.folder, "", found[HIDDEN])
-        found[UNKNOWN] = [path for path in files if not _is_image(path)]
-        loose = [path for path in files if _is_image(path)]
         read: dict[str, str] = {}
-        below = {name: images for name in names if (images := _images_below(self.folder, name, found, read))}
+        nested = [[*_files_below(self.folder, name, found[HIDDEN], found[LOOPS], read)] for name in names]
+        loose, *images = _images_among([files, *nested], found[UNKNOWN])
+        below = {name: paths for name, paths in zip(names, images, strict=True) if paths}
         left_out = count_left_out(found)
         if not loose and not below:
             raise UserError(f"{self.root}: no image in it{left_out and f' ({left_out})'}")
@@ -82,16 +84,19 @@ class Folder(ImageFiles):
         return shown if labelled else [], [loose, *below.values()] if loose else [*below.values()], left_out
 
 
-def _images_below(root: str, folder: str, found: dict[str, list[str]], read: dict[str, str]) -> list[str]:
-    """Return the images at any depth in a folder; add other files to `found[UNKNOWN]`. See `_files_below`."""
-    files = list(_files_below(root, folder, found[HIDDEN], found[LOOPS], read))
-    found[UNKNOWN] += [path for path in files if not _is_image(path)]
-    return [path for path in files if _is_image(path)]
+def _images_among(files: list[list[str]], others: list[str]) -> list[list[str]]:
+    """Return the images in each list of files, or if no list has one, the arrays; add all other files to `others`."""
+    wanted = SUFFIXES if any(map(_is_image, chain(*files))) else {ARRAYS}
+    others += [path for path in chain(*files) if _suffix(path) not in wanted]
+    return [[path for path in paths if _suffix(path) in wanted] for paths in files]
 
 
 def _is_image(path: str) -> bool:
-    _, dot, suffix = path.rpartition(".")
-    return bool(dot) and suffix.lower() in SUFFIXES
+    return _suffix(path) in SUFFIXES
+
+
+def _suffix(path: str) -> str:
+    return path.rpartition(".")[2].lower() if "." in path else ""
 
 
 def _split_entries(root: str, folder: str, hidden: list[str]) -> tuple[list[str], list[str]]:

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from filelock import FileLock, Timeout
 
-from util.data.decode import SUFFIXES
+from util.data.decode import ARRAYS, SUFFIXES
 from util.data.sources.source import (
     HIDDEN,
     MAX_CLASSES,
@@ -289,6 +289,7 @@ def _images_of(shard: Path, needs_labels: bool) -> tuple[list[tuple[int, int, in
     """
     about = f"{printable(shard)}: "
     images: dict[str, tuple[int, int, str]] = {}
+    arrays: dict[str, tuple[int, int, str]] = {}  # images of a shard that has no others
     labels: dict[str, dict[str, int | ValueError | None]] = {"cls": {}, "json": {}}
     names: dict[tuple[str, str], str] = {}
     suffixes: defaultdict[str, list[str]] = defaultdict(list)
@@ -306,6 +307,9 @@ def _images_of(shard: Path, needs_labels: bool) -> tuple[list[tuple[int, int, in
             known = kind in SUFFIXES or kind in labels
             if kind and not hidden and (known or "." not in stem):  # KEY.mask.npy belongs to KEY
                 suffixes[key].append(f".{suffix}")
+            place = member.offset_data, member.size, printable(parts[-2]) if parts[1:] else ""
+            if kind == ARRAYS and not hidden and member.isreg() and "." not in stem:
+                arrays[key] = place
             kind = "image" if kind in SUFFIXES else kind
             if kind not in ("image", *labels):
                 continue
@@ -319,10 +323,10 @@ def _images_of(shard: Path, needs_labels: bool) -> tuple[list[tuple[int, int, in
                 raise UserError(f"{about}the key {printable(key)} has more than one {kind}: {two}")
             names[key, kind] = name
             if kind == "image":
-                images[key] = member.offset_data, member.size, printable(parts[-2]) if parts[1:] else ""
+                images[key] = place
             else:
                 labels[kind][key] = _label(file, member, kind)
-    entries = []
+    entries, images = [], images or arrays
     left_out[UNUSED] += [
         f"{key} ({', '.join(suffixes[key])})"
         for key in suffixes.keys() - images.keys() - labels["cls"].keys() - labels["json"].keys()
