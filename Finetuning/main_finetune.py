@@ -19,6 +19,7 @@ log.txt and TensorBoard files. --resume auto resumes from the checkpoint that wa
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 from pathlib import Path
@@ -41,7 +42,7 @@ from util.data.sources.source import Source
 from util.distributed.parallel import distribute
 from util.distributed.processes import init_device
 from util.errors import UserError, as_user_error
-from util.files import some
+from util.files import printable, some
 from util.lr_decay import param_groups_layer_decay
 from util.seeding import seed_everything
 from util.tracking.run_log import Log, clock, open_log
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
     from models_classifier import ARMClassifier
     from pretrained import Checkpoint
     from util.data.datasets import ImageDataset
+
+LOGGER = logging.getLogger("arm")
 
 # timm, torchvision and the models are imported after the checks, so that --help and mistakes take half of the time.
 
@@ -257,6 +260,8 @@ def prepare(
     model = build_classifier(args, found)
     pixels = Pixels.of(args, {} if found is None else found.saved_pixels)
     vars(args).update(pixels.arguments())
+    if pixels.unusual:
+        LOGGER.info("%s%s", pixels, "" if found is None else f"; what no flag says is as in {printable(found.name)}")
     transform = eval_transform(arguments.image_size(args), args.eval_resize, pixels)
     val = ImageDataset(source, pixels_by(args.eval_loader, transform))
     idle = {"augment": "it carries out RandAugment on the training device: --aa rand..., --loader fast"}

@@ -3,16 +3,25 @@
 import argparse
 import copy
 import io
+import json
+import logging
+import math
 
 import numpy as np
 import pytest
 import torch
 from data_helpers import put, run_pack, warnings_of, write_shard
-from helpers import encoded, finetune_args
+from helpers import TINY_FINETUNE, TINY_PRETRAIN, encoded, finetune_args
 from PIL import Image, ImageOps
 from randaugment_helpers import OPERATIONS
 
+import main_pretrain
+import pretrained
+from Evaluation import probe
+from Finetuning import main_finetune
+from tools import export
 from util import seeding
+from util.checkpoints import checkpoint_file, inspection
 from util.data import arrays, datasets, decode, randaugment, transforms
 from util.data.pixels import IMAGENET, Pixels
 from util.data.sources import readers
@@ -383,3 +392,68 @@ def test_images_of_other_channels_are_cropped_flipped_and_erased(photographs):
     for change in ({"aa": "rand-m9"}, {"color_jitter": 0.4}):
         with pytest.raises(UserError, match="--aa none"):
             transforms.finetune_transform((16, 16), finetune_args(**vars(args) | change))
+
+
+# ---- runs
+
+
+def test_an_array_needs_another_number_of_channels(photographs):
+    for read in (decode.with_pillow, decode.crop_of):
+        with pytest.raises(decode.BrokenImage, match="NumPy is read only with --in_chans other than 1 and 3, not 3"):
+            read(npy(bands(photographs)))
+
+
+def test_scripts_take_the_values_of_the_checkpoint(image_folder, tmp_path, run_script, capsys, caplog):
+    """Finetuning, evaluation, probes and exports; flags come first. A run resumes with its own values only."""
+    common = ["--data_path", image_folder, "--epochs", 1, "--warmup_epochs", 0, "--batch_size", 8]
+    pretrain = [*TINY_PRETRAIN, *common, "--vis_freq", 0]
+    run_script(main_pretrain, *pretrain, "--output_dir", tmp_path, "--mean", 0.5, "--std", 0.1, 0.2, 0.3, "--exif")
+    file, own = tmp_path / "checkpoint-last.pth", Pixels((0.5,) * 3, (0.1, 0.2, 0.3), 3, True)
+    assert pretrained.read(file).pixels == own
+    with pytest.raises(SystemExit):
+        run_script(main_pretrain, *pretrain, "--output_dir", tmp_path / "again", "--resume", file)
+    said = capsys.readouterr().err
+    for change in ("exif True -> False", "mean [0.5, 0.5, 0.5] -> [0.485,", "std [0.1, 0.2, 0.3] -> [0.229,"):
+        assert change in said
+
+    finetune = [*TINY_FINETUNE, *common, "--finetune", file, "--output_dir"]
+    with caplog.at_level(logging.INFO):
+        run_script(main_finetune, *finetune, tmp_path / "same")
+    assert "images of 3 channels with mean 0.5 and deviation 0.1 0.2 0.3, turned as EXIF says; what no" in caplog.text
+    assert pretrained.read(tmp_path / "same" / "checkpoint-last.pth").pixels == own
+    run_script(main_finetune, *finetune, tmp_path / "other", "--mean", 0.25, "--std", 1, "--exif", "False")
+    other = tmp_path / "other" / "checkpoint-last.pth"
+    assert pretrained.read(other).pixels == Pixels((0.25,) * 3, (1.0,) * 3)
+
+    words = ["--data_path", image_folder, "--probe", "knn", "--k", 3, "--batch_size", 8, "--device", "cpu"]
+    run_script(probe, file, *words, "--num_workers", 0, "--output", tmp_path / "probe.json")
+    saved = json.loads((tmp_path / "probe.json").read_text())["args"]
+    assert {name: saved[name] for name in own.arguments()} == own.arguments()
+    run_script(export, other, "--to", "safetensors")
+    about = json.loads(other.with_suffix(".json").read_text())
+    assert (about["pretrained_cfg"]["mean"], about["pretrained_cfg"]["std"]) == ([0.25] * 3, [1.0] * 3)
+    assert pretrained.read(other.with_suffix(".safetensors")).pixels == pretrained.read(other).pixels
+
+
+def test_an_older_checkpoint_has_imagenets_values(image_folder, tmp_path, run_script, capsys):
+    """It does not say which; a run that continues it keeps them."""
+    words = [*TINY_PRETRAIN, "--data_path", image_folder, "--epochs", 2, "--warmup_epochs", 0, "--batch_size", 8]
+    run_script(main_pretrain, *words, "--vis_freq", 0, "--save_freq", 1, "--output_dir", tmp_path / "new")
+    content = checkpoint_file.read(tmp_path / "new" / "checkpoint-0.pth")
+    for name in ("mean", "std", "exif", "in_chans", "dtype"):
+        delattr(content["args"], name)
+    torch.save(content, tmp_path / "old.pth")
+    assert pretrained.read(tmp_path / "old.pth").pixels == IMAGENET
+    more = ["--vis_freq", 0, "--resume", tmp_path / "old.pth", "--output_dir"]
+    run_script(main_pretrain, *words, *more, tmp_path / "resumed")
+    with pytest.raises(SystemExit):
+        run_script(main_pretrain, *words, *more, tmp_path / "other", "--mean", 0.5, "--std", 0.5)
+    assert "mean [0.485, 0.456, 0.406] -> [0.5, 0.5, 0.5]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "args", [{"mean": [0.5, "x"]}, {"std": [0.0] * 3}, {"mean": [], "std": []}, {"exif": 1}, {"mean": [math.nan] * 3}]
+)
+def test_a_damaged_checkpoint_is_refused(args):
+    with pytest.raises(UserError, match=f"its args say {next(iter(args))}"):
+        inspection.saved_arguments({"args": argparse.Namespace(**args)})

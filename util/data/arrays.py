@@ -7,7 +7,7 @@ from math import prod
 import numpy as np
 from PIL import Image
 
-from util.data.decode import MAX_PIXELS, BrokenImage, Crop, as_broken_image, opened, orientation, turned
+from util.data.decode import MAX_PIXELS, NUMPY, BrokenImage, Crop, as_broken_image, opened, orientation, turned
 from util.data.pixels import Pixels
 
 MAX_VALUES = 3 * MAX_PIXELS  # of one image, over all channels: 1.1 GB as float32
@@ -30,7 +30,7 @@ def crop_of(data: bytes, crop: Crop, pixels: Pixels) -> np.ndarray:
     Raises:
         BrokenImage: with the reason: another number of channels, values of another type or not finite, too large.
     """
-    if data.startswith(b"\x93NUMPY"):
+    if data.startswith(NUMPY):
         image, turn = _numpy(data), 1
     elif data.startswith(TIFF):
         image, turn = _tiff(data)

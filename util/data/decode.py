@@ -33,7 +33,7 @@ FORMATS = {
     "AVIF": ("avif", "avifs"),
 }
 SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)  # in lower case, without a dot
-ARRAYS = "npy"  # suffix of arrays of NumPy, see `util.data.arrays`
+ARRAYS, NUMPY = "npy", b"\x93NUMPY"  # suffix and first bytes of arrays of NumPy, see `util.data.arrays`
 
 # Pillow's warnings and log lines do not name the file; `BrokenImage` does, and the others do not matter.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -85,6 +85,8 @@ def with_pillow(data: bytes, pixels: Pixels = IMAGENET) -> Image.Image:
     Only the first frame or page is decoded, and turned if `pixels.exif` says so; Pillow always turns a TIFF. Raise
     `BrokenImage` with the reason.
     """
+    if data.startswith(NUMPY):
+        raise BrokenImage(f"an array of NumPy is read only with --in_chans other than 1 and 3, not {pixels.channels}")
     with opened(data) as image:
         turn = orientation(image) if pixels.exif else 1
         image = (_grey8(image) if image.mode[0] in "IF" else image).convert("L" if pixels.channels == 1 else "RGB")

@@ -35,6 +35,19 @@ class Pixels(NamedTuple):
         """Return whether images are arrays of floating point, since Pillow has none of this number of channels."""
         return self.channels not in (1, 3)
 
+    def __str__(self) -> str:
+        """Say in words what they are; equal numbers are named once."""
+        mean, std = (
+            " ".join(f"{v:g}" for v in ([*{*values}] if len({*values}) == 1 else values)) for values in self[:2]
+        )
+        turned = ", turned as EXIF says" if self.exif else ""
+        return f"images of {self.channels} channels with mean {mean} and deviation {std}{turned}"
+
+    @property
+    def unusual(self) -> bool:
+        """Return whether they differ from those that images of so many channels have by default."""
+        return self.exif or self.as_stored or (self.mean, self.std) != _usual(self.channels)
+
     @classmethod
     def of(cls, args: argparse.Namespace, saved: Mapping[str, Any] = MappingProxyType({})) -> "Pixels":
         """Return those of a command line, of an examined model or of a checkpoint.
