@@ -1,4 +1,4 @@
-"""Channels, orientation, mean and deviation of images."""
+"""Orientation, mean and deviation of images, and grey ones."""
 
 import argparse
 import copy
@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from data_helpers import put, run_pack, warnings_of, write_shard
+from data_helpers import put, run_pack
 from helpers import TINY_FINETUNE, TINY_PRETRAIN, encoded, finetune_args
 from PIL import Image, ImageOps
 from randaugment_helpers import OPERATIONS
@@ -22,12 +22,12 @@ from Finetuning import main_finetune
 from tools import export
 from util import seeding
 from util.checkpoints import checkpoint_file, inspection
-from util.data import arrays, datasets, decode, randaugment, transforms
+from util.data import datasets, decode, randaugment, transforms
 from util.data.pixels import IMAGENET, Pixels
 from util.data.sources import readers
 from util.errors import UserError
 
-GREY, FIVE = Pixels((0.5,), (0.25,), 1), Pixels((0.5,) * 5, (0.25,) * 5, 5)
+GREY = Pixels((0.5,), (0.25,), 1)
 
 
 def flags(**values):
@@ -230,177 +230,7 @@ def test_grey_images_are_augmented(photographs, aa):
     assert (got[0] - got[1]).abs().mean() < 1.5
 
 
-# ---- other numbers of channels
-
-
-def bands(photographs, dtype=np.uint8):
-    """Return red, green and blue of a photograph, its grey and its reverse grey, (47, 64, 5)."""
-    small = photographs[0].resize((64, 47))
-    image = np.dstack([small, small.convert("L"), 255 - np.asarray(small.convert("L"))])
-    return (image.astype(np.float64) / 255 * (np.iinfo(dtype).max if np.dtype(dtype).kind in "iu" else 1)).astype(dtype)
-
-
-def npy(array, **how):
-    file = io.BytesIO()
-    np.save(file, array, **how)
-    return file.getvalue()
-
-
-def whole(height, width):
-    return 0, 0, height, width
-
-
-@pytest.mark.parametrize("dtype", ["u1", "<u2", ">u2", "i2", "<u4", "f2", ">f4", "f8"])
-def test_arrays(photographs, dtype):
-    """Integers are divided by the largest of their type, floating point is kept; any layout of the memory is read."""
-    image = bands(photographs, np.dtype(dtype))
-    want = image.astype(np.float64) / (np.iinfo(dtype).max if image.dtype.kind in "iu" else 1)
-    for layout in (image, np.asfortranarray(image)):
-        got = arrays.crop_of(npy(layout), whole, FIVE)
-        assert got.dtype == np.float32
-        np.testing.assert_allclose(got, want, atol=1e-7)
-    part = arrays.crop_of(npy(image), lambda height, width: (3, 5, 20, 10), FIVE)
-    np.testing.assert_allclose(part, want[3:23, 5:15], atol=1e-7)
-
-
-def test_version_2_of_the_format(photographs):
-    file = io.BytesIO()
-    np.lib.format.write_array(file, bands(photographs), version=(2, 0))
-    assert arrays.crop_of(file.getvalue(), whole, FIVE).shape == (47, 64, 5)
-
-
-@pytest.mark.parametrize("how", ["bands", "planes", "pages", "tiles", "deflated"])
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
-def test_tiffs_of_several_bands(photographs, how, dtype):
-    tifffile = pytest.importorskip("tifffile")
-    image, file = bands(photographs, dtype), io.BytesIO()
-    options = {
-        "bands": {"photometric": "minisblack", "planarconfig": "contig"},
-        "planes": {"photometric": "minisblack", "planarconfig": "separate"},
-        "pages": {"photometric": "minisblack", "metadata": {"axes": "CYX"}},
-        "tiles": {"photometric": "minisblack", "planarconfig": "contig", "tile": (16, 16)},
-        "deflated": {"photometric": "minisblack", "planarconfig": "contig", "compression": "zlib"},
-    }[how]
-    tifffile.imwrite(file, image.transpose(2, 0, 1) if how in ("planes", "pages") else image, **options)
-    got = arrays.crop_of(file.getvalue(), whole, FIVE)
-    np.testing.assert_allclose(got, image / (1 if dtype == np.float32 else np.iinfo(dtype).max), atol=1e-7)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_tiff_of_several_bands_is_turned(photographs, orientation):
-    tifffile = pytest.importorskip("tifffile")
-    image, file = bands(photographs), io.BytesIO()
-    tag = [(274, "H", 1, orientation, True)]
-    tifffile.imwrite(file, image, photometric="minisblack", planarconfig="contig", extratags=tag)
-    for exif, turn in ((True, orientation), (False, 1)):
-        want = [
-            np.asarray(
-                decode.with_pillow(oriented(Image.fromarray(image[..., i]), turn, "PNG"), GREY._replace(exif=True))
-            )
-            for i in range(5)
-        ]
-        got = arrays.crop_of(file.getvalue(), whole, FIVE._replace(exif=exif))
-        np.testing.assert_allclose(got * 255, np.dstack(want), atol=1e-4)
-
-
-def test_bands_of_other_files(photographs):
-    """A PNG with four bands can be read with four channels."""
-    image = photographs[0].convert("RGBA")
-    got = arrays.crop_of(encoded(image, "PNG"), whole, Pixels((0.5,) * 4, (0.5,) * 4, 4))
-    np.testing.assert_allclose(got, np.asarray(image) / 255, atol=1e-7)
-
-
-def test_arrays_are_images_where_there_are_no_others(photographs, tmp_path, caplog):
-    """In class folders and in shards; beside images they are left out, and in folders counted, as before."""
-    image, png = npy(bands(photographs, np.uint16)), encoded(photographs[0], "PNG")
-    put(tmp_path / "own", "train/a/1.npy", "train/a/2.NPY", "train/b/deep/3.npy", content=image)
-    own = readers.open_source(str(tmp_path / "own"), "train")
-    assert (own.classes, own.labels.tolist()) == (["a", "b"], [0, 0, 1])
-    run_pack(tmp_path / "own", tmp_path / "shards")
-    packed = readers.open_source(f"wds:{tmp_path / 'shards'}", "train")
-    assert sorted(packed.labels.tolist()) == [0, 0, 1]
-    for source in (own, packed):
-        assert [source.read(index) for index in range(3)] == [image] * 3
-    put(tmp_path / "both", "train/a/1.npy", content=image)
-    put(tmp_path / "both", "train/a/1.png", content=png)
-    source, (said,) = warnings_of(caplog, tmp_path / "both")
-    assert "1 files have no suffix of an image format" in said
-    assert [source.read(index) for index in range(len(source.labels))] == [png]
-    (tmp_path / "mixed").mkdir()
-    write_shard(tmp_path / "mixed" / "train.tar", [("a/1.npy", image), ("a/1.png", png), ("a/1.cls", b"0")])
-    source = readers.open_source(f"wds:{tmp_path / 'mixed'}", "train")
-    assert [source.read(index) for index in range(len(source.labels))] == [png]
-
-
-def of_size(shape, dtype="|u1"):
-    """The header of a .npy file, and no data."""
-    file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
-    return file.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (npy(np.zeros((8, 9, 4), np.uint8)), "shape 8 x 9 x 4, not height x width x 5 channels"),
-        (npy(np.zeros((5, 8, 9), np.uint8)), "shape 5 x 8 x 9, not height x width x 5 channels"),
-        (npy(np.zeros((8, 9), np.uint8)), "shape 8 x 9, not"),
-        (npy(np.zeros((8, 0, 5), np.uint8)), "8 x 0 x 5 values are none"),
-        (npy(np.full((8, 9, 5), np.nan)), "not finite"),
-        (npy(np.full((8, 9, 5), np.inf, np.float32)), "not finite"),
-        (npy(np.full((8, 9, 5), 1e300)), "not finite in float32"),
-        (npy(np.array([[[None] * 5]]), allow_pickle=True), "type object, and are no"),
-        (npy(np.zeros((8, 9, 5), complex)), "type complex128"),
-        (npy(np.zeros((8, 9, 5), bool)), "type bool"),
-        (npy(np.zeros((8, 9), [("a", "f4")])), "type"),
-        (of_size((10**9, 10**9, 5)), "values are none, or more than"),
-        (of_size((-8, -9, 5)), "ends after|values|negative"),
-        (of_size((100, 100, 5), "<f4"), "ends after 0 of 200000 bytes"),
-        (npy(np.zeros((8, 9, 5), np.uint8))[:40], "."),
-        (b"\x93NUMPY\x09\x00", "."),
-        (b"II*\0", "."),
-        (b"", "no image of a known format"),
-        (encoded(Image.new("RGB", (9, 8)), "PNG"), "shape 8 x 9 x 3, not height x width x 5 channels"),
-        (encoded(Image.new("L", (9, 8)), "JPEG"), "shape 8 x 9 x 1, not height x width x 5 channels"),
-    ],
-)
-def test_arrays_that_cannot_be_read(data, reason):
-    with pytest.raises(decode.BrokenImage, match=reason):
-        arrays.crop_of(data, whole, FIVE)
-
-
-def test_images_of_other_channels_are_cropped_flipped_and_erased(photographs):
-    """By the values of the crop, resized as torchvision does; RandAugment and colour jitter are refused."""
-    image = bands(photographs, np.uint16)
-    args = finetune_args(in_chans=5, mean=[0.5], std=[0.25], aa="none", reprob=0.0, scale=[1.0, 1.0], hflip=1.0)
-    for recipe in (transforms.finetune_transform((16, 16), args), transforms.pretrain_transform((16, 16), args)):
-        transform = datasets.pixels_by("pil", recipe)  # one line says that this loader cannot
-        seeding.seed_sample(0, 0, 0)
-        pixels, numbers = transform(npy(image))
-        got = transform.finish(pixels[None], torch.tensor([numbers], dtype=torch.float64), torch.device("cpu"))
-        assert (got.shape, got.dtype) == ((1, 5, 16, 16), torch.float32)
-        channels = got[0].flip(2) * 0.25 + 0.5
-        torch.testing.assert_close(channels[4], 1 - channels[3], atol=2e-3, rtol=0)
-        torch.testing.assert_close(
-            channels.mean((1, 2)), torch.tensor(image / 65535).float().mean((0, 1)), atol=0.1, rtol=0
-        )
-    erasing = finetune_args(**vars(args) | {"reprob": 1.0, "remode": "const"})
-    transform = datasets.pixels_by("fast", transforms.finetune_transform((16, 16), erasing))
-    pixels, numbers = transform(npy(image))
-    got = transform.finish(pixels[None], torch.tensor([numbers], dtype=torch.float64), torch.device("cpu"))
-    assert 0 < (got == 0).all(dim=1).sum() < 256
-    for change in ({"aa": "rand-m9"}, {"color_jitter": 0.4}):
-        with pytest.raises(UserError, match="--aa none"):
-            transforms.finetune_transform((16, 16), finetune_args(**vars(args) | change))
-
-
 # ---- runs
-
-
-def test_an_array_needs_another_number_of_channels(photographs):
-    for read in (decode.with_pillow, decode.crop_of):
-        with pytest.raises(decode.BrokenImage, match="NumPy is read only with --in_chans other than 1 and 3, not 3"):
-            read(npy(bands(photographs)))
 
 
 def test_scripts_take_the_values_of_the_checkpoint(image_folder, tmp_path, run_script, capsys, caplog):
