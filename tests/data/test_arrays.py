@@ -86,6 +86,23 @@ def test_a_tiff_of_several_bands_is_turned(photographs, orientation):
         np.testing.assert_allclose(got * 255, want, atol=1e-4)
 
 
+def test_a_tiff_of_several_bands_needs_a_library(monkeypatch, photographs):
+    monkeypatch.setattr(arrays, "find_spec", lambda name: None)
+    with pytest.raises(decode.BrokenImage, match="needs tifffile: pip install tifffile"):
+        arrays.crop_of(encoded(photographs[0], "TIFF"), whole, FIVE)
+
+
+def test_a_truncated_tiff_is_broken(photographs, caplog):
+    """With a reason, and without lines of the library that do not name the file."""
+    tifffile = pytest.importorskip("tifffile")
+    file = io.BytesIO()
+    tifffile.imwrite(file, bands(photographs), photometric="minisblack", planarconfig="contig", compression="zlib")
+    for end in (20, 300, len(file.getvalue()) - 50):
+        with pytest.raises(decode.BrokenImage):
+            arrays.crop_of(file.getvalue()[:end], whole, FIVE)
+    assert not caplog.records
+
+
 def test_bands_of_other_files(photographs):
     """A PNG with four bands can be read with four channels."""
     image = photographs[0].convert("RGBA")

@@ -1,5 +1,6 @@
 """Decode images of any number of channels: arrays of NumPy (.npy), TIFFs, and other files with as many bands."""
 
+import logging
 from importlib.util import find_spec
 from io import BytesIO
 from math import prod
@@ -12,6 +13,7 @@ from util.data.pixels import Pixels
 
 MAX_VALUES = 3 * MAX_PIXELS  # of one image, over all channels: 1.1 GB as float32
 LARGEST = np.finfo(np.float32).max
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # its lines do not name the file; `BrokenImage` does
 TIFF = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"  # the first bytes; with + it is a BigTIFF
 
 
