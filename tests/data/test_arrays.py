@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 from data_helpers import put, run_pack, warnings_of, write_shard
-from helpers import encoded, finetune_args
+from helpers import TINY_FINETUNE, TINY_PRETRAIN, encoded, finetune_args
 from PIL import Image, ImageOps
 
+import main_pretrain
+import pretrained
+from Finetuning import main_finetune
 from util import seeding
 from util.data import arrays, datasets, decode, transforms
 from util.data.pixels import Pixels
@@ -198,3 +201,27 @@ def test_an_array_needs_another_number_of_channels(photographs):
     for read in (decode.with_pillow, decode.crop_of):
         with pytest.raises(decode.BrokenImage, match="NumPy is read only with --in_chans other than 1 and 3, not 3"):
             read(npy(bands(photographs)))
+
+
+def test_a_run_of_five_channels(photographs, tmp_path, run_script, capsys):
+    """Pretrained, finetuned and evaluated; every part that cannot take them says so."""
+    for split, count in (("train", 8), ("val", 2)):
+        for name in ("a", "b"):
+            for i in range(count):
+                put(tmp_path, f"{split}/{name}/{i}.npy", content=npy(bands(photographs, np.uint16)[i:]))
+    common = ["--data_path", tmp_path, "--epochs", 1, "--warmup_epochs", 0, "--batch_size", 8]
+    pretrain = [*TINY_PRETRAIN, *common, "--vis_freq", 1, "--in_chans", 5]
+    with pytest.raises(SystemExit):
+        run_script(main_pretrain, *pretrain, "--output_dir", tmp_path / "none")
+    assert "images of 5 channels have no usual mean and deviation: give --mean and --std" in capsys.readouterr().err
+    run_script(main_pretrain, *pretrain, "--output_dir", tmp_path / "out", "--mean", 0.5, "--std", 0.25)
+    file = tmp_path / "out" / "checkpoint-last.pth"
+    assert pretrained.read(file).pixels == FIVE._replace(mean=(0.5,) * 5, std=(0.25,) * 5)
+    finetune = [*TINY_FINETUNE, *common, "--finetune", file, "--output_dir"]
+    with pytest.raises(SystemExit):
+        run_script(main_finetune, *finetune, tmp_path / "none")
+    assert "--aa none" in capsys.readouterr().err
+    run_script(main_finetune, *finetune, tmp_path / "tuned", "--aa", "none", "--mixup", 0.8, "--cutmix", 1)
+    capsys.readouterr()
+    run_script(main_finetune, *TINY_FINETUNE, *common, "--eval", "--resume", tmp_path / "tuned" / "checkpoint-last.pth")
+    assert "on 4 images" in capsys.readouterr().out
