@@ -25,6 +25,7 @@ from util.data.class_names import match_classes
 from util.data.datasets import ImageDataset, pixels_by
 from util.data.device_loader import DeviceLoader
 from util.data.loaders import chunk_loader
+from util.data.pixels import Pixels
 from util.data.sources.readers import open_source
 from util.data.sources.source import NoSplit, Source
 from util.data.transforms import eval_transform
@@ -59,7 +60,7 @@ class Watch:
     ) -> None:
         self.args, self.device, self.say = args, device, say
         self.start, self.spent = time.monotonic(), {"val": 0.0, "probe": 0.0}
-        self.pixels = pixels_by("pil", eval_transform(image_size(args), "square"))  # the defaults of probe.py
+        self.pixels = pixels_by("pil", eval_transform(image_size(args), "square", Pixels.of(args)))  # as probe.py
         val = self._open_val()
         self.val: ImageDataset | None = None
         self.probed: ConcatDataset | None = None
