@@ -16,7 +16,7 @@ from sklearn.datasets import load_sample_images
 import main_pretrain
 import models_arm
 import studies.run
-from demo import compare_loaders, watch_cost
+from demo import compare_loaders, photographs, watch_cost
 from Evaluation import features, probe, robustness
 from Finetuning import main_finetune
 from tools import export, pack_images, plot_log, predict, visualize
@@ -27,6 +27,7 @@ SCRIPTS = {
     "Evaluation/probe.py": probe,
     "Evaluation/robustness.py": robustness,
     "demo/compare_loaders.py": compare_loaders,
+    "demo/photographs.py": photographs,
     "demo/watch_cost.py": watch_cost,
     "studies.run": studies.run,
     "tools/export.py": export,
