@@ -61,7 +61,7 @@ class Watch:
         self.args, self.device, self.say = args, device, say
         self.start, self.spent = time.monotonic(), {"val": 0.0, "probe": 0.0}
         self.pixels = pixels_by("pil", eval_transform(image_size(args), "square", Pixels.of(args)))  # as probe.py
-        val = self._open_val()
+        val = self._open_val(train)
         self.val: ImageDataset | None = None
         self.probed: ConcatDataset | None = None
         if args.val_freq and val is not None:
@@ -71,13 +71,17 @@ class Watch:
         if args.probe_freq:
             self.probed, self.queries = self._images_to_probe(train, val)
 
-    def _open_val(self) -> Source | None:
-        """Return val/, or None if it is not needed, or there is none and the probe alone would have liked it."""
+    def _open_val(self, train: Source) -> Source | None:
+        """Return val/, or None if it is not needed, or there is none and only the probe, for kNN, would take it."""
         if self.args.val_freq:
             with as_user_error(UserError, prefix=f"--val_freq {self.args.val_freq}: "):
                 return open_source(self.args.data_path, "val", labels=False)
         try:
-            return open_source(self.args.data_path, "val", labels=False) if self.args.probe_freq else None
+            return (
+                open_source(self.args.data_path, "val", labels=False)
+                if has_classes(train) and self.args.probe_freq
+                else None
+            )
         except NoSplit as error:
             self.say(f"the probe uses training images only: {error}")
             return None
@@ -92,10 +96,10 @@ class Watch:
         """
         count, images = min(self.args.probe_images, len(train.labels)), ImageDataset(train, self.pixels)
         every = f"every {self.args.probe_freq} epochs"
-        if len(train.classes) < 2:  # without classes, or all images lie in one folder
+        if not has_classes(train):
             self.say(f"probe: RankMe of {count} training images, {every}; kNN needs classes, which {train.root} lacks")
             return ConcatDataset([Subset(images, draw(train.labels, count).tolist())]), 0
-        if val is not None and len(val.classes) > 1:
+        if val is not None and has_classes(val):
             with as_user_error(UserError, prefix=f"--probe_freq {self.args.probe_freq}: "):
                 for line in match_classes(val, train.classes, train.root):
                     self.say(line)
@@ -237,6 +241,11 @@ def _left_as_it_is(model: PretrainModel, device: torch.device) -> Iterator[None]
             yield
         finally:
             model.train(training)
+
+
+def has_classes(source: Source) -> bool:
+    """Return whether the images have classes to tell apart, which those of one folder have not."""
+    return len(source.classes) > 1
 
 
 def draw(labels: np.ndarray, count: int) -> np.ndarray:

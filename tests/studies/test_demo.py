@@ -18,6 +18,9 @@ import main_pretrain
 from demo import demo, photographs
 from demo.digits import unpack_digits
 from demo.pictures import draw_curves, draw_predictions
+from Evaluation import probe
+from Finetuning import main_finetune
+from tools import plot_log, predict, visualize
 from util import cli
 from util.checkpoints import checkpoint_file
 from util.errors import RunError
@@ -152,6 +155,47 @@ def test_tiles_of_photographs(tmp_path, monkeypatch, run_script, capsys):
     assert rows[f"tiles/{photographs.AERIAL[1]}_00_00.png"] == ("scattered", "train")
     assert len(rows) == 8
     assert all((tmp_path / "own" / path).is_file() for path in rows)
+
+
+# What makes the commands of the page short: a smaller model, fewer epochs, no processes.
+SHORTER = {
+    main_pretrain: "--embed_dim 32 --depth 2 --dec_depth 1 --epochs 2 --warmup_epochs 0 --num_workers 0",
+    main_finetune: "--embed_dim 32 --depth 2 --epochs 1 --warmup_epochs 0 --num_workers 0",
+    probe: "--num_workers 0 --probe_epochs 2 --seeds 1",
+    predict: "--num_workers 0",
+}
+
+
+def test_the_walk_through(tmp_path, monkeypatch, run_script, capsys):
+    """The commands of docs/own_images.md run in their order, each on the files that those before it have written."""
+    first, second = (f"data/{name}" for name in photographs.AERIAL)
+    others = {package: dict.fromkeys(names, (64, 64)) for package, names in photographs.OTHERS.items()}
+    aerial = {f"{first}.png": (384, 640), f"{second}.png": (704, 832)}  # the page names a tile of its last row
+    boxes = [(f"{name}.xml", (0, 0, 200, 832)) for name in (first, second)]
+    as_package(tmp_path, "skimage", others["skimage"])
+    as_package(tmp_path, "deepforest", others["deepforest"] | aerial, boxes)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    page = (REPOSITORY / "docs" / "own_images.md").read_text()
+    commands = re.findall(r"^(?:python|torchrun --standalone --nproc_per_node 2) (\w+/)?(\w+)\.py (.+)$", page, re.M)
+    scripts = (photographs, main_pretrain, plot_log, visualize, probe, main_finetune, predict)
+    by_name = {script.__name__.rpartition(".")[2]: script for script in scripts}
+    assert set(by_name) == {name for _, name, _ in commands}
+    for _, name, words in commands:
+        script = by_name[name]
+        shorter = "--num_workers 0" if "--eval" in words else SHORTER.get(script, "")
+        run_script(script, *words.split(), *shorter.split())
+    said = capsys.readouterr().out
+    assert "RankMe" in said
+    own = tmp_path / "own_photos"
+    report = own / "finetune" / "checkpoint-best.eval"
+    assert f"report: {report.relative_to(tmp_path)}" in said
+    for picture in (own / "curves.png", *own.glob("*-sheet.png"), *report.glob("*.png")):
+        assert np.asarray(Image.open(picture).convert("L")).std() > 10
+    with (own / "answers.csv").open(encoding="utf-8", newline="") as file:
+        answers = {row["file"]: float(row["probability_1"]) for row in csv.DictReader(file)}
+    assert set(answers) == {f"own_photos/held_out/{path.name}" for path in (own / "held_out").iterdir()}
+    assert min(answers.values()) > 1 / 3
 
 
 def test_photographs_that_are_missing(tmp_path, monkeypatch, run_script, capsys):
