@@ -64,7 +64,7 @@ def evaluate_checkpoint(
     if args.compile:
         model.compile()
     source = val.source
-    names, assumed = known_names(found.class_names, args.nb_classes, source, found.name)
+    names, assumed = known_names(found.class_names, args.nb_classes, source.classes, found.name)
     for line in [assumed] * bool(assumed) + match_classes(source, names, found.name):
         log.say(line)
     pooling = "mean of the patches" if args.global_pool else "class token"

@@ -66,9 +66,9 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Model:
     return model.to(device).requires_grad_(False)
 
 
-def eval_images(args: argparse.Namespace, source: Source) -> ImageDataset:
-    """Return the images of a source as the model of `load_model` sees them in evaluation."""
-    transform = eval_transform(arguments.image_size(args), args.eval_resize, Pixels.of(args))
+def eval_images(args: argparse.Namespace, source: Source, ratio: float | None = None) -> ImageDataset:
+    """Return the images of a source as the model of `load_model` sees them; for `ratio` see `eval_transform`."""
+    transform = eval_transform(arguments.image_size(args), args.eval_resize, Pixels.of(args), ratio)
     return ImageDataset(source, pixels_by(args.eval_loader, transform))
 
 

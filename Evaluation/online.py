@@ -32,6 +32,7 @@ from util.data.transforms import eval_transform
 from util.distributed.parallel import unsharded
 from util.distributed.processes import rank, reduce_sum, world_size
 from util.errors import Interrupted, UserError, as_user_error
+from util.files import some
 from util.seeding import preserve_generators, seed_everything
 from util.tracking.run_log import Log
 from util.training.precision import autocast
@@ -60,12 +61,12 @@ class Watch:
     ) -> None:
         self.args, self.device, self.say = args, device, say
         self.start, self.spent = time.monotonic(), {"val": 0.0, "probe": 0.0}
-        self.pixels = pixels_by("pil", eval_transform(image_size(args), "square", Pixels.of(args)))  # as probe.py
+        self.transform = pixels_by("pil", eval_transform(image_size(args), "square", Pixels.of(args)))  # as probe.py
         val = self._open_val(train)
         self.val: ImageDataset | None = None
         self.probed: ConcatDataset | None = None
         if args.val_freq and val is not None:
-            self.val = ImageDataset(val, self.pixels)
+            self.val = ImageDataset(val, self.transform)
             say(f"loss on val: {len(val.labels)} images, every {args.val_freq} epochs")
         self.queries, self.classes = 0, len(train.classes)
         if args.probe_freq:
@@ -94,7 +95,7 @@ class Watch:
         Returns:
             The images, neighbours first, and the number of queries.
         """
-        count, images = min(self.args.probe_images, len(train.labels)), ImageDataset(train, self.pixels)
+        count, images = min(self.args.probe_images, len(train.labels)), ImageDataset(train, self.transform)
         every = f"every {self.args.probe_freq} epochs"
         if not has_classes(train):
             self.say(f"probe: RankMe of {count} training images, {every}; kNN needs classes, which {train.root} lacks")
@@ -103,7 +104,7 @@ class Watch:
             with as_user_error(UserError, prefix=f"--probe_freq {self.args.probe_freq}: "):
                 for line in match_classes(val, train.classes, train.root):
                     self.say(line)
-            asked, queries = draw(val.labels, max(1, self.args.probe_images // 4)), ImageDataset(val, self.pixels)
+            asked, queries = draw(val.labels, max(1, self.args.probe_images // 4)), ImageDataset(val, self.transform)
             kept = np.arange(len(train.labels))
         else:
             asked, queries = draw(train.labels, count // 4 or 1), images
@@ -113,7 +114,8 @@ class Watch:
             names = {train.name(index) for index in asked.tolist()}
             bank = [index for index in bank if train.name(index) not in names]
         among = f"{len(asked)} images of {queries.source.root} among {len(bank)} of {train.root}"
-        self.say(f"probe: kNN of {among}, RankMe of all, {every}")
+        classes = f"{len(train.classes)} classes ({some(train.classes)})"
+        self.say(f"probe: kNN of {classes}, {among}; RankMe of all, {every}")
         return ConcatDataset([Subset(images, bank), Subset(queries, asked.tolist())]), len(asked)
 
     def measure(self, model: PretrainModel, run: Run, log: Log) -> dict[str, float]:
@@ -141,7 +143,7 @@ class Watch:
                 if images is None or ((run.epoch + 1) % freq and run.epoch + 1 != self.args.epochs):
                     continue
                 began = time.monotonic()
-                loader = chunk_loader(images, self.pixels, self.args, self.device, CHUNK)
+                loader = chunk_loader(images, self.transform, self.args, self.device, CHUNK)
                 with _left_as_it_is(model, self.device):
                     found |= of(model, Chunks(loader, len(images), run, log, name))
                 self.spent[name] += time.monotonic() - began

@@ -37,6 +37,7 @@ from torch.nn.utils.rnn import pad_sequence
 from Evaluation.tables import UNANSWERED, accuracy, escaped, result_file, table, with_interval, write_result
 from util import arguments, cli, hardware
 from util.checkpoints.hub import locate
+from util.data.class_names import known_names
 from util.data.sources.folders import Folder
 from util.distributed.processes import init_device
 from util.errors import UserError, as_user_error
@@ -271,19 +272,17 @@ def main(args: argparse.Namespace) -> None:
     output = result_file(args, ".robustness.json", dict)
     locate(args.checkpoint)
 
-    from Evaluation.features import hash_of, load_model
+    from Evaluation.features import eval_images, hash_of, load_model
     from models_arm import ARMClassifier
-    from util.data.datasets import ImageDataset, pixels_by
     from util.data.loaders import eval_loader
-    from util.data.transforms import Pixels, eval_transform
 
     model = load_model(args, device)
     weights, synsets = hash_of(model), timm_list("imagenet_synsets.txt")
     if not isinstance(model, ARMClassifier):
         raise UserError(f"{args.checkpoint} comes from pretraining: a classifier is needed")
-    if not args.class_names and model.head.out_features == len(synsets):
-        log.say(f"{args.checkpoint} does not name its classes: ImageNet's in the order of their synsets are assumed")
-        args.class_names = synsets
+    args.class_names, assumed = known_names(args.class_names, model.num_classes, (), args.checkpoint)
+    if assumed:
+        log.say(assumed)
     imagenet = set(args.class_names) == set(synsets)
     names = synsets if imagenet else args.class_names
     check_sets(args, model, imagenet, synsets)
@@ -298,10 +297,9 @@ def main(args: argparse.Namespace) -> None:
     rows: dict[str, dict] = {}
     for name, parts in sets.items():
         ratio = 1.0 if name == "c" and imagenet else None  # images of ImageNet-C are stored cropped
-        transform = eval_transform(arguments.image_size(args), args.eval_resize, Pixels.of(args), ratio)
         results = {}
         for title, part in parts.items():
-            loader = eval_loader(ImageDataset(part.source, pixels_by(args.eval_loader, transform)), args, device)
+            loader = eval_loader(eval_images(args, part.source, ratio), args, device)
             results[title] = evaluate(model, loader, device, log, title, score=part.score)
             results[title]["classes"] = len(part.source.classes)
         rows[name] = result_of(parts, results, imagenet)
@@ -327,7 +325,7 @@ def check_sets(args: argparse.Namespace, model: ARMClassifier, imagenet: bool, s
         imagenet: its classes are ImageNet's.
         synsets: of ImageNet.
     """
-    if not args.class_names:
+    if not any(args.class_names):
         outputs = f"has {model.head.out_features} outputs, not the {len(synsets)} of ImageNet"
         raise UserError(f"{args.checkpoint} {outputs}, and does not name them: sets are matched by name")
     of_imagenet = [name for name, _ in args.data if name in OF_IMAGENET]

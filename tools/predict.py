@@ -235,7 +235,7 @@ def write_answers(
     from util.training.precision import autocast
 
     outputs = model.num_classes
-    names, assumed = known_names(args.class_names, outputs, source, args.checkpoint)
+    names, assumed = known_names(args.class_names, outputs, (), args.checkpoint)
     if assumed:
         log.say(assumed)
     if (args.topk or 0) > outputs:

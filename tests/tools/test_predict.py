@@ -147,13 +147,11 @@ def test_one_class(checkpoints, photos, run):
     assert found == [want]
 
 
-def test_synsets_are_assumed_where_evaluation_assumes_them(checkpoints, photos, run, tmp_path, capsys):
-    """A thousand outputs without names, and folders that are synsets; else the numbers of the outputs."""
-    shutil.copytree(photos / "z", tmp_path / "val" / "n01440764")
-    (named,) = {row["class_1"][0] for row in rows(run(checkpoints / "synsets.pth", tmp_path / "val"))}
-    assert named == "n"
+def test_a_thousand_outputs_without_names_are_synsets(checkpoints, photos, run, capsys):
+    """As of the released classifiers, whatever the folders are called."""
+    found = {row["class_5"][:1] for row in rows(run(checkpoints / "synsets.pth", photos)) if not row["error"]}
+    assert found == {"n"}
     assert "ImageNet's in the order of their synsets are assumed" in capsys.readouterr().out
-    assert all(row["class_5"].isdecimal() for row in rows(run(checkpoints / "synsets.pth", photos)))
 
 
 def test_broken_images_are_named(models, checkpoints, photos, run, tmp_path, capsys):

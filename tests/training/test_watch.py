@@ -262,7 +262,9 @@ def test_queries_without_val_are_no_neighbours(image_folder, tmp_path, few_image
     bank, queries = ({part.dataset.source.name(i) for i in part.indices} for part in watch.probed.datasets)
     assert (len(bank), len(queries), bank & queries) == (15, 5, set())
     assert said[0].startswith("the probe uses training images only: ")
-    assert re.fullmatch(rf"probe: kNN of 5 images of {root}/train among 15 of {root}/train, .*", said[1])
+    assert re.fullmatch(
+        rf"probe: kNN of 3 classes \(class_0, .*\), 5 images of {root}/train among 15 of {root}/train; .*", said[1]
+    )
     assert watch.measure(model, of_model, NotedLog()).keys() == {"rankme", "test_knn_acc1", "probe_share"}
 
 
@@ -281,7 +283,7 @@ def test_images_without_labels_have_a_rank(image_folder, few_images):
     assert re.fullmatch("probe: RankMe of 24 training images, every 1 epochs; kNN needs classes, .*", said[0])
     found = watch.measure(model, of_model, NotedLog())
     assert found.keys() == {"rankme", "probe_share"}
-    imgs = torch.stack([watch.pixels(train.read(i))[0] for i in range(24)])
+    imgs = torch.stack([watch.transform(train.read(i))[0] for i in range(24)])
     with torch.no_grad():
         want = np.linalg.svd(model.forward_features(imgs).mean(dim=1).numpy(), compute_uv=False)
     want /= want.sum()

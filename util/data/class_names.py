@@ -15,24 +15,24 @@ def names_by_output(source: Source, outputs: int) -> list[str]:
     return names + [""] * (outputs - len(names))
 
 
-def known_names(saved: list[str], outputs: int, source: Source, owner: str) -> tuple[list[str], str]:
+def known_names(saved: list[str], outputs: int, classes: Sequence[str], owner: str) -> tuple[list[str], str]:
     """Return the names of a classifier's outputs, and a line to show if the names are assumed.
 
-    1000 outputs without names are assumed to be the classes of ImageNet in the order of their synsets, if the source's
-    classes are synsets as well. In all other cases, unknown names are "".
+    1000 outputs without names are assumed to be the classes of ImageNet in the order of their synsets, unless the
+    images have classes that are no synsets. In all other cases, unknown names are "".
 
     Args:
         saved: names from the checkpoint, by output; empty if it has none.
         outputs: number of outputs.
-        source: images to evaluate.
+        classes: names of the classes of the images to evaluate, which may be ""; empty without labels.
         owner: name of the checkpoint in messages.
     """
     if any(saved):
         return saved, ""
     from timm.data import ImageNetInfo
 
-    synsets, own = ImageNetInfo().label_names(), set(source.classes) - {""}
-    if outputs == len(synsets) and own and own <= set(synsets):
+    synsets = ImageNetInfo().label_names()
+    if outputs == len(synsets) and {*classes} <= {"", *synsets}:
         return synsets, f"{owner} does not name its classes: ImageNet's in the order of their synsets are assumed"
     return [""] * outputs, ""
 

@@ -78,14 +78,16 @@ def test_a_class_without_images_is_ignored():
 
 
 def test_1000_outputs_without_names_are_those_of_imagenet():
-    names, line = known_names([], 1000, source(SYNSETS[5:8], [0, 1, 2]), "released.pth")
+    names, line = known_names([], 1000, SYNSETS[5:8], "released.pth")
     assert (names, "ImageNet's in the order of their synsets are assumed" in line) == (SYNSETS, True)
     val = source(SYNSETS[5:8], [0, 1, 2])
     match_classes(val, names, "released.pth")
     assert val.labels.tolist() == [5, 6, 7]
-    for outputs, classes in ((1000, "abc"), (1000, ["", ""]), (999, SYNSETS[5:8])):
-        assert known_names([], outputs, source(classes, [0]), "released.pth") == ([""] * outputs, "")
-    assert known_names(["a", "b"], 2, source("ab", [0]), "own.pth") == (["a", "b"], "")
+    for classes in ([], ["", ""]):  # without labels, or with numbers
+        assert known_names([], 1000, classes, "released.pth")[0] == SYNSETS
+    for outputs, classes in ((1000, ["a", "b"]), (1000, [SYNSETS[0], "a"]), (999, SYNSETS[5:8])):
+        assert known_names([], outputs, classes, "released.pth") == ([""] * outputs, "")
+    assert known_names(["a", "b"], 2, ["a", "b"], "own.pth") == (["a", "b"], "")
 
 
 def test_difference_of_two_lists_of_names():
