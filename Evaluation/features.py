@@ -322,9 +322,9 @@ def compute(
     `title` is that of the progress display. A label of -1 means a broken image.
     """
     progress, seen = log.progress(title, len(loader)), 0
-    for step, (imgs, labels) in enumerate(loader, start=1):
+    for imgs, labels in loader:
         found = outputs(imgs)
         yield loader.sampler.indices[seen : seen + len(labels)], labels.cpu().numpy(), found
         seen += len(labels)
-        progress.update(len(labels) * world_size(), quiet=step % log.every != 0 and step != len(loader))
+        progress.update(len(labels) * world_size())
     progress.close()

@@ -223,7 +223,7 @@ class Chunks:
         for step, (chunk, (imgs, labels)) in enumerate(zip(sampler, self.loader, strict=True), start=1):
             seed_everything(SEED, chunk[0], of_rank=0)
             yield slice(chunk[0], chunk[-1] + 1), imgs, labels
-            progress.update(len(chunk) * world_size(), quiet=step % self.log.every != 0 and step != len(self.loader))
+            progress.update(len(chunk) * world_size())
             if step <= sampler.common and self.run.stop.agreed():
                 raise Interrupted
         progress.close()

@@ -57,20 +57,32 @@ def _warn_once(text: str) -> None:
 class Progress:
     """Show the progress of one pass over data: a bar on a terminal, lines elsewhere; nothing if `show` is None.
 
-    An earlier process has made `done` of all its `steps`.
+    An earlier process has made `done` of all its `steps`; lines appear every `every` steps.
     """
 
-    def __init__(self, title: str, steps: int, done: int = 0, show: Callable[[str], None] | None = show) -> None:
-        self.show = show
+    def __init__(
+        self,
+        title: str,
+        steps: int,
+        done: int = 0,
+        show: Callable[[str], None] | None = show,
+        every: int = LOG_EVERY,
+    ) -> None:
+        self.show, self.every = show, every
         self.title, self.steps, self.done, self.step, self.images = title, steps, done, done, 0
         self.start, self.bar = time.monotonic(), None
         if show is not None and sys.stderr.isatty():
             self.bar = tqdm(total=steps, initial=done, desc=title, dynamic_ncols=True, leave=True)
 
-    def update(self, images: int, quiet: bool = False, **values: float) -> None:
-        """Count a step of `images` images, of all processes together; unless `quiet`, show `values` and throughput."""
+    def update(self, images: int, quiet: bool | None = None, **values: float) -> None:
+        """Count a step of `images` images, of all processes together; unless `quiet`, show `values` and throughput.
+
+        By default those with values, every `every`-th step and the last one are shown.
+        """
         self.step += 1
         self.images += images
+        if quiet is None:
+            quiet = not values and self.step % self.every != 0 and self.step != self.steps
         if self.show is not None and not quiet:
             seconds = time.monotonic() - self.start
             shown = {name: f"{value:.4g}" for name, value in values.items()}
@@ -100,7 +112,7 @@ class Log:
 
     def progress(self, title: str, steps: int, done: int = 0) -> Progress:
         """Return the display of one pass over data; see `Progress`."""
-        return Progress(title, steps, done, None)
+        return Progress(title, steps, done, None, self.every)
 
     def say(self, text: str) -> None:
         """Show a line."""
@@ -124,7 +136,7 @@ class ScreenLog(Log):
     show = staticmethod(show)
 
     def progress(self, title: str, steps: int, done: int = 0) -> Progress:
-        return Progress(title, steps, done, self.show)
+        return Progress(title, steps, done, self.show, self.every)
 
     def say(self, text: str) -> None:
         self.show(text)

@@ -119,7 +119,7 @@ def evaluate(
             hits, loss = score(logits.float(), labels.masked_fill(bad[-1], -1))
             seen += len(labels)
             sums += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum(), loss, broken.sum(), bad[-1].sum()])
-            progress.update(len(labels) * processes, quiet=step % log.every != 0 and step != len(loader))
+            progress.update(len(labels) * processes)
             if stop is not None and step <= common and stop.agreed():
                 raise Interrupted("stopped during an evaluation, which --resume auto repeats from its start")
     progress.close()
