@@ -44,7 +44,7 @@ K, TEMPERATURE = 20, 0.07  # of kNN, as of DINO
 
 
 class Watch:
-    """What a run measures of itself; its images are drawn once.
+    """Measure a run while it trains, on images that are drawn once.
 
     Args:
         args: of main_pretrain.py.

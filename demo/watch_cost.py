@@ -2,11 +2,12 @@
 
     python demo/watch_cost.py
 
-trains the same weights each time, on one core, and reports the seconds of each run with the shares that it logged.
+trains the same weights each time, and reports the seconds and CPU seconds of each run with the shares that it logged.
 """
 
 import argparse
 import json
+import resource
 import statistics
 import sys
 import tempfile
@@ -41,15 +42,24 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def train(folder: Path, name: str, number: int, epochs: int) -> dict:
-    """Pretrain; return the seconds that it took, the training loss of the last epoch, and what it logged there."""
+    """Pretrain; return the seconds that it took, the training loss of the last epoch, and what it logged there.
+
+    CPU seconds, of all processes of the run, depend less on what else the machine does.
+    """
     out = folder / f"{name}-{number}".replace(" ", "-")
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), cpu_seconds()
     words = f"{MODEL} {RECIPE} {PRETRAIN} --batch_size 64 --epochs {epochs} --vis_freq 0 {WATCHED[name]}"
     script("main_pretrain.py", f"{words} --data_path {folder}/digits", out)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
     last = json.loads((out / "log.txt").read_text().splitlines()[-1])
-    found = {"watched": name, "seconds": seconds, "train_loss": last["train_loss"]}
+    found = {"watched": name, "seconds": seconds, "cpu_seconds": cpu, "train_loss": last["train_loss"]}
     return found | {value: last[value] for value in VALUES if value in last}
+
+
+def cpu_seconds() -> float:
+    """Return the CPU seconds of all child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main(args: argparse.Namespace) -> None:
@@ -70,10 +80,12 @@ def main(args: argparse.Namespace) -> None:
                 print(", ".join(f"{key} {value}" for key, value in runs[-1].items()), flush=True)
     if len({run["train_loss"] for run in runs}) > 1:
         raise RunError("the runs end with different losses: watching has changed the training")
-    seconds = {name: statistics.median(run["seconds"] for run in runs if run["watched"] == name) for name in WATCHED}
+    seconds = {
+        name: statistics.median(run["cpu_seconds"] for run in runs if run["watched"] == name) for name in WATCHED
+    }
     for name, value in seconds.items():
-        print(f"{name}: {value:.1f} s, {100 * (value / seconds['unwatched'] - 1):+.1f} %")
-    hardware.write(output, {**about, "epochs": args.epochs, "seconds": seconds, "runs": runs})
+        print(f"{name}: {value:.1f} CPU seconds, {100 * (value / seconds['unwatched'] - 1):+.1f} %")
+    hardware.write(output, {**about, "epochs": args.epochs, "cpu_seconds": seconds, "runs": runs})
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ WORDS = {"cls_token": "class token", "norm_f": "last norm", "head": "head"}  # o
 
 
 class Loaded(NamedTuple):
-    """What a model took from a state dict: whether the head came from there, and notes for the user."""
+    """Hold the result of loading a state dict: whether the head came from it, and notes for the user."""
 
     head: bool
     notes: list[str]

@@ -1,4 +1,4 @@
-"""What the values of an image are before a model sees them: channels, orientation, mean and standard deviation."""
+"""Describe the values of images before a model reads them: channels, orientation, mean and standard deviation."""
 
 import argparse
 from collections.abc import Mapping

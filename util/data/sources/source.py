@@ -1,4 +1,4 @@
-"""What a source is, and what its readers share.
+"""Define a source of images, and hold what its readers share.
 
 A source returns any image by its index, so shuffling, sharding and resuming are left to the sampler: epochs hold each
 image exactly once, and samples do not depend on the number of processes and workers. Streaming readers (webdataset,
