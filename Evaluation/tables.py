@@ -19,7 +19,7 @@ def wilson(correct: float, images: int) -> tuple[float, float]:
     z, p = 1.959964, correct / images
     centre, half = p + z * z / (2 * images), z * math.sqrt(p * (1 - p) / images + (z / (2 * images)) ** 2)
     low, high = (100 * (centre + sign * half) / (1 + z * z / images) for sign in (-1, 1))
-    return low, high
+    return max(0.0, low), min(100.0, high)  # rounding can exceed them
 
 
 def accuracy(correct: float, correct5: float, images: int) -> dict:

@@ -158,7 +158,8 @@ def allowed_broken(limit: int | None, images: int) -> int:
 
 def too_many_broken(allowed: int, images: int) -> str:
     """Return the message for training data with too many broken images."""
-    return f"these are more than {allowed} of {images}: repair or remove them, or raise --max_bad_samples"
+    few = " (by default 1 in 1000)" if images < 1000 and not allowed else ""
+    return f"these are more than {allowed} of {images}{few}: repair or remove them, or raise --max_bad_samples"
 
 
 def list_broken(reasons: list[str]) -> str:

@@ -42,6 +42,7 @@ READ = {
     "names with a number": ("path,label\na.jpg,3\ndeep/b.jpg,3d\n", ["3", "3d"], [0, 1]),
     "BOM, CRLF, blank lines": ("\ufeff\r\npath,label\r\n\r\na.jpg,x\r\n,\r\ndeep/b.jpg,y\r\n \r\n", "xy", [0, 1]),
     "semicolons": ("Path; Label\na.jpg; x,y\ndeep/b.jpg; z\n", ["x,y", "z"], [0, 1]),
+    "Excel's note": ("sep=;\r\npath;label\r\na.jpg;x\r\ndeep/b.jpg;y\r\n", "xy", [0, 1]),
     "tabs": ("Filename\tClass\tid\na.jpg\tx\t1\ndeep/b.jpg\ty\t2\n", "xy", [0, 1]),
     "spaces": ('path, label\na.jpg, "x, y"\ndeep/b.jpg, z \n', ["x, y", "z"], [0, 1]),
     "another order": ("id,class_name,file_name\n7,x,a.jpg\n8,y,deep/b.jpg\n", "xy", [0, 1]),
@@ -103,6 +104,7 @@ def test_tables_in_a_folder(folder):
 
 MISTAKES = {
     "a.jpg,1\n": r"t\.csv: its first line must name the columns, and one of them path or file .*; it is 'a\.jpg,1'",
+    "a.jpg;1\n": "it is 'a\\.jpg;1'$",
     "": "its first line must name the columns",
     "path,label\n": "no row follows the names of the columns",
     "path\na.jpg\n": "it has no column of labels, called label or class or class_name",
@@ -110,6 +112,7 @@ MISTAKES = {
     "path,label\na.jpg,1,2\n": "line 2: it has 3 columns instead of 2$",
     "path,label\na.jpg,1\n\n,2\n": "line 4: it has no path$",
     "path,label\na.jpg,1\nz.jpg,1\ny.jpg,1\n": r"line 3: z\.jpg: No such file or directory; 2 lines are like that$",
+    "path,label\ndeep\\b.jpg,1\n": r"line 2: .*: No such file or directory; write / between folders instead of \\$",
     "path,label\ndeep,1\n": "line 2: deep: it is no regular file$",
     "path,label\na\0.jpg,1\n": "line 2: .*NUL$",
     "path,label\na.jpg,1\ndeep/b.jpg, \n": r"line 3: deep/b\.jpg: it has no label$",

@@ -136,8 +136,9 @@ class _Table:
         delimiter = max(DELIMITERS, key=head.count)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
         try:
-            header = next((row for row in reader if any(map(str.strip, row))), [])
-            place = self._columns(header)
+            filled = (row for row in reader if any(map(str.strip, row)) and row[0].lower() != "sep=")  # Excel's note
+            header = next(filled, [])
+            place = self._columns(header, delimiter)
             others = [(place[name], cells) for name, cells in (("label", self.labels), ("split", self.splits))
                       if name in place]  # fmt: skip
             for row in reader:
@@ -157,14 +158,14 @@ class _Table:
             raise UserError(f"{self.shown}: no row follows the names of the columns")
         self.splits[:] = map(str.lower, self.splits)
 
-    def _columns(self, header: Sequence[str]) -> dict[str, int]:
+    def _columns(self, header: Sequence[str], delimiter: str) -> dict[str, int]:
         """Return {path, label or split: position} of the columns, found by their names."""
         names = [name.strip().lower() for name in header]
         found = {kind: [name for name in known if name in names] for kind, known in COLUMNS.items()}
         if not found["path"]:
             raise UserError(
                 f"{self.shown}: its first line must name the columns, and one of them {' or '.join(COLUMNS['path'])}; "
-                f"it is {printable(','.join(header))[:200]!r}"
+                f"it is {printable(delimiter.join(header))[:200]!r}"
             )
         for kind, (first, *others) in ((kind, same) for kind, same in found.items() if same):
             if others or names.count(first) > 1:
@@ -178,7 +179,8 @@ class _Table:
                 if not stat.S_ISREG(os.stat(os.path.join(folder, self.paths[row])).st_mode):
                     yield row, "it is no regular file"
             except OSError as error:
-                yield row, error.strerror or str(error)
+                slashes = "; write / between folders instead of \\" if "\\" in self.paths[row] else ""
+                yield row, f"{error.strerror or error}{slashes}"
 
     def check(self, rows: Sequence[int], reason: str) -> None:
         """Raise UserError, which names the line and the image of the first of the wrong rows, if there are any."""
