@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from Evaluation.features import hash_of
-from Evaluation.metrics import BINS, measure
+from Evaluation.metrics import BIN_IMAGES, BINS, measure
 from Evaluation.report_pictures import draw_calibration, draw_classes, draw_confusions, sorted_classes
 from Evaluation.tables import INTERVALS, UNANSWERED, beside_checkpoint, escaped, table, wilson, with_interval
 from models_classifier import ARMClassifier
@@ -44,8 +44,8 @@ EXPLAINED = f"""
 - Loss: mean cross-entropy (negative log likelihood). Brier score: mean squared distance of the probabilities from the
   label's 0 and 1, summed over the classes; from 0 to 2.
 - Confidence: probability of the predicted class. Expected calibration error (ECE): mean of |accuracy - confidence| over
-  {BINS} bins of confidence of equal width, weighted by their images (Guo et al. 2017), or over as many bins of equal
-  numbers of images.
+  {BINS} bins of confidence of equal width, weighted by their images (Guo et al. 2017), or over at most as many bins of
+  equal numbers of images: one for each {BIN_IMAGES} images of fewer. Images of the same confidence are in one bin.
 """
 
 

@@ -6,6 +6,7 @@ from Evaluation.tables import wilson
 from util.training.evaluation import Answers
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017
+BIN_IMAGES = 20  # at least, on average, in the bins of equal numbers: the accuracy of fewer is mostly chance
 
 
 def measure(answers: np.ndarray, labels: np.ndarray, classes: int) -> dict:
@@ -66,14 +67,15 @@ def calibration(confidence: np.ndarray, right: np.ndarray) -> dict:
 
     Returns:
         `confidence`, the mean; `ece` and `ece_equal_mass`, expected calibration errors over `BINS` bins of equal width
-        (Guo et al. 2017) and of equal numbers of images (Nixon et al. 2019), all in percent; and `bins` of equal width,
-        without empty ones: `low` < confidence <= `high`, `images`, mean `confidence`, `accuracy` and its `interval`.
+        (Guo et al. 2017) and over bins of equal numbers of images (Nixon et al. 2019), all in percent; and `bins` of
+        equal width, without empty ones: `low` < confidence <= `high`, `images`, mean `confidence`, `accuracy` and its
+        `interval`. There are at most `BINS` bins of equal numbers, and one for each `BIN_IMAGES` images of fewer;
+        images of the same confidence are in one bin.
     """
     edges = np.linspace(0, 1, BINS + 1)
     place = np.digitize(confidence, edges[1:-1], right=True)
-    groups = [np.flatnonzero(place == number) for number in np.unique(place)]
     bins = []
-    for own in groups:
+    for own in groups(place):
         images, correct, number = len(own), int(right[own].sum()), int(place[own[0]])
         bins.append({
             "low": 100 * float(edges[number]),
@@ -84,13 +86,21 @@ def calibration(confidence: np.ndarray, right: np.ndarray) -> dict:
             "interval": wilson(correct, images),
         })  # fmt: skip
 
-    def error(groups: list[np.ndarray]) -> float:
-        gaps = [abs(confidence[own].sum() - right[own].sum()) for own in groups]
+    def error(place: np.ndarray) -> float:
+        gaps = [abs(confidence[own].sum() - right[own].sum()) for own in groups(place)]
         return 100 * float(sum(gaps)) / len(right)
 
+    _, which, counts = np.unique(confidence, return_inverse=True, return_counts=True)
+    middles = np.cumsum(counts) - counts / 2  # of the images of each confidence, in the order of confidence
+    number = min(BINS, max(1, len(right) // BIN_IMAGES))
     return {
         "confidence": 100 * float(confidence.mean()),
-        "ece": error(groups),
-        "ece_equal_mass": error(np.array_split(np.argsort(confidence, kind="stable"), BINS)),
+        "ece": error(place),
+        "ece_equal_mass": error((middles * number / len(right)).astype(np.int64)[which]),
         "bins": bins,
     }
+
+
+def groups(place: np.ndarray) -> list[np.ndarray]:
+    """Return the images of each bin that has any, from the bin of each image (n,) int64."""
+    return [np.flatnonzero(place == number) for number in np.unique(place)]

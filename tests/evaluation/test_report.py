@@ -88,10 +88,18 @@ def test_calibration():
     assert [row["low"] for row in found["bins"]] == pytest.approx([0, 700 / 15, 1300 / 15, 1400 / 15])
     assert found["ece"] == pytest.approx(100 * (1 / 15 + 2 * 0 + 3 * 0.1 + 1) / 7)
     assert found["bins"][2]["interval"] == wilson(3, 3)
-    gaps = [1 / 15, 0.5, 0.5, 0.1, 0.1, 0.1, 1]  # fewer images than bins: each is one
-    assert found["ece_equal_mass"] == pytest.approx(100 * np.mean(gaps))
-    many = calibration(np.repeat([0.25, 0.75], 30), np.arange(60) % 2 == 0)
-    assert many["ece_equal_mass"] == pytest.approx(25 * 56 / 60)  # the 8th of the bins of 4 holds two of each
+    assert found["ece_equal_mass"] == pytest.approx(100 * (1 / 15 + 1 + 2.7 + 1 - 4) / 7)  # few images: one bin
+
+
+def test_calibration_over_bins_of_equal_numbers():
+    """By hand, and in any order of the images: those of one confidence are not divided."""
+    confidence, right = np.linspace(0.3, 0.7, 330), np.arange(330) % 2 == 0
+    gaps = [abs(confidence[start : start + 22].mean() - 0.5) for start in range(0, 330, 22)]  # 15 bins
+    assert calibration(confidence, right)["ece_equal_mass"] == pytest.approx(100 * np.mean(gaps))
+    confidence, right = np.repeat([0.25, 0.5, 0.75], [4, 50, 6]), np.arange(60) < 27
+    for order in (np.arange(60), np.arange(60)[::-1], np.random.default_rng(0).permutation(60)):
+        found = calibration(confidence[order], right[order])  # of three bins the one in the middle has 50 images
+        assert found["ece_equal_mass"] == pytest.approx(100 * (4 * 0.75 + abs(50 * 0.5 - 23) + 6 * 0.75) / 60)
 
 
 NAMES = ["a|b *c*", "new\nline", 'q"uo,te', "\udce9t\udce9"]
