@@ -1,7 +1,7 @@
 """Build the model of a checkpoint: a path, URL or hub name.
 
 model, found = pretrained.load("hf://OWNER/REPO/checkpoint-best.pth")
-logits = model(imgs)  # images of `found.input_size` pixels; `found.class_names` names the outputs
+logits = model(found.read_image("photo.jpg")[None])  # (1, classes); `found.class_names` names the outputs
 """
 
 import argparse
@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from timm.layers import to_2tuple
+from torch import Tensor
 
 import models_arm
 from models_classifier import ARMClassifier
@@ -19,9 +20,11 @@ from models_pretrain import PretrainModel
 from objectives import check_names, encoder_part, objective_of
 from ops import BackendUnavailable
 from util.checkpoints import checkpoint_file, convert, inspection
+from util.data.datasets import model_input
+from util.data.decode import BrokenImage
 from util.data.pixels import Pixels
 from util.errors import UserError, as_user_error
-from util.files import printable
+from util.files import open_regular, printable
 
 LOGGER = logging.getLogger("arm")
 Model = PretrainModel | ARMClassifier
@@ -97,6 +100,30 @@ class Checkpoint:
         """Return channels, orientation, mean and deviation of the images in training; raise UserError if unknown."""
         with as_user_error(UserError, prefix=f"{printable(self.name)} does not say how images were normalised: "):
             return Pixels.of(argparse.Namespace(**self.saved_pixels))
+
+    def read_image(
+        self,
+        image: str | os.PathLike[str] | bytes,
+        resize: str = "square",
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Return an image as the model takes it, (C, H, W) float32, with the `pixels` of its training.
+
+        Args:
+            image: path of a file, or its content.
+            resize: "square", or "shorter" to keep the aspect ratio; see `eval_transform`.
+            size: height and width, if the model was built with others than `input_size`.
+
+        Raises:
+            UserError: the file cannot be read or decoded, or the checkpoint does not tell how to normalise.
+            BrokenImage: the content cannot be decoded.
+        """
+        if isinstance(image, bytes):
+            return model_input(image, size or self.input_size, resize, self.pixels)
+        with as_user_error(OSError, BrokenImage, prefix=f"{printable(image)}: "):
+            with open_regular(image) as file:
+                data = file.read()
+            return self.read_image(data, resize, size)
 
     @property
     def saved_pooling(self) -> bool | str | None:

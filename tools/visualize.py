@@ -98,7 +98,7 @@ def main(args: argparse.Namespace) -> None:
     imgs = []
     for path, image in zip(args.images, images, strict=True):
         with as_user_error(BrokenImage, prefix=f"{printable(path)}: "):
-            imgs.append(prediction_figures.model_input(image, model.image_size, found.pixels)[None])  # (1, C, H, W)
+            imgs.append(found.read_image(image, "shorter")[None])  # (1, C, H, W)
     for img, target in zip(imgs, sheets, strict=True):
         (figure,) = prediction_figures.draw_sheets(model, img.to(device), found.pixels)
         try:

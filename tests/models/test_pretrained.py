@@ -8,10 +8,14 @@ import threading
 import pytest
 import torch
 from hub_server import Server
+from PIL import Image
 
 import models_arm
 import pretrained
+from Evaluation.features import eval_images
 from util.checkpoints.checkpoint_file import say_once
+from util.data.decode import BrokenImage
+from util.data.sources.image_files import FileList
 from util.errors import UserError
 
 ENCODER = {"embed_dim": 32, "depth": 2, "patch_size": 8, "in_chans": 3}
@@ -177,6 +181,30 @@ def test_mistakes_take_one_line(change, options, message, tmp_path):
     with pytest.raises(UserError, match=message) as caught:
         pretrained.load(path, **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_image_is_read_as_in_evaluation(channels, photographs, tmp_path):
+    """With the checkpoint's size, channels, mean, deviation and orientation; from a path or its content."""
+    values = {"mean": [0.25] * channels, "std": [0.5] * channels, "exif": True}
+    path = saved(tmp_path / "c.pth", classifier(in_chans=channels).state_dict(), input_size=[48, 32], **values)
+    model, found = pretrained.load(path, global_pool=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photographs[0].save(tmp_path / "photo.png", exif=exif)
+    imgs = found.read_image(tmp_path / "photo.png")
+    args = argparse.Namespace(input_size=[48, 32], eval_resize="square", eval_loader="pil", in_chans=channels, **values)
+    ((want, _), _) = eval_images(args, FileList([str(tmp_path / "photo.png")]))[0]
+    assert torch.equal(imgs, want)
+    assert torch.equal(found.read_image((tmp_path / "photo.png").read_bytes()), want)
+    assert model(imgs[None]).shape == (1, 3)
+    assert found.read_image(tmp_path / "photo.png", "shorter", (64, 64)).shape == (channels, 64, 64)
+    (tmp_path / "text.png").write_text("no image")
+    for name in ("text.png", "none.png"):
+        with pytest.raises(UserError, match=name):
+            found.read_image(tmp_path / name)
+    with pytest.raises(BrokenImage, match="no image of a known format"):
+        found.read_image(b"no image")
 
 
 def test_files_that_are_no_checkpoint(tmp_path):

@@ -4,14 +4,16 @@ import logging
 import math
 from functools import cache
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from util.data import arrays
 from util.data.decode import BrokenImage
+from util.data.pixels import Pixels
 from util.data.sources.readers import open_source
 from util.data.sources.source import Source
-from util.data.transforms import PillowTransform, Recipe
+from util.data.transforms import PillowTransform, Recipe, eval_transform
 from util.data.uint8_transform import Uint8Transform
 from util.files import printable
 from util.seeding import preserve_generators, seed_sample
@@ -71,6 +73,16 @@ def pixels_by(loader: str, transform: Recipe) -> PillowTransform | Uint8Transfor
         _say_as_stored(transform.pixels.channels)
         loader = "fast"
     return Uint8Transform(transform) if loader == "fast" else PillowTransform(transform)
+
+
+def model_input(data: bytes, size: tuple[int, int], resize: str, pixels: Pixels) -> Tensor:
+    """Return the input (C, H, W) float32 of a model for the content of an image file; raise `BrokenImage`.
+
+    For `size` and `resize` see `eval_transform`.
+    """
+    transform = pixels_by("pil", eval_transform(size, resize, pixels))
+    image, numbers = transform(data)
+    return transform.finish(image[None], torch.tensor([numbers]), torch.device("cpu"))[0]
 
 
 @cache

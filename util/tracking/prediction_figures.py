@@ -6,12 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util.data.datasets import pixels_by
+from util.data.datasets import model_input
 from util.data.decode import BrokenImage
 from util.data.pixels import IMAGENET, Pixels
 from util.data.sources.readers import open_source
 from util.data.sources.source import Source
-from util.data.transforms import eval_transform
 from util.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,13 +30,6 @@ class Predicts(Protocol):
 
     def predicted_images(self, imgs: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return predicted images, loss of each patch, and places of the clusters in the order of prediction."""
-
-
-def model_input(data: bytes, size: tuple[int, int], pixels: Pixels) -> Tensor:
-    """Return the input (C, H, W) float32 of a model for the content of an image file; raise `BrokenImage`."""
-    transform = pixels_by("pil", eval_transform(size, "shorter", pixels))
-    image, numbers = transform(data)
-    return transform.finish(image[None], torch.tensor([numbers]), torch.device("cpu"))[0]
 
 
 def fixed_images(
@@ -62,7 +54,7 @@ def fixed_images(
     images = []
     for index in range(0, len(source.labels), -(-len(source.labels) // count)):
         try:
-            images.append(model_input(source.read(index), size, pixels))
+            images.append(model_input(source.read(index), size, "shorter", pixels))
         except (BrokenImage, OSError):
             continue
     return torch.stack(images) if images else None
