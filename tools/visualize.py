@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from util import arguments, cli
 from util.checkpoints.hub import locate
+from util.data.arrays import check_format
 from util.data.decode import BrokenImage
 from util.distributed.processes import init_device
 from util.errors import RunError, UserError, as_user_error
@@ -45,13 +46,14 @@ def read_image(path: Path) -> bytes:
     """Return the content of an image file.
 
     Raises:
-        UserError: the file cannot be read, is no regular file, or is larger than `MAX_BYTES`.
+        UserError: the file cannot be read, is no regular file, no image, or is larger than `MAX_BYTES`.
     """
     with as_user_error(OSError, BrokenImage, ValueError, prefix=f"{printable(path)}: "):
         with open_regular(path) as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise BrokenImage(f"it is larger than {MAX_BYTES} bytes")
+        check_format(data)
         return data
 
 

@@ -50,6 +50,14 @@ def crop_of(data: bytes, crop: Crop, pixels: Pixels) -> np.ndarray:
     return np.ascontiguousarray(part, dtype=np.float32) / np.float32(scale)
 
 
+@as_broken_image()
+def check_format(data: bytes) -> None:
+    """Raise `BrokenImage` if the content of a file is no image of any number of channels; nothing is decoded."""
+    if not data.startswith((NUMPY, *TIFF)):  # Pillow opens no TIFF of many channels
+        with opened(data):
+            pass
+
+
 def blank(pixels: Pixels) -> bytes:
     """Return the content of an image file of one pixel, zero in every channel."""
     file = BytesIO()
