@@ -4,6 +4,7 @@ import models_arm  # registers
 model = timm.create_model("arm_base_pz16", num_classes=10, img_size=(224, 192))
 """
 
+import argparse
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from util.checkpoints import inspection
 from util.checkpoints.checkpoint_file import StateDict, read, weight_keys
 from util.checkpoints.convert import NEW_IN_CLASSIFIER, load_into_classifier, pretrain_to_classifier
 from util.checkpoints.inspection import is_pretrained
+from util.data.pixels import Pixels
 from util.data.transforms import crop_ratio
 from util.errors import UserError
 from util.lr_decay import NO_WEIGHT_DECAY
@@ -33,6 +35,19 @@ except ImportError:  # timm 1.0.28
 def input_config(size: tuple[int, int], in_chans: int = 3) -> dict[str, Any]:
     """Return the entries of timm's config that depend on height, width and channels of the images."""
     return {"input_size": (in_chans, *size), "crop_pct": crop_ratio(size)}
+
+
+def pixel_config(in_chans: int, known: dict[str, Any]) -> dict[str, Any]:
+    """Return `mean` and `std` of timm's config: those `known` if they are of so many channels, else ImageNet's.
+
+    Other images than grey and RGB ones have no usual values. They get 0 and 1, which change nothing, and a line.
+    """
+    try:
+        pixels = Pixels.of(argparse.Namespace(in_chans=in_chans), known)
+    except UserError as error:
+        LOGGER.info("%s; timm's config has mean 0 and std 1 until then", error)
+        return {"mean": (0.0,) * in_chans, "std": (1.0,) * in_chans}
+    return {"mean": pixels.mean, "std": pixels.std}
 
 
 # From timm's names and the values of --global_pool to timm's names.
@@ -71,14 +86,17 @@ def register(name: str, classifier: Callable[..., nn.Module], check_names: Calla
     ) -> nn.Module:
         overlay, build = dict(pretrained_cfg_overlay or {}), classifier
         config = resolve_pretrained_cfg(name, pretrained_cfg, dict(overlay))
+        known = {"mean": config.mean, "std": config.std}
         if pretrained and config.file and config.source != "local-dir" and not config.state_dict:
             own = OwnFile(config.file, classifier, check_names)
             kwargs = own.with_sizes(kwargs)
             pretrained, build = False, own.build
-            overlay = own.config | {"num_classes": kwargs.get("num_classes", CONFIG["num_classes"])} | overlay
+            overlay = {"num_classes": kwargs.get("num_classes", CONFIG["num_classes"])} | overlay
+            known |= own.pixels
         shape = kwargs.get("in_chans", 3), *to_2tuple(kwargs.get("img_size", config.input_size[-2:]))
         if shape != tuple(config.input_size):
             overlay = input_config(shape[1:], shape[0]) | overlay
+        overlay = pixel_config(shape[0], known) | overlay
         if is_exportable():
             kwargs.setdefault("scan_backend", "export")
         return build_model_with_cfg(
@@ -115,7 +133,7 @@ class OwnFile:
         check_names: see `register`.
 
     Attributes:
-        config: entries of timm's config that the file knows.
+        pixels: `mean` and `std` of the images in training, if the file has them.
 
     Raises:
         UserError: the file is no checkpoint of ARM.
@@ -128,7 +146,7 @@ class OwnFile:
         key = "model_ema" if "model_ema" in weight_keys(content) else None
         self.file, self.classifier, self.saved = file, classifier, inspection.saved_size(content)
         self.state_dict, arguments = inspection.weights(content, key), inspection.saved_arguments(content)
-        self.config = {name: tuple(arguments[name]) for name in ("mean", "std") if arguments.get(name)}
+        self.pixels = {name: tuple(arguments[name]) for name in ("mean", "std") if arguments.get(name)}
         self.sizes: dict[str, Any] = {**inspection.classifier_sizes(self.state_dict)}
         if is_pretrained(self.state_dict):
             check_names(self.state_dict)

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from helpers import REPOSITORY
+from PIL import Image
 from timm.layers import resample_patch_embed
 
 import models_arm
@@ -173,7 +174,8 @@ def write_run(path, model, **args):
 def test_a_file_describes_its_classifier(options, tmp_path, caplog):
     """Whatever the name says: width, depth, patches, channels, directions, input size, classes and pooling."""
     want = models_arm.create_classifier("arm_tiny_pz16", **SMALL, **options).eval()
-    overlay = write_run(tmp_path / "c.pth", want, global_pool=options.get("global_pool", True), mean=[0.5], std=[0.25])
+    values = {"mean": [0.5] * want.in_chans, "std": [0.25] * want.in_chans}
+    overlay = write_run(tmp_path / "c.pth", want, global_pool=options.get("global_pool", True), **values)
     with caplog.at_level(logging.INFO, "arm"):
         model = timm.create_model("arm_base_pz16", pretrained=True, pretrained_cfg_overlay=overlay).eval()
     every = f"{sum(p.numel() for p in want.parameters()):,}"
@@ -181,13 +183,35 @@ def test_a_file_describes_its_classifier(options, tmp_path, caplog):
     imgs = torch.randn(2, want.in_chans, 48, 32)
     assert torch.equal(model(imgs), want(imgs))
     assert model.default_cfg["input_size"] == (want.in_chans, 48, 32)
-    assert (model.default_cfg["num_classes"], model.default_cfg["mean"]) == (5, (0.5,))
+    assert (model.default_cfg["num_classes"], model.default_cfg["mean"]) == (5, (0.5,) * want.in_chans)
     maps = timm.create_model("arm_base_pz16", pretrained=True, pretrained_cfg_overlay=overlay, features_only=True)
     got = maps.eval()(imgs)
     assert all(
         torch.equal(g, w)
         for g, w in zip(got, want.forward_intermediates(imgs, 3, intermediates_only=True), strict=True)
     )
+
+
+def test_normalisation_has_as_many_channels_as_the_model(tmp_path, caplog):
+    """By timm's transform; the file's values are only for its own number of channels."""
+    grey = timm.create_model("arm_tiny_pz16", in_chans=1)
+    config = timm.data.resolve_model_data_config(grey)
+    assert (config["mean"], config["std"]) == ((0.459,), (0.2256,))
+    image = timm.data.create_transform(**config)(Image.new("L", (300, 300), 255))
+    torch.testing.assert_close(image, torch.full((1, 224, 224), (1 - 0.459) / 0.2256))
+    grey.set_input_size((64, 64))
+    assert (grey.pretrained_cfg["input_size"], grey.pretrained_cfg["mean"]) == ((1, 64, 64), (0.459,))
+    own = {"mean": (0.1,), "std": (0.2,)}
+    assert timm.create_model("arm_tiny_pz16", in_chans=1, pretrained_cfg_overlay=own).pretrained_cfg["mean"] == (0.1,)
+
+    three = models_arm.create_classifier("arm_tiny_pz16", **SMALL)
+    file = write_run(tmp_path / "c.pth", three, mean=[0.5] * 3, std=[0.25] * 3)
+    for channels, mean, std in ((3, 0.5, 0.25), (1, 0.459, 0.2256), (5, 0, 1)):
+        with caplog.at_level(logging.INFO, "arm"):
+            model = timm.create_model("arm_base_pz16", pretrained=True, in_chans=channels, pretrained_cfg_overlay=file)
+        found = model.pretrained_cfg
+        assert (found["mean"], found["std"]) == ((mean,) * channels, (std,) * channels)
+        assert ("images of 5 channels have no usual mean" in caplog.text) == (channels == 5)
 
 
 def test_arguments_win_over_the_file(tmp_path):
