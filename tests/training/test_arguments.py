@@ -14,7 +14,7 @@ CHANGE_THE_RESULT = set(
     freeze
     objective order taps norm_pix_loss cluster_size
     epochs warmup_epochs lr min_lr weight_decay layer_decay clip_grad drop_path ema_decay smoothing seed
-    loader scale hflip aa color_jitter reprob remode recount
+    loader scale hflip mean std exif aa color_jitter reprob remode recount
     mixup mixup_mode mixup_prob mixup_switch_prob cutmix cutmix_minmax
     eval_loader eval_resize
     """.split()
