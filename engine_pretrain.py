@@ -19,5 +19,5 @@ def train_one_epoch(
 
 
 def loss_of(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a function that computes the loss () of a batch: images (B, 3, H, W) and labels (B,)."""
+    """Return a function that computes the loss () of a batch: images (B, in_chans, H, W) and labels (B,)."""
     return lambda imgs, _: model(imgs).mean()  # (any shape) -> ()

@@ -94,7 +94,7 @@ def encode(model: Model, imgs: Tensor, blocks: range) -> Tensor:
 
     Args:
         model: of pretraining or finetuning.
-        imgs: (B, 3, H, W).
+        imgs: (B, in_chans, H, W).
         blocks: their numbers, from 1.
 
     Returns:
@@ -131,7 +131,7 @@ def form_of(model: Model, tokens: bool) -> tuple[type, tuple[int, ...]]:
 
 
 def encode_kinds(model: Model, imgs: Tensor, blocks: range, kinds: Collection[bool]) -> dict[bool, np.ndarray]:
-    """Encode images (B, 3, H, W) once; return their tokens under True and pooled under False, see `form_of`."""
+    """Encode images (B, in_chans, H, W) once; return their tokens under True and pooled under False, see `form_of`."""
     with autocast(imgs.device):
         tokens = encode(model, imgs, blocks)
     with np.errstate(over="ignore"):  # values beyond float16 become infinite
@@ -317,7 +317,7 @@ def publish(partial: Path, path: Path, digest: bytes) -> None:
 def compute(
     loader: DeviceLoader, outputs: Callable[[Tensor], T], log: Log, title: str
 ) -> Iterator[tuple[range, np.ndarray, T]]:
-    """Yield places, labels (B,) int64 and `outputs` of the images (B, 3, H, W) of each batch of this process's share.
+    """Yield places, labels (B,) int64 and `outputs` of the images (B, C, H, W) of each batch of this process's share.
 
     `title` is that of the progress display. A label of -1 means a broken image.
     """

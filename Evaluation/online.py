@@ -205,7 +205,7 @@ class Watch:
 
 
 class Chunks:
-    """Yield this rank's chunks: rows (a slice), images (B, 3, H, W), labels (B,). Random numbers depend on the rows.
+    """Yield this rank's chunks: rows (a slice), images (B, C, H, W), labels (B,). Random numbers depend on the rows.
 
     Attributes:
         images: number of rows, of all ranks.

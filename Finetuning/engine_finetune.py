@@ -49,7 +49,7 @@ def update_ema(ema: ModelEmaV3, model: nn.Module, skipped: Tensor) -> None:
 
 
 def loss_of(model: nn.Module, criterion: nn.Module, mixup: Mixup | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the function that computes the loss of a batch: images (B, 3, H, W), labels (B,) int64 -> scalar.
+    """Return the function that computes the loss of a batch: images (B, in_chans, H, W), labels (B,) int64 -> scalar.
 
     `criterion` takes logits and labels; with `mixup`, which mixes images and labels, logits and class probabilities.
     """

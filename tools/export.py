@@ -66,7 +66,7 @@ class Encoder(nn.Module):
         self.model = model
 
     def forward(self, imgs: Tensor) -> Tensor:
-        """Return tokens of images (B, 3, H, W); see `forward_features` of the model."""
+        """Return tokens of images (B, in_chans, H, W); see `forward_features` of the model."""
         return self.model.forward_features(imgs)
 
 
@@ -135,7 +135,7 @@ def build(about: dict) -> Model:
     return create_pretrain_model(about["architecture"], **sizes).eval()
 
 
-# Each function of WRITERS writes a file, reads it, and returns its computation: images (B, 3, H, W) -> outputs.
+# Each function of WRITERS writes a file, reads it, and returns its computation: images (B, in_chans, H, W) -> outputs.
 
 
 def to_safetensors(module: nn.Module, about: dict, imgs: Tensor, path: Path) -> Callable[[Tensor], Tensor]:

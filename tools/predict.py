@@ -244,7 +244,7 @@ def write_answers(
     form = Answers(args.output.suffix, [name or str(place) for place, name in enumerate(names)], topk)
 
     def likeliest(imgs: Tensor) -> tuple[list[bool], list[list[tuple[float, int]]]]:
-        """Return for images (B, 3, H, W) whether their logits are finite, and the best (probability, output)."""
+        """Return for images (B, in_chans, H, W) whether their logits are finite, and the best (probability, output)."""
         with autocast(imgs.device):
             logits = model(imgs)
         best = logits.float().softmax(dim=1).topk(topk)

@@ -36,7 +36,7 @@ class DeviceLoader:
     Args:
         loader: its batches are a tensor; an array (B, n + 1) float64 with n numbers and the label of each image; and
             {index: reason} of the broken images that were met.
-        finish: (tensor, numbers (B, n) float64, device) -> images (B, 3, H, W) float32 on the device.
+        finish: (tensor, numbers (B, n) float64, device) -> images (B, in_chans, H, W) float32 on the device.
         device: of the batches.
         max_broken: largest number of different broken images in one pass; one more ends the run.
         advice: the remedy that the message then names.
@@ -63,7 +63,7 @@ class DeviceLoader:
         return self.loader.sampler
 
     def __iter__(self) -> Iterator[list[Tensor]]:
-        """Yield images (B, 3, H, W) float32 and labels (B,) int64, on the device.
+        """Yield images (B, in_chans, H, W) float32 and labels (B,) int64, on the device.
 
         Raises:
             RunError: more than `max_broken` images are broken, or the workers lack memory or open files.

@@ -75,7 +75,10 @@ class LossScale:
         return norm / self.scale if self.active else norm
 
     def counts(self) -> Tensor:
-        """Return 1 if a gradient that is not finite is not for the scale to mend, else 0: (), float32."""
+        """Return whether a non-finite gradient counts for `--max_nonfinite`: 1 or 0, () float32.
+
+        It does not count while the scale can still be halved, since overflows are expected until the scale is right.
+        """
         return (self.scale <= FLOOR).float() if self.active else torch.ones_like(self.scale)
 
     def update(self, overflow: Tensor) -> None:
