@@ -22,11 +22,11 @@ from mamba import ORDERS, SIZES
 from objectives import OBJECTIVES
 from ops import BackendUnavailable
 from util import arguments, cli
-from util.data.pixels import Pixels
+from util.data.pixels import IMAGENET, Pixels
 from util.data.sources.readers import open_source
 from util.distributed.parallel import distribute, unsharded
 from util.distributed.processes import init_device, is_main
-from util.errors import as_user_error
+from util.errors import UserError, as_user_error
 from util.seeding import seed_everything
 from util.tracking.run_log import clock, open_log
 from util.training.precision import autocast
@@ -37,11 +37,13 @@ if TYPE_CHECKING:
 
 # `main` imports timm, torchvision and matplotlib after its checks, so that --help and mistakes take half of the time.
 
+PROBE_IMAGES = 2000
+
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser; its defaults are the published recipe of the base model."""
     parser = cli.Parser("main_pretrain.py", description=__doc__.splitlines()[0])
-    arguments.add_shared_arguments(parser, SIZES, unlabelled=True)
+    arguments.add_shared_arguments(parser, SIZES, pretraining=True)
     add = parser.add_argument_group("pretraining").add_argument
     add("--cluster_size", type=arguments.side, default=4, help="patches a side (default: %(default)s)")
     add("--dec_embed_dim", type=arguments.side, help="decoder channels (default: 512; tiny 192, small 384)")
@@ -85,9 +87,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add(
         "--probe_images",
         type=arguments.number(int, 4, 10**6),
-        default=2000,
         metavar="N",
-        help="number of images for --probe_freq (default: %(default)s)",
+        help=f"number of images for --probe_freq (default: {PROBE_IMAGES})",
     )
     kernels.add_arguments(parser.add_argument_group("kernels"))
     parser.set_defaults(
@@ -136,12 +137,17 @@ def main(args: argparse.Namespace) -> None:
         UserError: a mistake in the arguments or the data, before training starts.
     """
     arguments.check_arguments(args)
+    if args.probe_images is not None and not args.probe_freq:
+        raise UserError("--probe_images is only for --probe_freq: leave it out, or give both")
+    args.probe_images = args.probe_images or PROBE_IMAGES
     pixels = Pixels.of(args)
     vars(args).update(pixels.arguments())
     device = init_device(args.device, args.dist_timeout, args.deterministic)
     folders = arguments.output_folders(args)
     log = open_log(folders, args.tracker, args.print_freq)
     content = starting_point(args, folders[0], log.say)
+    if pixels != IMAGENET:
+        log.say(str(pixels))
     source = open_source(args.data_path, "train", labels=False)
 
     from timm.optim import param_groups_weight_decay

@@ -102,7 +102,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     arguments.add_eval_arguments(parser)
     arguments.add_result(arguments.add_checkpoint_arguments(parser))
     sets = f"of ImageNet {', '.join(OF_IMAGENET)}; any name for class folders of your own; c: corruption/severity/class"
-    parser.add_argument("--data", type=named_path, nargs="+", required=True, metavar="SET=FOLDER", help=sets)
+    add = parser.add_argument_group("data").add_argument
+    add("--data", type=named_path, nargs="+", required=True, metavar="SET=FOLDER", help=sets)
     parser.set_defaults(dist_eval=True)
     return parser
 

@@ -209,6 +209,8 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--ignore_keys is for --finetune and --eval: --resume continues a run of this code")
     if args.eval and not (args.resume or args.finetune):
         raise UserError("--eval needs a checkpoint: --resume FILE")
+    if args.freeze is not None and args.eval:
+        raise UserError(f"--freeze {args.freeze} is for training, and --eval trains nothing: leave one of them out")
     if args.output and not args.eval:
         raise UserError("--output is the folder for the report of --eval; that of a run is --output_dir")
     device = init_device(args.device, args.dist_timeout, args.deterministic)
@@ -252,7 +254,8 @@ def prepare(
         UserError: see `build_classifier`; or the kernels are not there.
     """
     from util.data.datasets import ImageDataset, pixels_by
-    from util.data.transforms import Pixels, eval_transform
+    from util.data.pixels import IMAGENET, Pixels
+    from util.data.transforms import eval_transform
 
     if found is not None:
         new = set() if args.resume or args.eval else {"global_pool"}
@@ -260,7 +263,7 @@ def prepare(
     model = build_classifier(args, found)
     pixels = Pixels.of(args, {} if found is None else found.saved_pixels)
     vars(args).update(pixels.arguments())
-    if pixels.unusual:
+    if pixels != IMAGENET:
         LOGGER.info("%s%s", pixels, "" if found is None else f"; what no flag says is as in {printable(found.name)}")
     transform = eval_transform(arguments.image_size(args), args.eval_resize, pixels)
     val = ImageDataset(source, pixels_by(args.eval_loader, transform))

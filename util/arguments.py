@@ -59,18 +59,20 @@ class WarmUp(argparse.Action):
 
 # A long help stands below its flag.
 # fmt: off
-def add_shared_arguments(parser: argparse.ArgumentParser, models: Iterable[str], unlabelled: bool = False) -> None:
+def add_shared_arguments(parser: argparse.ArgumentParser, models: Iterable[str], pretraining: bool = False) -> None:
     """Add the arguments that pretraining and finetuning share; each sets its defaults by `parser.set_defaults`.
 
-    `models` are the names that --model takes. With `unlabelled`, `--data_path` takes several places, and images without
-    labels. One of the defaults is `recipe_epochs`, the length of the run that the default of `--warmup_epochs` is for.
+    `models` are the names that --model takes. In `pretraining`, `--data_path` takes several places, and images without
+    labels; otherwise what is not given can come from a checkpoint to start from. One of the defaults is
+    `recipe_epochs`, the length of the run that the default of `--warmup_epochs` is for.
     """
+    inherited = "" if pretraining else ", or the checkpoint's"
     add_machine_arguments(parser)
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=tuple(models), metavar="NAME", help=f"one of {', '.join(models)}")
     add("--input_size", type=pixels, nargs="+", metavar="PX", help="side, or height and width, of the input")
     add("--patch_size", type=side, help="pixels a side")
-    add("--in_chans", type=number(int, 1, 64), help="channels of the images (default: 3, or the checkpoint's)")
+    add("--in_chans", type=number(int, 1, 64), help=f"channels of the images (default: 3{inherited})")
     add("--embed_dim", type=side, help="number of channels, instead of the model's")
     add("--depth", type=few, help="number of blocks, instead of the model's")
 
@@ -86,9 +88,9 @@ def add_shared_arguments(parser: argparse.ArgumentParser, models: Iterable[str],
     add("--clip_grad", type=number(float, 0, 1e9, above=True), help="largest gradient norm")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", type=nonempty, required=True, nargs="+" if unlabelled else None, metavar="PATH",
+    add("--data_path", type=nonempty, required=True, nargs="+" if pretraining else None, metavar="PATH",
         help="; ".join(text for _, text in READERS.values()) + "; images need neither labels nor train/; several "
-        "places are mixed, and PATH*N takes each image N times" * unlabelled)
+        "places are mixed, and PATH*N takes each image N times" * pretraining)
     add("--loader", choices=("fast", "pil"), default="fast",
         help="fast: decode training images with libjpeg-turbo and augment them on the training device; pil: do both in "
         "Pillow as the released code does")
@@ -97,10 +99,11 @@ def add_shared_arguments(parser: argparse.ArgumentParser, models: Iterable[str],
     add("--scale", type=rate, nargs=2, help="least and largest area of crops")
     add("--hflip", type=rate, default=0.5, help="rate of horizontal flips")
     add("--mean", type=number(float, -1e9, 1e9), nargs="+", metavar="X",
-        help="of the channels, for values from 0 to 1: one number, or one each (default: ImageNet's)")
-    add("--std", type=number(float, 0, 1e9, above=True), nargs="+", metavar="X", help="standard deviation, likewise")
+        help=f"of the channels, for values from 0 to 1: one number, or one each (default: ImageNet's{inherited})")
+    add("--std", type=number(float, 0, 1e9, above=True), nargs="+", metavar="X",
+        help=f"standard deviation, likewise (default: ImageNet's{inherited})")
     add("--exif", type=boolean, nargs="?", const=True,
-        help="turn images as the orientation in their EXIF data says (default: False)")
+        help=f"turn images as the orientation in their EXIF data says (default: False{inherited})")
 
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", type=nonempty, default="./output_dir", help="checkpoints and log.txt")
@@ -191,9 +194,6 @@ def frozen(text: str) -> int | str:
         return text if text == "all" else int(number(int, 0, 1000)(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number of blocks nor all") from error
-
-
-frozen.__name__ = "int"  # as of `number`, by which tests know an argument with bounds
 
 
 def add_ignore_keys(parser: argparse._ActionsContainer) -> None:

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from randaugment_helpers import OPERATIONS
 
 import main_pretrain
+import models_arm
 import pretrained
 from Evaluation import probe
 from Finetuning import main_finetune
@@ -238,6 +239,8 @@ def test_scripts_take_the_values_of_the_checkpoint(image_folder, tmp_path, run_s
     common = ["--data_path", image_folder, "--epochs", 1, "--warmup_epochs", 0, "--batch_size", 8]
     pretrain = [*TINY_PRETRAIN, *common, "--vis_freq", 0]
     run_script(main_pretrain, *pretrain, "--output_dir", tmp_path, "--mean", 0.5, "--std", 0.1, 0.2, 0.3, "--exif")
+    line = "images of 3 channels with mean 0.5 and deviation 0.1 0.2 0.3, turned as EXIF says"
+    assert f"{line}\n" in capsys.readouterr().out
     file, own = tmp_path / "checkpoint-last.pth", Pixels((0.5,) * 3, (0.1, 0.2, 0.3), 3, True)
     assert pretrained.read(file).pixels == own
     with pytest.raises(SystemExit):
@@ -249,7 +252,7 @@ def test_scripts_take_the_values_of_the_checkpoint(image_folder, tmp_path, run_s
     finetune = [*TINY_FINETUNE, *common, "--finetune", file, "--output_dir"]
     with caplog.at_level(logging.INFO):
         run_script(main_finetune, *finetune, tmp_path / "same")
-    assert "images of 3 channels with mean 0.5 and deviation 0.1 0.2 0.3, turned as EXIF says; what no" in caplog.text
+    assert f"{line}; what no flag says is as in {file}" in caplog.text
     assert pretrained.read(tmp_path / "same" / "checkpoint-last.pth").pixels == own
     run_script(main_finetune, *finetune, tmp_path / "other", "--mean", 0.25, "--std", 1, "--exif", "False")
     other = tmp_path / "other" / "checkpoint-last.pth"
@@ -263,6 +266,19 @@ def test_scripts_take_the_values_of_the_checkpoint(image_folder, tmp_path, run_s
     about = json.loads(other.with_suffix(".json").read_text())
     assert (about["pretrained_cfg"]["mean"], about["pretrained_cfg"]["std"]) == ([0.25] * 3, [1.0] * 3)
     assert pretrained.read(other.with_suffix(".safetensors")).pixels == pretrained.read(other).pixels
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_one_line_tells_that_images_are_grey(channels, image_folder, tmp_path, run_script, caplog):
+    """A checkpoint that says so needs no flag. Of ImageNet's three channels there is no line."""
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_classes": 3, "in_chans": channels}
+    torch.save(models_arm.create_classifier("arm_tiny_pz16", **sizes).state_dict(), tmp_path / "c.pth")
+    words = ["--eval", "--resume", tmp_path / "c.pth", "--data_path", image_folder, "--device", "cpu"]
+    with caplog.at_level(logging.INFO):
+        run_script(main_finetune, *words, "--num_workers", 0)
+    line = f"images of 1 channels with mean 0.459 and deviation 0.2256; what no flag says is as in {tmp_path / 'c.pth'}"
+    assert (line in caplog.text) == (channels == 1)
+    assert ("with mean" in caplog.text) == (channels == 1)
 
 
 def test_an_older_checkpoint_has_imagenets_values(image_folder, tmp_path, run_script, capsys):

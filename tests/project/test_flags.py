@@ -165,7 +165,7 @@ def numeric_arguments() -> list:
     for parser in [script.get_args_parser() for script in scripts]:
         for action in parser._actions:
             # a type of ours carries the name of what it makes; anything else may still be a bare int or float
-            if getattr(action.type, "__name__", "") in ("int", "float") and not action.choices:
+            if getattr(action.type, "__name__", "") in ("int", "float", "frozen") and not action.choices:
                 found.append(pytest.param(parser, action, id=f"{parser.prog} {action.dest}"))
     return found
 
@@ -185,7 +185,7 @@ def test_numbers_have_bounds(parser, action):
 def test_there_are_numeric_arguments():
     """The table above does not become empty without a word."""
     names = {param.id for param in numeric_arguments()}
-    assert {"main_pretrain.py keep", "probe.py k", "pack_images.py shard_images", "bench_train.py steps"} <= names
+    assert {"main_pretrain.py keep", "main_finetune.py freeze", "probe.py k", "bench_train.py steps"} <= names
     assert len(names) > 100
 
 
@@ -197,6 +197,17 @@ def test_help_names_every_flag_and_model(script, capsys):
     shown = capsys.readouterr().out
     assert "--weight_decay" in shown
     assert all(name in shown for name in SIZES)
+
+
+@pytest.mark.parametrize("script", [main_pretrain, main_finetune, probe, robustness, predict])
+def test_help_is_true_of_each_script(script):
+    """Only finetuning takes values of a checkpoint; and every flag stands under a heading of its own."""
+    parser = script.get_args_parser()
+    assert [action.dest for action in parser._optionals._group_actions] == ["help"]
+    if script in (main_pretrain, main_finetune):
+        helps = {action.dest: action.help for action in parser._actions}
+        for name in ("in_chans", "mean", "std", "exif"):
+            assert ("or the checkpoint's)" in helps[name]) == (script is main_finetune)
 
 
 LATE = "timm", "torchvision", "models_arm", "matplotlib", "tensorboard", "torch._dynamo", "sympy", "datasets", "onnx"

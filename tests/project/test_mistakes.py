@@ -52,11 +52,13 @@ PRETRAIN_MISTAKES = {
     "--device meta": "--device meta: cuda and cpu are supported$",
     "--device mps": "--device mps: cuda and cpu are supported; Apple's GPUs do not compute float64, which training",
     "--log_dir /dev/null/x": "--log_dir /dev/null/x cannot be written",
+    "--probe_images 8": "--probe_images is only for --probe_freq: leave it out, or give both",
 }
 FINETUNE_MISTAKES = {
     "--nb_classes 2": "has 3 classes, the classifier 2",
     "--finetune none.pth": "no checkpoint file none.pth",
     "--freeze 2": "--freeze 2 keeps weights as they are: --finetune says which",
+    "--freeze 2 --eval --resume none.pth": "--freeze 2 is for training, and --eval trains nothing",
     "--freeze -1": "argument --freeze: -1 is not at least 0 and at most 1000",
     "--freeze some": "argument --freeze: 'some' is neither a number of blocks nor all",
     "--resume none.pth --model_key model_ema": "--model_key chooses among the weights of --finetune",

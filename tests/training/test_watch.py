@@ -31,6 +31,7 @@ CPU = torch.device("cpu")
 # Orders are drawn anew for each image, so that a value that depends on random numbers would show it.
 COMMON = [*TINY_PRETRAIN, *FAST, *"--epochs 3 --order random_per_image --batch_size 8 --print_freq 2".split()]
 WATCHED = "--val_freq 1 --probe_freq 2 --probe_images 16".split()
+PROBED = "--probe_freq 1 --probe_images 2000".split()
 CHUNKS_OF_4 = """
 import sys
 sys.path.insert(0, {repository!r})
@@ -103,7 +104,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(run, watched):
 
 
 def test_a_resumed_run_can_be_watched_otherwise(run, watched):
-    more = ["--resume", watched / "checkpoint-0.pth", *"--probe_freq 1 --probe_images 8 --print_freq 1".split()]
+    more = ["--resume", watched / "checkpoint-0.pth", *"--probe_freq 1 --print_freq 1".split()]  # 2000 images
     assert_same_end(run("otherwise", *more), watched)
 
 
@@ -279,7 +280,7 @@ def test_a_loss_on_val_needs_val(image_folder, tmp_path, run_script, capsys):
 def test_images_without_labels_have_a_rank(image_folder, few_images):
     train, said = open_source(str(image_folder), "train"), []
     train.classes, train.labels = [], np.zeros_like(train.labels)
-    watch, model, of_model = watch_of(image_folder, "--probe_freq", 1, train=train, said=said.append)
+    watch, model, of_model = watch_of(image_folder, *PROBED, train=train, said=said.append)
     assert re.fullmatch("probe: RankMe of 24 training images, every 1 epochs; kNN needs classes, .*", said[0])
     found = watch.measure(model, of_model, NotedLog())
     assert found.keys() == {"rankme", "probe_share"}

@@ -32,7 +32,7 @@ class Pixels(NamedTuple):
 
     @property
     def as_stored(self) -> bool:
-        """Return whether images are arrays of floating point, since Pillow has none of this number of channels."""
+        """Return whether images are read with the type of number of their file, and not converted to grey or RGB."""
         return self.channels not in (1, 3)
 
     def __str__(self) -> str:
@@ -42,11 +42,6 @@ class Pixels(NamedTuple):
         )
         turned = ", turned as EXIF says" if self.exif else ""
         return f"images of {self.channels} channels with mean {mean} and deviation {std}{turned}"
-
-    @property
-    def unusual(self) -> bool:
-        """Return whether they differ from those that images of so many channels have by default."""
-        return self.exif or self.as_stored or (self.mean, self.std) != _usual(self.channels)
 
     @classmethod
     def of(cls, args: argparse.Namespace, saved: Mapping[str, Any] = MappingProxyType({})) -> "Pixels":
