@@ -66,6 +66,7 @@ def test_values_come_from_the_flags_then_from_the_checkpoint(args, saved, want):
         ({"std": [0.5], "mean": None}, "--mean and --std belong together"),
         ({"mean": [0.5] * 2, "std": [0.5]}, "--mean has 2 numbers, and images 3 channels: give one number, or 3"),
         ({"mean": [0.5], "std": [0.5] * 3, "in_chans": 1}, "--std has 3 numbers, .* 1 channels: give one number$"),
+        ({"mean": [120], "std": [60]}, "--mean: the values of these images are from 0 to 1, .*; divide by 255"),
         ({"in_chans": 5}, "images of 5 channels have no usual mean .*: give --mean and --std, one number or 5 each"),
     ],
 )

@@ -53,8 +53,8 @@ class Pixels(NamedTuple):
                 std are not taken for another number of channels.
 
         Raises:
-            UserError: `--mean` and `--std` do not have one number, or one for each channel; one of them is missing; or
-                both are, and there is no default for this number of channels.
+            UserError: `--mean` and `--std` do not have one number, or one for each channel; one of them is missing;
+                both are, and there is no default for this number of channels; or the mean exceeds the values.
         """
         given = {name: getattr(args, name, None) for name in ("mean", "std", "in_chans", "exif")}
         given = {name: value for name, value in given.items() if value is not None}
@@ -70,6 +70,8 @@ class Pixels(NamedTuple):
                 raise UserError(
                     f"--{name} has {len(found[name])} numbers, and images {channels} channels: give {numbers}"
                 )
+        if channels in (1, 3) and not all(0 <= value <= 1 for value in given.get("mean", ())):
+            raise UserError("--mean: the values of these images are from 0 to 1, so their mean is; divide by 255")
         mean, std = (tuple(found[name]) * (channels // len(found[name])) for name in ("mean", "std"))
         return cls(mean, std, channels, exif)
 
