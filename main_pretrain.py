@@ -30,7 +30,7 @@ from util.errors import UserError, as_user_error
 from util.seeding import seed_everything
 from util.tracking.run_log import clock, open_log
 from util.training.precision import autocast
-from util.training.run_state import Run, check_same_images, fingerprint, starting_point
+from util.training.run_state import Run, check_same_images, record_images, starting_point
 
 if TYPE_CHECKING:
     from models_pretrain import PretrainModel
@@ -160,7 +160,7 @@ def main(args: argparse.Namespace) -> None:
 
     size = arguments.image_size(args)
     dataset = ImageDataset(source, pixels_by(args.loader, pretrain_transform(size, args)))
-    args.data = fingerprint(source)
+    record_images(args, source)
     check_same_images(source)
     watch = online.Watch(args, source, device, log.say)
     seed_everything(args.seed)

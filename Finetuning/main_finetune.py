@@ -47,7 +47,7 @@ from util.lr_decay import param_groups_layer_decay
 from util.seeding import seed_everything
 from util.tracking.run_log import Log, clock, open_log
 from util.training.evaluation import describe_result, evaluate
-from util.training.run_state import Run, check_same_images, fingerprint, starting_point
+from util.training.run_state import Run, check_same_images, record_images, starting_point
 
 if TYPE_CHECKING:
     from timm.data import Mixup
@@ -305,7 +305,7 @@ def finetune(
     for line in match_classes(val.source, classes, source.root):
         log.say(line)
     names = names_by_output(source, args.nb_classes)
-    args.data = fingerprint(source)
+    record_images(args, source)
     if mixes(args) and args.batch_size % 2:
         raise UserError(f"--batch_size {args.batch_size}: mixup and cutmix pair images and need an even batch")
     for side in args.input_size if args.cutmix_minmax else ():

@@ -169,7 +169,7 @@ def test_changed_arguments(start, tmp_path, images):
         os.link(path, tmp_path / "fewer" / "train" / "a" / path.name)
     running = start(PRETRAIN, *changed, "--data_path", tmp_path / "fewer", data=False)
     assert running.status() == 2
-    assert re.search(r"other arguments: data \w{16} -> \w{16};", running.text)
+    assert re.search(r"other arguments: images of --data_path \(other ones, names or order\);", running.text)
 
 
 PATH = f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}"

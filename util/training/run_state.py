@@ -5,7 +5,7 @@ import hashlib
 import math
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
@@ -291,6 +291,11 @@ def fingerprint(source: Source) -> str:
     return digest.hexdigest()[:16]
 
 
+def record_images(args: argparse.Namespace, source: Source) -> None:
+    """Set `args.data` and `args.images`, by which a resumed run recognises its images."""
+    args.data, args.images = fingerprint(source), f"{type(source).__name__} {source.identity()[:16]}"
+
+
 def check_same_images(*sources: Source) -> None:
     """Raise UserError, which names a process, unless all processes see the same images. All processes call it."""
     own = [(len(source.labels), source.identity(), fingerprint(source)) for source in sources]
@@ -314,8 +319,26 @@ def changed_arguments(args: argparse.Namespace, content: dict) -> list[str]:
     counts = ("batch_size", "accum_iter", "world_size")
     saved = inspection.PUBLISHED | Pixels().arguments() | inspection.saved_arguments(content, *counts)
     now = vars(args)
-    changed = [f"{k} {saved[k]} -> {now[k]}" for k in sorted(saved.keys() & now.keys() - FREE) if saved[k] != now[k]]
+    compared = sorted(saved.keys() & now.keys() - FREE - {"data", "images"})
+    changed = [f"{k} {saved[k]} -> {now[k]}" for k in compared if saved[k] != now[k]]
+    changed += _changed_images(saved, now)
     before, after = (math.prod(values[name] for name in counts) for values in (saved, now))
     if before != after:
         changed.append(f"effective batch {before} -> {after}")
     return changed
+
+
+def _changed_images(saved: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+    """Return how the training images differ, if they do, from the arguments that `record_images` set.
+
+    What identifies an image differs between readers, so it is compared only where the reader is the same. Earlier
+    versions recorded classes and labels only.
+    """
+    (reader, _, images), (reader_now, _, images_now) = (
+        str(values.get("images", "")).partition(" ") for values in (saved, now)
+    )
+    if reader == reader_now and images != images_now:
+        return ["images of --data_path (other ones, names or order)"]
+    if "data" in saved and "data" in now and saved["data"] != now["data"]:
+        return ["images of --data_path (other ones, classes or labels)"]
+    return []
