@@ -3,9 +3,9 @@
     python tools/pack_images.py /path/to/ImageNet /path/to/shards --short_side 256
 
 writes shards/train/*.tar and, if there are images to validate, shards/val/*.tar in the webdataset layout, which
-`--data_path wds:/path/to/shards` reads. Training images with a shorter side above 256 are resized (bicubic) and stored
-as JPEG, with their orientation; all others, and all images of val/, are stored unchanged. Instead of a folder,
-csv:FILE, wds:FOLDER or hfds:NAME is packed as well. The same command resumes a run that was stopped.
+`--data_path wds:/path/to/shards` reads. Grey and RGB training images with a shorter side above 256 are resized
+(bicubic) and stored as JPEG, with their orientation; all others, and all images of val/, are stored unchanged. Instead
+of a folder, csv:FILE, wds:FOLDER or hfds:NAME is packed as well. The same command resumes a run that was stopped.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -31,7 +32,7 @@ from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from util import arguments, cli, hardware
-from util.data import decode
+from util.data import arrays, decode
 from util.data.decode import ARRAYS, SUFFIXES, BrokenImage
 from util.data.device_loader import allowed_broken, list_broken, too_many_broken
 from util.data.sources.folders import Folder
@@ -46,7 +47,22 @@ from util.training.run_state import fingerprint
 
 MAX_JPEG_SIDE = 65500  # of libjpeg
 
-_encode: Callable[[int], tuple[str, bytes] | str]  # of a worker, see `_start_worker`
+
+class File(NamedTuple):
+    """The file to store for an image.
+
+    Attributes:
+        suffix: without a dot.
+        content: of the file.
+        other_channels: whether the image is unchanged because it is neither grey nor RGB.
+    """
+
+    suffix: str
+    content: bytes
+    other_channels: bool = False
+
+
+_encode: Callable[[int], File | str]  # of a worker, see `_start_worker`
 
 
 # fmt: off
@@ -69,8 +85,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 # fmt: on
 
 
-def encode(source: Source, short_side: int | None, quality: int, index: int) -> tuple[str, bytes] | str:
-    """Return the suffix and content of the file to store for an image, or the reason why the image is broken.
+def encode(source: Source, short_side: int | None, quality: int, index: int) -> File | str:
+    """Return the file to store for an image, or the reason why the image is broken.
 
     `short_side` is the largest shorter side, in pixels; None stores the image unchanged, broken or not.
 
@@ -86,20 +102,22 @@ def encode(source: Source, short_side: int | None, quality: int, index: int) -> 
         raise RunError(f"{name}: {error.strerror}; the same command resumes after the last complete shard") from error
     suffix = suffix_of(name)
     if short_side is None:
-        return suffix, data
+        return File(suffix, data)
     try:
+        if arrays.has_other_channels(data):
+            return File(suffix, data, other_channels=True)
         pixels = decode.crop_of(data)
     except BrokenImage as error:
         return f"{name}: {error}"
     height, width, _ = pixels.shape
     if min(height, width) <= short_side or short_side * max(height, width) > MAX_JPEG_SIDE * min(height, width):
-        return suffix, data
+        return File(suffix, data)
     from torchvision.transforms.v2 import functional as F
 
     image = torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
     pixels = F.resize_image(image, [short_side], F.InterpolationMode.BICUBIC).permute(1, 2, 0)  # (3, h, w) -> (h, w, 3)
     jpeg = simplejpeg.encode_jpeg(pixels.contiguous().numpy(), quality=quality, colorsubsampling="420")
-    return "jpg", with_orientation(jpeg, decode.orientation_of(data))
+    return File("jpg", with_orientation(jpeg, decode.orientation_of(data)))
 
 
 def with_orientation(jpeg: bytes, orientation: int) -> bytes:
@@ -135,7 +153,7 @@ def _start_worker(source: Source, short_side: int | None, quality: int) -> None:
     _encode = partial(encode, source, short_side, quality)
 
 
-def _in_worker(index: int) -> tuple[str, bytes] | str:
+def _in_worker(index: int) -> File | str:
     return _encode(index)
 
 
@@ -208,14 +226,14 @@ def _starting_workers() -> Iterator[None]:
 
 def pack(
     source: Source, folder: Path, short_side: int | None, args: argparse.Namespace, finished: dict[Path, list[str]]
-) -> list[str]:
+) -> tuple[list[str], int]:
     """Write the missing shards of one split.
 
     The shards 000000.tar and so on are written atomically. The broken images of a shard are listed in
     000000.broken.json, which is ignored without its shard. `finished` is the result of `claim`.
 
     Returns:
-        One line for each broken image, which is left out.
+        One line for each broken image, which is left out; number of images packed now that have other channels.
 
     Raises:
         RunError: too many images are broken, a file cannot be read, or no worker can be started.
@@ -224,7 +242,7 @@ def pack(
     max_broken = allowed_broken(args.max_bad_samples, count)
     shards = shards_of(count, folder, args.shard_images)
     missing = [path for path in shards if path not in finished]
-    broken = {path: finished.get(path, []) for path in shards}
+    broken, other_channels = {path: finished.get(path, []) for path in shards}, 0
     for pattern in (".*.tar.*.tmp", ".*.json.*.tmp", "*.partial"):  # left by a killed run; *.partial by older versions
         for unfinished in folder.glob(pattern):
             unfinished.unlink()
@@ -240,7 +258,8 @@ def pack(
                 for index, result in zip(shards[path], results, strict=True):
                     bar.update()
                     if not isinstance(result, str):
-                        add_image(tar, source, index, *result)
+                        add_image(tar, source, index, result.suffix, result.content)
+                        other_channels += result.other_channels
                         continue
                     broken[path].append(result)
                     found = [line for lines in broken.values() for line in lines]
@@ -250,7 +269,7 @@ def pack(
                 _list_of(path).unlink(missing_ok=True)
                 if broken[path]:
                     write_json(_list_of(path), broken[path])
-    return [line for lines in broken.values() for line in lines]
+    return [line for lines in broken.values() for line in lines], other_channels
 
 
 def add_image(tar: tarfile.TarFile, source: Source, index: int, suffix: str, data: bytes) -> None:
@@ -288,7 +307,7 @@ def main(args: argparse.Namespace) -> None:
     finished = {split: claim(images, target / split, short_sides[split], args) for split, images in sources.items()}
     for split, images in sources.items():
         try:
-            broken = pack(images, target / split, short_sides[split], args, finished[split])
+            broken, other_channels = pack(images, target / split, short_sides[split], args, finished[split])
         except BrokenProcessPool as error:
             advice = "the same command resumes after the last complete shard"
             raise RunError(f"a worker was killed; {advice}; if memory ran out, use a smaller --num_workers") from error
@@ -299,6 +318,8 @@ def main(args: argparse.Namespace) -> None:
             found = f"{len(packed.labels)} of {len(images.labels)} images"
             raise RunError(f"{target / split} has {found}: remove it and repeat")
         print(f"{split}: {len(packed.labels)} images in {len(packed.shards)} shards, {packed.size.sum() / 1e6:.1f} MB")
+        if other_channels:
+            print(f"{other_channels} images are neither grey nor RGB, and are stored unchanged")
         if broken:
             print(f"left out: {list_broken(broken)}")
 

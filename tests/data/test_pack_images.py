@@ -54,6 +54,53 @@ def test_packed_images(photographs, tmp_path, capsys):
     assert contents(val) == contents(folder)
 
 
+@pytest.mark.parametrize("needs", ["nothing", "tifffile"])
+def test_images_with_other_channels_are_packed_unchanged(photographs, tmp_path, capsys, monkeypatch, needs):
+    """Those of alpha, several bands or pages, and arrays; broken ones are left out with a reason that can help."""
+    photo, train = photographs[0], tmp_path / "data" / "train" / "a"
+    train.mkdir(parents=True)
+    kept = {"rgba.png": photo.convert("RGBA"), "grey_alpha.png": photo.convert("LA"), "cmyk.tif": photo.convert("CMYK")}
+    for name, image in kept.items():
+        image.save(train / name)
+    photo.convert("L").save(train / "pages.tif", save_all=True, append_images=[photo.convert("L")] * 4)
+    photo.save(train / "rgb.tif")
+    photo.convert("L").save(train / "grey.png")
+    photo.convert("RGBA").save(train / "broken.png")
+    os.truncate(train / "broken.png", 2000)
+    kept |= {"pages.tif": None}
+    if needs == "tifffile":
+        tifffile = pytest.importorskip("tifffile")
+        bands = np.dstack([photo, photo.convert("LA")])  # (H, W, 5)
+        tifffile.imwrite(train / "rgb_and_two.tif", bands, photometric="rgb", planarconfig="contig")
+        tifffile.imwrite(train / "five.tif", bands.astype(np.uint16), photometric="minisblack", planarconfig="contig")
+        kept |= {"rgb_and_two.tif": None, "five.tif": None}
+        (train / "short.tif").write_bytes((train / "five.tif").read_bytes()[:-1000])
+    broken = 2 if needs == "tifffile" else 1
+    run_pack(tmp_path / "data", tmp_path / "shards", "--short_side", 32, "--max_bad_samples", broken)
+    out = capsys.readouterr().out
+    assert f"{len(kept)} images are neither grey nor RGB, and are stored unchanged\n" in out
+    assert f"left out: {broken} broken images:\n" in out
+    packed = readers.open_source(f"wds:{tmp_path / 'shards'}", "train")
+    stored = [packed.read(index) for index in range(len(packed.labels))]
+    for name in kept:
+        assert (train / name).read_bytes() in stored
+    sizes = sorted(image.size for image in (Image.open(io.BytesIO(data)) for data in stored if data[:2] == b"\xff\xd8"))
+    assert (len(stored), sizes) == (len(kept) + 2, [(47, 32)] * 2)
+
+
+def test_arrays_are_packed_unchanged(photographs, tmp_path, capsys):
+    train = tmp_path / "data" / "train" / "a"
+    train.mkdir(parents=True)
+    np.save(train / "0.npy", np.dstack([photographs[0], photographs[0]]))  # (H, W, 6)
+    (train / "1.npy").write_bytes((train / "0.npy").read_bytes()[:-1])
+    run_pack(tmp_path / "data", tmp_path / "shards", "--short_side", 32, "--max_bad_samples", 1)
+    packed = readers.open_source(f"wds:{tmp_path / 'shards'}", "train")
+    assert [packed.read(0)] == [(train / "0.npy").read_bytes()]
+    out = capsys.readouterr().out
+    assert "1 images are neither grey nor RGB, and are stored unchanged\n" in out
+    assert "1.npy: it ends after" in out
+
+
 def test_packing_resumes(jpeg_folder, tmp_path):
     """After a kill, the missing shards are written, and equal those of an uninterrupted run."""
     words = ["--short_side", "64", "--shard_images", "2"]

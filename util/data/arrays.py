@@ -1,12 +1,14 @@
 """Decode images of any number of channels: arrays of NumPy (.npy), TIFFs, and other files with as many bands."""
 
 import logging
+from contextlib import suppress
 from importlib.util import find_spec
 from io import BytesIO
 from math import prod
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from util.data.decode import MAX_PIXELS, NUMPY, BrokenImage, Crop, as_broken_image, opened, orientation, turned
 from util.data.pixels import Pixels
@@ -14,6 +16,7 @@ from util.data.pixels import Pixels
 MAX_VALUES = 3 * MAX_PIXELS  # of one image, over all channels: 1.1 GB as float32
 LARGEST = np.finfo(np.float32).max
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # its lines do not name the file; `BrokenImage` does
+SAMPLES_PER_PIXEL = 277  # tag of TIFF
 TIFF = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"  # the first bytes; with + it is a BigTIFF
 
 
@@ -56,6 +59,24 @@ def check_format(data: bytes) -> None:
     if not data.startswith((NUMPY, *TIFF)):  # Pillow opens no TIFF of many channels
         with opened(data):
             pass
+
+
+@as_broken_image()
+def has_other_channels(data: bytes) -> bool:
+    """Return whether a file holds an array, or an image that is neither grey nor RGB; False if nothing can open it.
+
+    Raises:
+        BrokenImage: it is an array, or a TIFF that Pillow does not open, and cannot be read.
+    """
+    if data.startswith(NUMPY):
+        _numpy(data)
+        return True
+    with suppress(Exception), opened(data) as image:  # Pillow raises nearly any exception on damaged files
+        if isinstance(image, TiffImageFile):  # Pillow opens some of them as RGB and leaves bands out
+            bands = image.tag_v2.get(SAMPLES_PER_PIXEL, 1)
+            return bands not in (1, 3) or (bands == 1 and image.n_frames > 1)
+        return len(image.getbands()) not in (1, 3)
+    return data.startswith(TIFF) and _tiff(data)[0].shape[2:] not in ((), (1,), (3,))
 
 
 def blank(pixels: Pixels) -> bytes:
