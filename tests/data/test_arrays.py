@@ -114,7 +114,7 @@ def test_bands_of_other_files(photographs):
 
 
 def test_arrays_are_images_where_there_are_no_others(photographs, tmp_path, caplog):
-    """In class folders and in shards; beside images they are left out, and in folders counted, as before."""
+    """In class folders and in shards; beside images, also those of another shard, they are left out and counted."""
     image, png = npy(bands(photographs, np.uint16)), encoded(photographs[0], "PNG")
     put(tmp_path / "own", "train/a/1.npy", "train/a/2.NPY", "train/b/deep/3.npy", content=image)
     own = readers.open_source(str(tmp_path / "own"), "train")
@@ -127,12 +127,20 @@ def test_arrays_are_images_where_there_are_no_others(photographs, tmp_path, capl
     put(tmp_path / "both", "train/a/1.npy", content=image)
     put(tmp_path / "both", "train/a/1.png", content=png)
     source, (said,) = warnings_of(caplog, tmp_path / "both")
-    assert "1 files have no suffix of an image format" in said
+    beside = "arrays (.npy) are read only where there are no other images and are left out; the first:"
+    assert said == f"{tmp_path / 'both' / 'train'}: 1 {beside} a/1.npy"
     assert [source.read(index) for index in range(len(source.labels))] == [png]
     (tmp_path / "mixed").mkdir()
     write_shard(tmp_path / "mixed" / "train.tar", [("a/1.npy", image), ("a/1.png", png), ("a/1.cls", b"0")])
-    source = readers.open_source(f"wds:{tmp_path / 'mixed'}", "train")
+    members = [("a/2.npy", image), ("a/2.cls", b"0"), ("b/3.npy", image), ("b/3.mask.npy", image), ("b/4.txt", b"")]
+    write_shard(tmp_path / "mixed" / "train-1.tar", members)
+    source, (said,) = warnings_of(caplog, f"wds:{tmp_path / 'mixed'}")
     assert [source.read(index) for index in range(len(source.labels))] == [png]
+    unused = "1 keys have neither an image of a known format nor a label and are left out; the first:"
+    assert said == f"{source.root}: 2 {beside} train-1.tar: a/2.npy; {unused} train-1.tar: b/4 (.txt)"
+    (tmp_path / "mixed" / "train.tar").unlink()
+    with pytest.raises(UserError, match="b/3 has no label"):
+        readers.open_source(f"wds:{tmp_path / 'mixed'}", "train")
 
 
 def of_size(shape, dtype="|u1"):

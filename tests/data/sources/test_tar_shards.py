@@ -354,11 +354,11 @@ def _start(path, barrier, slow, results):
     """Open the shards as one rank; log every shard whose headers it reads."""
     read = tar_shards._images_of
 
-    def counted(shard, needs_labels):
+    def counted(shard, *rest):
         with open(f"{results}.scans", "a") as file:
             file.write(f"{shard.name}\n")
         time.sleep(slow)
-        return read(shard, needs_labels)
+        return read(shard, *rest)
 
     tar_shards._images_of = counted
     barrier.wait()

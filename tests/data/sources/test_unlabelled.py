@@ -1,5 +1,6 @@
 """Pretraining on images as they lie: any folder, tars, hub datasets and tables without labels, and several places."""
 
+import argparse
 import re
 import shutil
 import socket
@@ -55,7 +56,10 @@ LAYOUTS = {
     "class folders": ("b/0.jpg a/0.jpg a/deep/1.jpg", [1, 2, 0], ["a", "b"]),
     "train": ("train/b.jpg train/a.jpg beside.jpg val/x.jpg", [1, 0], []),
     "train with classes": ("train/b/0.jpg train/a/0.jpg test/a/0.jpg", [1, 0], ["a", "b"]),
-    "train with loose files": ("train/b/0.jpg train/a.jpg", [1, 0], []),
+    "train with a folder": ("train/b/0.jpg train/a.jpg train/b/1.jpg", [1, 0, 2], []),
+    "train with a stray": ("train/b/0.jpg train/c.jpg train/a/0.jpg train/a/1.jpg", [2, 3, 0], ["a", "b"]),
+    "train with many strays": ("train/b/0.jpg train/c.jpg train/a/0.jpg train/d.jpg", [1, 3, 2, 0], []),
+    "classes and a stray": ("b/0.jpg c.jpg a/0.jpg a/1.jpg", [1, 2, 3, 0], []),
 }
 
 
@@ -73,6 +77,11 @@ def test_layouts_of_folders(tmp_path, crops, run_script, capsys, caplog, layout)
     assert f"{len(order)} training images" in capsys.readouterr().out
     line = f"{tmp_path}/own has no folder train: all {len(order)} images below it are taken"
     assert (line in caplog.messages) == ("train" not in layout)
+    left_out = f"{tmp_path}/own/train: 1 files lie beside the class folders and are left out; the first: c.jpg"
+    assert (left_out in caplog.messages) == (layout == "train with a stray")
+    loose = {"deep": 1, "train with a folder": 1, "train with many strays": 2, "classes and a stray": 1}.get(layout)
+    line = f"{source.root}: {loose} images lie beside the folders in it, so none has a label"
+    assert (line in caplog.messages) == bool(loose)
 
 
 def test_images_to_validate_are_never_trained_on(tmp_path, crops, run_script, capsys):
@@ -94,7 +103,7 @@ def test_other_names_of_val(tmp_path, crops, caplog):
     lay(tmp_path, crops[4:], "val/0.jpg")
     caplog.clear()
     assert images(opened(tmp_path, "val")) == [crops[4]]
-    assert caplog.messages[0].endswith("val is taken as val; validation and valid and test are left out")
+    assert caplog.messages == [f"--data_path {tmp_path}: validation and valid and test are left out"]
     with pytest.raises(NoSplit, match="there is no folder 'val' in it"):
         opened(tmp_path / "train", "val")
 
@@ -172,7 +181,8 @@ def test_a_mixture(places, crops, caplog):
     assert source.name(6) == f"{places[1][4:-2]}/x.tar: 4.jpg"
     assert (source.classes, source.labels.tolist()) == ([], [0] * 9)
     flat, tars, folder = places[0], places[1][4:-2], places[2]
-    assert f"images of train: 3 of {flat} + 2 x 2 of {tars} + 2 of {folder}/train = 9" in caplog.text
+    line = f"images of train: 3 of {flat} + 2 x 2 of {tars} + 2 of {folder}/train = 9; they are read without labels, "
+    assert line + "since the places have different classes" in caplog.text
     assert images(opened(places, "val")) == [crops[7]]
     assert f"images of val: 1 of {folder}/val = 1; none of {flat}, wds:{tars}" in caplog.text
     with pytest.raises(NoSplit, match="there is no folder 'val' in it"):
@@ -279,7 +289,43 @@ def test_a_changed_set_of_images_is_not_resumed(tmp_path, crops, run_script, cap
     lay(tmp_path / "flat", crops, "3.jpg")
     with pytest.raises(SystemExit):
         run_script(main_pretrain, *words, "--resume", "auto", "--epochs", 2)
-    assert re.search("is of a run with other arguments: data [0-9a-f]{16} -> [0-9a-f]{16}", capsys.readouterr().err)
+    message = "with other arguments: epochs 1 -> 2, images of --data_path (other ones, names or order); "
+    assert message in capsys.readouterr().err
+    run_script(main_pretrain, *words, "--resume", "auto", "--epochs", 2, "--allow_changed_args")
+
+
+def changed_images(before, now):
+    """Return what a run on one source says of a checkpoint on another, perhaps of an earlier version."""
+    both = [argparse.Namespace(batch_size=1, accum_iter=1, world_size=1) for _ in range(2)]
+    for args, source in zip(both, (before, now), strict=True):
+        run_state.record_images(args, source)
+    new = run_state.changed_arguments(both[1], {"samples": 0, "args": both[0]})
+    del both[0].images
+    return new, run_state.changed_arguments(both[1], {"samples": 0, "args": both[0]})
+
+
+def test_other_images_with_the_same_labels_are_not_resumed(tmp_path, crops):
+    """Earlier versions compared labels only, and still resume; so does another reader of the same labels."""
+    for place, start in (("a", 0), ("b", 4)):
+        lay(tmp_path / place, crops[start:], f"train/x/{place}0.jpg train/x/{place}1.jpg train/y/{place}2.jpg")
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    rows = [f"a/train/{name},{name[0]}\n" for name in ("x/a0.jpg", "x/a1.jpg", "y/a2.jpg")]
+    sources = {"a": opened(a), "a b": opened([a, b]), "b a": opened([b, a])}
+    for name, order in (("table", rows), ("swapped", [rows[1], rows[0], rows[2]])):
+        put(tmp_path, f"{name}.csv", content="".join(["path,label\n", *order]).encode())
+        sources[name] = opened(f"csv:{tmp_path}/{name}.csv")
+    others = "images of --data_path (other ones, names or order)"
+    for before, now in (("a b", "b a"), ("table", "swapped")):
+        assert run_state.fingerprint(sources[before]) == run_state.fingerprint(sources[now])
+        assert changed_images(sources[before], sources[now]) == ([others], [])
+        assert changed_images(sources[now], sources[now]) == ([], [])
+    assert changed_images(sources["a"], sources["table"]) == ([], [])
+    labels = ["images of --data_path (other ones, classes or labels)"]
+    assert changed_images(sources["a"], sources["a b"]) == (labels, labels)
+    put(tmp_path, "table.csv", content="".join(["path,label\n", *rows]).replace("a2.jpg,y", "a2.jpg,x").encode())
+    assert changed_images(sources["table"], opened(f"csv:{tmp_path}/table.csv")) == (labels, labels)
+    shutil.move(a, tmp_path / "moved")
+    assert changed_images(sources["a"], opened(tmp_path / "moved")) == ([], [])
 
 
 def test_processes_that_see_other_images_are_named(tmp_path, crops, monkeypatch):

@@ -11,7 +11,7 @@ import numpy as np
 
 from util.data.decode import ARRAYS, SUFFIXES
 from util.data.sources.image_files import ImageFiles
-from util.data.sources.source import HIDDEN, SPLITS, NoSplit, choose_split, count_left_out, is_folder
+from util.data.sources.source import BESIDE, HIDDEN, SPLITS, NoSplit, choose_split, count_left_out, is_folder
 from util.errors import UserError, as_user_error
 from util.files import printable
 
@@ -27,7 +27,8 @@ class Folder(ImageFiles):
 
     Classes and images have the order of torchvision's `ImageFolder`. Unlike there, hidden files and folders are left
     out, and files with any of the suffixes `util.data.decode.SUFFIXES` are read. Without labels, images at any depth
-    are read; they have classes if each of them lies in a folder. Arrays (.npy) are images where there are no others.
+    are read; they have classes if each of them lies in a folder. In the folder of a split, a minority that lies beside
+    several class folders is left out, as with labels. Arrays (.npy) are images where there are no others.
     """
 
     def __init__(self, data_path: str, split: str, labels: bool = True) -> None:
@@ -41,7 +42,7 @@ class Folder(ImageFiles):
                 raise NoSplit(f"{about}: there is no folder {split!r} in it")
             self.folder = str(Path(data_path, name))
             self.root = printable(self.folder)
-            self.classes, images, left_out = self._list_labelled() if labels else self._list()
+            self.classes, images, left_out = self._list_labelled() if labels else self._list(bool(name))
         counts = [len(paths) for paths in images]
         self.labels = np.repeat(np.arange(len(counts)), counts) if self.classes else np.zeros(sum(counts), np.int64)
         self.paths = np.array([os.fsencode(path) for paths in images for path in paths])
@@ -52,7 +53,7 @@ class Folder(ImageFiles):
 
     def _list_labelled(self) -> tuple[list[str], list[list[str]], str]:
         """Return the names of the class folders, the paths of the images in each, and a line on what is left out."""
-        found: dict[str, list[str]] = {reason: [] for reason in (LOOSE, UNKNOWN, HIDDEN, LOOPS)}
+        found: dict[str, list[str]] = {reason: [] for reason in (LOOSE, BESIDE, UNKNOWN, HIDDEN, LOOPS)}
         names, found[LOOSE] = _split_entries(self.folder, "", found[HIDDEN])
         if not names:
             raise UserError(f"{self.root}: Couldn't find any class folder in it, so its images have no labels")
@@ -60,7 +61,7 @@ class Folder(ImageFiles):
         if times > 1:
             raise UserError(f"{self.root}: {times} class folders would be called {shown}: rename one")
         files = [[*_files_below(self.folder, name, found[HIDDEN], found[LOOPS], {})] for name in names]
-        images = _images_among(files, found[UNKNOWN])
+        images = _images_among(files, found)
         left_out = count_left_out(found)
         empty = [printable(name) for name, paths in zip(names, images, strict=True) if not paths]
         if empty:
@@ -68,14 +69,21 @@ class Folder(ImageFiles):
             raise UserError(f"{self.root}: no image in {without}{left_out and f' ({left_out})'}")
         return [*map(printable, names)], images, left_out
 
-    def _list(self) -> tuple[list[str], list[list[str]], str]:
-        """Return the same for images with or without labels; the names are empty if some image lies in no folder."""
-        found: dict[str, list[str]] = {reason: [] for reason in (UNKNOWN, HIDDEN, LOOPS)}
+    def _list(self, is_split: bool) -> tuple[list[str], list[list[str]], str]:
+        """Return the same for images with or without labels; the names are empty if some image lies in no folder.
+
+        `is_split` says that the folder is that of a split, so that its folders are classes if there are several.
+        """
+        found: dict[str, list[str]] = {reason: [] for reason in (LOOSE, BESIDE, UNKNOWN, HIDDEN, LOOPS)}
         names, files = _split_entries(self.folder, "", found[HIDDEN])
         read: dict[str, str] = {}
         nested = [[*_files_below(self.folder, name, found[HIDDEN], found[LOOPS], read)] for name in names]
-        loose, *images = _images_among([files, *nested], found[UNKNOWN])
+        loose, *images = _images_among([files, *nested], found)
         below = {name: paths for name, paths in zip(names, images, strict=True) if paths}
+        if is_split and len(below) > 1 and len(loose) < sum(map(len, below.values())):
+            found[LOOSE], loose = loose, []
+        elif loose and below:
+            LOGGER.info("%s: %d images lie beside the folders in it, so none has a label", self.root, len(loose))
         left_out = count_left_out(found)
         if not loose and not below:
             raise UserError(f"{self.root}: no image in it{left_out and f' ({left_out})'}")
@@ -84,10 +92,12 @@ class Folder(ImageFiles):
         return shown if labelled else [], [loose, *below.values()] if loose else [*below.values()], left_out
 
 
-def _images_among(files: list[list[str]], others: list[str]) -> list[list[str]]:
-    """Return the images in each list of files, or if no list has one, the arrays; add all other files to `others`."""
+def _images_among(files: list[list[str]], left_out: dict[str, list[str]]) -> list[list[str]]:
+    """Return the images in each list of files, or if no list has one, the arrays; add all others to `left_out`."""
     wanted = SUFFIXES if any(map(_is_image, chain(*files))) else {ARRAYS}
-    others += [path for path in chain(*files) if _suffix(path) not in wanted]
+    for path in chain(*files):
+        if _suffix(path) not in wanted:
+            left_out[BESIDE if _suffix(path) == ARRAYS else UNKNOWN].append(path)
     return [[path for path in paths if _suffix(path) in wanted] for paths in files]
 
 

@@ -22,7 +22,10 @@ MAX_WEIGHT = 1000  # of a place in a mixture
 # `Source`, and a line here.
 READERS = {
     "": ("util.data.sources.folders.Folder", "folder with train/ and val/, one folder per class"),
-    "csv": ("util.data.sources.csv_table.CsvTable", "csv:FILE, a table of paths, labels and splits"),
+    "csv": (
+        "util.data.sources.csv_table.CsvTable",
+        "csv:FILE, a table of paths, labels and splits; csv:FOLDER of train.csv and val.csv",
+    ),
     "wds": ("util.data.sources.tar_shards.TarShards", "wds:FOLDER of tar shards"),
     "hfds": (
         "util.data.sources.hub_dataset.HubDataset",
@@ -94,6 +97,8 @@ def open_mixture(roots: Sequence[str], split: str, labels: bool) -> Source:
     without = [printable(place) for place in places if place not in sources]
     none = f"; none of {', '.join(without)}" if without else ""
     mixture = Mixture([*sources.values()], times)
+    if not mixture.classes and any(source.classes for source in sources.values()):
+        none += "; they are read without labels, since the places have different classes"
     LOGGER.info("images of %s: %s = %d%s", split or "all", " + ".join(counts), len(mixture.labels), none)
     return mixture
 

@@ -27,6 +27,7 @@ MAX_CLASSES = 10**6  # far more than any dataset has; a larger label is an id
 THREADS = 16  # for the states of files
 MAX_IMAGE = 6 * MAX_PIXELS  # bytes of an image file: 3 x 16 bits for each pixel of the largest image
 HIDDEN = "images or folders are hidden"
+BESIDE = "arrays (.npy) are read only where there are no other images"
 
 
 class Source(Protocol):
@@ -60,15 +61,18 @@ class NoSplit(UserError):
 
 
 def choose_split(found: Collection[str], split: str, labels: bool, about: str) -> str | None:
-    """Return the name under which a place has a split, "" for the images in the place itself, or None if it has none.
+    """Choose, among the splits that a place has, the one to read.
 
-    A line says which name was taken for val if it has another, and which other names are left out.
+    A line says if it is not called `split`, and which further splits are left out.
 
     Args:
-        found: names of splits in the place.
-        split: "train", "val" or "".
-        labels: see `open_source`.
+        found: names of the splits that the place has.
+        split: the wanted one: "train", "val", or "" for the images in the place itself.
+        labels: whether images need labels. If not, the place itself is read as train if it has neither train nor val.
         about: name of the place in messages.
+
+    Returns:
+        One of `found`; "" for the images in the place itself; None if the place does not have the wanted split.
 
     Raises:
         UserError: the place itself would be taken for train, but has a val, whose images would be trained on.
@@ -77,9 +81,10 @@ def choose_split(found: Collection[str], split: str, labels: bool, about: str) -
         return split
     names = [name for name in SPLITS[split] if name in found]
     if names:
-        if names != [split]:
-            left_out = f"; {' and '.join(names[1:])} {'are' if names[2:] else 'is'} left out" if names[1:] else ""
-            LOGGER.info("%s: %s is taken as %s%s", about, names[0], split, left_out)
+        said = [f"{names[0]} is taken as {split}"] if names[0] != split else []
+        said += [f"{' and '.join(names[1:])} {'are' if names[2:] else 'is'} left out"] if names[1:] else []
+        if said:
+            LOGGER.info("%s: %s", about, "; ".join(said))
         return names[0]
     if labels or split != "train":
         return None

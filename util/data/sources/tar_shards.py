@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 
 from util.data.decode import ARRAYS, SUFFIXES
 from util.data.sources.source import (
+    BESIDE,
     HIDDEN,
     MAX_CLASSES,
     SPLITS,
@@ -163,12 +164,16 @@ class TarShards:
     def _make_index(self, path: Path, state: str, needs_labels: bool) -> dict[str, Any]:
         """Read the headers of all shards, and store the index if it can be written."""
         with ThreadPoolExecutor() as pool:
-            entries, left_out = zip(*pool.map(_images_of, self.shards, repeat(needs_labels)), strict=True)
+            for suffixes in (SUFFIXES, frozenset({ARRAYS})):  # arrays are images where there are no others
+                found = pool.map(_images_of, self.shards, repeat(needs_labels), repeat(suffixes))
+                entries, left_out = zip(*found, strict=True)
+                if any(entries):
+                    break
         counted = count_left_out(
             {
-                reason: [f"{shard.name}: {name}" for shard, found in zip(self.shards, left_out, strict=True)
-                         for name in found[reason]]
-                for reason in (IMAGELESS, UNUSED, LABELLESS, STRANGE, HIDDEN)
+                reason: [f"{shard.name}: {name}" for shard, names in zip(self.shards, left_out, strict=True)
+                         for name in names[reason]]
+                for reason in (IMAGELESS, BESIDE, UNUSED, LABELLESS, STRANGE, HIDDEN)
             }
         )  # fmt: skip
         labels, offset, size = (np.array([e[k] for images in entries for e in images], np.int64) for k in range(3))
@@ -280,8 +285,12 @@ def _opened(path: str) -> BinaryIO:
     return open_regular(path)
 
 
-def _images_of(shard: Path, needs_labels: bool) -> tuple[list[tuple[int, int, int, str]], dict[str, list[str]]]:
+def _images_of(
+    shard: Path, needs_labels: bool, wanted: frozenset[str]
+) -> tuple[list[tuple[int, int, int, str]], dict[str, list[str]]]:
     """Return (label, offset, size, folder) of every image in a shard, and {reason: names that are left out}.
+
+    `wanted` are the suffixes of images.
 
     Raises:
         UserError: the shard is damaged; or an image has no label, or none that is a whole number, and needs it. If it
@@ -289,7 +298,7 @@ def _images_of(shard: Path, needs_labels: bool) -> tuple[list[tuple[int, int, in
     """
     about = f"{printable(shard)}: "
     images: dict[str, tuple[int, int, str]] = {}
-    arrays: dict[str, tuple[int, int, str]] = {}  # images of a shard that has no others
+    arrays: dict[str, str] = {}  # names of those that are not wanted
     labels: dict[str, dict[str, int | ValueError | None]] = {"cls": {}, "json": {}}
     names: dict[tuple[str, str], str] = {}
     suffixes: defaultdict[str, list[str]] = defaultdict(list)
@@ -304,13 +313,12 @@ def _images_of(shard: Path, needs_labels: bool) -> tuple[list[tuple[int, int, in
             if member.isdir():
                 continue
             hidden = any(part.startswith(".") and part.strip(".") for part in parts)
-            known = kind in SUFFIXES or kind in labels
-            if kind and not hidden and (known or "." not in stem):  # KEY.mask.npy belongs to KEY
+            own = kind in SUFFIXES or kind in labels or "." not in stem  # KEY.mask.npy belongs to KEY
+            if kind and not hidden and own:
                 suffixes[key].append(f".{suffix}")
-            place = member.offset_data, member.size, printable(parts[-2]) if parts[1:] else ""
-            if kind == ARRAYS and not hidden and member.isreg() and "." not in stem:
-                arrays[key] = place
-            kind = "image" if kind in SUFFIXES else kind
+                if kind == ARRAYS and kind not in wanted:
+                    arrays[key] = name
+            kind = "image" if kind in wanted and own else kind
             if kind not in ("image", *labels):
                 continue
             if hidden:
@@ -323,13 +331,14 @@ def _images_of(shard: Path, needs_labels: bool) -> tuple[list[tuple[int, int, in
                 raise UserError(f"{about}the key {printable(key)} has more than one {kind}: {two}")
             names[key, kind] = name
             if kind == "image":
-                images[key] = place
+                images[key] = member.offset_data, member.size, printable(parts[-2]) if parts[1:] else ""
             else:
                 labels[kind][key] = _label(file, member, kind)
-    entries, images = [], images or arrays
+    entries = []
+    left_out[BESIDE] += [name for key, name in arrays.items() if key not in images]
+    without_image = suffixes.keys() - images.keys() - arrays.keys()
     left_out[UNUSED] += [
-        f"{key} ({', '.join(suffixes[key])})"
-        for key in suffixes.keys() - images.keys() - labels["cls"].keys() - labels["json"].keys()
+        f"{key} ({', '.join(suffixes[key])})" for key in without_image - labels["cls"].keys() - labels["json"].keys()
     ]
     left_out[UNUSED].sort()
     labelled = any(label is not None for found in labels.values() for label in found.values())
@@ -341,7 +350,7 @@ def _images_of(shard: Path, needs_labels: bool) -> tuple[list[tuple[int, int, in
         dotted = len(parts) > 1
         if key not in images:
             # KEY.meta.json belongs to KEY
-            if label is not None and not (dotted and kind == "json"):
+            if label is not None and key not in arrays and not (dotted and kind == "json"):
                 left_out[IMAGELESS].append(f"{key} ({', '.join(suffixes[key])})")
         elif isinstance(label, ValueError):
             if needs_labels:
