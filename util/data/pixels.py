@@ -70,7 +70,7 @@ class Pixels(NamedTuple):
                 raise UserError(
                     f"--{name} has {len(found[name])} numbers, and images {channels} channels: give {numbers}"
                 )
-        if channels in (1, 3) and not all(0 <= value <= 1 for value in given.get("mean", ())):
+        if channels in (1, 3) and not all(0 <= value <= 1 for value in given.get("mean") or ()):
             raise UserError("--mean: the values of these images are from 0 to 1, so their mean is; divide by 255")
         mean, std = (tuple(found[name]) * (channels // len(found[name])) for name in ("mean", "std"))
         return cls(mean, std, channels, exif)
