@@ -1,9 +1,7 @@
 """Evaluate a classifier's checkpoint, and write a report: numbers as JSON and CSV, a page, pictures."""
 
 import argparse
-import csv
-import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +9,7 @@ import torch
 from Evaluation.features import hash_of
 from Evaluation.metrics import BIN_IMAGES, BINS, measure
 from Evaluation.report_pictures import draw_calibration, draw_classes, draw_confusions, sorted_classes
-from Evaluation.tables import INTERVALS, UNANSWERED, beside_checkpoint, escaped, table, wilson, with_interval
+from Evaluation.tables import INTERVALS, UNANSWERED, beside_checkpoint, csv_text, escaped, table, wilson, with_interval
 from models_classifier import ARMClassifier
 from pretrained import Checkpoint
 from util import arguments, hardware
@@ -161,13 +159,6 @@ def write_report(folder: Path, content: dict) -> None:
         write_text(folder / PAGE, page(content))
     except OSError as error:
         raise RunError(f"{printable(folder)} cannot be written: {error.strerror}") from error
-
-
-def csv_text(rows: Iterable[Sequence]) -> str:
-    """Return rows as CSV; None becomes an empty field."""
-    file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows(rows)
-    return file.getvalue()
 
 
 def class_rows(names: list[str], rows: dict[str, dict]) -> Iterator[Sequence]:

@@ -1,8 +1,11 @@
 """Accuracies with intervals, as a table in Markdown and as a JSON file."""
 
 import argparse
+import csv
+import io
 import math
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from util.checkpoints.hub import beside
@@ -49,6 +52,13 @@ def beside_checkpoint(checkpoint: str, suffix: str) -> Path:
     """Return the path of a result: that of the checkpoint with another suffix; raise UserError if it names no file."""
     with as_user_error(ValueError, prefix=f"{checkpoint} names no file: "):
         return beside(checkpoint).with_suffix(suffix)
+
+
+def csv_text(rows: Iterable[Sequence]) -> str:
+    """Return rows as CSV; None becomes an empty field."""
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows(rows)
+    return file.getvalue()
 
 
 def result_file(args: argparse.Namespace, suffix: str, results: type) -> Path:

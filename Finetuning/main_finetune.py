@@ -253,9 +253,8 @@ def prepare(
     Raises:
         UserError: see `build_classifier`; or the kernels are not there.
     """
-    from util.data.datasets import ImageDataset, pixels_by
+    from Evaluation.features import eval_images
     from util.data.pixels import IMAGENET, Pixels
-    from util.data.transforms import eval_transform
 
     if found is not None:
         new = set() if args.resume or args.eval else {"global_pool"}
@@ -265,8 +264,7 @@ def prepare(
     vars(args).update(pixels.arguments())
     if pixels != IMAGENET:
         LOGGER.info("%s%s", pixels, "" if found is None else f"; what no flag says is as in {printable(found.name)}")
-    transform = eval_transform(arguments.image_size(args), args.eval_resize, pixels)
-    val = ImageDataset(source, pixels_by(args.eval_loader, transform))
+    val = eval_images(args, source)
     idle = {"augment": "it carries out RandAugment on the training device: --aa rand..., --loader fast"}
     augments = not args.eval and args.loader != "pil" and (args.aa or "").startswith("rand")
     if augments:

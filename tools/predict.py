@@ -11,7 +11,6 @@ torchrun each process takes a share of the images; the files are those of one pr
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -19,7 +18,6 @@ import stat
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from io import StringIO
 from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from torch import Tensor
 
+from Evaluation.tables import csv_text
 from util import arguments, cli
 from util.checkpoints.hub import beside, locate
 from util.data.class_names import known_names
@@ -161,13 +160,6 @@ def shared(path: Path) -> Iterator[Path]:
             stack.close()
 
 
-def csv_line(cells: Sequence[object]) -> str:
-    """Return a line of CSV."""
-    file = StringIO()
-    csv.writer(file, lineterminator="\n").writerow(cells)
-    return file.getvalue()
-
-
 class Answers:
     """The form of a file of answers: CSV, or JSON lines.
 
@@ -183,19 +175,19 @@ class Answers:
     def head(self) -> str:
         """Return what comes before the answers."""
         best = [f"{column}_{place}" for place in range(1, self.topk + 1) for column in ("class", "probability")]
-        return csv_line(["file", *best, "error"]) if self.is_csv else ""
+        return csv_text([["file", *best, "error"]]) if self.is_csv else ""
 
     def line(self, file: str, best: Sequence[tuple[float, int]]) -> str:
         """Return the line of an image, whose likeliest classes are pairs (probability, output)."""
         found = [(self.names[output], float(f"{probability:.6g}")) for probability, output in best]
         if self.is_csv:
-            return csv_line([file, *(cell for pair in found for cell in pair), ""])
+            return csv_text([[file, *(cell for pair in found for cell in pair), ""]])
         classes, probabilities = zip(*found, strict=True)
         return self._json(file=file, classes=classes, probabilities=probabilities)
 
     def without(self, file: str, error: str) -> str:
         """Return the line of an image that has no answer."""
-        return csv_line([file, *[""] * 2 * self.topk, error]) if self.is_csv else self._json(file=file, error=error)
+        return csv_text([[file, *[""] * 2 * self.topk, error]]) if self.is_csv else self._json(file=file, error=error)
 
     @staticmethod
     def _json(**row: object) -> str:
@@ -308,9 +300,9 @@ def write_features(
 
         def list_images() -> None:
             with writing(args.output), listed.open("x", encoding="utf-8", newline="") as file:
-                file.write(csv_line(LISTED))
+                file.write(csv_text([LISTED]))
                 for index in range(len(source.labels)):
-                    file.write(csv_line([index, source.name(index), errors.get(index, "")]))
+                    file.write(csv_text([[index, source.name(index), errors.get(index, "")]]))
 
         on_main(start)
         array = np.lib.format.open_memmap(target, "r+")
