@@ -22,7 +22,7 @@ from Evaluation.probes import has_direction, knn
 from models_arm import PretrainModel
 from util.arguments import image_size
 from util.data.class_names import match_classes
-from util.data.datasets import ImageDataset, pixels_by
+from util.data.datasets import ImageDataset, LabelledBatches, pixels_by
 from util.data.device_loader import DeviceLoader
 from util.data.loaders import chunk_loader
 from util.data.pixels import Pixels
@@ -143,7 +143,7 @@ class Watch:
                 if images is None or ((run.epoch + 1) % freq and run.epoch + 1 != self.args.epochs):
                     continue
                 began = time.monotonic()
-                loader = chunk_loader(images, self.transform, self.args, self.device, CHUNK)
+                loader = chunk_loader(images, LabelledBatches(self.transform), self.args, self.device, CHUNK)
                 with _left_as_it_is(model, self.device):
                     found |= of(model, Chunks(loader, len(images), run, log, name))
                 self.spent[name] += time.monotonic() - began

@@ -82,7 +82,7 @@ def time_forms(calls: Mapping[str, Callable[[], Tensor]], device: torch.device, 
     return {name: {clock: statistics.median(s[3:]) for clock, s in found.items()} for name, found in times.items()}
 
 
-def clocks(call: Callable[[], Tensor], device: torch.device) -> dict[str, float]:
+def clocks(call: Callable[[], object], device: torch.device) -> dict[str, float]:
     """Return the seconds of a call on each clock."""
     if device.type != "cuda":
         return {"wall": hardware.time_once(call, device)[0]}

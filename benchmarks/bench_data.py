@@ -231,10 +231,9 @@ def worker_memory(recipe: str, folder: Path, batch_size: int, epochs: int = 10) 
 def device_share(recipe: str, folder: Path, batch_size: int, device: torch.device) -> float:
     """Return the milliseconds an image that `finish` takes on the training device."""
     loader = loader_of(recipe, device, folder, "--batch_size", batch_size, "--num_workers", 0)
-    pixels, numbers, _ = next(iter(loader.loader))
-    finish = partial(loader.finish, pixels, torch.from_numpy(numbers)[:, :-1], device)
-    times = [clocks(finish, device)["wall"] for _ in range(10)]
-    return 1000 * statistics.median(times) / len(pixels)
+    batch, _ = next(iter(loader.loader))
+    times = [clocks(partial(loader.finish, batch, device), device)["wall"] for _ in range(10)]
+    return 1000 * statistics.median(times) / batch_size
 
 
 def enlarged_crops(recipe: str, width: int, height: int, draws: int = 100_000) -> dict[str, float]:

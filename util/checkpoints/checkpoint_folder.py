@@ -178,7 +178,7 @@ def _put_aside(path: Path) -> None:
     path.rename(next(new for new in map(path.with_name, names) if not new.exists()))
 
 
-def on_host(content: dict, memory: object = None) -> Any:
+def on_host(content: Any, memory: object = None) -> Any:
     """Copy nested dicts and lists of tensors to the CPU, into the memory of an earlier copy where it fits.
 
     Sharded tensors are gathered one after the other, while the other processes call `join_gather`.

@@ -9,7 +9,6 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -27,16 +26,15 @@ REMEDIES = {
     "killed by signal: Killed": "if memory ran out, use a smaller --num_workers or --batch_size",
 }
 
-Batch = tuple[Tensor, np.ndarray, dict[int, str]]
+Batch = tuple[Any, dict[int, str]]  # of a worker: what `finish` takes, and {index: reason} of the broken images
 
 
 class DeviceLoader:
     """Iterate over a `DataLoader` and deliver its batches on the training device.
 
     Args:
-        loader: its batches are a tensor; an array (B, n + 1) float64 with n numbers and the label of each image; and
-            {index: reason} of the broken images that were met.
-        finish: (tensor, numbers (B, n) float64, device) -> images (B, in_chans, H, W) float32 on the device.
+        loader: its batches are pairs: what `finish` takes, and {index: reason} of the broken images that were met.
+        finish: (batch, device) -> the batch on the device, see `Batches.finish`.
         device: of the batches.
         max_broken: largest number of different broken images in one pass; one more ends the run.
         advice: the remedy that the message then names.
@@ -45,7 +43,7 @@ class DeviceLoader:
     def __init__(
         self,
         loader: DataLoader,
-        finish: Callable[[Tensor, Tensor, torch.device], Tensor],
+        finish: Callable[[Any, torch.device], list[Any]],
         device: torch.device,
         max_broken: float = math.inf,
         advice: str = "",
@@ -62,8 +60,8 @@ class DeviceLoader:
         """The sampler of the `DataLoader`: an `EpochSampler` in training, a `ShareSampler` in evaluation."""
         return self.loader.sampler
 
-    def __iter__(self) -> Iterator[list[Tensor]]:
-        """Yield images (B, in_chans, H, W) float32 and labels (B,) int64, on the device.
+    def __iter__(self) -> Iterator[list[Any]]:
+        """Yield batches on the device.
 
         Raises:
             RunError: more than `max_broken` images are broken, or the workers lack memory or open files.
@@ -88,19 +86,15 @@ class DeviceLoader:
                     iterator._shutdown = True
             raise RunError(f"{str(error).splitlines()[-1]}; {remedy}") from error
 
-    def _to_device(self, batch: Batch) -> list[Tensor]:
-        pixels, rows, broken = batch
+    def _to_device(self, batch: Batch) -> list[Any]:
+        samples, broken = batch
         for index in broken.keys() - self.broken.keys():
             LOGGER.error("broken image: %s", broken[index])
         self.broken |= broken
         self._checked_list(self.broken)
-        numbers = torch.from_numpy(rows)
-        if self.device.type == "cuda":
-            numbers = numbers.pin_memory()
-        labels = numbers.to(self.device, non_blocking=True)[:, -1].long()
-        return [self.finish(pixels, numbers[:, :-1], self.device), labels]
+        return self.finish(samples, self.device)
 
-    def _ahead(self) -> Iterator[list[Tensor]]:
+    def _ahead(self) -> Iterator[list[Any]]:
         """Copy and finish each batch on a side stream while the device computes the step before it."""
         stream, training = _side_stream(self.device), torch.cuda.current_stream(self.device)
         batches = self._loaded()
@@ -110,7 +104,7 @@ class DeviceLoader:
             if batch is None:
                 return
             training.wait_stream(stream)
-            for tensor in batch:
+            for tensor in tensors_in(batch):
                 tensor.record_stream(training)  # its memory is not reused for a later batch before training has read it
             yield batch
 
@@ -120,7 +114,7 @@ class DeviceLoader:
         order = list(self.sampler)
         return [dataset.source.name(order[place]) for place in places]
 
-    def again(self, epoch: int, first: int, count: int) -> list[list[Tensor]]:
+    def again(self, epoch: int, first: int, count: int) -> list[list[Any]]:
         """Load `count` batches of an epoch once more, from the given one on, in this process."""
         loader: Any = self.loader  # torch's types do not tell which dataset it has
         size = loader.batch_size
@@ -144,6 +138,15 @@ class DeviceLoader:
         text = self._checked_list(broken)
         if broken:
             say(f"{text}\nthey were skipped; the image after each took its place")
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(part)
 
 
 @lru_cache

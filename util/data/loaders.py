@@ -7,23 +7,17 @@ import signal
 import threading
 from collections.abc import Iterator, Sized
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
-from util.data.datasets import ImageDataset, Item, SeededSamples
+from util.data.datasets import PREFETCH, Batches, Item, Samples, SeededSamples
 from util.data.device_loader import Batch, DeviceLoader, allowed_broken, too_many_broken
-from util.data.transforms import PillowTransform
-from util.data.uint8_transform import Uint8Transform
 from util.distributed.processes import rank, world_size
 from util.distributed.signals import SIGNALS
 from util.errors import UserError
 from util.hardware import keep_freed_memory
-
-PREFETCH = 2  # batches that each worker prepares ahead
 
 
 class EpochSampler(DistributedSampler):
@@ -83,34 +77,15 @@ class ChunkSampler(Sampler):
         return iter(self.chunks)
 
 
-class SharedMemoryCollate:
-    """Collate samples into a batch in memory that is shared with the training process and reused.
+class Collate:
+    """Collate samples by `collate` of their dataset, and merge {index: reason} of the broken images that were met."""
 
-    The page faults of new shared memory, one per 4 KiB, would take a tenth of the time of an image. A worker is ahead
-    by `PREFETCH` batches; the batch before those is no longer needed when the training process requests another one.
-    """
-
-    def __init__(self) -> None:
-        self.memory: list[Tensor] = []
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
 
     def __call__(self, items: list[Item]) -> Batch:
         samples, broken = zip(*items, strict=True)
-        pixels, numbers = zip(*samples, strict=True)
-        # a small array is sent faster from a worker than a tensor, whose memory is shared by a handshake
-        return (
-            torch.stack(pixels, out=self._memory(pixels[0], len(pixels))),
-            np.array(numbers, dtype=np.float64),
-            {index: reason for found in broken for index, reason in found.items()},
-        )
-
-    def _memory(self, sample: Tensor, count: int) -> Tensor | None:
-        if get_worker_info() is None:
-            return None
-        memory = self.memory.pop(0) if len(self.memory) > PREFETCH else None
-        if memory is None or memory.shape[1:] != sample.shape or len(memory) < count:
-            memory = torch.empty(count, *sample.shape, dtype=sample.dtype).share_memory_()
-        self.memory.append(memory)
-        return memory[:count]
+        return self.batches.collate(samples), {index: reason for found in broken for index, reason in found.items()}
 
 
 def _begin_worker(_: int) -> None:
@@ -137,24 +112,24 @@ def _ignore_signals() -> None:
     threading.Thread(target=obey_parent, daemon=True).start()
 
 
-def _loader_options(args: argparse.Namespace, device: torch.device, workers: int) -> dict[str, Any]:
+def _loader_options(batches: Batches, args: argparse.Namespace, device: torch.device, workers: int) -> dict[str, Any]:
     return {
         "num_workers": workers,
         "pin_memory": args.pin_mem and device.type == "cuda",
         "timeout": args.worker_timeout if workers > 0 else 0,
         "prefetch_factor": PREFETCH if workers > 0 else None,
         "worker_init_fn": _begin_worker,
-        "collate_fn": SharedMemoryCollate(),
+        "collate_fn": Collate(batches),
     }
 
 
-def _lasting(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def _lasting(batches: Batches, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Return the options of a loader with batches of `args.batch_size`, whose workers live as long as it."""
     more = {"batch_size": args.batch_size, "persistent_workers": args.num_workers > 0}
-    return _loader_options(args, device, args.num_workers) | more
+    return _loader_options(batches, args, device, args.num_workers) | more
 
 
-def train_loader(dataset: ImageDataset, args: argparse.Namespace, device: torch.device) -> DeviceLoader:
+def train_loader(dataset: Samples, args: argparse.Namespace, device: torch.device) -> DeviceLoader:
     """Return a loader of shuffled batches, `args.batch_size` images per process, without the incomplete last one.
 
     Raises UserError if there are not enough images for `args.accum_iter` batches on every process.
@@ -162,29 +137,31 @@ def train_loader(dataset: ImageDataset, args: argparse.Namespace, device: torch.
     max_broken = min(allowed_broken(args.max_bad_samples, len(dataset)), len(dataset) - 1)
     samples = SeededSamples(dataset, args.seed, max_broken)
     sampler = EpochSampler(samples, args.seed)
-    loader = DataLoader(samples, sampler=sampler, drop_last=True, **_lasting(args, device))
+    loader = DataLoader(samples, sampler=sampler, drop_last=True, **_lasting(dataset, args, device))
     if len(loader) < args.accum_iter:
         raise UserError(
             f"{len(dataset)} training images do not fill one update: batch size {args.batch_size} x {world_size()} "
             f"processes x {args.accum_iter} accumulated batches"
         )
     advice = too_many_broken(max_broken, len(dataset))
-    return DeviceLoader(loader, dataset.transform.finish, device, max_broken, advice)
+    return DeviceLoader(loader, dataset.finish, device, max_broken, advice)
 
 
-def eval_loader(dataset: ImageDataset, args: argparse.Namespace, device: torch.device) -> DeviceLoader:
+def eval_loader(dataset: Samples, args: argparse.Namespace, device: torch.device) -> DeviceLoader:
     """Return a loader of every sample once, in order: shared by all processes with `args.dist_eval`, else on each.
 
     The label of a broken image is -1, unless `args.eval_bad` ends the run.
     """
-    loader = DataLoader(dataset, sampler=ShareSampler(dataset, args.dist_eval), **_lasting(args, device))
+    loader: DataLoader = DataLoader(
+        cast(Dataset, dataset), sampler=ShareSampler(dataset, args.dist_eval), **_lasting(dataset, args, device)
+    )
     max_broken = 0 if args.eval_bad == "stop" else math.inf
     advice = "repair or remove it, or count it as wrong with --eval_bad wrong"
-    return DeviceLoader(loader, dataset.transform.finish, device, max_broken, advice)
+    return DeviceLoader(loader, dataset.finish, device, max_broken, advice)
 
 
 def chunk_loader(
-    dataset: Any, transform: PillowTransform | Uint8Transform, args: argparse.Namespace, device: torch.device, size: int
+    dataset: Any, batches: Batches, args: argparse.Namespace, device: torch.device, size: int
 ) -> DeviceLoader:
     """Return a loader of every sample once, whose batches do not depend on the number of processes: see `ChunkSampler`.
 
@@ -192,11 +169,11 @@ def chunk_loader(
 
     Args:
         dataset: an `ImageDataset`, or parts of some.
-        transform: of its images.
+        batches: makes batches of its samples.
         args: see `arguments.add_machine_arguments`.
         device: of the batches.
         size: images of a batch.
     """
     sampler = ChunkSampler(len(dataset), size)
-    options = _loader_options(args, device, min(args.num_workers, len(sampler)))
-    return DeviceLoader(DataLoader(dataset, batch_sampler=sampler, **options), transform.finish, device)
+    options = _loader_options(batches, args, device, min(args.num_workers, len(sampler)))
+    return DeviceLoader(DataLoader(dataset, batch_sampler=sampler, **options), batches.finish, device)

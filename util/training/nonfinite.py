@@ -43,7 +43,7 @@ def dump_nonfinite(run: Run, loader: DeviceLoader, first: int, output_dir: Path)
     """
     run.check_finite()
     folder = output_dir / f"nonfinite-epoch{run.epoch}-batch{first}"
-    batches = [[tensor.cpu() for tensor in batch] for batch in loader.again(run.epoch, first, run.args.accum_iter)]
+    batches = on_host(loader.again(run.epoch, first, run.args.accum_iter))
     run.samples, run.skipped_in_a_row = first * run.args.batch_size * world_size(), 0
     message = (
         f"the gradient was not finite in {run.args.max_nonfinite} updates in a row, from batch {first} of epoch "
