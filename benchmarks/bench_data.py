@@ -136,7 +136,9 @@ def epochs_of(loader: DeviceLoader, finished: bool = False) -> Epoch:
 
     def epoch() -> int:
         loader.sampler.set_epoch(next(numbers))
-        return sum(len(batch[0]) for batch in (loader if finished else loader.loader))
+        if finished:
+            return sum(len(images) for images, _ in loader)
+        return sum(len(pixels) for (pixels, _), _ in loader.loader)
 
     return epoch
 
