@@ -72,8 +72,8 @@ def compile_models(args: argparse.Namespace, device: torch.device, *models: nn.M
 
 
 def block_graphs(args: argparse.Namespace, model: nn.Module) -> BlockGraphs | None:
-    """Return CUDA graphs of the blocks of an unwrapped, compiled model, if the run uses them."""
-    return BlockGraphs(model) if args.cuda_graph else None
+    """Return CUDA graphs of the blocks of an unwrapped, compiled model or its `backbone`, if the run uses them."""
+    return BlockGraphs(getattr(model, "backbone", model)) if args.cuda_graph else None
 
 
 def fuse_augmentation(transform: object) -> None:

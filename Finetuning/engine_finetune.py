@@ -1,17 +1,27 @@
-"""One epoch of finetuning."""
+"""Finetune an encoder for a task: a model, labelled images, a loss and a metric."""
 
 from __future__ import annotations
 
+import argparse
+import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+import kernels
 from util.data.device_loader import DeviceLoader
-from util.tracking.run_log import Log
+from util.distributed.parallel import distribute, unsharded
+from util.distributed.processes import is_main
+from util.distributed.signals import StopRequest
+from util.lr_decay import param_groups_layer_decay
+from util.tracking.run_log import Log, clock
 from util.training.loop import train_epoch
+from util.training.precision import autocast
 from util.training.run_state import Run
 
 if TYPE_CHECKING:
@@ -19,17 +29,95 @@ if TYPE_CHECKING:
     from timm.utils import ModelEmaV3
 
 
+class Task(NamedTuple):
+    """What a run finetunes.
+
+    Attributes:
+        model: the bare model, with the weights to start from. It has `compile`, and the blocks of its encoder lie in a
+            `ModuleList` of itself, or of its `backbone`.
+        loader: of the training images.
+        loss_of: from the model, bare or distributed, to the function that computes the loss of a batch.
+        evaluate: (model, title, stop) -> results by name, see `util.training.evaluation.evaluate`.
+        describe: results -> one line.
+        best: name of the result that chooses the best checkpoint; higher is better.
+        class_names: by output.
+        draw: model -> figures (h, w, 3) uint8 by name, for every `--vis_freq` epochs; only rank 0 calls it.
+    """
+
+    model: nn.Module
+    loader: DeviceLoader
+    loss_of: Callable[[nn.Module], Callable[..., Tensor]]
+    evaluate: Callable[[nn.Module, str, StopRequest], dict[str, float]]
+    describe: Callable[[dict[str, float]], str]
+    best: str
+    class_names: list[str]
+    draw: Callable[[nn.Module], dict[str, np.ndarray]] | None = None
+
+
+def finetune(task: Task, args: argparse.Namespace, device: torch.device, log: Log, content: dict | None) -> None:
+    """Train for `args.epochs`; evaluate after every epoch, also the EMA if there is one, and keep the best weights.
+
+    Args:
+        task: what to train.
+        args: see `util.arguments.add_shared_arguments`; also `ema_decay`, `layer_decay` and, with `task.draw`,
+            `vis_freq`.
+        device: to train on.
+        log: of this rank.
+        content: of the checkpoint to resume from.
+
+    Raises:
+        UserError: the checkpoint or the arguments do not fit; no training has started then.
+    """
+    from timm.utils import ModelEmaV3
+
+    model, images = task.model.to(device), len(task.loader.sampler.dataset)
+    ema = ModelEmaV3(model, decay=args.ema_decay) if args.ema_decay is not None else None
+    wrapped = distribute(model, device, args.fsdp)  # all processes have the weights of rank 0 from here on
+    if ema is not None and args.fsdp:
+        distribute(ema.module, device, sharded=True)
+    groups = param_groups_layer_decay(model, args.weight_decay, args.layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
+    kernels.compile_models(args, device, model, *([] if ema is None else [ema.module]))
+    run = Run(
+        args, model, optimizer, ema, task.class_names, content=content, images=images, folder=Path(args.output_dir),
+        say=log.say, graphs=kernels.block_graphs(args, model),
+    )  # fmt: skip
+
+    compute_loss = task.loss_of(wrapped)
+    log.say(run.describe(images, device))
+    start, first = time.monotonic(), run.epoch
+    with run:
+        while run.epoch < args.epochs:
+            epoch = run.epoch
+            stats = train_one_epoch(wrapped, compute_loss, task.loader, run, device, log)
+            run.save()  # the epoch is not lost if the evaluation is interrupted
+            task.loader.report(log.say)
+            result = task.evaluate(model, "eval", run.stop)
+            stats |= {f"test_{name}": value for name, value in result.items()}
+            passed = clock(start, epoch + 1 - first, args.epochs - first)
+            log.say(f"epoch {epoch}: loss {stats['train_loss']:.4f}, {task.describe(result)}; {passed}")
+            names = ["checkpoint-best.pth"] if run.improved("max_accuracy", result[task.best]) else []
+            if ema is not None:
+                result = task.evaluate(ema.module, "eval of the EMA", run.stop)
+                stats |= {f"ema_test_{name}": value for name, value in result.items()}
+                log.say(f"epoch {epoch}: EMA {task.describe(result)}")
+                names += ["checkpoint-best-ema.pth"] if run.improved("ema_max_accuracy", result[task.best]) else []
+            log.epoch(**stats, epoch=epoch, n_parameters=sum(p.numel() for p in model.parameters()))
+            run.end_epoch(*names)
+            if task.draw is not None and args.vis_freq and run.epoch % args.vis_freq == 0:
+                with unsharded(model), autocast(device):
+                    log.images(epoch, **(task.draw(model) if is_main() else {}))
+
+
 def train_one_epoch(
     model: nn.Module,
-    criterion: nn.Module,
+    compute_loss: Callable[..., Tensor],
     loader: DeviceLoader,
     run: Run,
     device: torch.device,
     log: Log,
-    mixup: Mixup | None = None,
 ) -> dict[str, float]:
-    """Train the classifier on labelled images, and update the EMA of `run`: see `loss_of` and `train_epoch`."""
-    compute_loss = loss_of(model, criterion, mixup)
+    """Train for one epoch, and update the EMA of `run` after every update: see `train_epoch`."""
     if run.ema is None:
         return train_epoch(model, loader, compute_loss, run, device, log)
     return train_epoch(model, loader, compute_loss, run, device, log, partial(update_ema, run.ema, run.model))

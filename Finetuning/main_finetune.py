@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,8 @@ import torch
 from torch import nn
 
 import kernels
-from Finetuning.engine_finetune import train_one_epoch
+from Finetuning import engine_finetune
+from Finetuning.engine_finetune import Task
 from mamba import SIZES
 from ops import BackendUnavailable
 from util import arguments, cli
@@ -39,15 +40,13 @@ from util.checkpoints import checkpoint_file
 from util.data.class_names import differing, match_classes, names_by_output
 from util.data.sources.readers import open_source
 from util.data.sources.source import Source
-from util.distributed.parallel import distribute
 from util.distributed.processes import init_device
 from util.errors import UserError, as_user_error
 from util.files import printable, some
-from util.lr_decay import param_groups_layer_decay
 from util.seeding import seed_everything
-from util.tracking.run_log import Log, clock, open_log
+from util.tracking.run_log import Log, open_log
 from util.training.evaluation import describe_result, evaluate
-from util.training.run_state import Run, check_same_images, record_images, starting_point
+from util.training.run_state import check_same_images, record_images, starting_point
 
 if TYPE_CHECKING:
     from timm.data import Mixup
@@ -287,8 +286,6 @@ def finetune(
     Raises:
         UserError: arguments, checkpoint or data do not fit; no training has started then.
     """
-    from timm.utils import ModelEmaV3
-
     from util.data.datasets import ImageDataset, pixels_by
     from util.data.loaders import eval_loader, train_loader
     from util.data.transforms import finetune_transform
@@ -317,40 +314,17 @@ def finetune(
         start_from(args, found, model, names, log)
     if args.freeze is not None:
         log.say(describe_frozen(model, f"--freeze {args.freeze}", bool(found and found.is_pretraining)))
-    model.to(device)
-    ema = ModelEmaV3(model, decay=args.ema_decay) if args.ema_decay is not None else None
-    wrapped = distribute(model, device, args.fsdp)  # all processes have the weights of rank 0 from here on
-    if ema is not None and args.fsdp:
-        distribute(ema.module, device, sharded=True)
-    groups = param_groups_layer_decay(model, args.weight_decay, args.layer_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
-    kernels.compile_models(args, device, model, *([] if ema is None else [ema.module]))
-    run = Run(
-        args, model, optimizer, ema, names, content=found.content if found and args.resume else None, images=len(train),
-        folder=Path(args.output_dir), say=log.say, graphs=kernels.block_graphs(args, model),
-    )  # fmt: skip
-
     mixup, criterion = training_loss(args)
-    log.say(run.describe(len(train), device))
-    start, first = time.monotonic(), run.epoch
-    with run:
-        while run.epoch < args.epochs:
-            epoch = run.epoch
-            stats = train_one_epoch(wrapped, criterion, loader, run, device, log, mixup)
-            run.save()  # the epoch is not lost if the evaluation is interrupted
-            loader.report(log.say)
-            result = evaluate(model, val_loader, device, log, stop=run.stop)
-            stats |= {f"test_{name}": value for name, value in result.items()}
-            passed = clock(start, epoch + 1 - first, args.epochs - first)
-            log.say(f"epoch {epoch}: loss {stats['train_loss']:.4f}, {describe_result(result)}; {passed}")
-            names = ["checkpoint-best.pth"] if run.improved("max_accuracy", result["acc1"]) else []
-            if ema is not None:
-                result = evaluate(ema.module, val_loader, device, log, "eval of the EMA", run.stop)
-                stats |= {f"ema_test_{name}": value for name, value in result.items()}
-                log.say(f"epoch {epoch}: EMA {describe_result(result)}")
-                names += ["checkpoint-best-ema.pth"] if run.improved("ema_max_accuracy", result["acc1"]) else []
-            log.epoch(**stats, epoch=epoch, n_parameters=sum(p.numel() for p in model.parameters()))
-            run.end_epoch(*names)
+    task = Task(
+        model,
+        loader,
+        loss_of=partial(engine_finetune.loss_of, criterion=criterion, mixup=mixup),
+        evaluate=lambda weights, title, stop: evaluate(weights, val_loader, device, log, title, stop),
+        describe=describe_result,
+        best="acc1",
+        class_names=names,
+    )
+    engine_finetune.finetune(task, args, device, log, found.content if found and args.resume else None)
 
 
 def start_from(args: argparse.Namespace, found: Checkpoint, model: ARMClassifier, names: list[str], log: Log) -> None:

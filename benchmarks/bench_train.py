@@ -197,7 +197,9 @@ def epoch_runner(
         if case.task == "pretrain":
             engine_pretrain.train_one_epoch(model, loader, run, device, log)
         else:
-            engine_finetune.train_one_epoch(model, criterion, loader, run, device, log, mixup)
+            engine_finetune.train_one_epoch(
+                model, engine_finetune.loss_of(model, criterion, mixup), loader, run, device, log
+            )
         if graphs is not None and not graphs.calls:
             raise RuntimeError("no block could be captured in CUDA graphs")
 

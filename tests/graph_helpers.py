@@ -101,8 +101,8 @@ class Trained:
             engine_pretrain.train_one_epoch(self.wrapped, loader, self.run, self.device, Log())
         else:
             mixup, criterion = Mixup(mixup_alpha=0.8, num_classes=3), SoftTargetCrossEntropy()
-            common = (loader, self.run, self.device, Log(), mixup)
-            engine_finetune.train_one_epoch(self.wrapped, criterion, *common)
+            compute_loss = engine_finetune.loss_of(self.wrapped, criterion, mixup)
+            engine_finetune.train_one_epoch(self.wrapped, compute_loss, loader, self.run, self.device, Log())
         self.seen.append({"losses": self.run.loss})
 
 

@@ -314,10 +314,10 @@ def test_training_does_not_wait_between_log_lines(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "tolist", read)
     try:
-        criterion, common = Criterion(), (loader, run, imgs.device, Log(), mixup)
+        criterion, common = Criterion(), (loader, run, imgs.device, Log())
         for criterion.mode in ("default", "error"):  # what is compiled and allocated at first use may wait
             run.samples = 0
-            engine_finetune.train_one_epoch(model, criterion, *common)
+            engine_finetune.train_one_epoch(model, engine_finetune.loss_of(model, criterion, mixup), *common)
             torch.cuda.set_sync_debug_mode("default")
     finally:
         torch.cuda.set_sync_debug_mode("default")

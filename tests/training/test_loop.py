@@ -38,7 +38,8 @@ def test_ema_is_the_recursion_over_updates(monkeypatch):
     loader = Batches(*([torch.randn(2, 3), torch.randint(2, (2,))] for _ in range(4)))
     args = loop_args(lr=0.1, min_lr=0, accum_iter=2, batch_size=2)
     run = Run(args, model, torch.optim.AdamW(model.parameters(), fused=True), ema)
-    engine_finetune.train_one_epoch(model, torch.nn.CrossEntropyLoss(), loader, run, torch.device("cpu"), Log())
+    compute_loss = engine_finetune.loss_of(model, torch.nn.CrossEntropyLoss(), None)
+    engine_finetune.train_one_epoch(model, compute_loss, loader, run, torch.device("cpu"), Log())
     assert len(history) == 3
     want = 0.9 * (0.9 * history[0] + 0.1 * history[1]) + 0.1 * history[2]
     assert torch.allclose(ema.module.weight, want, rtol=1e-6)

@@ -32,8 +32,8 @@ def shard(model: nn.Module, device: torch.device) -> None:
     float32 sum of the gradients, 4 P bytes, which is all-reduced once per update.
 
     Args:
-        model: on `device`, which needs memory for the unsharded model. Every element of its `ModuleList`s is a block
-            that is gathered by itself; everything else is gathered once per pass.
+        model: on `device`, which needs memory for the unsharded model. Every element of the `ModuleList`s of the model,
+            or of its `backbone`, is a block that is gathered by itself; everything else is gathered once per pass.
         device: of this process.
     """
     from torch.distributed.device_mesh import init_device_mesh
@@ -43,7 +43,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor, 0)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for blocks in model.children():
+    for blocks in getattr(model, "backbone", model).children():
         for block in blocks if isinstance(blocks, nn.ModuleList) else ():
             fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)

@@ -1,7 +1,8 @@
 """Evaluate a classifier on every image once."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,6 +71,34 @@ class Answers:
         return answers
 
 
+def batches_of(
+    model: nn.Module, loader: DeviceLoader, log: Log, title: str = "eval", stop: StopRequest | None = None
+) -> Iterator[list[Any]]:
+    """Yield every batch of a loader once, with the model in evaluation mode and gathered, and show the progress.
+
+    Args:
+        model: the bare model, or a sharded one; processes may have unequal shares.
+        loader: its sampler has `distributed`: whether each process reads a share of the images, or all of them.
+        log: of this rank.
+        title: of the progress display.
+        stop: may end the evaluation on all processes.
+
+    Raises:
+        Interrupted: `stop` received a signal.
+    """
+    model.eval()
+    progress = log.progress(title, len(loader))
+    processes = world_size() if loader.sampler.distributed else 1
+    common = min(gather(len(loader)))  # number of batches that every process has
+    with unsharded(model):
+        for step, batch in enumerate(loader, start=1):
+            yield batch
+            progress.update(len(batch[0]) * processes)
+            if stop is not None and step <= common and stop.agreed():
+                raise Interrupted("stopped during an evaluation, which --resume auto repeats from its start")
+    progress.close()
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -83,12 +112,12 @@ def evaluate(
     """Return accuracy and loss over every image once.
 
     Args:
-        model: the bare classifier, or a sharded one; processes may have unequal shares.
-        loader: its sampler has `distributed`: whether each process reads a share of the images, or all of them.
+        model: the bare classifier, or a sharded one.
+        loader: see `batches_of`, as for `log`, `title` and `stop`.
         device: of the model.
         log: of this rank.
         title: of the progress display.
-        stop: may end the evaluation on all processes, without a result.
+        stop: may end the evaluation.
         score: logits (B, num_classes) float32 and labels (B,) -> which of the five best are right (B, up to 5) bool,
             and the sum of the losses; the label -1 has neither.
 
@@ -101,28 +130,19 @@ def evaluate(
         RunError: an image is broken and the loader does not count it as wrong; or no image has a loss.
         Interrupted: `stop` received a signal.
     """
-    model.eval()
-    progress = log.progress(title, len(loader))
     # correct, correct among five, loss, broken, not finite
     sums = torch.zeros(5, dtype=torch.float64, device=device)
     # for each image in order, whether its logits are not finite
     bad = [torch.zeros(0, dtype=torch.bool, device=device)]
     seen = 0  # counted on the host, without waiting for the device
-    processes = world_size() if loader.sampler.distributed else 1
-    common = min(gather(len(loader)))  # number of batches that every process has
-    with unsharded(model):
-        for step, (imgs, labels) in enumerate(loader, start=1):
-            with autocast(device):
-                logits = model(imgs)
-            broken = labels == -1
-            bad.append(~logits.isfinite().all(dim=1) & ~broken)
-            hits, loss = score(logits.float(), labels.masked_fill(bad[-1], -1))
-            seen += len(labels)
-            sums += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum(), loss, broken.sum(), bad[-1].sum()])
-            progress.update(len(labels) * processes)
-            if stop is not None and step <= common and stop.agreed():
-                raise Interrupted("stopped during an evaluation, which --resume auto repeats from its start")
-    progress.close()
+    for imgs, labels in batches_of(model, loader, log, title, stop):
+        with autocast(device):
+            logits = model(imgs)
+        broken = labels == -1
+        bad.append(~logits.isfinite().all(dim=1) & ~broken)
+        hits, loss = score(logits.float(), labels.masked_fill(bad[-1], -1))
+        seen += len(labels)
+        sums += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum(), loss, broken.sum(), bad[-1].sum()])
     sums = torch.cat([sums, sums.new_tensor([seen])])
     if loader.sampler.distributed:
         reduce_sum(sums)
