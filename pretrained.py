@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Collection, Sequence
 from functools import cached_property
+from importlib import import_module
 from typing import Any
 
 from timm.layers import to_2tuple
@@ -27,7 +28,10 @@ from util.errors import UserError, as_user_error
 from util.files import open_regular, printable
 
 LOGGER = logging.getLogger("arm")
-Model = PretrainModel | ARMClassifier
+Model = PretrainModel | ARMClassifier  # or that of one of `TASKS`, which is imported by name
+# The module of each task whose model is built around an encoder, with `build(state_dict, sizes, arguments)`: sizes of
+# the encoder, with `img_size`, and arguments of the run. Modules are imported when first needed.
+TASKS = {"detection": "Detection.models_detect", "segmentation": "Segmentation.models_segment"}
 SMALLEST_DECODER = {"dec_embed_dim": 64, "dec_depth": 1}  # of a model that only encodes images
 
 
@@ -42,6 +46,7 @@ class Checkpoint:
     Attributes:
         key: the weights that are taken; None for a bare state dict.
         state_dict: these weights, without prefixes of wrappers.
+        encoder: those of the encoder of a detector or segmenter; otherwise all of them.
 
     Raises:
         UserError: the file has no such weights, or no weights of ARM.
@@ -50,12 +55,18 @@ class Checkpoint:
     def __init__(self, name: str | os.PathLike[str], content: dict[str, Any], model_key: str | None = None) -> None:
         self.name, self.content = os.fspath(name), content
         self.state_dict = inspection.weights(content, model_key)
+        self.encoder = inspection.encoder_of(self.state_dict)
         self.key = model_key or next(iter(checkpoint_file.weight_keys(content)), None)
+
+    @cached_property
+    def task(self) -> str:
+        """Return what the model is for: pretraining, classification, detection or segmentation."""
+        return inspection.task_of(self.state_dict)
 
     @property
     def is_pretraining(self) -> bool:
-        """Return whether the weights are of a pretraining model, and not of a classifier."""
-        return inspection.is_pretrained(self.state_dict)
+        """Return whether the weights are of a pretraining model."""
+        return self.task == "pretraining"
 
     @property
     def has_decoder(self) -> bool:
@@ -64,15 +75,18 @@ class Checkpoint:
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """Return `embed_dim`, `depth`, `patch_size`, `in_chans`; of a classifier also `num_classes`, `directions`."""
-        return inspection.classifier_sizes(self.state_dict)
+        """Return the sizes of the encoder, and of a classifier `num_classes`; see `classifier_sizes`."""
+        return inspection.classifier_sizes(self.encoder)
 
     @cached_property
     def options(self) -> dict[str, Any]:
         """Return the arguments of the model that do not follow from the shapes of its weights.
 
-        Of a classifier `global_pool`; of pretraining `objective`, `order`, `taps`, `norm_pix_loss` and `cluster_size`.
+        Of a classifier `global_pool`; of pretraining `objective`, `order`, `taps`, `norm_pix_loss` and `cluster_size`;
+        none of a detector or segmenter, which reads the `arguments` of the run.
         """
+        if self.task in TASKS:
+            return {}
         if not self.is_pretraining:
             return {"global_pool": True if self.saved_pooling is None else self.saved_pooling}
         options: dict[str, Any] = inspection.pretrain_options(self.content, self.state_dict)
@@ -81,7 +95,7 @@ class Checkpoint:
     @cached_property
     def input_size(self) -> tuple[int, int]:
         """Return height and width of the images in training, in pixels."""
-        return inspection.image_size(self.state_dict, inspection.saved_size(self.content))
+        return inspection.image_size(self.encoder, inspection.saved_size(self.content))
 
     @cached_property
     def class_names(self) -> list[str]:
@@ -93,7 +107,7 @@ class Checkpoint:
         """Return the arguments of `Pixels.of` that the file has."""
         known = inspection.saved_arguments(self.content)
         found = {name: known[name] for name in ("mean", "std", "exif") if known.get(name) is not None}
-        return found | {"in_chans": self.state_dict["patch_embed.proj.weight"].shape[1]}
+        return found | {"in_chans": self.encoder["patch_embed.proj.weight"].shape[1]}
 
     @property
     def pixels(self) -> Pixels:
@@ -126,6 +140,11 @@ class Checkpoint:
             return self.read_image(data, resize, size)
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of the run that wrote the file; see `inspection.saved_arguments`."""
+        return inspection.saved_arguments(self.content)
+
+    @property
     def saved_pooling(self) -> bool | str | None:
         """Return `global_pool` of the run that wrote the file, or None if the file does not have it."""
         return inspection.saved_arguments(self.content).get("global_pool")
@@ -143,7 +162,7 @@ class Checkpoint:
         guess.
         """
         saved = inspection.saved_arguments(self.content)
-        assumed = {} if self.is_pretraining else {"global_pool": "mean of the patches"}
+        assumed = {"global_pool": "mean of the patches"} if self.task == "classification" else {}
         assumed["input_size"] = "a square"
         if self.is_pretraining and not saved:
             assumed |= {name: str(value) for name, value in self.options.items()}
@@ -159,7 +178,7 @@ class Checkpoint:
         """Build the model with random weights.
 
         Args:
-            encoder: build a pretraining model with the smallest decoder.
+            encoder: build a pretraining model with the smallest decoder, of a detector or segmenter the encoder alone.
             **overrides: arguments of the model that replace those found in the file.
 
         Raises:
@@ -167,6 +186,11 @@ class Checkpoint:
         """
         size = to_2tuple(overrides.get("img_size") or self.input_size)
         found: dict[str, Any] = self.sizes | self.options
+        if self.task in TASKS:
+            build = import_module(TASKS[self.task]).build
+            with as_user_error(TypeError, ValueError, BackendUnavailable, prefix=f"{self.name}: "):
+                model = build(self.state_dict, {**found, **overrides, "img_size": size}, self.arguments)
+            return model.backbone if encoder else model
         if self.is_pretraining:
             found |= SMALLEST_DECODER if encoder else inspection.decoder_sizes(self.state_dict)
         create = models_arm.create_pretrain_model if self.is_pretraining else models_arm.create_classifier
@@ -179,13 +203,13 @@ class Checkpoint:
         """Load the weights into a model of the same width and depth; log what was loaded, adapted and left out.
 
         Args:
-            model: a classifier of any resolution, patch size and number of channels, also for weights of a pretraining
-                model; or a pretraining model.
-            keep_head: require that the classifier's head fits; if False, a head of another size is not loaded.
+            model: a classifier or another encoder of any resolution, patch size and number of channels, for weights of
+                any task; a model of the same task; or a detector or segmenter, whose encoder takes weights of any task.
+            keep_head: require that all that follows the encoder fits; if False, what does not is not loaded.
             encoder: load only the encoder into a pretraining model, of any resolution and so on.
 
         Returns:
-            Whether the head came from the file.
+            Whether the classifier's head came from the file.
 
         Raises:
             UserError: lists the names that do not fit.
@@ -194,7 +218,10 @@ class Checkpoint:
             check_names(self.state_dict)
         saved = inspection.saved_size(self.content)
         if isinstance(model, ARMClassifier):
-            loaded = convert.load_into_classifier(self.state_dict, model, saved, keep_head)
+            loaded = convert.load_into_classifier(self.encoder, model, saved, keep_head)
+        elif hasattr(model, "backbone") and not keep_head:
+            loaded = convert.load_into_classifier(self.encoder, model.backbone, saved, keep_head)
+            loaded.notes.append(convert.load_what_fits(model, self.state_dict, "backbone."))
         elif encoder:
             loaded = convert.load_encoder(encoder_part(self.state_dict), model, saved)
         else:

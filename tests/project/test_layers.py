@@ -15,11 +15,11 @@ FLOORS = """
     tests
     benchmarks demo studies
     tools
-    main_pretrain Finetuning
+    main_pretrain Finetuning Detection Segmentation
     Evaluation
     engine_pretrain pretrained kernels
     models_mae
-    models_arm
+    models_arm Detection/models_detect Segmentation/models_segment
     models_classifier models_pretrain objectives
     timm_models decoder mamba
     util/training

@@ -188,6 +188,22 @@ def _width_and_depth(state_dict: StateDict) -> tuple[int, int]:
     return weight.shape[0] if weight is not None and weight.ndim == 4 else 0, len(blocks)
 
 
+def load_what_fits(model: nn.Module, state_dict: StateDict, encoder: str) -> str:
+    """Load what follows the encoder, where names and shapes are those of a model; return a note about the rest.
+
+    Args:
+        model: a detector or segmenter.
+        state_dict: of any task.
+        encoder: prefix of the encoder's parameters, which are left as they are.
+    """
+    own = {name: value for name, value in model.state_dict().items() if not name.startswith(encoder)}
+    fits = {name: value for name, value in own.items() if name in state_dict and state_dict[name].shape == value.shape}
+    load(model, {name: state_dict[name] for name in fits}, model.state_dict().keys())
+    parts = list(dict.fromkeys(name.rpartition(".")[0] for name in own.keys() - fits.keys()))
+    new = f"new: {some(sorted(parts))}" if parts else "nothing is new"
+    return f"{len(fits)} of {len(own)} tensors after the encoder loaded; {new}"
+
+
 def load_encoder(state_dict: StateDict, model: Model, saved: tuple[int, int] | None = None) -> Loaded:
     """Load the encoder's part of a state dict of pretraining into a pretraining model, which keeps its decoder.
 

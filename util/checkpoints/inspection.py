@@ -33,6 +33,7 @@ PUBLISHED: dict[str, Any] = {
     "freeze": None,
 }
 
+_ENCODER = "backbone."  # before the names of a detector's or segmenter's encoder
 _NOT_ARM = "the checkpoint is not one of ARM"
 _MAX_DEPTH = 1000  # blocks
 _MAX_SIDE = 2**15  # pixels
@@ -60,19 +61,33 @@ def weights(content: dict, key: str | None = None) -> StateDict:
     if len(state_dict) < len(saved):
         raise UserError("the checkpoint has two tensors of one name, with and without a wrapper's prefix")
     needed = ["patch_embed.proj.weight", "pos_embed", "layers.0.mixer.A_log"]
-    needed += [] if is_pretrained(state_dict) else ["head.weight", "head.bias"]
+    needed += ["head.weight", "head.bias"] if task_of(state_dict) == "classification" else []
+    encoder = encoder_of(state_dict)
     for name in needed:
-        if name not in state_dict:
+        if name not in encoder:
             raise UserError(f"{_NOT_ARM}: it has no {name}")
-    patch, position = state_dict["patch_embed.proj.weight"], state_dict["pos_embed"]
+    patch, position = encoder["patch_embed.proj.weight"], encoder["pos_embed"]
     rows = position.shape[1] if position.ndim == 3 else 0
     if not (
         (patch.ndim == 4 and patch.numel() and patch.shape[2] == patch.shape[3])
         and (position.shape == (1, rows, len(patch)) and position.is_floating_point())
-        and rows >= (1 if is_pretrained(state_dict) else 2)
+        and rows >= (1 if is_pretrained(encoder) else 2)
     ):
         raise UserError(f"{_NOT_ARM}: patch or position embedding have other dimensions")
     return state_dict
+
+
+def encoder_of(state_dict: StateDict) -> StateDict:
+    """Return the encoder of a detector or segmenter, which is its `backbone`; any other state dict as it is."""
+    inner = {name.removeprefix(_ENCODER): value for name, value in state_dict.items() if name.startswith(_ENCODER)}
+    return inner or state_dict
+
+
+def task_of(state_dict: StateDict) -> str:
+    """Return what a state dict's model is for: pretraining, classification, detection or segmentation."""
+    if encoder_of(state_dict) is state_dict:
+        return "pretraining" if is_pretrained(state_dict) else "classification"
+    return "detection" if any(name.startswith("rpn.") for name in state_dict) else "segmentation"
 
 
 def is_pretrained(state_dict: StateDict) -> bool:
@@ -84,11 +99,11 @@ def classifier_sizes(state_dict: StateDict) -> dict[str, int]:
     """Return keyword arguments of the `ARMClassifier` that a state dict belongs to, read from its shapes.
 
     Args:
-        state_dict: of a pretraining model or a classifier, as `weights` returns it.
+        state_dict: of a pretraining model, a classifier or another encoder, as `encoder_of` returns it.
 
     Returns:
-        `embed_dim`, `depth`, `patch_size` and `in_chans`; for a classifier also `num_classes` and `directions`. A model
-        of these sizes is no larger than a small multiple of the state dict.
+        `embed_dim`, `depth`, `patch_size` and `in_chans`; but for pretraining also `directions`, and `num_classes`
+        where there is a head. A model of these sizes is no larger than a small multiple of the state dict.
 
     Raises:
         UserError: the blocks are not numbered from 0, not alike, or do not have the width of the patch embedding.
@@ -100,10 +115,13 @@ def classifier_sizes(state_dict: StateDict) -> dict[str, int]:
     sizes = {"embed_dim": embed_dim, "depth": len(layers), "patch_size": patch_size, "in_chans": in_chans}
     if is_pretrained(state_dict):
         return sizes
+    sizes["directions"] = 4 if "layers.0.mixer.A_b_log" in state_dict else 1
+    if "head.weight" not in state_dict:
+        return sizes
     head = state_dict["head.weight"]
     if head.ndim != 2 or head.shape[1] != embed_dim or not len(head):
         raise UserError(f"{_NOT_ARM}: its head has shape {tuple(head.shape)}")
-    return sizes | {"num_classes": len(head), "directions": 4 if "layers.0.mixer.A_b_log" in state_dict else 1}
+    return sizes | {"num_classes": len(head)}
 
 
 def decoder_sizes(state_dict: StateDict) -> dict[str, int]:
@@ -204,7 +222,8 @@ def class_names(content: dict) -> list[str]:
     names = content.get("class_names") or getattr(content.get("args"), "class_names", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError("the checkpoint is damaged: its class_names are no list of names")
-    if names and len(names) != len(weights(content).get("head.weight", ())):
+    state_dict = weights(content) if names else {}
+    if task_of(state_dict) == "classification" and len(names) != len(state_dict["head.weight"]):
         raise UserError(f"the checkpoint is damaged: it has {len(names)} class_names and another number of outputs")
     names = [printable(name) for name in names]
     if twice := {name for name, times in Counter(names).items() if name and times > 1}:
