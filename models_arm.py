@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mamba import SIZES
-from models_classifier import ARMClassifier
+from models_classifier import ARMClassifier, ARMPyramid
 from models_pretrain import PretrainModel
 from objectives import OBJECTIVES as OBJECTIVES  # the place to register an objective
 from objectives import check_names, objective_class
@@ -55,6 +55,22 @@ def create_classifier(name: str, **overrides: Any) -> ARMClassifier:
     size = _size(name)
     del size["dec_embed_dim"]
     return _build(ARMClassifier, **{**size, **overrides})
+
+
+def create_pyramid(name: str, **overrides: Any) -> ARMPyramid:
+    """Return an encoder with a feature pyramid and random weights.
+
+    Args:
+        name: key of `SIZES`.
+        **overrides: arguments of `ARMPyramid` that replace the values of that size; `device` and `dtype` as in
+            `create_classifier`.
+
+    Raises:
+        ValueError: unknown name, or sizes that do not fit together; the message names values that do.
+    """
+    size = _size(name)
+    del size["dec_embed_dim"]
+    return _build(ARMPyramid, **{**size, **overrides})
 
 
 def _size(name: str) -> dict[str, int]:

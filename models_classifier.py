@@ -1,12 +1,12 @@
-"""The classifier: a Mamba encoder with a class token in the middle of the sequence, and a head."""
+"""A Mamba encoder with a class token in the middle of the sequence: with a head the classifier, or with a pyramid."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import resample_patch_embed, trunc_normal_
+from timm.layers import LayerNorm2d, resample_patch_embed, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 from mamba import (
@@ -20,8 +20,8 @@ from mamba import (
     run_block,
     scan_orders,
 )
-from timm_models import INSTEAD, TimmModel, init_head, new_head, pooling
-from util.pos_embed import insert_middle, resize_around_token
+from timm_models import INSTEAD, TimmModel, chosen, init_head, new_head, pooling
+from util.pos_embed import insert_middle, resize_around_token, split_middle
 
 
 def patch_grid(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
@@ -59,6 +59,7 @@ class ARMClassifier(TimmModel):
     """
 
     drop_path_rates: Tensor
+    pad_patches = 1  # `dynamic_img_pad` pads to a multiple of so many patches
 
     def __init__(
         self,
@@ -205,7 +206,8 @@ class ARMClassifier(TimmModel):
         if isinstance(imgs, torch.fx.Proxy):
             raise TypeError(f"torch.fx cannot trace this model, {INSTEAD}")
         if self.dynamic_img_pad:
-            imgs = F.pad(imgs, (0, -imgs.shape[-1] % self.patch_size, 0, -imgs.shape[-2] % self.patch_size))
+            unit = self.patch_size * self.pad_patches
+            imgs = F.pad(imgs, (0, -imgs.shape[-1] % unit, 0, -imgs.shape[-2] % unit))
         with torch.no_grad() if self.frozen_layers else nullcontext():
             pos_embed, order = self.for_grid(patch_grid((imgs.shape[-2], imgs.shape[-1]), self.patch_size))
             x = self.patch_embed(imgs).flatten(1, 2)  # (B, rows, columns, C) -> (B, M, C)
@@ -243,3 +245,132 @@ class ARMClassifier(TimmModel):
     def forward(self, imgs: Tensor) -> Tensor:
         """Return logits: (B, in_chans, H, W) -> (B, num_classes)."""
         return self.forward_head(self.forward_features(imgs))
+
+
+def pyramid_level(level: int, dim: int, out_chans: int) -> nn.Sequential:
+    """Return the layers of one map of `ARMPyramid`: (B, dim, h, w) -> (B, out_chans, h', w').
+
+    Level 0 has four times the rows and columns of its input, 1 twice, 2 the same, 3 half of them.
+    """
+    resize: list[nn.Module] = [nn.MaxPool2d(2)] * (level == 3)
+    if level < 2:
+        resize = [nn.ConvTranspose2d(dim, dim // 2, 2, 2)]
+        dim //= 2
+    if level == 0:
+        resize += [LayerNorm2d(dim), nn.GELU(), nn.ConvTranspose2d(dim, dim // 2, 2, 2)]
+        dim //= 2
+    lateral, smooth = (
+        nn.Conv2d(dim, out_chans, 1, bias=False),
+        nn.Conv2d(out_chans, out_chans, 3, padding=1, bias=False),
+    )
+    return nn.Sequential(*resize, lateral, LayerNorm2d(out_chans), smooth, LayerNorm2d(out_chans))
+
+
+class ARMPyramid(ARMClassifier):
+    """Encoder that returns maps of four strides: the simple feature pyramid of ViTDet (Li et al. 2022, section 3).
+
+    Each map is computed from normalised patches alone, by transposed convolutions or a maximum, then two convolutions.
+    The strides are a quarter of the patch, half of it, the patch and two patches: 4, 8, 16 and 32 pixels for patches of
+    16. Images of any size are padded with zeros, at the bottom and on the right, to a multiple of two patches. Maps end
+    where the image does.
+
+    Args:
+        img_size: as for `ARMClassifier`: the grid of the position embedding.
+        patch_size: pixels a side, a multiple of 4.
+        out_chans: channels of each map.
+        taps: "last" computes all maps from the last block, as ViTDet; "even" from the blocks at 1/4, 2/4, 3/4 and 4/4
+            of the depth, the finest map from the first of them, as BEiT and MAE do for UperNet.
+        **encoder: other arguments of `ARMClassifier`, but for those of the head and `dynamic_img_size` and `_pad`.
+
+    Raises:
+        ValueError: see `ARMClassifier`; or patches that do not divide by 4, unknown taps, too few channels.
+    """
+
+    pad_patches = 2
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        out_chans: int = 256,
+        taps: str = "last",
+        **encoder: Any,
+    ) -> None:
+        check_strides(patch_size)
+        fixed: dict[str, Any] = {"num_classes": 0, "dynamic_img_size": True, "dynamic_img_pad": True}
+        super().__init__(img_size, patch_size, **fixed, **encoder)
+        depth = len(self.layers)
+        blocks = {"last": [depth - 1] * 4, "even": [-(-depth * part // 4) - 1 for part in (1, 2, 3, 4)]}
+        if taps not in blocks:
+            raise ValueError(f"unknown taps {taps!r}; choose from {', '.join(blocks)}")
+        if self.embed_dim < 4 or out_chans < 1:
+            raise ValueError(f"maps of {out_chans} channels from {self.embed_dim}: they need at least 1 from 4")
+        self.taps, self.out_chans = blocks[taps], out_chans
+        self.pyramid = nn.ModuleDict({str(i): pyramid_level(i, self.embed_dim, out_chans) for i in range(4)})
+
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """See `ARMClassifier.set_input_size`; the strides follow the patches, which have to divide by 4."""
+        check_strides(*to_2tuple(patch_size or self.patch_size))
+        super().set_input_size(img_size, patch_size)
+
+    @property
+    def feature_info(self) -> list[dict]:
+        """Return module name, channels and stride of each map."""
+        strides = [self.patch_size * 2**level // 4 for level in range(4)]
+        return [
+            {"module": f"pyramid.{level}", "num_chs": self.out_chans, "reduction": stride}
+            for level, stride in enumerate(strides)
+        ]
+
+    def intermediates(
+        self, imgs: Tensor, taken: Collection[int], norm: bool = True, stop_early: bool = False
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Return tokens and maps; see `ARMClassifier.intermediates`.
+
+        The maps (B, out_chans, H / stride, W / stride), rounded up, are those of the levels `taken`, always normalised.
+        The class tokens are those of the blocks that the maps are computed from.
+        """
+        if removed := {str(level) for level in taken} - self.pyramid.keys():
+            raise ValueError(f"prune_intermediate_layers has removed the maps {', '.join(sorted(removed))}")
+        blocks = sorted({self.taps[level] for level in taken})
+        h, states = self.encode(imgs, blocks, blocks[-1] + 1 if stop_early else None)
+        rows = -(-imgs.shape[-2] // (2 * self.patch_size)) * 2
+        inputs = {}
+        for block, state in zip(blocks, states, strict=True):
+            patches, token = split_middle(self.norm_f(state))
+            inputs[block] = patches.unflatten(1, (rows, -1)).permute(0, 3, 1, 2), token  # (B, M, C) -> (B, C, h, w)
+        found = []
+        for level in sorted({*taken}):
+            patches, token = inputs[self.taps[level]]
+            height, width = (-(-side // self.feature_info[level]["reduction"]) for side in imgs.shape[-2:])
+            found.append((self.pyramid[str(level)](patches)[..., :height, :width], token))
+        return h, found
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove all maps but those of `indices`, and the blocks that these do not need; `norm_f` always stays.
+
+        Returns:
+            The indices, from 0; see `forward_intermediates`.
+        """
+        taken = chosen(len(self.feature_info), indices)
+        for level in self.pyramid.keys() - {str(level) for level in taken}:
+            del self.pyramid[level]
+        self.layers = self.layers[: max(self.taps[level] for level in taken) + 1]
+        return taken
+
+    def forward(self, imgs: Tensor) -> list[Tensor]:  # type: ignore[override]  # maps, not logits
+        """Return four maps, the finest first: (B, in_chans, H, W) -> (B, out_chans, H / stride, W / stride) each."""
+        return [image for image, _ in self.intermediates(imgs, [int(level) for level in self.pyramid])[1]]
+
+
+def check_strides(*sides: int) -> None:
+    """Raise ValueError for patches of which the strides of a pyramid are no whole pixels."""
+    for side in sides:
+        if side % 4:
+            raise ValueError(
+                f"patches of {side} pixels: the finest map of a pyramid has a quarter, choose a multiple of 4"
+            )

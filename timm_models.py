@@ -6,7 +6,7 @@ model = timm.create_model("arm_base_pz16", num_classes=10, img_size=(224, 192))
 
 import argparse
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -274,23 +274,37 @@ class TimmModel(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"unknown output_fmt {output_fmt!r}; choose from NCHW, NLC")
-        taken = chosen(len(self.layers), indices)
-        h, states = self.encode(x, taken, max(taken) + 1 if stop_early else None)
-        rows = -(-x.shape[-2] // self.patch_size)  # with those that `dynamic_img_pad` adds
-        intermediates, prefixes = [], []
-        for state in states:
-            patches, token = split_middle(self.norm_f(state) if norm else state)
-            if output_fmt == "NCHW":
-                patches = patches.unflatten(1, (rows, -1)).permute(0, 3, 1, 2).contiguous()  # (B, M, C) -> (B, C, h, w)
-            intermediates.append(patches)
-            prefixes.append(token)
+        taken = chosen(len(self.feature_info), indices)
+        h, found = self.intermediates(x, taken, norm, stop_early)
+        if output_fmt == "NCHW":
+            intermediates = [patches.contiguous() for patches, _ in found]
+        else:
+            intermediates = [patches.flatten(2).mT for patches, _ in found]  # (B, C, h, w) -> (B, M, C)
+        prefixes = [token for _, token in found]
         if output_dict:
             outputs: dict[str, Any] = {"image_intermediates": intermediates}
             if return_prefix_tokens:
                 outputs["image_intermediates_prefix"] = prefixes
             return outputs if intermediates_only else outputs | {"image_features": self.norm_f(h)}
-        found = list(zip(intermediates, prefixes, strict=True)) if return_prefix_tokens else intermediates
-        return found if intermediates_only else (self.norm_f(h), found)
+        results = list(zip(intermediates, prefixes, strict=True)) if return_prefix_tokens else intermediates
+        return results if intermediates_only else (self.norm_f(h), results)
+
+    def intermediates(
+        self, imgs: Tensor, taken: Collection[int], norm: bool = False, stop_early: bool = False
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Run the blocks, and return what `forward_intermediates` arranges.
+
+        Returns:
+            Tokens (B, M + 1, C) after the last block that ran, without `norm_f`; and for each of `taken`, in ascending
+            order, a map (B, C, H / p, W / p), which need not be contiguous, and the class token (B, 1, C).
+        """
+        h, states = self.encode(imgs, taken, max(taken) + 1 if stop_early else None)
+        rows = -(-imgs.shape[-2] // self.patch_size)  # with those that `dynamic_img_pad` adds
+        found = []
+        for state in states:
+            patches, token = split_middle(self.norm_f(state) if norm else state)
+            found.append((patches.unflatten(1, (rows, -1)).permute(0, 3, 1, 2), token))  # (B, M, C) -> (B, C, h, w)
+        return h, found
 
     def get_intermediate_layers(
         self,
