@@ -5,6 +5,9 @@ loss = model(imgs).mean()
 
 classifier = create_classifier("arm_base_pz16", num_classes=1000)
 logits = classifier(imgs)
+
+pyramid = create_pyramid("arm_base_pz16")
+maps = pyramid(imgs)  # of strides 4, 8, 16, 32
 """
 
 from collections.abc import Callable
@@ -174,3 +177,4 @@ def _supply_mask(model: ARMPretrain, state_dict: dict[str, Tensor], prefix: str,
 
 for _name in SIZES:
     register(_name, partial(create_classifier, _name), check_names)
+    register(f"{_name}_pyramid", partial(create_pyramid, _name), check_names, maps=4)

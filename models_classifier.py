@@ -247,23 +247,25 @@ class ARMClassifier(TimmModel):
         return self.forward_head(self.forward_features(imgs))
 
 
-def pyramid_level(level: int, dim: int, out_chans: int) -> nn.Sequential:
+def pyramid_level(coarser: int, dim: int, out_chans: int) -> nn.Sequential:
     """Return the layers of one map of `ARMPyramid`: (B, dim, h, w) -> (B, out_chans, h', w').
 
-    Level 0 has four times the rows and columns of its input, 1 twice, 2 the same, 3 half of them.
+    h' is h halved `coarser` times: -2 and -1 are finer, 0 is the same, 1 coarser.
     """
-    resize: list[nn.Module] = [nn.MaxPool2d(2)] * (level == 3)
-    if level < 2:
+    resize: list[nn.Module] = [nn.MaxPool2d(2)] * max(coarser, 0)
+    if coarser < 0:
         resize = [nn.ConvTranspose2d(dim, dim // 2, 2, 2)]
         dim //= 2
-    if level == 0:
+    if coarser < -1:
         resize += [LayerNorm2d(dim), nn.GELU(), nn.ConvTranspose2d(dim, dim // 2, 2, 2)]
         dim //= 2
-    lateral, smooth = (
+    return nn.Sequential(
+        *resize,
         nn.Conv2d(dim, out_chans, 1, bias=False),
+        LayerNorm2d(out_chans),
         nn.Conv2d(out_chans, out_chans, 3, padding=1, bias=False),
+        LayerNorm2d(out_chans),
     )
-    return nn.Sequential(*resize, lateral, LayerNorm2d(out_chans), smooth, LayerNorm2d(out_chans))
 
 
 class ARMPyramid(ARMClassifier):
@@ -280,10 +282,13 @@ class ARMPyramid(ARMClassifier):
         out_chans: channels of each map.
         taps: "last" computes all maps from the last block, as ViTDet; "even" from the blocks at 1/4, 2/4, 3/4 and 4/4
             of the depth, the finest map from the first of them, as BEiT and MAE do for UperNet.
-        **encoder: other arguments of `ARMClassifier`, but for those of the head and `dynamic_img_size` and `_pad`.
+        output_stride: largest stride, one of the four; coarser maps get it too, as decoders with dilated convolutions
+            ask for (DeepLabV3+). None is two patches.
+        **encoder: other arguments of `ARMClassifier`. There is no head, and images may have any size.
 
     Raises:
-        ValueError: see `ARMClassifier`; or patches that do not divide by 4, unknown taps, too few channels.
+        ValueError: see `ARMClassifier`; or patches that do not divide by 4, unknown taps, too few channels, or an
+            argument that asks for a head or for images of one size.
     """
 
     pad_patches = 2
@@ -294,19 +299,30 @@ class ARMPyramid(ARMClassifier):
         patch_size: int = 16,
         out_chans: int = 256,
         taps: str = "last",
+        output_stride: int | None = None,
         **encoder: Any,
     ) -> None:
         check_strides(patch_size)
-        fixed: dict[str, Any] = {"num_classes": 0, "dynamic_img_size": True, "dynamic_img_pad": True}
-        super().__init__(img_size, patch_size, **fixed, **encoder)
+        fixed = {"num_classes": 0, "dynamic_img_size": True, "dynamic_img_pad": True}
+        for name, value in fixed.items():
+            if encoder.get(name, value) != value:
+                raise ValueError(f"{name}={encoder[name]!r}: a pyramid has {name}={value}")
+        super().__init__(img_size, patch_size, **encoder | fixed)
         depth = len(self.layers)
         blocks = {"last": [depth - 1] * 4, "even": [-(-depth * part // 4) - 1 for part in (1, 2, 3, 4)]}
         if taps not in blocks:
             raise ValueError(f"unknown taps {taps!r}; choose from {', '.join(blocks)}")
         if self.embed_dim < 4 or out_chans < 1:
             raise ValueError(f"maps of {out_chans} channels from {self.embed_dim}: they need at least 1 from 4")
+        strides = [patch_size * 2**level // 4 for level in range(4)]
+        last = 2 * patch_size if output_stride is None else output_stride
+        if last not in strides:
+            raise ValueError(f"output_stride {last}: choose from {', '.join(map(str, strides))}")
         self.taps, self.out_chans = blocks[taps], out_chans
-        self.pyramid = nn.ModuleDict({str(i): pyramid_level(i, self.embed_dim, out_chans) for i in range(4)})
+        self.coarser = [min(level, strides.index(last)) - 2 for level in range(4)]  # than patches, in powers of 2
+        self.pyramid = nn.ModuleDict(
+            {str(level): pyramid_level(c, self.embed_dim, out_chans) for level, c in enumerate(self.coarser)}
+        )
 
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
@@ -318,7 +334,7 @@ class ARMPyramid(ARMClassifier):
     @property
     def feature_info(self) -> list[dict]:
         """Return module name, channels and stride of each map."""
-        strides = [self.patch_size * 2**level // 4 for level in range(4)]
+        strides = [self.patch_size * 2 ** (2 + coarser) // 4 for coarser in self.coarser]
         return [
             {"module": f"pyramid.{level}", "num_chs": self.out_chans, "reduction": stride}
             for level, stride in enumerate(strides)

@@ -1,7 +1,8 @@
-"""The classifier in timm: the methods that timm's models have beyond the forward pass, and registration.
+"""Classifier and pyramid in timm: the methods that timm's models have beyond the forward pass, and registration.
 
 import models_arm  # registers
 model = timm.create_model("arm_base_pz16", num_classes=10, img_size=(224, 192))
+maps = timm.create_model("arm_base_pz16_pyramid", features_only=True)  # of strides 4, 8, 16, 32
 """
 
 import argparse
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from util.checkpoints import inspection
 from util.checkpoints.checkpoint_file import StateDict, read, weight_keys
-from util.checkpoints.convert import NEW_IN_CLASSIFIER, load_into_classifier, pretrain_to_classifier
+from util.checkpoints.convert import SHARED, fit_tops, load_into_classifier, pretrain_to_classifier
 from util.checkpoints.inspection import is_pretrained
 from util.data.pixels import Pixels
 from util.data.transforms import crop_ratio
@@ -68,30 +69,38 @@ INSTEAD = "which chooses its path and its scan in Python: use torch.export or to
 default_cfgs: dict[str, Any] = {}  # timm reads the configs of this module's models here
 
 
-def register(name: str, classifier: Callable[..., nn.Module], check_names: Callable[[StateDict], None]) -> None:
-    """Let `timm.create_model(name, ...)` build a classifier.
+def register(
+    name: str, new_model: Callable[..., nn.Module], check_names: Callable[[StateDict], None], maps: int | None = None
+) -> None:
+    """Let `timm.create_model(name, ...)` build a classifier, or an encoder with a pyramid.
 
-    `pretrained=True` with a `file` in `pretrained_cfg_overlay` builds the classifier of a checkpoint and loads it, with
+    `pretrained=True` with a `file` in `pretrained_cfg_overlay` builds the model of a checkpoint and loads it, with
     its moving average if there is one: width, depth, patch size, channels, directions, input size, classes and pooling
     are the file's, unless arguments say otherwise; see `OwnFile`. The head keeps its random values if the file is of
-    pretraining or has other classes. Weights from elsewhere are adapted by `pretrain_to_classifier`.
+    pretraining or has other classes, a pyramid if the file has none. Weights from elsewhere are adapted by
+    `pretrain_to_classifier`.
 
     `exportable=True` computes the scan with operators of torch only, which exporters know.
 
-    `classifier` builds the model; `check_names` raises for a state dict of pretraining with unknown parameters.
+    Args:
+        name: of the model in timm.
+        new_model: builds it.
+        check_names: raises for a state dict of pretraining with unknown parameters.
+        maps: of a pyramid; None for a classifier, which has one for each block.
     """
+    settings = CONFIG if maps is None else {**CONFIG, "num_classes": 0, "classifier": None}
 
     def create(
         pretrained: bool = False, pretrained_cfg: Any = None, pretrained_cfg_overlay: dict | None = None, **kwargs: Any
     ) -> nn.Module:
-        overlay, build = dict(pretrained_cfg_overlay or {}), classifier
+        overlay, build = dict(pretrained_cfg_overlay or {}), new_model
         config = resolve_pretrained_cfg(name, pretrained_cfg, dict(overlay))
         known = {"mean": config.mean, "std": config.std}
         if pretrained and config.file and config.source != "local-dir" and not config.state_dict:
-            own = OwnFile(config.file, classifier, check_names)
+            own = OwnFile(config.file, new_model, check_names, has_head=maps is None)
             kwargs = own.with_sizes(kwargs)
             pretrained, build = False, own.build
-            overlay = {"num_classes": kwargs.get("num_classes", CONFIG["num_classes"])} | overlay
+            overlay = {"num_classes": kwargs.get("num_classes", settings["num_classes"])} | overlay
             known |= own.pixels
         shape = kwargs.get("in_chans", 3), *to_2tuple(kwargs.get("img_size", config.input_size[-2:]))
         if shape != tuple(config.input_size):
@@ -106,7 +115,7 @@ def register(name: str, classifier: Callable[..., nn.Module], check_names: Calla
             pretrained_cfg=pretrained_cfg,
             pretrained_cfg_overlay=overlay,
             pretrained_filter_fn=adapt,
-            feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+            feature_cfg={"out_indices": maps or 3, "feature_cls": "getter"},
             **kwargs,
         )
 
@@ -115,22 +124,22 @@ def register(name: str, classifier: Callable[..., nn.Module], check_names: Calla
             check_names(state_dict)
         if "head.weight" in state_dict and len(state_dict["head.weight"]) == model.num_classes:
             model.pretrained_cfg["num_classes"] = model.num_classes  # timm keeps only a head of that many classes
-        own = model.state_dict()
-        new = {name: own[name] for name in NEW_IN_CLASSIFIER if name in own}
-        return new | pretrain_to_classifier(state_dict, model)
+        adapted, _ = fit_tops(pretrain_to_classifier(state_dict, model), model)
+        return {name: value for name, value in model.state_dict().items() if not name.startswith(SHARED)} | adapted
 
     create.__name__ = name
-    default_cfgs.update(generate_default_cfgs({name: CONFIG}))
+    default_cfgs.update(generate_default_cfgs({name: settings}))
     register_model(create)
 
 
 class OwnFile:
-    """A checkpoint of this code, which describes its classifier.
+    """A checkpoint of this code, which describes its model.
 
     Args:
         file: path, URL or hf:// name.
-        classifier: builds the model.
+        new_model: builds the model.
         check_names: see `register`.
+        has_head: whether the model takes `num_classes` and `global_pool`.
 
     Attributes:
         pixels: `mean` and `std` of the images in training, if the file has them.
@@ -140,11 +149,15 @@ class OwnFile:
     """
 
     def __init__(
-        self, file: str, classifier: Callable[..., nn.Module], check_names: Callable[[StateDict], None]
+        self,
+        file: str,
+        new_model: Callable[..., nn.Module],
+        check_names: Callable[[StateDict], None],
+        has_head: bool = True,
     ) -> None:
         content = read(file)
         key = "model_ema" if "model_ema" in weight_keys(content) else None
-        self.file, self.classifier, self.saved = file, classifier, inspection.saved_size(content)
+        self.file, self.new_model, self.saved = file, new_model, inspection.saved_size(content)
         self.state_dict, arguments = inspection.weights(content, key), inspection.saved_arguments(content)
         self.pixels = {name: tuple(arguments[name]) for name in ("mean", "std") if arguments.get(name)}
         self.sizes: dict[str, Any] = {**inspection.classifier_sizes(self.state_dict)}
@@ -152,9 +165,11 @@ class OwnFile:
             check_names(self.state_dict)
         elif arguments.get("global_pool") is not None:
             self.sizes["global_pool"] = arguments["global_pool"]
+        if not has_head:
+            self.sizes = {name: size for name, size in self.sizes.items() if name not in ("num_classes", "global_pool")}
 
     def with_sizes(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Return arguments of the classifier: those given, and for all others the file's.
+        """Return arguments of the model: those given, and for all others the file's.
 
         Raises:
             UserError: a given width, depth or number of directions is not the file's; or no size of the images is
@@ -168,8 +183,8 @@ class OwnFile:
         return self.sizes | given
 
     def build(self, **sizes: Any) -> nn.Module:
-        """Build the classifier, and load the weights."""
-        model = self.classifier(**sizes)
+        """Build the model, and load the weights."""
+        model = self.new_model(**sizes)
         loaded = load_into_classifier(self.state_dict, model, self.saved, keep_head=False)
         LOGGER.info("%s: %s", self.file, "; ".join(loaded.notes))
         return model

@@ -21,9 +21,13 @@ _SCAN = re.compile(r"^(layers\.\d+\.mixer\.)(A|D|conv1d|x_proj|dt_proj)(_log)?(\
 
 # How the names of parameters begin that pretraining and classifier share.
 SHARED = ("patch_embed.", "layers.", "pos_embed")
-# Parameters that only the classifier has.
-NEW_IN_CLASSIFIER = {"cls_token", "norm_f.weight", "norm_f.bias", "head.weight", "head.bias"}
-WORDS = {"cls_token": "class token", "norm_f": "last norm", "head": "head"}  # of parameters, for users
+TOPS = ("head.", "pyramid.")  # how the names begin of what reads the encoder's tokens
+WORDS = {
+    "cls_token": "class token",
+    "norm_f": "last norm",
+    "head": "head",
+    "pyramid": "pyramid",
+}  # of parameters, for users
 
 
 class Loaded(NamedTuple):
@@ -220,24 +224,45 @@ def load_encoder(state_dict: StateDict, model: Model, saved: tuple[int, int] | N
 def load_into_classifier(
     state_dict: StateDict, model: Model, saved: tuple[int, int] | None = None, keep_head: bool = True
 ) -> Loaded:
-    """Load a state dict, of pretraining or of a classifier, into a classifier.
+    """Load a state dict, of pretraining, a classifier or an encoder with a pyramid, into one of the last two.
 
     Args:
         state_dict: as `weights` returns it; its width and depth are those of the model.
-        model: an `ARMClassifier`, of any resolution, patch size and number of channels.
+        model: an `ARMClassifier` or `ARMPyramid`, of any resolution, patch size and number of channels.
         saved: height and width of the input that `state_dict` was trained on, if known.
-        keep_head: the head must fit; otherwise a head of another size, or for a model without one, is left out.
+        keep_head: the head of a classifier must fit; see `fit_tops`.
 
     Raises:
         UserError: lists the keys that do not fit.
     """
     changes: list[str] = []
     state_dict = pretrain_to_classifier(state_dict, model, saved, changes)
-    new: set[str] = set() if "cls_token" in state_dict else NEW_IN_CLASSIFIER
-    head = dict(model.head.named_parameters())  # empty without a head
-    fits = "weight" in head and "head.weight" in state_dict and state_dict["head.weight"].shape == head["weight"].shape
-    if not keep_head and not new and not fits:
-        state_dict = {name: value for name, value in state_dict.items() if not name.startswith("head.")}
-        new = {"head.weight", "head.bias"}
+    state_dict, new = fit_tops(state_dict, model, keep_head, changes)
     loaded = load(model, state_dict, new)
-    return Loaded(not new, [loaded.notes[0], *changes, *loaded.notes[1:]])
+    return Loaded(loaded.head and not new, [loaded.notes[0], *changes, *loaded.notes[1:]])
+
+
+def fit_tops(
+    state_dict: StateDict, model: Model, keep_head: bool = True, notes: list[str] | None = None
+) -> tuple[StateDict, set[str]]:
+    """Leave out a head or pyramid that a model does not have, or has of another size.
+
+    Args:
+        state_dict: as `pretrain_to_classifier` returns it.
+        model: an `ARMClassifier` or `ARMPyramid`.
+        keep_head: if the model has a head, leave nothing out: what does not fit is an error of `load`.
+        notes: gets what the model does not have.
+
+    Returns:
+        The rest of the state dict, and the names of the model's tensors that it may lack: those keep their values.
+    """
+    own = model.state_dict()
+    new = set() if "cls_token" in state_dict else {name for name in own if not name.startswith(SHARED)}
+    for top in TOPS if not (keep_head and model.num_classes) else ():
+        wanted, found = ({k: v.shape for k, v in names.items() if k.startswith(top)} for names in (own, state_dict))
+        if wanted != found:
+            state_dict = {name: value for name, value in state_dict.items() if not name.startswith(top)}
+            new |= wanted.keys()
+            if notes is not None and not wanted:
+                notes.append(f"{top[:-1]} left out")
+    return state_dict, new
