@@ -103,10 +103,13 @@ def _finite(value: object) -> object:
     return value
 
 
-def from_json(text: str | bytes) -> object:
-    """Parse strict JSON; raise ValueError if it is no JSON, holds NaN or Infinity, or is nested too deeply."""
+def from_json(text: str | bytes, replace: Callable[[dict], object] | None = None) -> object:
+    """Parse strict JSON; raise ValueError if it is no JSON, holds NaN or Infinity, or is nested too deeply.
+
+    `replace` returns what takes the place of an object, as soon as that is parsed.
+    """
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=_refuse_constant, object_hook=replace)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
