@@ -4,9 +4,10 @@ import io
 import os
 import tarfile
 
+import numpy as np
 import pytest
 from helpers import TINY_PRETRAIN, encoded, finetune_args
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from tools import pack_images
 from util.data import datasets, decode, transforms
@@ -71,3 +72,34 @@ def denied(path, **_):
 def pretrain_words(folder, *more):
     words = [*TINY_PRETRAIN, "--data_path", folder, "--epochs", 1, "--warmup_epochs", 0, "--batch_size", 17, *more]
     return [str(word) for word in words]
+
+
+SHAPES = ["ground", "disc", "box"]  # classes of `write_masked`
+
+
+def masked_photograph(photograph, number, size=(80, 60)):
+    """Draw a red disc and a striped box on a crop of a photograph: image and mask, outlines of the mask ignored."""
+    rng = np.random.default_rng(number)
+    width, height = size
+    left, top = (int(rng.integers(0, whole - side)) for whole, side in zip(photograph.size, size, strict=True))
+    image, mask = photograph.crop((left, top, left + width, top + height)), Image.new("L", size)
+    x, y = int(rng.integers(2, width // 2 - 2)), int(rng.integers(2, height // 2 - 2))
+    disc, box = (x, y, x + width // 3, y + width // 3), (x + width // 4, y + height // 4, width - 4, height - 3)
+    ImageDraw.Draw(image).ellipse(disc, fill=(210, 40 + 5 * (number % 8), 30))
+    ImageDraw.Draw(mask).ellipse(disc, fill=1, outline=255)
+    ImageDraw.Draw(image).rectangle(box, fill=(20, 30, 200 - 5 * (number % 8)))
+    for line in range(box[1], box[3], 4):
+        ImageDraw.Draw(image).line((box[0], line, box[2], line), fill=(240, 240, 90))
+    ImageDraw.Draw(mask).rectangle(box, fill=2, outline=255)
+    return image, mask
+
+
+def write_masked(root, photographs, train=6, val=3, size=(80, 60)):
+    """Write photographs with shapes of three classes and their masks, as `MaskFolder` reads them; returns `root`."""
+    put(root, "classes.txt", content="\n".join(SHAPES).encode())
+    for start, split, count in ((0, "train", train), (train, "val", val)):
+        for number in range(start, start + count):
+            image, mask = masked_photograph(photographs[number % 2], number, size)
+            put(root, f"images/{split}/{number}.jpg", content=encoded(image, quality=95))
+            put(root, f"annotations/{split}/{number}.png", content=encoded(mask, "PNG"))
+    return root

@@ -22,7 +22,8 @@ from util.files import printable
 
 LOGGER = logging.getLogger("arm")
 
-SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "test")}  # their names, the first one that exists
+# names of each split; the first one that exists is taken
+SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 MAX_CLASSES = 10**6  # far more than any dataset has; a larger label is an id
 THREADS = 16  # for the states of files
 MAX_IMAGE = 6 * MAX_PIXELS  # bytes of an image file: 3 x 16 bits for each pixel of the largest image
