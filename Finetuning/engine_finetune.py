@@ -14,15 +14,19 @@ import torch
 from torch import Tensor, nn
 
 import kernels
+from util import arguments
+from util.checkpoints import checkpoint_file
 from util.data.device_loader import DeviceLoader
 from util.distributed.parallel import distribute, unsharded
-from util.distributed.processes import is_main
+from util.distributed.processes import init_device, is_main
 from util.distributed.signals import StopRequest
+from util.errors import UserError
 from util.lr_decay import param_groups_layer_decay
-from util.tracking.run_log import Log, clock
+from util.seeding import seed_everything
+from util.tracking.run_log import Log, clock, open_log
 from util.training.loop import train_epoch
 from util.training.precision import autocast
-from util.training.run_state import Run
+from util.training.run_state import Run, starting_point
 
 if TYPE_CHECKING:
     from timm.data import Mixup
@@ -52,6 +56,41 @@ class Task(NamedTuple):
     best: str
     class_names: list[str]
     draw: Callable[[nn.Module], dict[str, np.ndarray]] | None = None
+
+
+def begin(args: argparse.Namespace) -> tuple[torch.device, Log, dict | None]:
+    """Begin a run of any task: return the device, the log, and the content of the checkpoint to start from.
+
+    With `args.eval` that is the checkpoint to evaluate. `args.model_key` becomes that of the weights to start from.
+
+    Raises:
+        UserError: arguments contradict each other, folders cannot be written, or the checkpoint cannot be read.
+    """
+    arguments.check_arguments(args)
+    if args.model_key and args.resume and not args.eval:
+        raise UserError("--model_key chooses among the weights of --finetune; --resume takes both")
+    if args.ignore_keys and not (args.finetune or args.eval):
+        raise UserError("--ignore_keys is for --finetune and --eval: --resume continues a run of this code")
+    if args.eval and not (args.resume or args.finetune):
+        raise UserError("--eval needs a checkpoint: --resume FILE")
+    if args.freeze is not None and args.eval:
+        raise UserError(f"--freeze {args.freeze} is for training, and --eval trains nothing: leave one of them out")
+    if args.output and not args.eval:
+        raise UserError("--output is the folder for the report of --eval; that of a run is --output_dir")
+    device = init_device(args.device, args.dist_timeout, args.deterministic)
+    seed_everything(args.seed)
+    if args.eval:
+        log = open_log(every=args.print_freq)
+        return device, log, checkpoint_file.read(args.resume or args.finetune, args.ignore_keys)
+    folders = arguments.output_folders(args)
+    log = open_log(folders, args.tracker, args.print_freq)
+    content = starting_point(args, folders[0], log.say)
+    if content is None and args.finetune:
+        content = checkpoint_file.read(args.finetune, args.ignore_keys)
+        args.model_key = checkpoint_file.chosen_key(content, args.model_key)
+    if args.freeze is not None and content is None:
+        raise UserError(f"--freeze {args.freeze} keeps weights as they are: --finetune says which")
+    return device, log, content
 
 
 def finetune(task: Task, args: argparse.Namespace, device: torch.device, log: Log, content: dict | None) -> None:

@@ -36,17 +36,14 @@ from Finetuning.engine_finetune import Task
 from mamba import SIZES
 from ops import BackendUnavailable
 from util import arguments, cli
-from util.checkpoints import checkpoint_file
 from util.data.class_names import differing, match_classes, names_by_output
 from util.data.sources.readers import open_source
 from util.data.sources.source import Source
-from util.distributed.processes import init_device
 from util.errors import UserError, as_user_error
 from util.files import printable, some
-from util.seeding import seed_everything
-from util.tracking.run_log import Log, open_log
+from util.tracking.run_log import Log
 from util.training.evaluation import describe_result, evaluate
-from util.training.run_state import check_same_images, record_images, starting_point
+from util.training.run_state import check_same_images, record_images
 
 if TYPE_CHECKING:
     from timm.data import Mixup
@@ -64,16 +61,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; its defaults are those of the published base recipe."""
     parser = cli.Parser("main_finetune.py", description=__doc__.splitlines()[0])
     arguments.add_shared_arguments(parser, SIZES)
-    group = parser.add_argument_group("finetuning")
-    add = group.add_argument
-    add(
-        "--finetune",
-        type=arguments.nonempty,
-        metavar="FILE",
-        help="start from these weights, of pretraining or finetuning: path, URL or hf://OWNER/REPO/FILE",
-    )
-    add("--model_key", choices=("model", "model_ema"), help="which weights of --finetune, or to evaluate")
-    arguments.add_ignore_keys(group)
+    add = arguments.add_finetune_arguments(parser).add_argument
     add("--nb_classes", type=arguments.number(int, 1, 10**6), help="number of outputs (default: classes of train/)")
     add(
         "--global_pool",
@@ -83,26 +71,6 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="classify the mean of the patches, or with False the class token (default: True, or what --resume used)",
     )
     add("--cls_token", action="store_false", dest="global_pool", help="the same as --global_pool False")
-    add(
-        "--directions",
-        type=int,
-        choices=(4, 1),
-        help="scans: rows and columns, forward and backward, or the pretrained one (default: 4, or the checkpoint's)",
-    )
-    add(
-        "--freeze",
-        type=arguments.frozen,
-        metavar="N",
-        help="train neither the embeddings nor the first N blocks; all: only the head (default: train everything)",
-    )
-    add("--drop_path", type=arguments.rate, default=0.1, help="stochastic depth rate (default: %(default)s)")
-    add(
-        "--layer_decay",
-        type=arguments.number(float, 0, 1, above=True),
-        default=0.65,
-        help="lr factor per layer (default: %(default)s)",
-    )
-    add("--ema_decay", type=arguments.rate, help="also keep a moving average of the weights, with this decay")
 
     add = parser.add_argument_group("augmentation").add_argument
     add("--color_jitter", type=arguments.amount, help="strength; only where --aa is none")
@@ -201,32 +169,7 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         UserError: arguments, checkpoint or data do not fit; no training has started then.
     """
-    arguments.check_arguments(args)
-    if args.model_key and args.resume and not args.eval:
-        raise UserError("--model_key chooses among the weights of --finetune; --resume takes both")
-    if args.ignore_keys and not (args.finetune or args.eval):
-        raise UserError("--ignore_keys is for --finetune and --eval: --resume continues a run of this code")
-    if args.eval and not (args.resume or args.finetune):
-        raise UserError("--eval needs a checkpoint: --resume FILE")
-    if args.freeze is not None and args.eval:
-        raise UserError(f"--freeze {args.freeze} is for training, and --eval trains nothing: leave one of them out")
-    if args.output and not args.eval:
-        raise UserError("--output is the folder for the report of --eval; that of a run is --output_dir")
-    device = init_device(args.device, args.dist_timeout, args.deterministic)
-    seed_everything(args.seed)
-    content: dict | None
-    if args.eval:
-        log = open_log(every=args.print_freq)
-        content = checkpoint_file.read(args.resume or args.finetune, args.ignore_keys)
-    else:
-        folders = arguments.output_folders(args)
-        log = open_log(folders, args.tracker, args.print_freq)
-        content = starting_point(args, folders[0], log.say)
-        if content is None and args.finetune:
-            content = checkpoint_file.read(args.finetune, args.ignore_keys)
-            args.model_key = checkpoint_file.chosen_key(content, args.model_key)
-    if args.freeze is not None and content is None:
-        raise UserError(f"--freeze {args.freeze} keeps weights as they are: --finetune says which")
+    device, log, content = engine_finetune.begin(args)
     source = open_source(args.data_path, "val")
     train = None if args.eval else open_source(args.data_path, "train")
     if train is not None and args.nb_classes is None and not args.resume:

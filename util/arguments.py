@@ -59,12 +59,15 @@ class WarmUp(argparse.Action):
 
 # A long help stands below its flag.
 # fmt: off
-def add_shared_arguments(parser: argparse.ArgumentParser, models: Iterable[str], pretraining: bool = False) -> None:
+def add_shared_arguments(
+    parser: argparse.ArgumentParser, models: Iterable[str], pretraining: bool = False, classified: bool = True
+) -> None:
     """Add the arguments that pretraining and finetuning share; each sets its defaults by `parser.set_defaults`.
 
     `models` are the names that --model takes. In `pretraining`, `--data_path` takes several places, and images without
-    labels; otherwise what is not given can come from a checkpoint to start from. One of the defaults is
-    `recipe_epochs`, the length of the run that the default of `--warmup_epochs` is for.
+    labels; otherwise what is not given can come from a checkpoint to start from. Whole images are `classified`, or a
+    task has data and scales of its own. One of the defaults is `recipe_epochs`, the length of the run that the default
+    of `--warmup_epochs` is for.
     """
     inherited = "" if pretraining else ", or the checkpoint's"
     add_machine_arguments(parser)
@@ -88,15 +91,16 @@ def add_shared_arguments(parser: argparse.ArgumentParser, models: Iterable[str],
     add("--clip_grad", type=number(float, 0, 1e9, above=True), help="largest gradient norm")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", type=nonempty, required=True, nargs="+" if pretraining else None, metavar="PATH",
-        help="; ".join(text for _, text in READERS.values()) + "; images need neither labels nor train/; several "
-        "places are mixed, and PATH*N takes each image N times" * pretraining)
-    add("--loader", choices=("fast", "pil"), default="fast",
-        help="fast: decode training images with libjpeg-turbo and augment them on the training device; pil: do both in "
-        "Pillow as the released code does")
+    if classified:
+        add("--data_path", type=nonempty, required=True, nargs="+" if pretraining else None, metavar="PATH",
+            help="; ".join(text for _, text in READERS.values()) + "; images need neither labels nor train/; several "
+            "places are mixed, and PATH*N takes each image N times" * pretraining)
+        add("--loader", choices=("fast", "pil"), default="fast",
+            help="fast: decode training images with libjpeg-turbo and augment them on the training device; pil: do "
+            "both in Pillow as the released code does")
+        add("--scale", type=rate, nargs=2, help="least and largest area of crops")
     add("--max_bad_samples", type=natural, metavar="N",
         help="end the run after an epoch with more broken training images than this (default: 0.1 %% of the images)")
-    add("--scale", type=rate, nargs=2, help="least and largest area of crops")
     add("--hflip", type=rate, default=0.5, help="rate of horizontal flips")
     add("--mean", type=number(float, -1e9, 1e9), nargs="+", metavar="X",
         help=f"of the channels, for values from 0 to 1: one number, or one each (default: ImageNet's{inherited})")
@@ -153,6 +157,26 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
         help="timeout of collectives, after which the run ends (default: %(default)s seconds)")
 
 
+def add_finetune_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add what all tasks of finetuning share, but for evaluation, and return the group; the task adds its own."""
+    group = parser.add_argument_group("finetuning")
+    add = group.add_argument
+    add("--finetune", type=nonempty, metavar="FILE",
+        help="start from these weights, of pretraining or finetuning: path, URL or hf://OWNER/REPO/FILE")
+    add("--model_key", choices=("model", "model_ema"), help="which weights of --finetune, or to evaluate")
+    add_ignore_keys(group)
+    add("--directions", type=int, choices=(4, 1),
+        help="scans: rows and columns, forward and backward, or the pretrained one (default: 4, or the checkpoint's)")
+    add("--freeze", type=frozen, metavar="N",
+        help="train neither the embeddings nor the first N blocks; all: nothing of the encoder (default: train "
+        "everything)")
+    add("--drop_path", type=rate, default=0.1, help="stochastic depth rate (default: %(default)s)")
+    add("--layer_decay", type=number(float, 0, 1, above=True), default=0.65,
+        help="lr factor per layer (default: %(default)s)")
+    add("--ema_decay", type=rate, help="also keep a moving average of the weights, with this decay")
+    return group
+
+
 def add_eval_arguments(parser: argparse.ArgumentParser, scored: bool = True) -> None:
     """Add the arguments of how images are evaluated; broken ones have a choice only if images are `scored`."""
     add = parser.add_argument_group("evaluated images").add_argument
@@ -161,8 +185,13 @@ def add_eval_arguments(parser: argparse.ArgumentParser, scored: bool = True) -> 
     add("--eval_loader", choices=("fast", "pil"), default="pil",
         help="decode and resize images with libjpeg-turbo and torch (fast), or with Pillow")
     if scored:
-        add("--eval_bad", choices=("stop", "wrong"), default="stop",
-            help="a broken image stops the evaluation, or counts as wrong")
+        add_eval_bad(add)
+
+
+def add_eval_bad(add: Callable[..., argparse.Action]) -> None:
+    """Add what a broken image does to an evaluation."""
+    add("--eval_bad", choices=("stop", "wrong"), default="stop",
+        help="a broken image stops the evaluation, or counts as wrong")
 
 
 def add_block_arguments(group: argparse._ArgumentGroup) -> None:
@@ -225,7 +254,7 @@ def check_arguments(args: argparse.Namespace, processes: int | None = None) -> N
     if not getattr(args, "eval", False):
         check_warmup(args)
     if args.scale[0] > args.scale[1] or args.scale[1] == 0:
-        raise UserError("--scale: the smaller area comes first, and the larger one must be above 0")
+        raise UserError("--scale: the smaller value comes first, and the larger one must be above 0")
     args.world_size = processes or world_size()
     for flag in ("loader", "eval_loader"):
         if getattr(args, flag, None) == "fast" and importlib.util.find_spec("simplejpeg") is None:

@@ -38,7 +38,7 @@ PRETRAIN_MISTAKES = {
     "--start_epoch 9": "--start_epoch 9: the run has epochs 0 to 0",
     "--device cuda": "finds no GPU",
     "--unknown 1": "unrecognized arguments: --unknown 1",
-    "--scale 1 0.2": "--scale: the smaller area comes first",
+    "--scale 1 0.2": "--scale: the smaller value comes first",
     "--scale 0 0": "--scale: .* the larger one must be above 0",
     "--resume=": "argument --resume: it is empty",
     "--output_dir=": "argument --output_dir: it is empty",
