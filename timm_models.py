@@ -158,7 +158,8 @@ class OwnFile:
         content = read(file)
         key = "model_ema" if "model_ema" in weight_keys(content) else None
         self.file, self.new_model, self.saved = file, new_model, inspection.saved_size(content)
-        self.state_dict, arguments = inspection.weights(content, key), inspection.saved_arguments(content)
+        self.state_dict = inspection.encoder_of(inspection.weights(content, key))
+        arguments = inspection.saved_arguments(content)
         self.pixels = {name: tuple(arguments[name]) for name in ("mean", "std") if arguments.get(name)}
         self.sizes: dict[str, Any] = {**inspection.classifier_sizes(self.state_dict)}
         if is_pretrained(self.state_dict):

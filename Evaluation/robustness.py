@@ -279,8 +279,8 @@ def main(args: argparse.Namespace) -> None:
 
     model = load_model(args, device)
     weights, synsets = hash_of(model), timm_list("imagenet_synsets.txt")
-    if not isinstance(model, ARMClassifier):
-        raise UserError(f"{args.checkpoint} comes from pretraining: a classifier is needed")
+    if not isinstance(model, ARMClassifier) or not model.num_classes:
+        raise UserError(f"{args.checkpoint} has no classifier's head: a checkpoint of Finetuning/ is needed")
     args.class_names, assumed = known_names(args.class_names, model.num_classes, (), args.checkpoint)
     if assumed:
         log.say(assumed)

@@ -119,8 +119,8 @@ def build_classifier(args: argparse.Namespace, found: Checkpoint | None) -> ARMC
     trained = None  # pooling of the run that is evaluated or resumed
     if found is not None:
         if args.eval or args.resume:
-            if found.is_pretraining:
-                raise UserError(f"{found.name} comes from pretraining: --finetune it first")
+            if found.task != "classification":
+                raise UserError(f"{found.name} is of {found.task}, without a classifier's head: --finetune it first")
             trained = found.saved_pooling
         sizes |= found.sizes
         saved = sizes.get("directions", args.directions)
@@ -283,7 +283,7 @@ def start_from(args: argparse.Namespace, found: Checkpoint, model: ARMClassifier
     if not fits or others:
         trunc_normal_(model.head.weight, std=2e-5)
         nn.init.zeros_(model.head.get_parameter("bias"))
-    if found.is_pretraining:
+    if found.task != "classification":
         return
     if not fits:
         log.say(f"the head is new: that of {file} has another number of outputs")

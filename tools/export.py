@@ -85,8 +85,6 @@ def load(args: argparse.Namespace) -> tuple[Model, dict]:
     if found.is_pretraining and not args.encoder:
         raise UserError(f"{args.checkpoint} comes from pretraining and has no head: export its --encoder")
     about = describe(found, args.encoder)
-    if args.encoder:
-        found.state_dict = {key: value for key, value in found.state_dict.items() if not key.startswith("head.")}
     with as_user_error(ValueError):
         model = build(about)
     found.load_into(model, encoder=found.is_pretraining)
@@ -106,7 +104,7 @@ def describe(found: Checkpoint, encoder: bool) -> dict:
     if found.is_pretraining:
         about["switches"] = options
     else:
-        sizes["global_pool"] = pooling(options["global_pool"])
+        sizes["global_pool"] = pooling(options.get("global_pool", True))
         if encoder:
             sizes["num_classes"] = 0
         elif any(found.class_names):

@@ -341,7 +341,7 @@ def main(args: argparse.Namespace) -> None:
     loader = eval_loader(eval_images(args, source), args, device)
     if args.features:
         errors = write_features(args, model, loader, source, log)
-    elif isinstance(model, ARMClassifier):
+    elif isinstance(model, ARMClassifier) and model.num_classes:
         errors = write_answers(args, model, loader, source, log)
     else:
         raise UserError(f"{args.checkpoint} comes from pretraining and has no classes: add --features pooled")

@@ -362,7 +362,7 @@ def test_other_models(world, tmp_path, run_script, capsys, kind):
     else:
         content = models_arm.ARMClassifier(**sizes, num_classes=10).state_dict()
     torch.save(content, tmp_path / "other.pth")
-    message = {"pretraining": "comes from pretraining", "classes": "has 10 outputs, not the 1000"}[kind]
+    message = {"pretraining": "has no classifier's head", "classes": "has 10 outputs, not the 1000"}[kind]
     words = [tmp_path / "other.pth", "--data", f"sketch={world.root / 'sketch'}"]
     assert_mistake(run_script, capsys, message, *words)
 
