@@ -34,7 +34,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ops
-from benchmarks.gpu_tables import ADOPT, entries, table
+from benchmarks.gpu.gpu_tables import ADOPT, entries, table
 from util import arguments, cli, hardware
 from util.distributed.processes import init_device
 from util.errors import Interrupted, RunError, UserError

@@ -79,9 +79,9 @@ def public(op, backend):
 
 
 def kernel_resources(*argv: object) -> tuple[list[dict], str]:
-    """Return the rows that benchmarks/kernel_resources.py counts, and the table that it prints."""
+    """Return the rows that benchmarks/gpu/kernel_resources.py counts, and the table that it prints."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "rows.json")
-        command = [sys.executable, REPOSITORY / "benchmarks" / "kernel_resources.py", *argv, "--json", file]
+        command = [sys.executable, REPOSITORY / "benchmarks" / "gpu" / "kernel_resources.py", *argv, "--json", file]
         done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
         return json.loads(file.read_text())["rows"], done.stdout

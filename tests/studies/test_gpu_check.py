@@ -14,9 +14,10 @@ import torch
 from fork_server import ForkedScript
 from helpers import REPOSITORY
 
-from benchmarks import bench_train, gpu_check, gpu_tables
+from benchmarks import bench_train, gpu_check
+from benchmarks.gpu import gpu_tables
+from benchmarks.gpu.gpu_tables import LOOK
 from benchmarks.gpu_check import Part
-from benchmarks.gpu_tables import LOOK
 
 HANG = "import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
 HANG += "open('FOLDER/child', 'w').write(str(child.pid)); time.sleep(60)"

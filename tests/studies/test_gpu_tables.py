@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from benchmarks import bench_losses, gpu_check, gpu_tables
-from benchmarks.gpu_tables import ADOPT, KEEP, LOOK, NOT, Row
+from benchmarks import bench_losses, gpu_check
+from benchmarks.gpu import gpu_tables
+from benchmarks.gpu.gpu_tables import ADOPT, KEEP, LOOK, NOT, Row
 
 ABOUT = {"date": "2030-01-02", "torch": "2", "cpu": "a CPU", "threads": 1, "toy": False}
 GPU = {"gpu": "NVIDIA H200", "capability": [9, 0]}

@@ -1,6 +1,6 @@
 """Count registers, spills and instructions of the Triton and CUDA kernels; no GPU is needed.
 
-    python benchmarks/kernel_resources.py
+    python benchmarks/gpu/kernel_resources.py
 
 Compiles each kernel exactly as a training run launches it (ARM-base: pretraining, 128 tokens in one direction;
 finetuning, 197 tokens in four; bfloat16 under autocast) for compute capabilities 8.0, 9.0 and 10.0, and disassembles
@@ -29,7 +29,7 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported: an interpreted kernel cannot be compiled
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import triton
