@@ -44,7 +44,7 @@ def in_package(package: str, name: str) -> Path:
     folders = (spec and spec.submodule_search_locations) or [""]
     path = Path(folders[0], name)
     if not path.is_file():
-        raise UserError(f"{package} with {name} is not installed: see the head of demo/photographs.py")
+        raise UserError(f"{package} with {name} is not installed: the head of the script says how")
     return path
 
 

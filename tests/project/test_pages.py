@@ -16,7 +16,7 @@ from sklearn.datasets import load_sample_images
 import main_pretrain
 import models_arm
 import studies.run
-from demo import compare_loaders, photographs, watch_cost
+from demo import compare_loaders, cutouts, photographs, trees, watch_cost
 from Evaluation import features, probe, robustness
 from Finetuning import main_finetune
 from tools import export, pack_images, plot_log, predict, visualize
@@ -27,7 +27,9 @@ SCRIPTS = {
     "Evaluation/probe.py": probe,
     "Evaluation/robustness.py": robustness,
     "demo/compare_loaders.py": compare_loaders,
+    "demo/cutouts.py": cutouts,
     "demo/photographs.py": photographs,
+    "demo/trees.py": trees,
     "demo/watch_cost.py": watch_cost,
     "studies.run": studies.run,
     "tools/export.py": export,

@@ -11,11 +11,11 @@ import pytest
 import torch
 from fork_server import run_forked
 from helpers import REPOSITORY, TINY_PRETRAIN
-from PIL import Image
+from PIL import Image, ImageDraw
 from torchvision.datasets import ImageFolder
 
 import main_pretrain
-from demo import demo, photographs
+from demo import cutouts, demo, photographs, trees
 from demo.digits import unpack_digits
 from demo.pictures import draw_curves, draw_predictions
 from Evaluation import probe
@@ -26,7 +26,9 @@ from util.checkpoints import checkpoint_file
 from util.errors import RunError
 
 
-@pytest.mark.parametrize("name", ["demo.py", "compare_loaders.py", "photographs.py", "watch_cost.py"])
+@pytest.mark.parametrize(
+    "name", sorted(path.name for path in (REPOSITORY / "demo").glob("*.py") if "get_args_parser" in path.read_text())
+)
 def test_it_starts_as_a_script(name):
     """Python searches the script's own folder, too, whose demo.py must not hide the package."""
     assert run_forked([REPOSITORY / "demo" / name, "--help"]).returncode == 0
@@ -206,3 +208,87 @@ def test_photographs_that_are_missing(tmp_path, monkeypatch, run_script, capsys)
         run_script(photographs, tmp_path / "own")
     assert "deepforest with data/SOAP_031.png is not installed" in capsys.readouterr().err
     assert not (tmp_path / "own").exists()
+
+
+def test_trees(tmp_path, monkeypatch, run_script, capsys):
+    """Boxes are clipped to their tile, in its pixels; a sliver is dropped; tiles cover a photograph once."""
+    places = {name: split for split, names in trees.PHOTOGRAPHS.items() for name in names}
+    sizes = {f"data/{name}.png": (500, 300) for name in places}
+    boxes = [(f"data/{name}.xml", (200, 10, 300, 40)) for name in places]
+    boxes[0] = (boxes[0][0], (230, 10, 330, 40))  # a fifth of it lies in the first tile
+    as_package(tmp_path, "deepforest", sizes, boxes)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "deepforest", raising=False)
+    run_script(trees, tmp_path / "trees")
+    printed = capsys.readouterr().out
+    assert f"{tmp_path}/trees/train: 4 tiles with 3 boxes, of 2 trees in 2 photographs" in printed
+    assert f"{tmp_path}/trees/val: 4 tiles with 4 boxes, of 2 trees in 2 photographs" in printed
+    for split, names in trees.PHOTOGRAPHS.items():
+        found = json.loads((tmp_path / "trees" / "annotations" / f"instances_{split}.json").read_text())
+        assert [image["id"] for image in found["images"]] == [1, 2, 3, 4]
+        for number, name in enumerate(names):
+            tiles = [Image.open(tmp_path / "trees" / split / f"{name}_00_0{column}.png") for column in (0, 1)]
+            with Image.open(tmp_path / "deepforest" / "data" / f"{name}.png") as photograph:
+                assert np.array_equal(np.hstack([np.asarray(tile) for tile in tiles]), np.asarray(photograph))
+            images = found["images"][2 * number :][:2]
+            assert [(image["width"], image["height"]) for image in images] == [(250, 300)] * 2
+            got = [row["bbox"] for row in found["annotations"] if row["image_id"] in (images[0]["id"], images[1]["id"])]
+            assert got == ([[0, 10, 80, 30]] if name == next(iter(places)) else [[200, 10, 50, 30], [0, 10, 50, 30]])
+        assert all(row["area"] == row["bbox"][2] * row["bbox"][3] for row in found["annotations"])
+
+
+def test_cut_outs(tmp_path, monkeypatch, run_script, capsys):
+    """Masks name what an image shows, and training and evaluation show other cut-outs; the same in every run."""
+    for label, folder in enumerate(cutouts.CLASSES.values()):
+        (tmp_path / "clipart" / folder).mkdir(parents=True)
+        for i in range(6):  # discs whose red tells the class; every fourth is blue, too, and held out
+            for name in (f"{i}", f"{i}_again"):
+                picture = Image.new("RGBA", (100 + 30 * i, 100))
+                draw, box = ImageDraw.Draw(picture), (5, 5, 90 + 30 * i, 95)
+                draw.ellipse(box, (30 * label + 40, 255, 255 * (i % 4 == 0), 255))
+                draw.pieslice(box, 30 * i - 90, 30 * i - 40, (0, 0, 0, 0))
+                picture.save(tmp_path / "clipart" / folder / f"{name}.png")
+        Image.new("RGBA", (99, 99), (9, 200, 9, 255)).save(tmp_path / "clipart" / folder / "background.png")
+        lines = Image.new("RGBA", (99, 99))
+        ImageDraw.Draw(lines).line((5, 5, 90, 90), (200, 9, 9, 255), 3)
+        lines.save(tmp_path / "clipart" / folder / "lines.png")
+    names = [name for listed in cutouts.PHOTOGRAPHS.values() for name in listed]
+    as_package(tmp_path, "skimage", dict.fromkeys((f"data/{name}" for name in names), (200, 300)))
+    for name in names:
+        Image.new("RGB", (200, 300)).save(tmp_path / "skimage" / "data" / name)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "skimage", raising=False)
+    monkeypatch.setattr(cutouts, "COUNTS", {"train": 12, "val": 8})
+    for folder in ("first", "second"):
+        run_script(cutouts, tmp_path / folder, "--clipart", tmp_path / "clipart")
+    printed = capsys.readouterr().out
+    assert printed.count("4 of mammal, 4 of bird") == printed.count("2 of mammal, 2 of bird") == 2
+    shown = set()
+    for split, is_blue in (("train", False), ("val", True)):
+        files = sorted((tmp_path / "first" / "images" / split).iterdir())
+        assert len(files) == cutouts.COUNTS[split]
+        for file in files:
+            again = tmp_path / "second" / file.relative_to(tmp_path / "first")
+            assert file.read_bytes() == again.read_bytes()
+            image = np.asarray(Image.open(file)).astype(int)
+            mask = np.asarray(Image.open(tmp_path / "first" / "annotations" / split / f"{file.stem}.png"))
+            assert image.shape == (cutouts.SIDE, cutouts.SIDE, 3)
+            assert np.median(image[mask == 0]) < 5
+            for label in {*mask.flat} - {0, cutouts.IGNORED}:
+                red, green, blue = image[mask == label].T
+                assert np.median(green) > 230
+                assert abs(np.median(red) - 30 * (label - 1) - 40) < 12
+                assert (np.median(blue) > 128) == is_blue
+                shown.add(int(label))
+    assert shown == {*range(1, 8)}
+    assert (tmp_path / "first" / "classes.txt").read_text().split() == ["photograph", *cutouts.CLASSES]
+
+
+def test_cut_outs_without_clip_art(tmp_path, monkeypatch, run_script, capsys):
+    as_package(tmp_path, "skimage", {f"data/{n}": (8, 8) for names in cutouts.PHOTOGRAPHS.values() for n in names})
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "skimage", raising=False)
+    with pytest.raises(SystemExit, match=r"^2$"):
+        run_script(cutouts, tmp_path / "out", "--clipart", tmp_path)
+    assert f"--clipart {tmp_path} has no pictures" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
