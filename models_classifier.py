@@ -387,6 +387,4 @@ def check_strides(*sides: int) -> None:
     """Raise ValueError for patches of which the strides of a pyramid are no whole pixels."""
     for side in sides:
         if side % 4:
-            raise ValueError(
-                f"patches of {side} pixels: the finest map of a pyramid has a quarter, choose a multiple of 4"
-            )
+            raise ValueError(f"patches of {side} pixels: the finest stride is a quarter, choose a multiple of 4")
