@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ from util.training.run_state import Run, starting_point
 if TYPE_CHECKING:
     from timm.data import Mixup
     from timm.utils import ModelEmaV3
+
+    from pretrained import Checkpoint
 
 
 class Task(NamedTuple):
@@ -91,6 +93,43 @@ def begin(args: argparse.Namespace) -> tuple[torch.device, Log, dict | None]:
     if args.freeze is not None and content is None:
         raise UserError(f"--freeze {args.freeze} keeps weights as they are: --finetune says which")
     return device, log, content
+
+
+def encoder_sizes(args: argparse.Namespace, found: Checkpoint | None, task: str) -> dict[str, Any]:
+    """Return the arguments of the encoder that the command line and the checkpoint to start from describe.
+
+    The command line comes first, then the checkpoint: width, depth, patch size, channels and directions; for evaluation
+    also the input size.
+
+    Raises:
+        UserError: the checkpoint has weights for another number of directions; or it is of another task than this one,
+            for evaluation or resuming.
+    """
+    sizes: dict[str, Any] = {}
+    if found is not None:
+        if found.task != task and (args.eval or args.resume):
+            raise UserError(f"{found.name} comes from {found.task}: --finetune it first")
+        sizes |= {name: size for name, size in found.sizes.items() if name != "num_classes"}
+        saved = sizes.get("directions", args.directions)
+        if args.directions not in (None, saved):
+            raise UserError(
+                f"{found.name} has weights for {saved} directions, which --directions {args.directions} cannot take"
+            )
+        if args.model is not None:
+            del sizes["embed_dim"], sizes["depth"]
+        if args.eval and args.input_size is None:
+            sizes["img_size"] = found.input_size
+    sizes |= arguments.given(args, "patch_size", "in_chans", "embed_dim", "depth", "directions")
+    if args.input_size is not None:
+        sizes["img_size"] = arguments.image_size(args)
+    return sizes
+
+
+def describe_frozen(model: nn.Module, flag: str, is_new: bool) -> str:
+    """Return a line about a frozen model: how much of it is trained, and that a new class token is not."""
+    trained, every = (sum(p.numel() for p in model.parameters() if p.requires_grad or not t) for t in (True, False))
+    new = "; the class token, which is new, keeps its random values" * is_new
+    return f"{flag}: {trained:,} of {every:,} parameters are trained{new}"
 
 
 def finetune(task: Task, args: argparse.Namespace, device: torch.device, log: Log, content: dict | None) -> None:

@@ -109,34 +109,16 @@ def build_classifier(args: argparse.Namespace, found: Checkpoint | None) -> ARMC
     three channels and global pooling. `args` is set to the values of the model.
 
     Raises:
-        UserError: sizes do not fit together; there are fewer blocks than --freeze names; the checkpoint is of
-            pretraining, for evaluation or resuming; or the pooling differs from the checkpoint's and
-            `args.allow_changed_args` is not set.
+        UserError: see `engine_finetune.encoder_sizes`; sizes do not fit together; there are fewer blocks than --freeze
+            names; or the pooling differs from the checkpoint's and `args.allow_changed_args` is not set.
     """
     from models_arm import create_classifier
 
-    sizes: dict[str, object] = {}
+    sizes = engine_finetune.encoder_sizes(args, found, "classification")
     trained = None  # pooling of the run that is evaluated or resumed
-    if found is not None:
-        if args.eval or args.resume:
-            if found.task != "classification":
-                raise UserError(f"{found.name} is of {found.task}, without a classifier's head: --finetune it first")
-            trained = found.saved_pooling
-        sizes |= found.sizes
-        saved = sizes.get("directions", args.directions)
-        if args.directions not in (None, saved):
-            raise UserError(
-                f"{found.name} has weights for {saved} directions, which --directions {args.directions} cannot take"
-            )
-        if args.model is not None:
-            del sizes["embed_dim"], sizes["depth"]
-        if not (args.eval or args.resume):
-            sizes.pop("num_classes", None)
-        if args.eval and args.input_size is None:
-            sizes["img_size"] = found.input_size
-    sizes |= arguments.given(args, "patch_size", "in_chans", "embed_dim", "depth", "directions")
-    if args.input_size is not None:
-        sizes["img_size"] = arguments.image_size(args)
+    if found is not None and (args.eval or args.resume):
+        trained = found.saved_pooling
+        sizes["num_classes"] = found.sizes["num_classes"]
     if args.nb_classes is not None:
         sizes["num_classes"] = args.nb_classes
     if args.global_pool is None:
@@ -256,7 +238,7 @@ def finetune(
     if found is not None and not args.resume:
         start_from(args, found, model, names, log)
     if args.freeze is not None:
-        log.say(describe_frozen(model, f"--freeze {args.freeze}", bool(found and found.is_pretraining)))
+        log.say(engine_finetune.describe_frozen(model, f"--freeze {args.freeze}", bool(found and found.is_pretraining)))
     mixup, criterion = training_loss(args)
     task = Task(
         model,
@@ -294,13 +276,6 @@ def start_from(args: argparse.Namespace, found: Checkpoint, model: ARMClassifier
     else:
         unnamed = args.data_path if any(saved) else file
         log.say(f"the head is that of {file}, output by output: {unnamed} does not name its classes")
-
-
-def describe_frozen(model: nn.Module, flag: str, is_new: bool) -> str:
-    """Return a line about a frozen model: how much of it is trained, and that a new class token is not."""
-    trained, every = (sum(p.numel() for p in model.parameters() if p.requires_grad or not t) for t in (True, False))
-    new = "; the class token, which is new, keeps its random values" * is_new
-    return f"{flag}: {trained:,} of {every:,} parameters are trained{new}"
 
 
 def mixes(args: argparse.Namespace) -> bool:

@@ -162,7 +162,7 @@ def test_pretrain_finetune_evaluate(image_folder, tmp_path, run_script, capsys):
             main_finetune, "--eval", "--resume", tmp_path / "pre" / "checkpoint-1.pth", "--data_path", image_folder
         )
     assert exit_info.value.code == 2
-    assert "is of pretraining, without a classifier's head: --finetune it first" in capsys.readouterr().err
+    assert "comes from pretraining: --finetune it first" in capsys.readouterr().err
 
 
 def test_evaluation_counts_every_image_once(image_folder, tmp_path, run_script, capsys):
