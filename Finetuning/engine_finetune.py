@@ -52,7 +52,7 @@ class Task(NamedTuple):
 
     model: nn.Module
     loader: DeviceLoader
-    loss_of: Callable[[nn.Module], Callable[..., Tensor]]
+    loss_of: Callable[[nn.Module], Callable[..., Tensor | dict[str, Tensor]]]
     evaluate: Callable[[nn.Module, str, StopRequest], dict[str, float]]
     describe: Callable[[dict[str, float]], str]
     best: str
@@ -189,7 +189,7 @@ def finetune(task: Task, args: argparse.Namespace, device: torch.device, log: Lo
 
 def train_one_epoch(
     model: nn.Module,
-    compute_loss: Callable[..., Tensor],
+    compute_loss: Callable[..., Tensor | dict[str, Tensor]],
     loader: DeviceLoader,
     run: Run,
     device: torch.device,

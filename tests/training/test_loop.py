@@ -221,3 +221,20 @@ def test_freed_memory_is_used_again():
     for words, more, few in (([], {}, True), (["worker"], {}, False), ([], own[0], False), ([], own[1], False)):
         done = run_forked(["-c", FAULTS, *words], cwd=REPOSITORY, env=plain | more)
         assert int(done.stdout) < 100 if few else int(done.stdout) > 10_000, (words, more, done.stdout)
+
+
+def test_a_loss_of_parts_is_their_sum_and_each_has_a_curve():
+    """The parts are means over the finite batches since the last log point, as the loss is."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(model.weight)
+    loader = Batches(*([torch.tensor([[float(value)]])] for value in (1, 2, math.nan, 3)))
+    run, log = Run(loop_args(lr=0.0, min_lr=0.0), model, plain_sgd(model.parameters())), NotedLog()
+    log.every = 2
+    parts = lambda x: {"loss_a": model(x).mean(), "loss_b": 2 * model(x).mean()}  # noqa: E731
+    stats = train_epoch(model, loader, parts, run, torch.device("cpu"), log)
+    assert stats["train_loss"] == 6  # 3 * (1 + 2 + 3) / 3
+    shown = [{name: value for name, value in point.items() if "loss" in name} for point in log.points]
+    assert shown == [
+        {"train_loss": 4.5, "train_loss_a": 1.5, "train_loss_b": 3},
+        {"train_loss": 9, "train_loss_a": 3, "train_loss_b": 6},
+    ]

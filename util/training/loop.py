@@ -29,7 +29,7 @@ LOGGER = logging.getLogger("arm")
 def train_epoch(
     model: nn.Module,
     loader: DeviceLoader,
-    compute_loss: Callable[..., Tensor],
+    compute_loss: Callable[..., Tensor | dict[str, Tensor]],
     run: Run,
     device: torch.device,
     log: Log,
@@ -47,7 +47,8 @@ def train_epoch(
     Args:
         model: bare or distributed.
         loader: batches of tensors on `device`; its sampler has `set_epoch`.
-        compute_loss: of the tensors of one batch; called under autocast.
+        compute_loss: of the tensors of one batch; called under autocast. Parts of a loss, by name, are added, and each
+            has a curve.
         run: its optimizer is a fused one, which can skip updates, and its groups may have an `lr_scale`; of its args
             the loop reads `seed`, `lr`, `min_lr`, `warmup_epochs`, `epochs`, `batch_size`, `accum_iter`, `clip_grad`,
             `max_nonfinite`, `save_every_steps` and `output_dir`.
@@ -74,7 +75,8 @@ def train_epoch(
     steps = len(loader) // accum_iter * accum_iter
     parameters = [p for p in model.parameters() if p.requires_grad]
     progress = log.progress(f"epoch {epoch}", steps, done)
-    window = torch.zeros(2, dtype=torch.float64, device=device)  # sum and number of finite losses since the log point
+    # sum and number of finite losses since the log point, and the sums of their parts, if they have some
+    window = torch.zeros((), dtype=torch.float64, device=device)
     skipped, in_a_row = torch.tensor([0.0, run.skipped_in_a_row], device=device).unbind()
     unlogged, start = 0, time.monotonic()
 
@@ -101,14 +103,17 @@ def train_epoch(
 
         with no_sync(model, not updates):  # gradients are all-reduced once per update
             with autocast(device):
-                loss = compute_loss(*batch)
+                losses = compute_loss(*batch)
+            parts = losses if isinstance(losses, dict) else {}
+            loss = losses if isinstance(losses, Tensor) else torch.stack([*parts.values()]).sum()
             finite = loss.detach().isfinite()
             # a non-finite loss can have finite gradients; NaN forces the skip
             loss_scale.scaled(loss / accum_iter * torch.where(finite, 1.0, math.nan)).backward()
-        loss = loss.detach()
+        values, names = torch.stack([loss, finite, *parts.values()]).detach(), [*parts]
+        del loss, losses, parts  # their graph
         if run.graphs is not None:
             run.graphs.capture()
-        window += torch.stack([loss.nan_to_num(0, 0, 0), finite])
+        window = window + torch.where(finite, values, 0.0)
         unlogged += 1
         if not updates:
             progress.update(images, quiet=True)
@@ -135,22 +140,24 @@ def train_epoch(
         saves = bool(args.save_every_steps) and update % args.save_every_steps == 0
         if unlogged < log.every and step + 1 < steps and not stops and not saves:
             if step + 1 == done + accum_iter:  # not a log point: these stay where they are
-                total, count = reduce_sum(window.clone()).tolist()
+                total, count, *_ = reduce_sum(window.clone()).tolist()
                 progress.update(images, loss=total / count if count else math.nan, lr=lr)
             else:
                 progress.update(images, quiet=True)
             continue
         window = reduce_sum(window)
-        total, count, grad_norm, now_skipped, row, scale = torch.cat(
+        *totals, grad_norm, now_skipped, row, scale = torch.cat(
             [window, torch.stack([norm, skipped, in_a_row, loss_scale.scale]).double()]
         ).tolist()  # the one place where the host waits for the device
+        total, count, *shares = totals
         loss_before = run.loss
         run.loss = run.loss + args.batch_size * torch.tensor([total, count], dtype=torch.float64)
         run.samples, run.skipped_in_a_row = (step + 1) * images, int(row)
         mean = total / count if count else math.nan
         progress.update(images, loss=mean, lr=lr)
-        scales = {"loss_scale": scale} if loss_scale.active else {}
-        log.scalars(abscissa_of(step + 1), train_loss=mean, lr=lr, grad_norm=grad_norm, **scales)
+        more = {"loss_scale": scale} if loss_scale.active else {}
+        more |= {f"train_{name}": share / max(count, 1) for name, share in zip(names, shares, strict=True)}
+        log.scalars(abscissa_of(step + 1), train_loss=mean, lr=lr, grad_norm=grad_norm, **more)
         if row >= args.max_nonfinite:
             first, run.loss = max(0, step + 1 - int(row) * accum_iter), loss_before
             dump_nonfinite(run, loader, first, Path(args.output_dir))
