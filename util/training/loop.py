@@ -113,7 +113,7 @@ def train_epoch(
         del loss, losses, parts  # their graph
         if run.graphs is not None:
             run.graphs.capture()
-        window = window + torch.where(finite, values, 0.0)
+        window = window + torch.where(finite, values, 0.0).double()
         unlogged += 1
         if not updates:
             progress.update(images, quiet=True)
