@@ -120,6 +120,7 @@ def register(
         )
 
     def adapt(state_dict: StateDict, model: TimmModel) -> StateDict:
+        state_dict = inspection.encoder_of(state_dict)
         if is_pretrained(state_dict):
             check_names(state_dict)
         if "head.weight" in state_dict and len(state_dict["head.weight"]) == model.num_classes:
@@ -133,7 +134,7 @@ def register(
 
 
 class OwnFile:
-    """A checkpoint of this code, which describes its model.
+    """A checkpoint of this code, of any task, which describes its encoder.
 
     Args:
         file: path, URL or hf:// name.

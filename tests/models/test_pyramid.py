@@ -218,7 +218,7 @@ def test_intermediates():
 
 
 def weights_of(kind):
-    """A checkpoint of pretraining or finetuning, of other images."""
+    """A checkpoint of pretraining, finetuning or a task around an encoder, of other images."""
     torch.manual_seed(1)
     sizes = {**ENCODER, "img_size": (64, 32)}
     if kind == "pretraining":
@@ -228,20 +228,25 @@ def weights_of(kind):
     else:
         model = models_arm.create_classifier("arm_base_pz16", **sizes, num_classes=3)
         nn.init.normal_(model.norm_f.weight)
+    if kind == "detection":
+        state = {f"backbone.{name}": value for name, value in model.state_dict().items() if "head" not in name}
+        return {"model": state | {"rpn.head.weight": torch.zeros(3)}, "args": {"input_size": [64, 32]}}
     return {"model": model.state_dict(), "args": {"input_size": [64, 32], "norm_pix_loss": True}}
 
 
-@pytest.mark.parametrize(
-    ("kind", "notes"),
-    [
-        ("pretraining", "scan copied to 4 directions; decoder left out; new: class token, last norm, pyramid"),
-        ("finetuning", "head left out; new: pyramid"),
-    ],
-)
+NEW = {
+    "pretraining": "scan copied to 4 directions; decoder left out; new: class token, last norm, pyramid",
+    "finetuning": "head left out; new: pyramid",
+    "detection": "new: pyramid",
+}
+
+
 @pytest.mark.parametrize("by", ["pretrained", "timm", "timm, from memory"])
-def test_encoder_weights(kind, notes, by, tmp_path, caplog):
+@pytest.mark.parametrize("kind", NEW)
+def test_encoder_weights(kind, by, tmp_path, caplog):
     """All of the encoder is the file's, the pyramid keeps its weights, and one line says what is new."""
     content, size = weights_of(kind), (64, 32) if by == "timm, from memory" else (48, 32)
+    saved = {name.removeprefix("backbone."): value for name, value in content["model"].items()}
     fresh = small(img_size=size).state_dict()
     file = tmp_path / "checkpoint.pth"
     torch.save(content, file)
@@ -257,13 +262,13 @@ def test_encoder_weights(kind, notes, by, tmp_path, caplog):
             model = in_timm(pretrained=True, pretrained_cfg_overlay={"state_dict": content["model"]}, img_size=size)
     if by != "timm, from memory":
         (line,) = [record.message for record in caplog.records if "parameters loaded" in record.message]
-        assert line.endswith(f"position embedding interpolated from 8 x 4 to 6 x 4 patches; {notes}")
+        assert line.endswith(f"position embedding interpolated from 8 x 4 to 6 x 4 patches; {NEW[kind]}")
     state = model.state_dict()
     for name in ("layers.1.mixer.A_log", "layers.3.mlp.w3.weight", "patch_embed.proj.weight"):
-        assert torch.equal(state[name], content["model"][name])
-    if kind == "finetuning":
+        assert torch.equal(state[name], saved[name])
+    if kind != "pretraining":
         for name in ("layers.1.mixer.A_c_b_log", "cls_token", "norm_f.weight"):
-            assert torch.equal(state[name], content["model"][name])
+            assert torch.equal(state[name], saved[name])
     assert_equal(*([s[name] for name in fresh if "pyramid" in name] for s in (state, fresh)))
     assert model(torch.randn(1, 3, 20, 20))[0].shape == (1, 8, 10, 10)
 

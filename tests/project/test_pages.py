@@ -163,7 +163,10 @@ def test_the_examples_of_a_page_run(example_files, page):
         assert (names["wide"].image_size, names["padded"].shape) == ((256, 192), (1, 192, 16, 13))
         assert names["pooled"].shape == (1, 192)
         assert names["model"].grid_size == (14, 12)
-        assert names["pyramid"].feature_info.channels() == [768] * 3
+        assert names["blocks"].feature_info.channels() == [768] * 3
+        assert (names["finest"].shape, names["coarsest"].shape) == ((1, 256, 63, 50), (1, 256, 8, 7))
+        assert [level.shape[-2:] for level in names["levels"]] == [(12, 8), (6, 4), (3, 2)]
+        assert names["masks"].shape == (1, 3, 64, 96)
 
 
 def test_readme_has_the_four_recipes():
