@@ -115,6 +115,7 @@ def test_checkpointing_gives_the_same_gradients_of_every_parameter(taps):
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert [name for name, p in model.named_parameters() if name not in gradients[0] or not p.grad.any()] == []
     assert_equal(list(gradients[0].values()), list(gradients[1].values()))
+    assert not torch.equal(model(imgs)[2], model(imgs)[2])  # each call drops others
 
 
 def test_frozen_encoder():
