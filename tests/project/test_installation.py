@@ -72,6 +72,7 @@ PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "huggingface_hub": "hugg
 OPTIONAL = {"triton", "cuda", "mamba_ssm", "causal_conv1d"}  # kernels: a backend that lacks them says so
 OPTIONAL |= {"datasets", "onnx", "onnxruntime"}  # see test_without_hugging_face, test_without_onnx
 OPTIONAL |= {"pyarrow"}  # of `datasets`, and imported after it
+OPTIONAL |= {"faster_coco_eval"}  # see test_without_the_library
 OPTIONAL |= {"tifffile"}  # see test_a_tiff_of_several_bands_needs_a_library
 MEASURED = {"mambapy", "nvidia"}  # other projects' code that benchmarks compare with, if it is there
 

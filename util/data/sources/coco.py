@@ -104,8 +104,10 @@ class CocoSource(ImageFiles):
     Attributes:
         root: name of the source in messages: the file of annotations.
         annotation_file: its path.
-        classes: names of the categories in the order of their ids, or as `match` has set them.
+        classes: the same names, or those that `match` has set: the names of labels.
         category_ids: (classes,) int64; -1 for a class that the file does not have.
+        categories: names of the categories in the file, in the order of their ids.
+        known_ids: (categories,) int64, their ids.
         labels: (n,) int64 zeros: an image has no class of its own.
         image_ids: (n,) int64.
         sizes: (n, 2) int64, height and width.
@@ -259,11 +261,12 @@ class CocoSource(ImageFiles):
 
     def objects(self, index: int) -> Objects:
         """Return the objects of an image."""
-        rows = self._rows(index)
+        rows = self.rows_of(index)
         boxes = _corners(rows["box"], self.sizes[index]).astype(np.float32)
         return Objects(boxes, self.label_of[rows["category"]], [*map(self._segment, rows)], rows["crowd"] != 0)
 
-    def _rows(self, index: int) -> np.ndarray:
+    def rows_of(self, index: int) -> np.ndarray:
+        """Return the rows of an image's objects."""
         return self.rows[self.first[index] : self.first[index + 1]]
 
     def _segment(self, row: np.void) -> Segment:
@@ -285,12 +288,14 @@ class CocoSource(ImageFiles):
 
     def masks(self, index: int) -> np.ndarray:
         """Return the masks (m, H, W) uint8 of an image's objects; zeros for one without a segmentation."""
-        found = mask_library().decode(self.rles(index)) if len(self._rows(index)) else np.zeros((*self.sizes[index], 0))
+        found = (
+            mask_library().decode(self.rles(index)) if len(self.rows_of(index)) else np.zeros((*self.sizes[index], 0))
+        )
         return np.ascontiguousarray(found.transpose(2, 0, 1), dtype=np.uint8)  # (H, W, m) -> (m, H, W)
 
     def areas(self, index: int) -> np.ndarray:
         """Return the areas (m,) float64 in pixels: those of the file, else of the mask, else of the box."""
-        rows = self._rows(index)
+        rows = self.rows_of(index)
         areas = rows["area"].copy()
         for place in np.flatnonzero(np.isnan(areas)):
             has_mask = rows["kind"][place] != NONE
