@@ -146,7 +146,10 @@ class Results:
         return {name: _percent(values[values > -1]) for name, values in result.items()}
 
     def _truth(self, masks: bool) -> list[dict]:
-        """Return all objects, with the boxes and areas of the file."""
+        """Return all objects, with the boxes and areas of the file.
+
+        They are numbered anew, from 1: to pycocotools an object with the id 0 is never found.
+        """
         source = self.source
         records: list[dict] = []
         for index, image_id in enumerate(source.image_ids.tolist()):

@@ -1,6 +1,7 @@
 """Helpers of the tests of data: write image folders and shards, open and read them."""
 
 import io
+import json
 import os
 import tarfile
 
@@ -63,6 +64,24 @@ def broken(source, index=0):
 def dataset_of(source):
     transform = transforms.finetune_transform((32, 32), finetune_args())
     return datasets.ImageDataset(source, datasets.pixels_by("fast", transform))
+
+
+def write_coco(root, sizes, objects, file="annotations/instances_val2017.json", folder="val2017", **more):
+    """Write annotations of grey JPEGs 0.jpg, 1.jpg ... of these sizes (height, width), whose ids are 10, 11 ...
+
+    An object is a dict of the place of its image, its category (3 is "cat", 90 is "ant"), its box and whatever else.
+    """
+    images = []
+    for number, (height, width) in enumerate(sizes):
+        put(root, f"{folder}/{number}.jpg", content=encoded(Image.new("L", (width, height), 128), "JPEG"))
+        images.append({"id": 10 + number, "file_name": f"{number}.jpg", "height": height, "width": width})
+    annotations = [
+        {"id": i + 1, "image_id": 10 + o["image"], "category_id": o["category"], **o} for i, o in enumerate(objects)
+    ]
+    categories = [{"id": 90, "name": "ant"}, {"id": 3, "name": "cat"}]
+    content = {"images": images, "annotations": annotations, "categories": categories} | more
+    put(root, file, content=json.dumps(content).encode())
+    return str(root)
 
 
 def denied(path, **_):

@@ -43,7 +43,9 @@ class Batches(Protocol):
 class Samples(Batches, Protocol):
     """A dataset that the loaders accept. Its random transforms draw from the generators of `seed_sample`."""
 
-    source: Source
+    @property
+    def source(self) -> Source:
+        """The encoded images."""
 
     def __len__(self) -> int:
         """Return the number of images."""

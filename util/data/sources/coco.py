@@ -319,8 +319,11 @@ def to_rle(segment: Segment, height: int, width: int) -> dict:
     """
     library = mask_library()
     if isinstance(segment, dict):
-        rle = library.frPyObjects(segment, height, width) if isinstance(segment["counts"], list) else segment
-        library.decode(rle)
+        try:
+            rle = library.frPyObjects(segment, height, width) if isinstance(segment["counts"], list) else segment
+            library.decode(rle)
+        except (ValueError, RuntimeError) as error:  # the latter without a fit reason
+            raise ValueError("the run lengths of an object do not fill the image, or are damaged") from error
         return rle
     parts = library.frPyObjects([part.tolist() for part in segment], height, width) if segment else []
     return library.merge(parts) if parts else library.encode(np.zeros((height, width), np.uint8, order="F"))
