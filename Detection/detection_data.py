@@ -5,7 +5,6 @@ rasterised; the transforms of torchvision decode and resize all of it. Boxes and
 polygons are rasterised at the size of the canvas.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -99,7 +98,7 @@ class Sample(NamedTuple):
         numbers: height and width on the canvas and of the image, its index, and a seed.
         boxes: (m, 4) float32.
         labels: (m,) int64 from 1.
-        masks: (m, ceil(H W / 8)) uint8, eight pixels each; None without masks.
+        masks: (m, H, ceil(W / 8)) uint8, eight pixels each; None without masks.
     """
 
     pixels: Tensor
@@ -155,7 +154,7 @@ class DetectionDataset(Dataset):
         """Return an empty canvas with the index -1, in place of a broken image."""
         dtype = torch.float32 if self.pixels.as_stored else torch.uint8
         canvas = torch.zeros((*self.place.size, self.pixels.channels), dtype=dtype)
-        masks = np.zeros((0, math.ceil(math.prod(self.place.size) / 8)), np.uint8) if self.masks else None
+        masks = np.zeros((0, *self._packed_size()), np.uint8) if self.masks else None
         numbers = (*self.place.size, *self.place.size, -1, 0)
         return Sample(canvas, numbers, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), masks)
 
@@ -185,23 +184,26 @@ class DetectionDataset(Dataset):
         if not self.masks:
             return boxes[kept], found.labels[kept] + 1, None
         cut = (boxes != corners.reshape(-1, 4).astype(np.float32)).any(axis=1)
-        packed = []
-        canvas = np.zeros(self.place.size, bool)
+        packed = np.zeros((len(boxes), *self._packed_size()), np.uint8)
         for place in np.flatnonzero(kept):
-            mask = self._mask(found.segments[place], placed, index)
-            if not mask.any():
-                kept[place] = False
-                continue
-            if cut[place]:
+            top, left, mask = self._mask(found.segments[place], placed, index)
+            kept[place] = mask.any()
+            if kept[place] and cut[place]:
                 rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-                boxes[place] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
-            canvas[: placed.size[0], : placed.size[1]] = mask
-            packed.append(np.packbits(canvas))
-        bits = np.stack(packed) if packed else np.zeros((0, math.ceil(canvas.size / 8)), np.uint8)
-        return boxes[kept], found.labels[kept] + 1, bits
+                boxes[place] = left + columns[0], top + rows[0], left + columns[-1] + 1, top + rows[-1] + 1
+            bits = np.packbits(mask, axis=1)
+            packed[place, top : top + len(bits), left // 8 : left // 8 + bits.shape[1]] = bits
+        return boxes[kept], found.labels[kept] + 1, packed[kept]
 
-    def _mask(self, segment: Segment, placed: Placement, index: int) -> np.ndarray:
-        """Return the mask (h, w), not zero inside, of the part of an object that the canvas shows."""
+    def _packed_size(self) -> tuple[int, int]:
+        return self.place.size[0], -(-self.place.size[1] // 8)
+
+    def _mask(self, segment: Segment, placed: Placement, index: int) -> tuple[int, int, np.ndarray]:
+        """Return the part of an object that the canvas shows, or a larger part of the canvas.
+
+        Returns:
+            Its top and left on the canvas, left a multiple of 8, and the mask (h, w), not zero inside of the object.
+        """
         library = mask_library()
         if isinstance(segment, dict):
             top, left, height, width = placed.crop
@@ -209,9 +211,15 @@ class DetectionDataset(Dataset):
                 whole = library.decode(to_rle(segment, *self.source.sizes[index].tolist()))
             part = torch.from_numpy(whole[top : top + height, left : left + width] * np.uint8(255))
             mask = _resized(part[None], placed.size)[0].numpy() > 127
-            return mask[:, ::-1] if placed.flip else mask
-        polygons = [placed.move(part.reshape(-1, 2)).ravel() for part in segment or ()]  # (2 k,) -> (k, 2) -> (2 k,)
-        return library.decode(to_rle(polygons, *placed.size))
+            return 0, 0, mask[:, ::-1] if placed.flip else mask
+        polygons = [placed.move(part.reshape(-1, 2)) for part in segment or ()]  # (2 k,) -> (k, 2)
+        limits = np.array(placed.size[::-1])
+        points = np.concatenate(polygons).clip(0, limits)
+        left, top = np.floor(points.min(axis=0)).clip(max=limits - 1).astype(int).tolist()
+        right, bottom = np.ceil(points.max(axis=0)).astype(int).tolist()
+        left -= left % 8
+        moved = [(polygon - [left, top]).ravel() for polygon in polygons]  # (k, 2) -> (2 k,)
+        return top, left, library.decode(to_rle(moved, max(1, bottom - top), max(1, right - left)))
 
     def collate(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Return a batch of samples: their pixels stacked, and their objects one image after the other."""
@@ -262,10 +270,9 @@ class DetectionDataset(Dataset):
         return [images, targets]
 
     def _unpacked(self, packed: Tensor) -> Tensor:
-        """Return masks (m, H, W) uint8 of their bits (m, ceil(H W / 8)) uint8."""
+        """Return masks (m, H, W) uint8 of their bits (m, H, ceil(W / 8)) uint8."""
         shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
-        bits = (packed[:, :, None] >> shifts & 1).flatten(1)  # (m, n, 8) -> (m, 8 n)
-        return bits[:, : math.prod(self.place.size)].unflatten(1, self.place.size)  # (m, H W) -> (m, H, W)
+        return (packed[..., None] >> shifts & 1).flatten(2)[:, :, : self.place.size[1]]  # (m, H, n, 8) -> (m, H, 8 n)
 
 
 def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -139,6 +139,28 @@ def test_points_move_with_the_pixels():
     assert placed.move(np.array([[20, 10], [120, 60], [60, 20]])).tolist() == [[25, 0], [0, 25], [15, 5]]
 
 
+def test_polygons_are_rasterised_where_they_are(tmp_path):
+    """Only their surroundings are rasterised: the mask is that on the whole canvas, up to the rounding of points."""
+    rng = np.random.default_rng(0)
+    polygons = [(rng.random(2) * (150, 100) + rng.normal(0, 25, (5, 2))).clip(0, (150, 100)) for _ in range(40)]
+    square = {"image": 0, "category": 3, "bbox": [0, 0, 150, 100]}
+    objects = [{**square, "segmentation": [polygon.ravel().tolist()]} for polygon in polygons]
+    source = open_coco(write_coco(tmp_path, [(100, 150)], objects), "val")
+    different, pixels = 0, 0
+    for draw in range(5):
+        seed_sample(draw)
+        sample = DetectionDataset(source, place := Jitter(SIZE), PIXELS, masks=True)
+        _, (target,) = finished(sample, 0)
+        seed_sample(draw)
+        placed = place(100, 150)
+        whole = [library.frPyObjects([placed.move(polygon).ravel().tolist()], *placed.size)[0] for polygon in polygons]
+        want = [mask for mask in library.decode(whole).transpose(2, 0, 1) if mask.any()]
+        masks = target["masks"][:, : placed.size[0], : placed.size[1]].numpy()
+        different += (np.stack(want) != masks).sum()
+        pixels += masks.sum()
+    assert different <= pixels // 10_000
+
+
 def test_the_whole_image_in_evaluation(source):
     dataset = DetectionDataset(source, Fit(SIZE), PIXELS)
     images, targets = finished(dataset, 0, 1, 2, 3)
