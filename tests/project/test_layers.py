@@ -16,7 +16,7 @@ FLOORS = """
     benchmarks demo studies
     tools
     main_pretrain Finetuning Detection Segmentation
-    Evaluation
+    Evaluation Segmentation/segmentation_data
     engine_pretrain pretrained kernels
     models_mae
     models_arm Detection/models_detect Segmentation/models_segment
