@@ -9,7 +9,17 @@ import torch
 from Evaluation.features import hash_of
 from Evaluation.metrics import BIN_IMAGES, BINS, measure
 from Evaluation.report_pictures import draw_calibration, draw_classes, draw_confusions, sorted_classes
-from Evaluation.tables import INTERVALS, UNANSWERED, beside_checkpoint, csv_text, escaped, table, wilson, with_interval
+from Evaluation.tables import (
+    INTERVALS,
+    UNANSWERED,
+    csv_text,
+    escaped,
+    report_folder,
+    starts_with,
+    table,
+    wilson,
+    with_interval,
+)
 from models_classifier import ARMClassifier
 from pretrained import Checkpoint
 from util import arguments, hardware
@@ -20,7 +30,7 @@ from util.data.loaders import eval_loader
 from util.data.sources.source import Source
 from util.distributed.processes import on_main
 from util.errors import RunError
-from util.files import figure_of, json_with, output_file, printable, save_figure, some, write_json, write_text
+from util.files import figure_of, json_with, printable, save_figure, some, write_json, write_text
 from util.tracking.run_log import Log
 from util.training.evaluation import Answers, describe_result, evaluate
 from util.training.run_state import fingerprint
@@ -72,7 +82,7 @@ def evaluate_checkpoint(
         f"{args.directions} directions, {pooling}"
     )
     log.say(about)
-    folder = report_folder(args.output, found.name, keys or ["weights"])
+    folder = report_folder(args.output, found.name, report_files(keys or ["weights"]))
     rows = {}
     for key in keys or [None]:  # a bare state dict
         Checkpoint(found.name, found.content, key).load_into(model)
@@ -101,38 +111,15 @@ def shown_names(names: Sequence[str], source: Source, outputs: int) -> list[str]
     return [name or known[label] or str(label) for label, name in enumerate(names)]
 
 
-def report_folder(given: str | None, checkpoint: str, keys: list[str]) -> Path:
-    """Return the folder of the report: `given`, or CKPT.eval beside the checkpoint.
-
-    Raises:
-        UserError: a file of the report cannot be written, or one of another kind is in its place.
-    """
-    folder = beside_checkpoint(checkpoint, ".eval") if given is None else Path(given)
-    ours: dict[str, Callable[[Path], bool]] = {
-        PAGE: _starts_with(MARK),
+def report_files(keys: Sequence[str]) -> dict[str, Callable[[Path], bool]]:
+    """Return the files of a report, and what tells that one in its place is of an earlier report."""
+    return {
+        PAGE: starts_with(MARK),
         "report.json": json_with(checkpoint=str, results=dict, class_names=list, args=dict),
-        "classes.csv": _starts_with(csv_text([CLASSES])),
-        "confusions.csv": _starts_with(csv_text([CONFUSIONS])),
+        "classes.csv": starts_with(csv_text([CLASSES])),
+        "confusions.csv": starts_with(csv_text([CONFUSIONS])),
         **{f"{name}-{key}.png": figure_of(TITLE) for name in PICTURES for key in keys},
     }
-
-    def check() -> None:
-        for name, is_ours in ours.items():
-            output_file(folder / name, is_ours)
-
-    on_main(check)
-    return folder
-
-
-def _starts_with(text: str) -> Callable[[Path], bool]:
-    def holds(path: Path) -> bool:
-        try:
-            with path.open("rb") as file:
-                return file.read(len(text)) == text.encode()
-        except OSError:
-            return False
-
-    return holds
 
 
 def write_report(folder: Path, content: dict) -> None:

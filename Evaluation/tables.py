@@ -5,7 +5,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from util.checkpoints.hub import beside
@@ -52,6 +52,37 @@ def beside_checkpoint(checkpoint: str, suffix: str) -> Path:
     """Return the path of a result: that of the checkpoint with another suffix; raise UserError if it names no file."""
     with as_user_error(ValueError, prefix=f"{checkpoint} names no file: "):
         return beside(checkpoint).with_suffix(suffix)
+
+
+def report_folder(given: str | None, checkpoint: str, files: dict[str, Callable[[Path], bool]]) -> Path:
+    """Return the folder of a report: `given`, or CKPT.eval beside the checkpoint.
+
+    `files` are the names of those that will be written there, and what tells that one is of an earlier report.
+
+    Raises:
+        UserError: a file of the report cannot be written, or one of another kind is in its place.
+    """
+    folder = beside_checkpoint(checkpoint, ".eval") if given is None else Path(given)
+
+    def check() -> None:
+        for name, is_ours in files.items():
+            output_file(folder / name, is_ours)
+
+    on_main(check)
+    return folder
+
+
+def starts_with(text: str) -> Callable[[Path], bool]:
+    """Return a function that checks whether a file begins with a text."""
+
+    def holds(path: Path) -> bool:
+        try:
+            with path.open("rb") as file:
+                return file.read(len(text)) == text.encode()
+        except OSError:
+            return False
+
+    return holds
 
 
 def csv_text(rows: Iterable[Sequence]) -> str:
