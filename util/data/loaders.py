@@ -150,13 +150,13 @@ def train_loader(dataset: Samples, args: argparse.Namespace, device: torch.devic
 def eval_loader(dataset: Samples, args: argparse.Namespace, device: torch.device) -> DeviceLoader:
     """Return a loader of every sample once, in order: shared by all processes with `args.dist_eval`, else on each.
 
-    The label of a broken image is -1, unless `args.eval_bad` ends the run.
+    The label of a broken image is -1, unless `args.eval_bad` ends the run, as it does where there is no choice (None).
     """
     loader: DataLoader = DataLoader(
         cast(Dataset, dataset), sampler=ShareSampler(dataset, args.dist_eval), **_lasting(dataset, args, device)
     )
-    max_broken = 0 if args.eval_bad == "stop" else math.inf
-    advice = "repair or remove it, or count it as wrong with --eval_bad wrong"
+    max_broken = math.inf if args.eval_bad == "wrong" else 0
+    advice = "repair or remove it" + ", or count it as wrong with --eval_bad wrong" * (args.eval_bad is not None)
     return DeviceLoader(loader, dataset.finish, device, max_broken, advice)
 
 

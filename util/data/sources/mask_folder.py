@@ -47,6 +47,7 @@ class MaskFolder(ImageFiles):
 
     Attributes:
         classes: names, by class; empty if there is no list.
+        values: of the pixels of each class in a mask.
         labels: (n,) int64, zeros: an image has no single class.
 
     Raises:
@@ -79,8 +80,8 @@ class MaskFolder(ImageFiles):
         self.ignored = [*ignored] if ignored is not None else [0] if lists and lists[0].name == ADE20K else [255]
         self._class_of = np.full(VALUES, UNKNOWN, np.int16)
         self._class_of[self.ignored] = IGNORED
-        values = np.flatnonzero(self._class_of == UNKNOWN)[: len(self.classes)]
-        self._class_of[values] = range(len(values))
+        self.values: list[int] = np.flatnonzero(self._class_of == UNKNOWN)[: len(self.classes)].tolist()
+        self._class_of[self.values] = range(len(self.values))
 
     def state(self) -> str:
         read = (self.path, self.mask_path)
@@ -121,7 +122,7 @@ class MaskFolder(ImageFiles):
             if (unknown := classes == UNKNOWN).any():
                 raise WrongMask(
                     f"it holds the value {values[unknown].max()}, and {len(self.classes)} classes have the values "
-                    f"{spans(np.flatnonzero(self._class_of >= 0))}: name all classes, or say --ignore_label"
+                    f"{spans(self.values)}: name all classes, or say --ignore_label"
                 )
             return classes
         except BrokenImage as error:
