@@ -91,6 +91,7 @@ def parts(toy: bool) -> list[Part]:
     kernels = [backend for backend in ("triton", "cuda") if backend in ops.BACKENDS]
     ncu = ("benchmarks/bench_scan.py", "--contestants", *kernels, "--sizes", "1,256,768,128,16")
     augment = ("--batch_size", "4", "--input_size", "8", "--rounds", "1") if toy else ()
+    tokens = ("--pixels", "32", "48", "--width", "tiny", "--rounds", "1") if toy else ()
     losses = ("--steps", "2", "--batch_size", "2") if toy else ("--steps", "50")
     found = [
         Part("tests", 240, (*pytest, *workers, *tests), "tests.xml", ("pytest", "sklearn", "matplotlib", *TRAINING)),
@@ -116,6 +117,7 @@ def parts(toy: bool) -> list[Part]:
             "released", 90, train(*cases, "--switches", "all", "released", *few, part="released"), "released.json",
             (*TRAINING, *(() if toy else ("mamba_ssm", "causal_conv1d"))), late=True, trains=True,
         ),
+        Part("tokens", 90, benchmark("bench_tokens", *tokens), "tokens.json", TRAINING, late=True),
     ]  # fmt: skip
     if not toy:
         return found

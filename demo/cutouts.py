@@ -114,8 +114,8 @@ def compose(
         picture = picture.resize([max(1, round(scale * pixels)) for pixels in picture.size])
         if rng.random() < 0.5:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        centre = rng.integers(SIDE, size=2)
-        place = tuple(int(at) - pixels // 2 for at, pixels in zip(centre, picture.size, strict=True))
+        x, y = (int(rng.integers(SIDE)) - pixels // 2 for pixels in picture.size)
+        place = (x, y)
         image.paste(picture, place, picture)
         alpha = picture.getchannel("A")
         for least, value in ((OPAQUE[0], IGNORED), (OPAQUE[1], label + 1)):

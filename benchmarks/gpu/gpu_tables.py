@@ -3,6 +3,7 @@
 "adopt" stands for an entry of `FASTER` in ops/measured.py.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -52,6 +53,7 @@ GAINS = {
 }  # fmt: skip
 RELEASED = {"pretrain": 2.18, "finetune": 4.14}  # times faster than the released composition, before these kernels
 AUGMENT = 0.02  # milliseconds an image
+GROWTH = 1.1  # of the encoder's time for a token, in larger images
 
 
 def tests_table(xml: str) -> Iterator[Row]:
@@ -223,10 +225,25 @@ def released_table(report: dict) -> Iterator[Row]:
             yield Row(figure, f"{ours / theirs:.2f} ({theirs:.0f} images/s)", f"above {before}", decision)
 
 
+def tokens_table(report: dict) -> Iterator[Row]:
+    """Yield rows of the encoder beside a ViT, by image size: the time of a token must not grow with their number."""
+    before = math.inf
+    for row in report["results"]:
+        figure, prediction = f"tokens, {row['pixels']} px, ms to train", f"ARM: at most {GROWTH} times as long a token"
+        if "models" not in row:
+            yield Row(figure, row.get("left_out") or row["failed"], prediction, LOOK)
+            continue
+        seconds = {name: passes["train"].get("seconds") for name, passes in row["models"].items()}
+        shown = (f"{name} {1000 * s:.1f}" if s else f"{name} out of memory" for name, s in seconds.items())
+        ours = (seconds["ARM, 4 directions"] or math.inf) / row["tokens"]
+        yield Row(figure, "; ".join(shown), prediction, KEEP if ours < GROWTH * before else LOOK)
+        before = min(before, ours)
+
+
 TABLES: dict[str, Callable[..., Iterator[Row]]] = {
     "tests": tests_table, "scan": scan_table, "ops": ops_table, "ncu": ncu_table, "train": train_table,
     "profile": profile_table, "losses": losses_table, "augment": augment_table, "large": large_table,
-    "released": released_table,
+    "released": released_table, "tokens": tokens_table,
 }  # fmt: skip
 
 

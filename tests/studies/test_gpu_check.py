@@ -305,7 +305,7 @@ WITHOUT = """
 import sys
 sys.modules |= dict.fromkeys(("simplejpeg", "mlxtend"))
 sys.path.insert(0, "tests")
-from benchmarks import bench_augment, bench_losses, bench_ops, bench_scan, bench_train, gpu_check
+from benchmarks import bench_augment, bench_losses, bench_ops, bench_scan, bench_tokens, bench_train, gpu_check
 """
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import bench_losses, gpu_check
+from benchmarks import bench_losses, bench_tokens, gpu_check
 from benchmarks.gpu import gpu_tables
 from benchmarks.gpu.gpu_tables import ADOPT, KEEP, LOOK, NOT, Row
 
@@ -91,6 +91,20 @@ def test_losses_within_rounding():
     assert verdicts == {"cuda": True, "norm": False, "cuda_graph": False, "swiglu": None}
     assert bench_losses.verdict("cuda", {"cuda": found["cuda"]}) is None
     assert bench_losses.verdict("cuda_graph", found | {"cuda_graph": {"loss": 0.0, "grad_norm": 2e-6}})
+
+
+@pytest.mark.parametrize(("seconds", "decision"), [(0.104, KEEP), (0.13, LOOK), (None, LOOK)])
+def test_time_of_a_token(seconds, decision):
+    def sizes(pixels, *of_models):
+        found = [{"seconds": s} if s else {"out_of_memory": True} for s in of_models]
+        models = {name: {"train": row} for name, row in zip(bench_tokens.MODELS, found, strict=True)}
+        return {"pixels": pixels, "tokens": (pixels // 16) ** 2, "models": models}
+
+    rows = [sizes(512, 0.025, 0.02, 0.02), sizes(1024, seconds, 0.08, 0.32), {"pixels": 1536, "failed": "it broke"}]
+    first, second, third = gpu_tables.tokens_table({"results": rows})
+    assert first.measured == "ARM, 4 directions 25.0; ARM, 1 direction 20.0; ViT 20.0"
+    assert ("ARM, 4 directions out of memory" in second.measured) == (seconds is None)
+    assert [row.decision for row in (first, second, third)] == [KEEP, decision, LOOK]
 
 
 JUNIT = '<testsuites><testsuite tests="{}" failures="{}" errors="0" skipped="2" /></testsuites>'
