@@ -10,6 +10,7 @@ import torch
 from data_helpers import write_coco
 from faster_coco_eval.core import mask as library
 
+from benchmarks import bench_coco
 from Detection import coco_metrics
 from Detection.coco_metrics import Results, encode
 from util.data.sources.coco import open_coco
@@ -107,12 +108,14 @@ def test_equal_to_pycocotools(made, tmp_path):
 def test_any_number_of_processes_give_the_same(made, monkeypatch):
     """Equal scores are in the order of the images, whoever evaluated them."""
     source, found = made
-    whole = summary(add(Results(source), found, range(60)))
+    alone = add(Results(source), found, range(60))
+    whole = summary(alone)
     for count in (2, 3):
         shares = [add(Results(source), found, range(first, 60, count)) for first in range(count)]
         values = [(share.found, share.broken) for share in shares]
         monkeypatch.setattr(coco_metrics, "gather", lambda _, values=values: values)
         assert summary(shares[0]) == whole
+        assert shares[0].records() == alone.records()
     monkeypatch.setattr(coco_metrics, "gather", None)  # each process has all of them
     assert summary(add(Results(source, distributed=False), found, range(60))) == whole
 
@@ -196,3 +199,21 @@ def test_without_the_library(made, monkeypatch):
     monkeypatch.setitem(sys.modules, "faster_coco_eval.core", None)
     with pytest.raises(UserError, match="pip install faster-coco-eval"):
         Results(made[0])
+
+
+def test_libraries_are_compared(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("pycocotools")
+    monkeypatch.setattr(bench_coco, "apart", lambda call: call())
+    monkeypatch.setattr(bench_coco, "find_spec", lambda name: name != "torchmetrics")
+    words = "--images 3 --objects 4 --detections 6 --rounds 1".split()
+    bench_coco.main(bench_coco.get_args_parser().parse_args([*words, "--output", str(tmp_path / "coco.json")]))
+    rows = json.loads((tmp_path / "coco.json").read_text())["results"]
+    assert [row["library"] for row in rows] == [*bench_coco.LIBRARIES] * 2
+    for row in rows:
+        if row["library"] == "torchmetrics":
+            assert row["left_out"] == "pip install torchmetrics"
+        else:
+            assert row["stats"].keys() == set(bench_coco.STATS)
+            assert row["differs_at_most"] < 1e-12
+            assert 0 < row["stats"]["map"] < 1
+    assert "torchmetrics, mask" in capsys.readouterr().out

@@ -131,6 +131,8 @@ def test_a_placement_is_drawn_as_published():
     assert len({placed.seed for placed in drawn}) == 2000
     lefts = [placed.crop[1] / (400 - placed.crop[3]) for placed in drawn if placed.crop[3] < 300]
     assert np.histogram(lefts, 4, (0, 1))[0].min() > 0.2 * len(lefts)
+    tight = Jitter((2, 2), (2, 2))  # one of two rows and columns is left out on either side
+    assert {tight(3, 3).crop[:2] for _ in range(100)} == {(0, 0), (0, 1), (1, 0), (1, 1)}
     assert not any(Jitter((9, 9), flip=0)(20, 20).flip for _ in range(20))
 
 
@@ -140,13 +142,16 @@ def test_points_move_with_the_pixels():
 
 
 def test_polygons_are_rasterised_where_they_are(tmp_path):
-    """Only their surroundings are rasterised: the mask is that on the whole canvas, up to the rounding of points."""
+    """Only their surroundings are rasterised: the mask is that on the whole canvas, up to the rounding of points.
+
+    What remains of an object has the box of its mask.
+    """
     rng = np.random.default_rng(0)
     polygons = [(rng.random(2) * (150, 100) + rng.normal(0, 25, (5, 2))).clip(0, (150, 100)) for _ in range(40)]
     square = {"image": 0, "category": 3, "bbox": [0, 0, 150, 100]}
     objects = [{**square, "segmentation": [polygon.ravel().tolist()]} for polygon in polygons]
     source = open_coco(write_coco(tmp_path, [(100, 150)], objects), "val")
-    different, pixels = 0, 0
+    different, pixels, seen = 0, 0, set()
     for draw in range(5):
         seed_sample(draw)
         sample = DetectionDataset(source, place := Jitter(SIZE), PIXELS, masks=True)
@@ -158,7 +163,12 @@ def test_polygons_are_rasterised_where_they_are(tmp_path):
         masks = target["masks"][:, : placed.size[0], : placed.size[1]].numpy()
         different += (np.stack(want) != masks).sum()
         pixels += masks.sum()
+        whole_boxes = [[0, 0, placed.size[1], placed.size[0]]] * len(masks)  # as annotated
+        cut = placed.crop[2:] != (100, 150)
+        seen.add(cut)
+        assert target["boxes"].tolist() == ([*map(extent, target["masks"])] if cut else whole_boxes)
     assert different <= pixels // 10_000
+    assert seen == {True, False}
 
 
 def test_the_whole_image_in_evaluation(source):
@@ -178,6 +188,22 @@ def test_the_whole_image_in_evaluation(source):
     whole = torch.tensor(np.array(Image.open(io.BytesIO(source.read(2))))).permute(2, 0, 1) / 255  # 90 x 90 -> 96 x 96
     want = torch.nn.functional.interpolate(whole[None], (96, 96), mode="bilinear", antialias=True)[0]
     assert (pixels_of(images[2])[:, :96, :96] - want).abs().max() < 0.01
+
+
+def test_a_smaller_image_is_the_mean_of_its_pixels(tmp_path):
+    root = write_coco(tmp_path, [(48, 48)], [])
+    stripes = Image.fromarray(np.tile(np.array([0, 0, 255], np.uint8), (48, 16)))
+    put(root, "val2017/0.jpg", content=encoded(stripes, "PNG"))
+    (image,), _ = finished(DetectionDataset(open_coco(root, "val"), Fit((12, 12)), PIXELS), 0)
+    assert (pixels_of(image)[:, 1:-1, 1:-1] - 1 / 3).abs().max() < 0.05
+
+
+def test_a_mask_outside_of_the_image(tmp_path):
+    """Its box contradicts it: nothing of the object is to be seen."""
+    beyond = {"image": 0, "category": 3, "bbox": [30, 20, 10, 10], "segmentation": [outline([40, 30, 60, 60])]}
+    source = open_coco(write_coco(tmp_path, [(30, 40)], [beyond]), "val")
+    _, (target,) = finished(DetectionDataset(source, Fit((30, 40)), PIXELS, masks=True), 0)
+    assert target["boxes"].shape == (0, 4)
 
 
 def test_samples_do_not_depend_on_workers_and_processes(source, monkeypatch):

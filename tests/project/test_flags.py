@@ -153,8 +153,8 @@ def test_a_warm_up_is_shorter_than_the_run(script, words, warmup, said, caplog):
         assert not hasattr(args, "recipe_epochs")  # checkpoints hold the arguments
 
 
-BENCHMARKS = "bench_augment bench_data bench_losses bench_ops bench_resilience bench_scan bench_tokens".split()
-BENCHMARKS += ["bench_train", "gpu_check"]
+BENCHMARKS = "augment coco data losses ops resilience scan tokens train".split()
+BENCHMARKS = [f"bench_{name}" for name in BENCHMARKS] + ["gpu_check"]
 
 
 def numeric_arguments() -> list:

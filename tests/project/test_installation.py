@@ -74,7 +74,7 @@ OPTIONAL |= {"datasets", "onnx", "onnxruntime"}  # see test_without_hugging_face
 OPTIONAL |= {"pyarrow"}  # of `datasets`, and imported after it
 OPTIONAL |= {"faster_coco_eval"}  # see test_without_the_library
 OPTIONAL |= {"tifffile"}  # see test_a_tiff_of_several_bands_needs_a_library
-MEASURED = {"mambapy", "nvidia"}  # other projects' code that benchmarks compare with, if it is there
+MEASURED = {"mambapy", "nvidia", "torchmetrics"}  # other projects' code that benchmarks compare with, if it is there
 
 
 def required(file: str) -> set[str]:
