@@ -29,11 +29,13 @@ def counts(mask):
 
 SEGMENTATIONS = {
     "a polygon": [CORNERS],
+    # and two that are none: the points of the last are not pairs
     "two polygons": [
         [6, 5, 13, 5, 13, 11, 6, 11],
         [13, 5, 21, 5, 21, 11, 13, 11],
         [1, 1, 2, 2],
-    ],  # the last has no area
+        [0, 0, 30, 0, 30, 30, 0],
+    ],
     "run lengths": {"size": [30, 40], "counts": counts(RECTANGLE)},
     "compressed": {"size": [30, 40], "counts": library.encode(np.asfortranarray(RECTANGLE))["counts"].decode()},
 }
@@ -46,11 +48,12 @@ def rectangle(**more):
 @pytest.mark.parametrize("segmentation", SEGMENTATIONS.values(), ids=SEGMENTATIONS)
 def test_kinds_of_masks(tmp_path, segmentation):
     objects = [rectangle(segmentation=segmentation), rectangle(image=1, segmentation=[[0, 0, 9, 0, 9, 9]])]
+    objects += [rectangle(image=1, segmentation=None, iscrowd=1)]
     source = open_coco(write_coco(tmp_path, [(30, 40), (20, 20)], objects), "val")
-    assert source.check_masks() is None
+    source.check_masks()  # a crowd needs none
     assert (source.masks(0) == RECTANGLE).all()
     assert source.masks(0).shape == (1, 30, 40)
-    assert (source.areas(0).tolist(), source.objects(1).labels.tolist()) == ([90], [0])
+    assert (source.areas(0).tolist(), source.objects(1).labels.tolist()) == ([90], [0, 0])
 
 
 def test_objects_of_an_image(tmp_path, caplog):
@@ -210,9 +213,9 @@ def test_identity_depends_on_images_and_objects(tmp_path):
     assert first[0].startswith("CocoSource ")
     assert recorded("b", rectangle()) == first
     others = [(rectangle(category=90),), (rectangle(bbox=[6, 5, 15, 5]),), (rectangle(iscrowd=1),), ()]
-    others += [(rectangle(segmentation=[CORNERS[:6]]),)]
+    others += [(rectangle(segmentation=[CORNERS[:6]]),), (rectangle(segmentation=[[*CORNERS[:-1], 10]]),)]
     seen = {recorded(f"c{number}", *objects)[0] for number, objects in enumerate(others)}
-    assert len(seen | {first[0], recorded("d", rectangle(), sizes=((30, 41),))[0]}) == 7
+    assert len(seen | {first[0], recorded("d", rectangle(), sizes=((30, 41),))[0]}) == 8
 
 
 def test_classes_are_matched_by_name(tmp_path, caplog):
@@ -227,6 +230,9 @@ def test_classes_are_matched_by_name(tmp_path, caplog):
     assert source.objects(0).labels.tolist() == [0, 2]
     source.match(["cat", "ant"], "model.pth")
     assert source.objects(0).labels.tolist() == [1, 0]
+    cats = open_coco(write_coco(tmp_path / "cats", [(30, 40)], [rectangle()]), "val")
+    cats.match(["cat", "bee"], "model.pth")  # the file has no ants, but has the category
+    assert cats.category_ids.tolist() == [3, -1]
     with pytest.raises(UserError, match=r"objects of 1 classes that model.pth does not have: ant"):
         source.match(["cat"], "model.pth")
 
