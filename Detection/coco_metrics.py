@@ -17,7 +17,7 @@ from torch import Tensor
 from util.data.sources.coco import CocoSource, mask_library
 from util.distributed.processes import gather, on_main
 from util.errors import RunError, UserError, as_user_error
-from util.files import from_json, printable, some, to_json, write_text
+from util.files import from_json, open_regular, printable, some, to_json, write_text
 
 LOGGER = logging.getLogger("arm")
 
@@ -246,11 +246,25 @@ def to_records(image_id: int, found: Found, category_ids: np.ndarray) -> list[di
 
 def write_records(path: Path, records: list[dict]) -> None:
     """Write detections as JSON; raises OSError."""
+    write_text(path, json_of(records) + "\n")
+
+
+def json_of(records: list[dict]) -> str:
+    """Return detections as JSON in one line; run lengths become text."""
     for record in records:
         if "segmentation" in record:
             mask = record["segmentation"]
             record["segmentation"] = mask | {"counts": printable(mask["counts"])}
-    write_text(path, to_json(records) + "\n")
+    return to_json(records)
+
+
+def is_detections(path: Path) -> bool:
+    """Return whether a file holds detections in COCO's format for results, as they are written here."""
+    try:
+        with open_regular(path) as file:
+            return file.read(32).startswith((b"[]", b'[{"image_id": '))
+    except OSError:
+        return False
 
 
 def _percent(values: np.ndarray) -> float:

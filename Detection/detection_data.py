@@ -6,7 +6,7 @@ polygons are rasterised at the size of the canvas.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from util.data.datasets import Item, SharedStack, named_if_broken, sample_or_bla
 from util.data.decode import BrokenImage, as_broken_image
 from util.data.pixels import Pixels
 from util.data.sources.coco import CocoSource, Segment, mask_library, to_rle
+from util.data.sources.source import Source
 
 
 class Placement(NamedTuple):
@@ -144,10 +145,8 @@ class DetectionDataset(Dataset):
         height, width = self.source.sizes[index].tolist()
         placed = self.place(height, width)
         with named_if_broken(self.source, index):
-            image = self._decoded(self.source.read(index), placed, height, width)
+            canvas = self._on_canvas(self._decoded(self.source.read(index), placed, height, width), placed)
             boxes, labels, masks = self._objects(index, placed)
-        canvas = torch.zeros((*self.place.size, image.shape[2]), dtype=image.dtype)
-        canvas[: placed.size[0], : placed.size[1]] = image
         return Sample(canvas, (*placed.size, height, width, index, placed.seed), boxes, labels, masks)
 
     def blank(self) -> Sample:
@@ -158,7 +157,7 @@ class DetectionDataset(Dataset):
         numbers = (*self.place.size, *self.place.size, -1, 0)
         return Sample(canvas, numbers, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), masks)
 
-    def _decoded(self, data: bytes, placed: Placement, height: int, width: int) -> Tensor:
+    def _decoded(self, data: bytes, placed: Placement, height: int, width: int) -> np.ndarray:
         """Return the part of an image (h, w, C) that the canvas shows."""
 
         def crop(found_height: int, found_width: int) -> tuple[int, int, int, int]:
@@ -168,12 +167,16 @@ class DetectionDataset(Dataset):
             return placed.crop
 
         if self.pixels.as_stored:
-            part = arrays.crop_of(data, crop, self.pixels)
-        else:
-            part = decode.crop_of(data, crop, placed.size, self.pixels)
+            return arrays.crop_of(data, crop, self.pixels)
+        return decode.crop_of(data, crop, placed.size, self.pixels)
+
+    def _on_canvas(self, part: np.ndarray, placed: Placement) -> Tensor:
+        """Lay the part of an image (h, w, C) on a canvas (H, W, C)."""
         image = torch.from_numpy(part).permute(2, 0, 1)  # (h, w, C) -> (C, h, w)
         image = _resized(image, placed.size)
-        return (image.flip(2) if placed.flip else image).permute(1, 2, 0)  # (C, h, w) -> (h, w, C)
+        canvas = torch.zeros((*self.place.size, len(image)), dtype=image.dtype)
+        canvas[: placed.size[0], : placed.size[1]] = (image.flip(2) if placed.flip else image).permute(1, 2, 0)
+        return canvas  # (C, h, w) -> (h, w, C)
 
     def _objects(self, index: int, placed: Placement) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         found = self.source.objects(index)
@@ -280,8 +283,28 @@ def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
     return F.resize_image(image, list(size), F.InterpolationMode.BILINEAR, antialias=True)
 
 
-def to_original(boxes: Tensor, target: dict[str, Any]) -> Tensor:
-    """Return boxes (k, 4) on the canvas of a `Fit` in pixels of the original image, clipped to it."""
-    height, width = target["original"]
-    scale = boxes.new_tensor([width / target["size"][1], height / target["size"][0]] * 2)
-    return (boxes * scale).clamp(min=0).minimum(boxes.new_tensor([width, height] * 2))
+class NewImages(DetectionDataset):
+    """Whole images of any source, of which no objects are known; see `DetectionDataset`.
+
+    Args:
+        source: images.
+        place: the canvas.
+        pixels: how images are decoded and normalised.
+    """
+
+    def __init__(self, source: Source, place: Fit, pixels: Pixels) -> None:
+        super().__init__(cast(CocoSource, source), place, pixels)
+
+    def sample(self, index: int) -> Sample:
+        """Return an image without objects; see `DetectionDataset.sample`."""
+        with named_if_broken(self.source, index):
+            return self.whole(self.source.read(index), index)
+
+    def whole(self, data: bytes, index: int) -> Sample:
+        """Return the sample of the content of an image file; raise `BrokenImage`."""
+        crop_of = arrays.crop_of if self.pixels.as_stored else decode.crop_of
+        image = crop_of(data, lambda height, width: (0, 0, height, width), pixels=self.pixels)
+        height, width = image.shape[:2]
+        placed = self.place(height, width)
+        numbers = (*placed.size, height, width, index, placed.seed)
+        return Sample(self._on_canvas(image, placed), numbers, np.zeros((0, 4), np.float32), np.zeros(0, int), None)

@@ -20,7 +20,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 SCRIPTS_BY_PATH = [
-    "main_pretrain.py", "Finetuning/main_finetune.py", "Evaluation/probe.py", "Evaluation/robustness.py",
+    "main_pretrain.py", "Finetuning/main_finetune.py", "Detection/main_detect.py", "Evaluation/probe.py",
+    "Evaluation/robustness.py",
     *(f"tools/{name}.py" for name in ("export", "visualize", "replay_nonfinite", "pack_images", "plot_log", "predict")),
 ]  # fmt: skip
 
@@ -50,7 +51,8 @@ SLOW = set(
     test_sharded_pretraining test_switches::test_compiled test_the_line_that_starts_timms_scripts
     test_three_processes_for_two_images test_training_and_a_probe_without_linux test_triton
     test_two_processes test_two_processes_equal_one test_two_processes_have_one_order
-    test_under_torchrun_one_process_speaks test_whole_model
+    test_under_torchrun_one_process_speaks test_whole_model test_detection_export test_it_learns_two_images
+    test_predictions_are_those_of_the_evaluation test_a_resumed_run_equals_the_uninterrupted_one
 """.split()
 )
 

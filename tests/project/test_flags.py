@@ -12,6 +12,7 @@ from helpers import REPOSITORY, SCRIPTS_BY_PATH, TINY_PRETRAIN
 import main_pretrain
 import studies.run
 from demo import compare_loaders, watch_cost
+from Detection import main_detect
 from Evaluation import probe, robustness
 from Finetuning import main_finetune
 from mamba import SIZES
@@ -54,7 +55,13 @@ PROBE = (
 """
 )
 ROBUSTNESS = EXAMINE + "eval_bad data"
-PREDICT = EXAMINE + "topk features block average_last"
+PREDICT = EXAMINE + "topk score features block average_last"
+DETECT = SHARED.replace(" loader ", " ") + (
+    """
+    finetune model_key ignore_keys directions drop_path layer_decay ema_decay freeze boxes_only vis_freq
+    eval output eval_bad
+"""
+)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +69,7 @@ PREDICT = EXAMINE + "topk features block average_last"
     [
         (main_pretrain, PRETRAIN),
         (main_finetune, FINETUNE),
+        (main_detect, DETECT),
         (probe, PROBE),
         (robustness, ROBUSTNESS),
         (predict, PREDICT),
@@ -160,7 +168,7 @@ BENCHMARKS = [f"bench_{name}" for name in BENCHMARKS] + ["gpu_check"]
 def numeric_arguments() -> list:
     """Every argument of every script that takes a number, as (id, parser, action)."""
     found = []
-    scripts = [main_pretrain, main_finetune, probe, robustness, studies.run]
+    scripts = [main_pretrain, main_finetune, main_detect, probe, robustness, studies.run]
     scripts += [compare_loaders, export, pack_images, plot_log, predict, replay_nonfinite, visualize, watch_cost]
     scripts += [importlib.import_module(f"benchmarks.{name}") for name in BENCHMARKS]
     for parser in [script.get_args_parser() for script in scripts]:
@@ -190,7 +198,7 @@ def test_there_are_numeric_arguments():
     assert len(names) > 100
 
 
-@pytest.mark.parametrize("script", [main_pretrain, main_finetune])
+@pytest.mark.parametrize("script", [main_pretrain, main_finetune, main_detect])
 def test_help_names_every_flag_and_model(script, capsys):
     with pytest.raises(SystemExit) as exit_info:
         script.get_args_parser().parse_args(["--help"])
@@ -200,15 +208,15 @@ def test_help_names_every_flag_and_model(script, capsys):
     assert all(name in shown for name in SIZES)
 
 
-@pytest.mark.parametrize("script", [main_pretrain, main_finetune, probe, robustness, predict])
+@pytest.mark.parametrize("script", [main_pretrain, main_finetune, main_detect, probe, robustness, predict])
 def test_help_is_true_of_each_script(script):
     """Only finetuning takes values of a checkpoint; and every flag stands under a heading of its own."""
     parser = script.get_args_parser()
     assert [action.dest for action in parser._optionals._group_actions] == ["help"]
-    if script in (main_pretrain, main_finetune):
+    if script in (main_pretrain, main_finetune, main_detect):
         helps = {action.dest: action.help for action in parser._actions}
         for name in ("in_chans", "mean", "std", "exif"):
-            assert ("or the checkpoint's)" in helps[name]) == (script is main_finetune)
+            assert ("or the checkpoint's)" in helps[name]) == (script is not main_pretrain)
 
 
 LATE = "timm", "torchvision", "models_arm", "matplotlib", "tensorboard", "torch._dynamo", "sympy", "datasets", "onnx"

@@ -17,6 +17,7 @@ import main_pretrain
 import models_arm
 import studies.run
 from demo import compare_loaders, cutouts, photographs, trees, watch_cost
+from Detection import main_detect
 from Evaluation import features, probe, robustness
 from Finetuning import main_finetune
 from tools import export, pack_images, plot_log, predict, visualize
@@ -24,6 +25,7 @@ from tools import export, pack_images, plot_log, predict, visualize
 SCRIPTS = {
     "main_pretrain.py": main_pretrain,
     "Finetuning/main_finetune.py": main_finetune,
+    "Detection/main_detect.py": main_detect,
     "Evaluation/probe.py": probe,
     "Evaluation/robustness.py": robustness,
     "demo/compare_loaders.py": compare_loaders,
@@ -85,7 +87,8 @@ def test_benchmarks_of_the_pages_exist(command):
         assert not word.startswith("-") or f'"{word}"' in source or f'"{word[2:]}": (' in source
 
 
-RECIPES = sorted((REPOSITORY / "recipes").glob("*_*.sh"))  # those of one command
+EVERY = sorted((REPOSITORY / "recipes").glob("*_*.sh"))  # those of one command
+RECIPES = [path for path in EVERY if path.stem.startswith(("pretrain_", "finetune_"))]
 
 
 def parsed_recipe(path: Path, *more: str) -> argparse.Namespace:
@@ -106,6 +109,16 @@ def test_recipes(path):
     for word in ("Recipe: published" if size in ("base", "large") else "Recipe: not published", "Reaches: ", "Takes: "):
         assert f"\n# {word}" in header
     assert f"recipes/{path.name} " in header
+
+
+@pytest.mark.parametrize("path", [path for path in EVERY if path not in RECIPES], ids=lambda path: path.name)
+def test_recipes_of_tasks(path):
+    """They parse, say where they come from and that they were not run, and resume the run that they have begun."""
+    args = parsed_recipe(path, "--seed", "7")
+    assert (args.model, args.data_path, args.resume, args.seed) == ("arm_base_pz16", "/data", "auto", 7)
+    header = path.read_text().partition("\nset ")[0]
+    for word in ("Recipe: the field's", "Reaches: not measured", "Takes: not measured", f"    recipes/{path.name} "):
+        assert f"\n# {word}" in header
 
 
 @pytest.mark.parametrize("command", [command for command in commands(PAGES) if "--blr" in command])
@@ -180,7 +193,7 @@ def test_pages_have_no_marks_left(page):
     """Files that a page names exist, and no place waits for a figure."""
     text = page.read_text()
     assert not re.findall(r"\b[A-Z]{3,}_[A-Z_]+\b", text.replace("PIP_FLAGS", ""))
-    folders = "benchmarks|recipes|demo|slurm|util|tests|Evaluation|Finetuning"
+    folders = "benchmarks|recipes|demo|slurm|util|tests|Detection|Evaluation|Finetuning"
     for name in re.findall(rf"\b(?:{folders})/[\w./*-]+\.\w+", text):
         assert list(REPOSITORY.glob(name)), name
 
