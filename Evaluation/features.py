@@ -21,7 +21,7 @@ import pretrained
 from models_arm import ARMClassifier, PretrainModel
 from objectives import encoder_part
 from ops import BackendUnavailable, choose_backend
-from pretrained import Model
+from pretrained import Checkpoint, Model
 from util import arguments
 from util.data.datasets import ImageDataset, pixels_by
 from util.data.device_loader import DeviceLoader
@@ -44,11 +44,11 @@ DIGEST = hashlib.sha256().digest_size  # bytes: the end of a cache file
 BLOCK = 2**24  # bytes that are hashed at a time
 
 
-def load_model(args: argparse.Namespace, device: torch.device) -> Model:
-    """Load the frozen model of a checkpoint: a classifier, or a pretraining model whose decoder stays random.
+def read_checkpoint(args: argparse.Namespace, device: torch.device) -> Checkpoint:
+    """Read the checkpoint of a command line, and prepare to compute with its model.
 
-    `args.model_key` and `args.input_size` are set to those of the model, `args.class_names` to a classifier's outputs,
-    the arguments of `Pixels` to those that it was trained with, and `args.dtype` to the dtype of activations.
+    `args.model_key` and `args.input_size` are set to those of the model, `args.class_names` to its outputs, the
+    arguments of `Pixels` to those that it was trained with, and `args.dtype` to the dtype of activations.
 
     Raises:
         UserError: the file is no checkpoint of ARM, or the input size or backend does not fit.
@@ -61,8 +61,26 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Model:
         choose_backend(args.scan_backend, device, activation_dtype(device), found.sizes["embed_dim"])
     if args.input_size is None:
         args.input_size = list(found.input_size)
+    return found
+
+
+def load_model(
+    args: argparse.Namespace, device: torch.device, found: Checkpoint | None = None, encoder: bool = True
+) -> Model:
+    """Load the frozen model of a checkpoint: a classifier, or a pretraining model whose decoder stays random.
+
+    Args:
+        args: of the script; see `read_checkpoint`, which sets some.
+        device: of the model.
+        found: the checkpoint, if it has been read.
+        encoder: load only the encoder of a detector or segmenter.
+
+    Raises:
+        UserError: see `read_checkpoint`.
+    """
+    found = found or read_checkpoint(args, device)
     size = arguments.image_size(args)
-    model = found.load_model(encoder=True, img_size=size, scan_backend=args.scan_backend)
+    model = found.load_model(encoder=encoder, img_size=size, scan_backend=args.scan_backend)
     return model.to(device).requires_grad_(False)
 
 

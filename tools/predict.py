@@ -1,11 +1,13 @@
-"""Name the classes of images with a checkpoint of finetuning, or write the features of any checkpoint.
+"""Name the classes of images, detect objects in them, or write their features, with a checkpoint.
 
     python tools/predict.py out_finetune_b/checkpoint-best.pth photo.jpg holiday/ --output answers.csv
+    python tools/predict.py out_detect_b/checkpoint-best.pth photo.jpg holiday/ --output detections.json
     python tools/predict.py out_b/checkpoint-last.pth holiday/ --features pooled --output features.npy
 
-Images are files, folders at any depth, or places with the prefixes of --data_path. The answers are CSV or JSON lines,
-by the suffix of --output; features are an array of NumPy with a CSV file of the same name that lists the images. Under
-torchrun each process takes a share of the images; the files are those of one process.
+Images are files, folders at any depth, or places with the prefixes of --data_path. The answers of a classifier are CSV
+or JSON lines, by the suffix of --output; those of a detector are JSON in COCO's format for results; features are an
+array of NumPy. Beside the last two, a CSV file of the same name lists the images. Under torchrun each process takes a
+share of the images; the files are those of one process.
 """
 
 from __future__ import annotations
@@ -17,16 +19,17 @@ import os
 import stat
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from itertools import groupby, zip_longest
+from itertools import chain, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from torch import Tensor
 
+from Detection.coco_metrics import is_detections
+from Evaluation.prediction_files import all_errors, errors_of, is_list, list_images, shared, write_lines, writing
 from Evaluation.tables import csv_text
 from util import arguments, cli
 from util.checkpoints.hub import beside, locate
@@ -35,9 +38,9 @@ from util.data.sources.image_files import FileList
 from util.data.sources.mixture import Mixture
 from util.data.sources.readers import READERS, open_source, path_of
 from util.data.sources.source import Source
-from util.distributed.processes import check_one_machine, gather_late, init_device, on_main, rank, world_size
-from util.errors import RunError, UserError
-from util.files import open_regular, output_file, printable, replacing, reserve, some
+from util.distributed.processes import check_one_machine, init_device, on_main
+from util.errors import UserError
+from util.files import open_regular, output_file, printable, reserve, some
 from util.tracking.run_log import Log, open_log
 
 if TYPE_CHECKING:
@@ -48,7 +51,8 @@ if TYPE_CHECKING:
 # timm, torchvision and the models are imported after the checks, so that --help and mistakes take half of the time.
 
 TOPK = 5
-LISTED = ["index", "file", "error"]  # columns of the list of images beside their features
+SUFFIXES = {"features": (".npy",), "classification": (".csv", ".jsonl"), "detection": (".json",)}  # of --output
+ONLY_FOR = {"topk": "classification", "score": "detection", "block": "--features", "average_last": "--features"}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -61,26 +65,39 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     places = "files, folders, and places with a prefix: " + ", ".join(f"{kind}:" for kind in READERS if kind)
     add("images", type=arguments.nonempty, nargs="+", metavar="IMAGES", help=places)
-    add("--output", type=Path, required=True, metavar="FILE", help=".csv or .jsonl; with --features .npy")
+    kinds = ".csv or .jsonl, of a detector .json; with --features .npy"
+    add("--output", type=Path, required=True, metavar="FILE", help=kinds)
     add("--topk", type=arguments.positive, metavar="K", help=f"likeliest classes (default: {TOPK}, or all of fewer)")
+    add("--score", type=arguments.rate, help="least score of a detection (default: 0.05)")
     add("--features", choices=("pooled", "tokens"), help="write features instead, float32 or all tokens in float16")
     arguments.add_block_arguments(group)
     parser.set_defaults(dist_eval=True, eval_bad="wrong")
     return parser
 
 
-def check_outputs(args: argparse.Namespace) -> None:
-    """Raise UserError if flags contradict each other, or a file cannot be written or is of another kind."""
-    suffixes = [".npy"] if args.features else [".csv", ".jsonl"]
-    if args.output.suffix not in suffixes:
-        what = "features" if args.features else "answers"
-        raise UserError(f"--output {printable(args.output)}: {what} are written as {' or '.join(suffixes)}")
-    for name in ("topk",) if args.features else ("block", "average_last"):
-        if getattr(args, name) is not None:
-            raise UserError(f"--{name} is {'not for' if args.features else 'only for'} --features: leave it out")
+def check_outputs(args: argparse.Namespace, kind: str) -> None:
+    """Raise UserError if flags contradict each other, or a file cannot be written or is of another kind.
+
+    `kind` is "features", or the task of the checkpoint, whose answers are written.
+    """
+    if kind not in SUFFIXES:
+        why = " and has no classes" if kind == "pretraining" else ""
+        raise UserError(f"{args.checkpoint} comes from {kind}{why}: add --features pooled")
+    if args.output.suffix not in SUFFIXES[kind]:
+        what = {"classification": "answers", "detection": "detections"}.get(kind, kind)
+        raise UserError(f"--output {printable(args.output)}: {what} are written as {' or '.join(SUFFIXES[kind])}")
+    for name, wanted in ONLY_FOR.items():
+        if getattr(args, name) is not None and wanted.removeprefix("--") != kind:
+            what = "not for --features" if kind == "features" else f"only for {wanted}, not for {kind}"
+            raise UserError(f"--{name} is {what}: leave it out")
+    if kind == "detection" and args.eval_resize != "square":
+        raise UserError(
+            f"--eval_resize {args.eval_resize} is not for detection, which takes whole images: leave it out"
+        )
     inputs = [beside(args.checkpoint), *(path for path in args.images if not path_of(path)[0])]
-    output_file(args.output, is_features if args.features else is_answers, *inputs)
-    if args.features:
+    is_ours = {"features": is_features, "classification": is_answers, "detection": is_detections}[kind]
+    output_file(args.output, is_ours, *inputs)
+    if kind != "classification":
         output_file(args.output.with_suffix(".csv"), is_list, *inputs)
 
 
@@ -91,11 +108,6 @@ def first_line(path: Path) -> str:
             return file.read(2**16).decode(errors="replace").partition("\n")[0]
     except OSError:
         return ""
-
-
-def is_list(path: Path) -> bool:
-    """Return whether a file lists the images of features."""
-    return first_line(path) == ",".join(LISTED)
 
 
 def is_features(path: Path) -> bool:
@@ -142,24 +154,6 @@ def open_images(places: Sequence[str]) -> Source:
     return sources[0] if len(sources) == 1 else Mixture(sources, [1] * len(sources))
 
 
-@contextmanager
-def writing(path: Path, kind: type[Exception] = RunError) -> Iterator[None]:
-    """Turn an error of the system into one line about `--output`."""
-    try:
-        yield
-    except OSError as error:
-        raise kind(f"--output {printable(path)} cannot be written: {error.strerror}") from error
-
-
-@contextmanager
-def shared(path: Path) -> Iterator[Path]:
-    """Yield, on all processes, a path that replaces `path` if the block raises nothing; see `replacing`."""
-    with ExitStack() as stack:
-        yield on_main(lambda: stack.enter_context(replacing(path)))
-        with writing(path):
-            stack.close()
-
-
 class Answers:
     """The form of a file of answers: CSV, or JSON lines.
 
@@ -194,35 +188,10 @@ class Answers:
         return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def errors_of(loader: DeviceLoader, source: Source, share: range, finite: Sequence[bool], what: str) -> dict[int, str]:
-    """Return why images of a batch have no result: their number -> the reason.
-
-    Args:
-        loader: knows the broken images.
-        source: names them.
-        share: numbers of the images (B,).
-        finite: whether the result of each is finite.
-        what: the result.
-    """
-    broken = {i: loader.broken[i].removeprefix(f"{source.name(i)}: ") for i in share if i in loader.broken}
-    return {i: f"{what} are not finite" for i, good in zip(share, finite, strict=True) if not good} | broken
-
-
-def all_errors(own: dict[int, str], images: int) -> dict[int, str]:
-    """Return the errors of all processes; raise RunError if no image has a result."""
-    errors = {index: reason for share in gather_late(own) for index, reason in share.items()}
-    if len(errors) == images:
-        raise RunError(f"none of the {images} images has a result: {next(iter(errors.values()))}")
-    return errors
-
-
 def write_answers(
     args: argparse.Namespace, model: ARMClassifier, loader: DeviceLoader, source: Source, log: Log
 ) -> dict[int, str]:
-    """Write the likeliest classes of each image, and return why images have none.
-
-    Each process appends its answers to a file of its own; rank 0 merges these in the order of the images.
-    """
+    """Write the likeliest classes of each image, and return why images have none."""
     from Evaluation.features import compute
     from util.training.precision import autocast
 
@@ -243,40 +212,16 @@ def write_answers(
         pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         return logits.isfinite().all(dim=1).tolist(), [[*zip(*pair, strict=True)] for pair in pairs]
 
-    errors: dict[int, str] = {}
-    with shared(args.output) as target:
-        parts = [target.with_name(f"{target.name}{number}") for number in range(world_size())]
-        try:
-            append(args.output, parts[rank()], "")
-            for share, _, (finite, best) in compute(loader, likeliest, log, "images"):
-                new = errors_of(loader, source, share, finite, "logits")
-                errors |= new
-                lines = [
-                    form.without(source.name(i), new[i]) if i in new else form.line(source.name(i), pairs)
-                    for i, pairs in zip(share, best, strict=True)
-                ]
-                append(args.output, parts[rank()], "".join(lines))
-            errors = all_errors(errors, len(source.labels))
-            on_main(lambda: merge(args.output, parts, target, form.head()))
-        finally:
-            parts[rank()].unlink(missing_ok=True)
-    return errors
+    def batches() -> Iterator[tuple[dict[int, str], str]]:
+        for share, _, (finite, best) in compute(loader, likeliest, log, "images"):
+            errors = errors_of(loader, source, share, finite, "logits")
+            lines = [
+                form.without(source.name(i), errors[i]) if i in errors else form.line(source.name(i), pairs)
+                for i, pairs in zip(share, best, strict=True)
+            ]
+            yield errors, "".join(lines)
 
-
-def append(output: Path, part: Path, text: str) -> None:
-    """Append text to a part of the output, in UTF-8; raise RunError."""
-    with writing(output), part.open("a", encoding="utf-8", newline="") as file:
-        file.write(text)
-
-
-def merge(output: Path, parts: Sequence[Path], target: Path, head: str) -> None:
-    """Write a head and then the lines of all parts in turn, as `ShareSampler` deals the images; raise RunError."""
-    with writing(output), ExitStack() as stack:
-        files = [stack.enter_context(part.open("rb")) for part in parts]
-        file = stack.enter_context(target.open("xb"))
-        file.write(head.encode())
-        for lines in zip_longest(*files, fillvalue=b""):
-            file.writelines(lines)
+    return write_lines(args, batches(), len(source.labels), lambda lines: chain([form.head().encode()], lines))
 
 
 def write_features(
@@ -298,12 +243,6 @@ def write_features(
                 np.lib.format.write_array_header_1_0(file, about)
                 reserve(file, file.tell() + math.prod(about["shape"]) * np.dtype(dtype).itemsize)
 
-        def list_images() -> None:
-            with writing(args.output), listed.open("x", encoding="utf-8", newline="") as file:
-                file.write(csv_text([LISTED]))
-                for index in range(len(source.labels)):
-                    file.write(csv_text([[index, source.name(index), errors.get(index, "")]]))
-
         on_main(start)
         array = np.lib.format.open_memmap(target, "r+")
         for share, _, found in compute(
@@ -315,7 +254,7 @@ def write_features(
             errors |= new
         array.flush()
         errors = all_errors(errors, len(source.labels))
-        on_main(list_images)
+        on_main(lambda: list_images(args.output, listed, source, errors))
     return errors
 
 
@@ -329,22 +268,23 @@ def main(args: argparse.Namespace) -> None:
     arguments.check_input_size(args)
     check_one_machine()
     device, log = init_device(args.device, args.dist_timeout), open_log()
-    on_main(lambda: check_outputs(args))
     locate(args.checkpoint)
     source = open_images(args.images)
 
-    from Evaluation.features import eval_images, load_model
-    from models_arm import ARMClassifier
+    from Evaluation.features import eval_images, load_model, read_checkpoint
     from util.data.loaders import eval_loader
 
-    model = load_model(args, device)
-    loader = eval_loader(eval_images(args, source), args, device)
-    if args.features:
-        errors = write_features(args, model, loader, source, log)
-    elif isinstance(model, ARMClassifier) and model.num_classes:
-        errors = write_answers(args, model, loader, source, log)
+    found = read_checkpoint(args, device)
+    kind = "features" if args.features else found.task
+    on_main(lambda: check_outputs(args, kind))
+    model: Any = load_model(args, device, found, encoder=kind != "detection")
+    if kind == "detection":
+        from Detection.detection_predict import write_detections
+
+        errors = write_detections(args, found, model, source, device, log)
     else:
-        raise UserError(f"{args.checkpoint} comes from pretraining and has no classes: add --features pooled")
+        write = write_features if args.features else write_answers
+        errors = write(args, model, eval_loader(eval_images(args, source), args, device), source, log)
     if errors:
         files = some([source.name(index) for index in sorted(errors)])
         log.say(f"{len(errors)} of {len(source.labels)} images have no result, the column error says why: {files}")

@@ -14,15 +14,17 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 import engine_pretrain
 import main_pretrain
+from Detection import main_detect
 from Finetuning import engine_finetune, main_finetune
 from util import cli
 from util.checkpoints import checkpoint_file, inspection
@@ -57,6 +59,9 @@ def build(content: dict) -> tuple[Model, Callable[..., Tensor]]:
     if found.is_pretraining:
         model = main_pretrain.build_model(args)
         compute_loss = engine_pretrain.loss_of(model)
+    elif found.task == "detection":
+        detector = main_detect.build_detector(args, found, len(found.class_names))
+        model, compute_loss = cast("Model", detector), lambda *batch: torch.stack([*detector(*batch).values()]).sum()
     else:
         # the sizes that the run took from --finetune are those of these weights
         model = main_finetune.build_classifier(args, found)
@@ -102,11 +107,21 @@ def read_update(path: Path, image: tuple[int, int, int], classes: int | None) ->
 
 
 def is_batch(batch: object, image: tuple[int, int, int], classes: int | None) -> bool:
-    """Return whether a saved batch is a list of images (B, *image) and labels (B,) int64, for a model as above."""
-    if not isinstance(batch, list) or len(batch) != 2 or not all(isinstance(tensor, Tensor) for tensor in batch):
+    """Return whether a saved batch is a list of images (B, *image) and labels (B,) int64, for a model as above.
+
+    Of a detector the labels are a dict for each image.
+    """
+    if not isinstance(batch, list) or len(batch) != 2 or not isinstance(batch[0], Tensor):
         return False
     imgs, labels = batch
-    if not imgs.is_floating_point() or labels.dtype != torch.int64 or labels.ndim != 1:
+    if isinstance(labels, list) and classes is None:
+        return imgs.shape == (len(labels), *image) and all(isinstance(target, dict) for target in labels)
+    if (
+        not isinstance(labels, Tensor)
+        or not imgs.is_floating_point()
+        or labels.dtype != torch.int64
+        or labels.ndim != 1
+    ):
         return False
     known = classes is None or (len(labels) > 0 and labels.min() >= 0 and labels.max() < classes)
     return bool(known) and imgs.shape == (len(labels), *image)
@@ -136,7 +151,9 @@ def main(args: argparse.Namespace) -> None:
     ranks = [rank for rank in ranks_in(args.folder) if rank < saved["world_size"]]
     if not ranks:
         raise UserError(f"{printable(args.folder)} holds no batches")
-    image, classes = (model.in_chans, *model.image_size), getattr(model, "num_classes", None)
+    encoder = getattr(model, "backbone", model)
+    classes = getattr(model, "num_classes", None) if encoder is model else None
+    image = encoder.in_chans, *encoder.image_size
     updates = {r: read_update(batch_file(args.folder, r), image, classes) for r in ranks}
     for rank, update in updates.items():
         for step, batch in enumerate(update["batches"], update["first"]):
@@ -144,7 +161,7 @@ def main(args: argparse.Namespace) -> None:
             modules.clear()
             model.zero_grad()
             with autocast(device):
-                loss = compute_loss(*(tensor.to(device) for tensor in batch))
+                loss = compute_loss(*tree_map_only(Tensor, lambda tensor: tensor.to(device), batch))
             loss_scale.scaled(loss).backward()
             parameters = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
             images = "" if batch[0].isfinite().all() else "; the images themselves are not finite"

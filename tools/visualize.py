@@ -1,43 +1,65 @@
-"""Draw the predictions of a pretrained model on images.
+"""Draw the predictions of a pretrained model, or the detections of a detector, on images.
 
     python tools/visualize.py ./out_b/checkpoint-1599.pth photo.jpg other.png --output sheets
+    python tools/visualize.py ./out_detect_b/checkpoint-best.pth photo.jpg coco:/path/to/coco --output sheets
 
-writes sheets/photo-sheet.png and sheets/other-sheet.png. A sheet shows the input, its clusters in the order of
-prediction, each cluster as predicted from the true clusters before it, and the loss of each patch. Images of any size
-and mode are resized and cropped to the model's input.
+writes sheets/photo-sheet.png and sheets/other-sheet.png. A sheet of a pretrained model shows the input, its clusters in
+the order of prediction, each cluster as predicted from the true clusters before it, and the loss of each patch. Images
+of any size and mode are resized and cropped to its input. A sheet of a detector shows the whole image with the boxes
+and masks that it finds; images of val in a place coco:FOLDER have the true ones beside them.
 """
 
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
 
 from util import arguments, cli
 from util.checkpoints.hub import locate
 from util.data.arrays import check_format
 from util.data.decode import BrokenImage
+from util.data.sources.coco import CocoSource, open_coco
 from util.distributed.processes import init_device
 from util.errors import RunError, UserError, as_user_error
 from util.files import figure_of, open_regular, output_file, printable, save_figure
 from util.seeding import seed_everything
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from pretrained import Checkpoint
+
 # timm, torchvision and the models are imported after the checks, so that --help and mistakes take half of the time.
 
 TITLE = "ARM predictions"  # in the metadata of a sheet
 MAX_BYTES = 2**30  # of an image file
+COUNT = 8  # images of a place
+
+
+class Shown(NamedTuple):
+    """An image to draw: its file, the content of that, and where its objects are known, a source and its number."""
+
+    path: Path
+    data: bytes
+    annotated: tuple[CocoSource, int] | None = None
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = cli.Parser("visualize.py", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", help="checkpoint of pretraining")
-    parser.add_argument("images", nargs="+", type=Path, help="image files")
+    parser.add_argument("checkpoint", help="checkpoint of pretraining or of a detector")
+    parser.add_argument("images", nargs="+", type=Path, help="image files, or coco:FOLDER")
     folder = "folder (default: the current)"
     parser.add_argument("--output", type=arguments.nonempty, default=".", metavar="DIR", help=folder)
     arguments.add_ignore_keys(parser)
+    parser.add_argument("--score", type=arguments.rate, help="least score of a detection (default: 0.5)")
+    parser.add_argument("--count", type=arguments.few, metavar="N", help="images of coco:FOLDER (default: 8)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is a GPU)")
     return parser
 
@@ -57,7 +79,17 @@ def read_image(path: Path) -> bytes:
         return data
 
 
-def targets(args: argparse.Namespace) -> list[Path]:
+def images_of(path: Path, count: int) -> list[Shown]:
+    """Return an image file, or evenly spaced images of val in a place coco:FOLDER, `count` at most; raise UserError."""
+    if not str(path).startswith("coco:"):
+        return [Shown(path, read_image(path))]
+    source = open_coco(str(path), "val")
+    indices = range(0, len(source.labels), -(-len(source.labels) // count))
+    files = [(Path(source.path(index)), index) for index in indices]
+    return [Shown(file, read_image(file), (source, index)) for file, index in files]
+
+
+def targets(args: argparse.Namespace, images: Sequence[Path]) -> list[Path]:
     """Return the path of each image's sheet; sheets of images with the same name get numbers.
 
     Raises:
@@ -67,12 +99,36 @@ def targets(args: argparse.Namespace) -> list[Path]:
         Path(args.output).mkdir(parents=True, exist_ok=True)
     seen: Counter[str] = Counter()
     paths = []
-    for path in args.images:
+    for path in images:
         seen[path.stem] += 1
         number = f"-{seen[path.stem]}" if seen[path.stem] > 1 else ""
         target = Path(args.output, f"{path.stem}-sheet{number}.png")
-        paths.append(output_file(target, figure_of(TITLE), args.checkpoint, *args.images))
+        paths.append(output_file(target, figure_of(TITLE), args.checkpoint, *images))
     return paths
+
+
+def draw_predictions(
+    found: "Checkpoint", images: Sequence[tuple[str, bytes]], device: torch.device
+) -> Iterator["Figure"]:
+    """Yield the sheet of each image, a name and the content of a file, for a model of pretraining.
+
+    Raises:
+        UserError: the checkpoint predicts no images, or an image cannot be decoded; no sheet is drawn then.
+    """
+    from models_pretrain import PretrainModel
+    from util.tracking import prediction_figures
+
+    if not found.has_decoder:
+        what = "has no decoder" if found.is_pretraining else f"is of {found.task}"
+        raise UserError(f"{found.name} {what}: only checkpoints of pretraining and detection can be drawn")
+    model = cast(PretrainModel, found.load_model().to(device))
+    seed_everything(0)  # the same hidden patches and the same random order in each call
+    imgs = []
+    for name, image in images:
+        with as_user_error(BrokenImage, prefix=f"{name}: "):
+            imgs.append(found.read_image(image, "shorter")[None])  # (1, C, H, W)
+    for img in imgs:
+        yield from prediction_figures.draw_sheets(model, img.to(device), found.pixels)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -82,27 +138,24 @@ def main(args: argparse.Namespace) -> None:
         UserError: the checkpoint or an image cannot be read, or the folder cannot be written; nothing is written then.
         RunError: a sheet cannot be written.
     """
-    images = [read_image(path) for path in args.images]
-    sheets = targets(args)
+    images = [image for path in args.images for image in images_of(path, args.count or COUNT)]
+    sheets = targets(args, [image.path for image in images])
     device = init_device(args.device)
     locate(args.checkpoint)
 
     import pretrained
-    from models_pretrain import PretrainModel
-    from util.tracking import prediction_figures
 
     found = pretrained.read(args.checkpoint, ignore_keys=args.ignore_keys)
-    if not found.has_decoder:
-        what = "has no decoder" if found.is_pretraining else "is of a classifier"
-        raise UserError(f"{found.name} {what}: only a pretraining checkpoint predicts images")
-    model = cast(PretrainModel, found.load_model().to(device))
-    seed_everything(0)  # the same hidden patches and the same random order in each call
-    imgs = []
-    for path, image in zip(args.images, images, strict=True):
-        with as_user_error(BrokenImage, prefix=f"{printable(path)}: "):
-            imgs.append(found.read_image(image, "shorter")[None])  # (1, C, H, W)
-    for img, target in zip(imgs, sheets, strict=True):
-        (figure,) = prediction_figures.draw_sheets(model, img.to(device), found.pixels)
+    named = [(printable(image.path), image.data) for image in images]
+    if found.task == "detection":
+        from Detection.detection_predict import draw_sheets
+
+        figures = draw_sheets(found, named, [image.annotated for image in images], device, args.score)
+    elif args.score is not None:
+        raise UserError(f"--score is only for detection, not for {found.task}: leave it out")
+    else:
+        figures = draw_predictions(found, named, device)
+    for figure, target in zip(figures, sheets, strict=True):
         try:
             save_figure(figure, target, TITLE)
         except OSError as error:

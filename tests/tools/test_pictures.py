@@ -163,7 +163,7 @@ def test_mistakes_of_visualize(pretrained, image_folder, tmp_path, run_script, c
     torch.save(main_finetune.build_classifier(classifier, None).state_dict(), tmp_path / "classifier.pth")
     for words, message in (
         ([tmp_path / "none.pth", image], "no checkpoint file"),
-        ([tmp_path / "classifier.pth", image], "classifier.pth is of a classifier: only a pretraining"),
+        ([tmp_path / "classifier.pth", image], "classifier.pth is of classification: only checkpoints of pretraining"),
         ([pretrained, tmp_path / "none.png"], "none.png: "),
         ([pretrained, tmp_path / "text.png"], "text.png: no image of a known format"),
         ([pretrained, image, "--output", tmp_path / "file"], "--output .*file: "),

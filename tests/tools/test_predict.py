@@ -16,7 +16,7 @@ from helpers import torchrun
 from PIL import Image
 
 import models_arm
-from Evaluation import features, probe
+from Evaluation import features, prediction_files, probe
 from tools import predict
 from util.data.sources.image_files import FileList
 from util.data.sources.mixture import Mixture
@@ -239,11 +239,11 @@ def test_parts_are_merged_in_turn(tmp_path):
     """As `ShareSampler` deals the images; a process without images has an empty part."""
     parts = [tmp_path / name for name in ("0", "1", "2")]
     for part, text in zip(parts, ("a\nd\n", "b\n", "c\n"), strict=True):
-        predict.append(tmp_path, part, text)
-    predict.merge(tmp_path, parts, tmp_path / "all", "head\n")
+        prediction_files.append(tmp_path, part, text)
+    prediction_files.merge(tmp_path, parts, tmp_path / "all", lambda lines: [b"head\n", *lines])
     assert (tmp_path / "all").read_text() == "head\na\nb\nc\nd\n"
-    predict.append(tmp_path, tmp_path / "none", "")
-    predict.merge(tmp_path, [parts[1], tmp_path / "none"], tmp_path / "one", "")
+    prediction_files.append(tmp_path, tmp_path / "none", "")
+    prediction_files.merge(tmp_path, [parts[1], tmp_path / "none"], tmp_path / "one", lambda lines: lines)
     assert (tmp_path / "one").read_text() == "b\n"
 
 
