@@ -7,7 +7,8 @@ writes ./out_finetune_b/checkpoint-best.onnx, and beside it checkpoint-best.json
 
 `--to pt2` writes a program of `torch.export`, `--to safetensors` the weights. `--encoder` leaves out the head: a
 classifier then returns its normalised tokens, with the class token in the middle. Of a pretraining model only the
-encoder can be exported: it scans in one direction and returns all patches after the last block, in cluster order.
+encoder can be exported: it scans in one direction and returns all patches after the last block, in cluster order. A
+detector is exported as onnx or pt2 for one image of its input size; a second input is the least score of a detection.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import os
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -70,11 +72,12 @@ class Encoder(nn.Module):
         return self.model.forward_features(imgs)
 
 
-def load(args: argparse.Namespace) -> tuple[Model, dict]:
-    """Build the model of a checkpoint in evaluation mode, and its description in the form of timm's config.json.
+def load(args: argparse.Namespace) -> tuple[nn.Module, dict]:
+    """Build the module to export in evaluation mode, and its description in the form of timm's config.json.
 
     Raises:
-        UserError: the file is no checkpoint of ARM, or has no head and `--encoder` is not given.
+        UserError: the file is no checkpoint of ARM, or has no head and `--encoder` is not given; or the format is not
+            for its task.
     """
     locate(args.checkpoint)
 
@@ -85,10 +88,18 @@ def load(args: argparse.Namespace) -> tuple[Model, dict]:
     if found.is_pretraining and not args.encoder:
         raise UserError(f"{args.checkpoint} comes from pretraining and has no head: export its --encoder")
     about = describe(found, args.encoder)
+    if found.task == "detection" and not args.encoder:
+        from Detection.detection_export import ExportedDetector
+
+        if args.to not in DETECTORS:
+            raise UserError(f"--to {args.to} is not for a detector: take {' or '.join(DETECTORS)}, or its --encoder")
+        detector = ExportedDetector(cast(Any, found.load_model(scan_backend="torch")))
+        named = {"task": found.task, "num_classes": detector.model.num_classes, "outputs": detector.outputs}
+        return detector, about | named
     with as_user_error(ValueError):
         model = build(about)
     found.load_into(model, encoder=found.is_pretraining)
-    return model, about
+    return Encoder(model) if args.encoder else model, about
 
 
 def describe(found: Checkpoint, encoder: bool) -> dict:
@@ -105,9 +116,9 @@ def describe(found: Checkpoint, encoder: bool) -> dict:
         about["switches"] = options
     else:
         sizes["global_pool"] = pooling(options.get("global_pool", True))
-        if encoder:
+        if encoder or found.task != "classification":
             sizes["num_classes"] = 0
-        elif any(found.class_names):
+        if not encoder and any(found.class_names):
             about["label_names"] = found.class_names  # timm's name
     classes, normalised = sizes.get("num_classes", 0), {"mean": found.pixels.mean, "std": found.pixels.std}
     return about | {
@@ -133,10 +144,12 @@ def build(about: dict) -> Model:
     return create_pretrain_model(about["architecture"], **sizes).eval()
 
 
-# Each function of WRITERS writes a file, reads it, and returns its computation: images (B, in_chans, H, W) -> outputs.
+# Each function of WRITERS writes a file, reads it, and returns its computation: images (B, in_chans, H, W), and of a
+# detector a score -> outputs.
+Compute = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
-def to_safetensors(module: nn.Module, about: dict, imgs: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
+def to_safetensors(module: nn.Module, about: dict, imgs: Tensor, path: Path) -> Compute:
     """Write the weights, with the options that `checkpoint_file.read` needs in the file's metadata."""
     from safetensors.torch import load_file, save_file
 
@@ -160,40 +173,74 @@ def any_batch() -> tuple[dict[int, torch.export.Dim]]:
 
 
 @torch.no_grad()  # with gradients, the graph would contain constants that ONNX does not support
-def program(module: nn.Module, imgs: Tensor) -> torch.export.ExportedProgram:
-    """Export the computation for any number of images; from then on `module` scans with the backend "export"."""
+def program(module: Any, imgs: Tensor) -> torch.export.ExportedProgram:
+    """Export the computation; from then on `module` scans with the backend "export".
+
+    It is for any number of images, or that of a detector for one.
+    """
     torch._dynamo.reset()  # otherwise a size that differs from that of an earlier program is taken as dynamic
     for mixer in (m for m in module.modules() if isinstance(m, Mixer)):
         mixer.scan_backend = "export"
+    if hasattr(module, "program"):
+        return module.program(imgs[:1])
     return torch.export.export(module, (imgs,), dynamic_shapes=any_batch())
 
 
-def to_pt2(module: nn.Module, about: dict, imgs: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
+def to_pt2(module: nn.Module, about: dict, imgs: Tensor, path: Path) -> Compute:
     """Write a program of torch.export."""
     torch.export.save(program(module, imgs), path)
     return torch.export.load(path).module()
 
 
-def to_onnx(module: nn.Module, about: dict, imgs: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
+def to_onnx(module: Any, about: dict, imgs: Tensor, path: Path) -> Compute:
     """Write a program of ONNX; above 1.5 GB its weights are in a second file, FILE.data."""
     import onnx
     import onnxruntime
 
     logging.getLogger("onnx_ir").setLevel(logging.WARNING)
-    exported = torch.onnx.export(
-        program(module, imgs), dynamo=True, verbose=False, dynamic_shapes=any_batch(), input_names=["imgs"],
-        output_names=["tokens" if isinstance(module, Encoder) else "logits"],
-    )  # fmt: skip
+    inputs, outputs = ["imgs"], ["tokens" if isinstance(module, Encoder) else "logits"]
+    shapes: Any = any_batch()
+    if hasattr(module, "outputs"):
+        inputs, outputs, shapes = ["imgs", "score"], module.outputs, None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torchvision's own code
+        exported = torch.onnx.export(
+            program(module, imgs), dynamo=True, verbose=False, dynamic_shapes=shapes, input_names=inputs,
+            output_names=outputs,
+        )  # fmt: skip
     assert exported is not None  # with dynamo=True
     exported.save(path)
     onnx.checker.check_model(path, full_check=True)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda imgs: torch.from_numpy(session.run(None, {"imgs": imgs.numpy()})[0])
+
+    def compute(*given: Tensor) -> tuple[Tensor, ...]:
+        values = {name: value.numpy() for name, value in zip(inputs, given, strict=True)}
+        return tuple(map(torch.from_numpy, session.run(None, values)))
+
+    return compute
 
 
 WRITERS = {"safetensors": to_safetensors, "onnx": to_onnx, "pt2": to_pt2}
+DETECTORS = "onnx", "pt2"  # of these, the formats for a detector
+
+
+def compare(module: Any, found: Tensor | tuple[Tensor, ...], want: Tensor | tuple[Tensor, ...]) -> tuple[float, float]:
+    """Return the largest difference, and the largest wanted value, of the output that differs most in proportion.
+
+    Raises:
+        RunError: of a detector, other objects are detected.
+    """
+    owns, wants = ([part] if isinstance(part, Tensor) else part for part in (found, want))
+    if hasattr(module, "paired"):
+        owns, wants = module.paired(owns, wants)
+    distances = [
+        ((own - wanted).abs().max().item(), wanted.abs().max().item())
+        for own, wanted in zip(owns, wants, strict=True)
+        if len(wanted)
+    ]
+    return max(distances, key=lambda pair: pair[0] / max(pair[1], 1e-30), default=(0.0, 0.0))
 
 
 @torch.no_grad()
@@ -222,16 +269,17 @@ def main(args: argparse.Namespace) -> None:
     for file in (output, *[output.with_name(f"{output.name}.data")] * (args.to == "onnx")):
         output_file(file, lambda path: path.name in known and known[path.name] == sha256_of(path), source)
     start = time.monotonic()
-    model, about = load(args)
-    module = Encoder(model) if args.encoder else model
+    module: Any
+    module, about = load(args)
     imgs = torch.randn(3, *about["pretrained_cfg"]["input_size"], generator=torch.Generator().manual_seed(0))
-    want = module(imgs)
+    examples = module.examples(imgs) if hasattr(module, "examples") else [(imgs,), (imgs[:1],)]
+    wanted = [module(*inputs) for inputs in examples]
     try:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as folder:
             path = Path(folder) / output.name
             compute = WRITERS[args.to](module, about, imgs[:2], path)
-            differences = [(compute(imgs[:n]) - want[:n]).abs().max() for n in (len(imgs), 1)]
-            difference, largest = max(differences).item(), want.abs().max().item()
+            pairs = [compare(module, compute(*inputs), want) for inputs, want in zip(examples, wanted, strict=True)]
+            difference, largest = max(pairs, key=lambda pair: pair[0] / max(pair[1], 1e-30))
             if not difference <= TOLERANCE * largest:
                 raise RunError(f"the exported model differs by {difference:.3g}, where outputs reach {largest:.3g}")
             written = list(Path(folder).iterdir())
