@@ -17,20 +17,21 @@ class Confusions:
     """
 
     def __init__(self, classes: int, device: torch.device | str = "cpu") -> None:
-        self.counts = torch.zeros(classes, classes, dtype=torch.int64, device=device)
+        # the last column is that of pixels without an answer
+        self.counts = torch.zeros(classes, classes + 1, dtype=torch.int64, device=device)
 
     def add(self, predicted: Tensor, truth: Tensor) -> None:
         """Count pixels on the device, without waiting for it.
 
         Args:
-            predicted: classes, of any shape and integer type.
+            predicted: classes, of any shape and integer type; pixels with a negative one are wrong, without an answer.
             truth: of the same shape; pixels with a negative class are not counted.
         """
-        classes = len(self.counts)
-        own = truth.long().flatten()
-        places = own * classes + predicted.long().flatten()
-        places = torch.where(own >= 0, places, classes * classes)  # the last count is that of ignored pixels
-        self.counts += places.bincount(minlength=classes * classes + 1)[:-1].view_as(self.counts)  # (n * n,) -> (n, n)
+        classes, cells = len(self.counts), self.counts.numel()
+        own, answer = truth.long().flatten(), predicted.long().flatten()
+        places = own * (classes + 1) + torch.where(answer >= 0, answer, classes)
+        places = torch.where(own >= 0, places, cells)  # the last count is that of ignored pixels
+        self.counts += places.bincount(minlength=cells + 1)[:-1].view_as(self.counts)  # (cells,) -> (n, n + 1)
 
     def summary(self, names: Sequence[str]) -> dict:
         """Sum over all processes, each of which calls it once, and return numbers in percent.
@@ -45,7 +46,7 @@ class Confusions:
             that a class or all pixels do not have is None.
         """
         counts = reduce_sum(self.counts.clone()).cpu()
-        right, pixels, predicted = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)
+        right, pixels, predicted = counts.diagonal(), counts.sum(dim=1), counts[:, :-1].sum(dim=0)
         columns = (values.tolist() for values in (right, pixels, predicted, pixels + predicted - right))
         rows = [
             {"name": name, "iou": _percent(r, u), "acc": _percent(r, n), "pixels": n, "predicted": p}
