@@ -20,7 +20,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 SCRIPTS_BY_PATH = [
-    "main_pretrain.py", "Finetuning/main_finetune.py", "Detection/main_detect.py", "Evaluation/probe.py",
+    "main_pretrain.py", "Finetuning/main_finetune.py", "Detection/main_detect.py", "Segmentation/main_segment.py", "Evaluation/probe.py",
     "Evaluation/robustness.py",
     *(f"tools/{name}.py" for name in ("export", "visualize", "replay_nonfinite", "pack_images", "plot_log", "predict")),
 ]  # fmt: skip
@@ -53,6 +53,7 @@ SLOW = set(
     test_two_processes test_two_processes_equal_one test_two_processes_have_one_order
     test_under_torchrun_one_process_speaks test_whole_model test_detection_export test_it_learns_two_images
     test_predictions_are_those_of_the_evaluation test_a_resumed_run_equals_the_uninterrupted_one
+    test_main_segment
 """.split()
 )
 

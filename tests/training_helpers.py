@@ -1,5 +1,6 @@
 """Helpers of the tests of training: commands of small runs, a model of one weight, a log that remembers."""
 
+import pytest
 import torch
 from helpers import TINY_FINETUNE, TINY_PRETRAIN, Batches, loop_args
 
@@ -24,6 +25,22 @@ SCRIPTS = {
 
 def final_weights(folder):
     return checkpoint_file.read(folder / "checkpoint-last.pth")["model"]
+
+
+def assert_same_run(folder, reference, start):
+    """Final weights differ by less than 1 % of the way from start to reference, every logged loss by less than 1e-4.
+
+    AdamW divides by the gradient's size, so rounding noise becomes a step where the true gradient is zero (the keys'
+    bias): weights are therefore compared as one vector.
+    """
+    want, got, begin = (torch.cat([v.flatten() for v in w.values()]) for w in (reference[0], folder[0], start))
+    finite = torch.isfinite(want)  # the mask holds -inf
+    distance = (want - begin)[finite].norm()
+    assert distance > 0.1
+    assert (got - want)[finite].norm() < 0.01 * distance
+    for row, want_row in zip(folder[1], reference[1], strict=True):
+        assert row["train_loss"] == pytest.approx(want_row["train_loss"], rel=1e-4)
+        assert row["train_lr"] == want_row["train_lr"]
 
 
 class NotedLog(Log):

@@ -16,6 +16,7 @@ from Detection import main_detect
 from Evaluation import probe, robustness
 from Finetuning import main_finetune
 from mamba import SIZES
+from Segmentation import main_segment
 from tools import export, pack_images, plot_log, predict, replay_nonfinite, visualize
 from util import arguments
 from util.errors import UserError
@@ -63,6 +64,13 @@ DETECT = SHARED.replace(" loader ", " ") + (
 """
 )
 
+SEGMENT = SHARED.replace(" loader ", " ") + (
+    """
+    finetune model_key ignore_keys directions drop_path layer_decay ema_decay freeze head head_channels head_dropout
+    vis_freq classes ignore_label max_share distort eval inference multi_scale output
+"""
+)
+
 
 @pytest.mark.parametrize(
     ("script", "flags"),
@@ -70,6 +78,7 @@ DETECT = SHARED.replace(" loader ", " ") + (
         (main_pretrain, PRETRAIN),
         (main_finetune, FINETUNE),
         (main_detect, DETECT),
+        (main_segment, SEGMENT),
         (probe, PROBE),
         (robustness, ROBUSTNESS),
         (predict, PREDICT),
@@ -90,6 +99,9 @@ def test_defaults_are_the_base_recipe():
     assert (args.layer_decay, args.drop_path, args.clip_grad, args.ema_decay) == (0.65, 0.1, None, None)
     assert (args.aa, args.reprob, args.remode, args.smoothing) == ("rand-m9-mstd0.5-inc1", 0.25, "pixel", 0.1)
     assert (args.global_pool, args.eval_resize) == (None, "square")
+    args = main_segment.get_args_parser().parse_args(["--data_path", "x", "--batch_size", "16"])
+    assert (args.epochs, args.warmup_epochs, args.blr * 16 / 256, args.min_lr) == (127, 1, 1e-4, 0)
+    assert (args.layer_decay, args.drop_path, args.weight_decay, args.scale) == (0.65, 0.1, 0.05, [0.5, 2.0])
 
 
 @pytest.mark.parametrize(
@@ -168,7 +180,7 @@ BENCHMARKS = [f"bench_{name}" for name in BENCHMARKS] + ["gpu_check"]
 def numeric_arguments() -> list:
     """Every argument of every script that takes a number, as (id, parser, action)."""
     found = []
-    scripts = [main_pretrain, main_finetune, main_detect, probe, robustness, studies.run]
+    scripts = [main_pretrain, main_finetune, main_detect, main_segment, probe, robustness, studies.run]
     scripts += [compare_loaders, export, pack_images, plot_log, predict, replay_nonfinite, visualize, watch_cost]
     scripts += [importlib.import_module(f"benchmarks.{name}") for name in BENCHMARKS]
     for parser in [script.get_args_parser() for script in scripts]:
@@ -198,7 +210,7 @@ def test_there_are_numeric_arguments():
     assert len(names) > 100
 
 
-@pytest.mark.parametrize("script", [main_pretrain, main_finetune, main_detect])
+@pytest.mark.parametrize("script", [main_pretrain, main_finetune, main_detect, main_segment])
 def test_help_names_every_flag_and_model(script, capsys):
     with pytest.raises(SystemExit) as exit_info:
         script.get_args_parser().parse_args(["--help"])
@@ -208,12 +220,14 @@ def test_help_names_every_flag_and_model(script, capsys):
     assert all(name in shown for name in SIZES)
 
 
-@pytest.mark.parametrize("script", [main_pretrain, main_finetune, main_detect, probe, robustness, predict])
+@pytest.mark.parametrize(
+    "script", [main_pretrain, main_finetune, main_detect, main_segment, probe, robustness, predict]
+)
 def test_help_is_true_of_each_script(script):
     """Only finetuning takes values of a checkpoint; and every flag stands under a heading of its own."""
     parser = script.get_args_parser()
     assert [action.dest for action in parser._optionals._group_actions] == ["help"]
-    if script in (main_pretrain, main_finetune, main_detect):
+    if script in (main_pretrain, main_finetune, main_detect, main_segment):
         helps = {action.dest: action.help for action in parser._actions}
         for name in ("in_chans", "mean", "std", "exif"):
             assert ("or the checkpoint's)" in helps[name]) == (script is not main_pretrain)

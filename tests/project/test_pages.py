@@ -20,12 +20,14 @@ from demo import compare_loaders, cutouts, photographs, trees, watch_cost
 from Detection import main_detect
 from Evaluation import features, probe, robustness
 from Finetuning import main_finetune
+from Segmentation import main_segment
 from tools import export, pack_images, plot_log, predict, visualize
 
 SCRIPTS = {
     "main_pretrain.py": main_pretrain,
     "Finetuning/main_finetune.py": main_finetune,
     "Detection/main_detect.py": main_detect,
+    "Segmentation/main_segment.py": main_segment,
     "Evaluation/probe.py": probe,
     "Evaluation/robustness.py": robustness,
     "demo/compare_loaders.py": compare_loaders,
@@ -193,7 +195,7 @@ def test_pages_have_no_marks_left(page):
     """Files that a page names exist, and no place waits for a figure."""
     text = page.read_text()
     assert not re.findall(r"\b[A-Z]{3,}_[A-Z_]+\b", text.replace("PIP_FLAGS", ""))
-    folders = "benchmarks|recipes|demo|slurm|util|tests|Detection|Evaluation|Finetuning"
+    folders = "benchmarks|recipes|demo|slurm|util|tests|Detection|Segmentation|Evaluation|Finetuning"
     for name in re.findall(rf"\b(?:{folders})/[\w./*-]+\.\w+", text):
         assert list(REPOSITORY.glob(name)), name
 
