@@ -1,13 +1,15 @@
-"""Name the classes of images, detect objects in them, or write their features, with a checkpoint.
+"""Name the classes of images or of their pixels, detect objects, or write features, with a checkpoint.
 
     python tools/predict.py out_finetune_b/checkpoint-best.pth photo.jpg holiday/ --output answers.csv
     python tools/predict.py out_detect_b/checkpoint-best.pth photo.jpg holiday/ --output detections.json
+    python tools/predict.py out_segment_b/checkpoint-best.pth photo.jpg holiday/ --output maps
     python tools/predict.py out_b/checkpoint-last.pth holiday/ --features pooled --output features.npy
 
 Images are files, folders at any depth, or places with the prefixes of --data_path. The answers of a classifier are CSV
 or JSON lines, by the suffix of --output; those of a detector are JSON in COCO's format for results; features are an
-array of NumPy. Beside the last two, a CSV file of the same name lists the images. Under torchrun each process takes a
-share of the images; the files are those of one process.
+array of NumPy. Beside the last two, a CSV file of the same name lists the images. The answers of a segmenter are a
+folder of label maps (PNG) and a list of them, maps.csv. Under torchrun each process takes a share of the images; the
+files are those of one process.
 """
 
 from __future__ import annotations
@@ -51,7 +53,12 @@ if TYPE_CHECKING:
 # timm, torchvision and the models are imported after the checks, so that --help and mistakes take half of the time.
 
 TOPK = 5
-SUFFIXES = {"features": (".npy",), "classification": (".csv", ".jsonl"), "detection": (".json",)}  # of --output
+SUFFIXES = {  # of --output
+    "features": (".npy",),
+    "classification": (".csv", ".jsonl"),
+    "detection": (".json",),
+    "segmentation": (),  # a folder, which `write_maps` checks
+}
 ONLY_FOR = {"topk": "classification", "score": "detection", "block": "--features", "average_last": "--features"}
 
 
@@ -65,8 +72,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     places = "files, folders, and places with a prefix: " + ", ".join(f"{kind}:" for kind in READERS if kind)
     add("images", type=arguments.nonempty, nargs="+", metavar="IMAGES", help=places)
-    kinds = ".csv or .jsonl, of a detector .json; with --features .npy"
-    add("--output", type=Path, required=True, metavar="FILE", help=kinds)
+    kinds = ".csv or .jsonl, of a detector .json, of a segmenter a folder; with --features .npy"
+    add("--output", type=Path, required=True, metavar="PATH", help=kinds)
     add("--topk", type=arguments.positive, metavar="K", help=f"likeliest classes (default: {TOPK}, or all of fewer)")
     add("--score", type=arguments.rate, help="least score of a detection (default: 0.05)")
     add("--features", choices=("pooled", "tokens"), help="write features instead, float32 or all tokens in float16")
@@ -83,13 +90,15 @@ def check_outputs(args: argparse.Namespace, kind: str) -> None:
     if kind not in SUFFIXES:
         why = " and has no classes" if kind == "pretraining" else ""
         raise UserError(f"{args.checkpoint} comes from {kind}{why}: add --features pooled")
-    if args.output.suffix not in SUFFIXES[kind]:
+    if SUFFIXES[kind] and args.output.suffix not in SUFFIXES[kind]:
         what = {"classification": "answers", "detection": "detections"}.get(kind, kind)
         raise UserError(f"--output {printable(args.output)}: {what} are written as {' or '.join(SUFFIXES[kind])}")
     for name, wanted in ONLY_FOR.items():
         if getattr(args, name) is not None and wanted.removeprefix("--") != kind:
             what = "not for --features" if kind == "features" else f"only for {wanted}, not for {kind}"
             raise UserError(f"--{name} is {what}: leave it out")
+    if kind == "segmentation":
+        return
     if kind == "detection" and args.eval_resize != "square":
         raise UserError(
             f"--eval_resize {args.eval_resize} is not for detection, which takes whole images: leave it out"
@@ -277,11 +286,15 @@ def main(args: argparse.Namespace) -> None:
     found = read_checkpoint(args, device)
     kind = "features" if args.features else found.task
     on_main(lambda: check_outputs(args, kind))
-    model: Any = load_model(args, device, found, encoder=kind != "detection")
+    model: Any = load_model(args, device, found, encoder=kind not in ("detection", "segmentation"))
     if kind == "detection":
         from Detection.detection_predict import write_detections
 
         errors = write_detections(args, found, model, source, device, log)
+    elif kind == "segmentation":
+        from Segmentation.segment_predict import write_maps
+
+        errors = write_maps(args, found, model, source, device, log)
     else:
         write = write_features if args.features else write_answers
         errors = write(args, model, eval_loader(eval_images(args, source), args, device), source, log)

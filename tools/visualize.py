@@ -1,4 +1,4 @@
-"""Draw the predictions of a pretrained model, or the detections of a detector, on images.
+"""Draw the predictions of a pretrained model, a detector or a segmenter on images.
 
     python tools/visualize.py ./out_b/checkpoint-1599.pth photo.jpg other.png --output sheets
     python tools/visualize.py ./out_detect_b/checkpoint-best.pth photo.jpg coco:/path/to/coco --output sheets
@@ -6,7 +6,8 @@
 writes sheets/photo-sheet.png and sheets/other-sheet.png. A sheet of a pretrained model shows the input, its clusters in
 the order of prediction, each cluster as predicted from the true clusters before it, and the loss of each patch. Images
 of any size and mode are resized and cropped to its input. A sheet of a detector shows the whole image with the boxes
-and masks that it finds; images of val in a place coco:FOLDER have the true ones beside them.
+and masks that it finds; images of val in a place coco:FOLDER have the true ones beside them. A sheet of
+a segmenter shows the whole image, and over it the predicted class of each pixel.
 """
 
 import argparse
@@ -53,7 +54,7 @@ class Shown(NamedTuple):
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = cli.Parser("visualize.py", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", help="checkpoint of pretraining or of a detector")
+    parser.add_argument("checkpoint", help="checkpoint of pretraining, a detector or a segmenter")
     parser.add_argument("images", nargs="+", type=Path, help="image files, or coco:FOLDER")
     folder = "folder (default: the current)"
     parser.add_argument("--output", type=arguments.nonempty, default=".", metavar="DIR", help=folder)
@@ -120,7 +121,9 @@ def draw_predictions(
 
     if not found.has_decoder:
         what = "has no decoder" if found.is_pretraining else f"is of {found.task}"
-        raise UserError(f"{found.name} {what}: only checkpoints of pretraining and detection can be drawn")
+        raise UserError(
+            f"{found.name} {what}: only checkpoints of pretraining, detection and segmentation can be drawn"
+        )
     model = cast(PretrainModel, found.load_model().to(device))
     seed_everything(0)  # the same hidden patches and the same random order in each call
     imgs = []
@@ -153,6 +156,10 @@ def main(args: argparse.Namespace) -> None:
         figures = draw_sheets(found, named, [image.annotated for image in images], device, args.score)
     elif args.score is not None:
         raise UserError(f"--score is only for detection, not for {found.task}: leave it out")
+    elif found.task == "segmentation":
+        from Segmentation.segment_predict import draw_sheets as draw_maps
+
+        figures = draw_maps(found, named, device)
     else:
         figures = draw_predictions(found, named, device)
     for figure, target in zip(figures, sheets, strict=True):
