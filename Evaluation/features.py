@@ -126,6 +126,13 @@ def encode(model: Model, imgs: Tensor, blocks: range) -> Tensor:
     return reduce(torch.add, [h.float() for h in outputs]) / len(blocks)
 
 
+def encode_patches(model: Model, imgs: Tensor, blocks: range) -> Tensor:
+    """Do as `encode`, and return the patches alone in raster order: (B, in_chans, H, W) -> (B, M, C) float32."""
+    indices = [number - 1 for number in blocks]
+    outputs = model.get_intermediate_layers(imgs, indices, norm=isinstance(model, ARMClassifier))
+    return reduce(torch.add, [h.float() for h in outputs]) / len(blocks)
+
+
 def pool(model: Model, tokens: Tensor) -> Tensor:
     """Pool tokens, (B, L, C) -> (B, C): their mean, or as a classifier pools them for its head."""
     return tokens.mean(dim=1) if isinstance(model, PretrainModel) else model.forward_head(tokens, pre_logits=True)

@@ -1,7 +1,7 @@
 """Images with masks of classes: random views of them to train on, whole images to evaluate."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from util.data.sources.mask_folder import IGNORED, MaskFolder
 from util.data.transforms import check_resized
 from util.errors import UserError
 
+Mask = TypeVar("Mask", np.ndarray, Tensor)
 REDRAWS = 10  # of a crop that one class fills
 Sample = tuple[Tensor, Tensor]  # image (C, H, W) uint8, or float32 with other than 1 or 3 channels; mask (h, w) int16
 
@@ -106,12 +107,13 @@ class WholeImage:
     Args:
         size: height and width of the input.
         pixels: how images are decoded and normalised.
+        square: resize the image to the input instead, whatever its aspect ratio.
     """
 
     one_size = False
 
-    def __init__(self, size: tuple[int, int], pixels: Pixels) -> None:
-        self.size, self.pixels = size, pixels
+    def __init__(self, size: tuple[int, int], pixels: Pixels, square: bool = False) -> None:
+        self.size, self.pixels, self.square = size, pixels, square
 
     def __call__(self, data: bytes, mask: np.ndarray) -> Sample:
         """Return a whole image (C, H, W) and its mask (h, w) int16 in the pixels of the file, turned with the image.
@@ -121,8 +123,8 @@ class WholeImage:
         """
         mask = upright(mask, data, self.pixels)
         height, width = mask.shape
-        check_resized(height, width, max(self.size))
-        target = resized_shape(mask.shape, max(self.size))
+        check_resized(height, width, self.size if self.square else max(self.size))
+        target = self.size if self.square else resized_shape(mask.shape, max(self.size))
         image = _decoded(data, mask.shape, (0, 0, height, width), target, self.pixels)
         return _resized(image, target), torch.from_numpy(np.ascontiguousarray(mask))
 
@@ -187,7 +189,7 @@ def resized_shape(shape: Sequence[int], shorter: float) -> tuple[int, int]:
     return height, width
 
 
-def nearest(mask: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+def nearest(mask: Mask, shape: Sequence[int]) -> Mask:
     """Resize a mask: each pixel takes the class at its centre, (h, w) -> `shape`."""
     rows, columns = (
         ((np.arange(new) + 0.5) * old / new).astype(np.int64) for new, old in zip(shape, mask.shape, strict=True)

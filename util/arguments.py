@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from util.data.sources.mask_folder import VALUES
 from util.data.sources.readers import READERS
 from util.distributed.processes import world_size
 from util.errors import UserError, as_user_error
@@ -192,6 +193,17 @@ def add_eval_bad(add: Callable[..., argparse.Action]) -> None:
     """Add what a broken image does to an evaluation."""
     add("--eval_bad", choices=("stop", "wrong"), default="stop",
         help="a broken image stops the evaluation, or counts as wrong")
+
+
+def add_mask_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add images with masks, and what the values of masks mean; see `MaskFolder`."""
+    add = group.add_argument
+    add("--data_path", type=nonempty, required=True, metavar="PATH",
+        help="folder with images/ and annotations/ (or masks/), in each of them training/ and validation/")
+    add("--classes", type=nonempty, metavar="FILE",
+        help="names of the classes, a line each (default: classes.txt or objectInfo150.txt in the folder)")
+    add("--ignore_label", type=number(int, 0, VALUES - 1), nargs="+", metavar="N",
+        help="values of masks without a class (default: 255, or 0 with objectInfo150.txt)")
 
 
 def add_block_arguments(group: argparse._ArgumentGroup) -> None:

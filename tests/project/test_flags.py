@@ -13,7 +13,7 @@ import main_pretrain
 import studies.run
 from demo import compare_loaders, watch_cost
 from Detection import main_detect
-from Evaluation import probe, robustness
+from Evaluation import probe, robustness, segment_knn
 from Finetuning import main_finetune
 from mamba import SIZES
 from Segmentation import main_segment
@@ -55,6 +55,10 @@ PROBE = (
     probe k temperature seeds probe_epochs probe_batch_size attn_heads seed
 """
 )
+SEGMENT_KNN = (
+    EXAMINE.replace("eval_loader", "")
+    + "data_path classes ignore_label block average_last k temperature max_tokens seed"
+)
 ROBUSTNESS = EXAMINE + "eval_bad data"
 PREDICT = EXAMINE + "topk score features block average_last"
 DETECT = SHARED.replace(" loader ", " ") + (
@@ -81,6 +85,7 @@ SEGMENT = SHARED.replace(" loader ", " ") + (
         (main_segment, SEGMENT),
         (probe, PROBE),
         (robustness, ROBUSTNESS),
+        (segment_knn, SEGMENT_KNN),
         (predict, PREDICT),
     ],
 )
@@ -180,7 +185,7 @@ BENCHMARKS = [f"bench_{name}" for name in BENCHMARKS] + ["gpu_check"]
 def numeric_arguments() -> list:
     """Every argument of every script that takes a number, as (id, parser, action)."""
     found = []
-    scripts = [main_pretrain, main_finetune, main_detect, main_segment, probe, robustness, studies.run]
+    scripts = [main_pretrain, main_finetune, main_detect, main_segment, probe, robustness, segment_knn, studies.run]
     scripts += [compare_loaders, export, pack_images, plot_log, predict, replay_nonfinite, visualize, watch_cost]
     scripts += [importlib.import_module(f"benchmarks.{name}") for name in BENCHMARKS]
     for parser in [script.get_args_parser() for script in scripts]:
@@ -221,7 +226,7 @@ def test_help_names_every_flag_and_model(script, capsys):
 
 
 @pytest.mark.parametrize(
-    "script", [main_pretrain, main_finetune, main_detect, main_segment, probe, robustness, predict]
+    "script", [main_pretrain, main_finetune, main_detect, main_segment, probe, robustness, segment_knn, predict]
 )
 def test_help_is_true_of_each_script(script):
     """Only finetuning takes values of a checkpoint; and every flag stands under a heading of its own."""

@@ -18,7 +18,7 @@ import models_arm
 import studies.run
 from demo import compare_loaders, cutouts, photographs, trees, watch_cost
 from Detection import main_detect
-from Evaluation import features, probe, robustness
+from Evaluation import features, probe, robustness, segment_knn
 from Finetuning import main_finetune
 from Segmentation import main_segment
 from tools import export, pack_images, plot_log, predict, visualize
@@ -30,6 +30,7 @@ SCRIPTS = {
     "Segmentation/main_segment.py": main_segment,
     "Evaluation/probe.py": probe,
     "Evaluation/robustness.py": robustness,
+    "Evaluation/segment_knn.py": segment_knn,
     "demo/compare_loaders.py": compare_loaders,
     "demo/cutouts.py": cutouts,
     "demo/photographs.py": photographs,

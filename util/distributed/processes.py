@@ -200,6 +200,19 @@ def reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
+def gather_rows(values: Tensor) -> Tensor:
+    """Return the rows of all ranks, rank after rank, on every rank: (n, m) with any n on each -> (sum of n, m)."""
+    if world_size() == 1:
+        return values
+    counts = gather(len(values))
+    content = values.contiguous().view(torch.uint8)  # not every backend sends every type of number
+    padded = content.new_zeros(max(counts), content.shape[1])
+    padded[: len(content)] = content
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).view(values.dtype)
+
+
 def gather_late(value: T) -> list[T]:
     """Return the values of all ranks, in order: an all-gather without timeout, for ranks that finish far apart.
 
