@@ -33,6 +33,7 @@ from util.distributed.processes import barrier, gather_late, on_main, rank, worl
 from util.errors import RunError, UserError, as_user_error
 from util.files import printable, reserve
 from util.lock import is_running
+from util.pos_embed import split_middle
 from util.tracking.run_log import Log
 from util.training import precision
 from util.training.precision import activation_dtype, autocast
@@ -128,9 +129,14 @@ def encode(model: Model, imgs: Tensor, blocks: range) -> Tensor:
 
 def encode_patches(model: Model, imgs: Tensor, blocks: range) -> Tensor:
     """Do as `encode`, and return the patches alone in raster order: (B, in_chans, H, W) -> (B, M, C) float32."""
-    indices = [number - 1 for number in blocks]
-    outputs = model.get_intermediate_layers(imgs, indices, norm=isinstance(model, ARMClassifier))
-    return reduce(torch.add, [h.float() for h in outputs]) / len(blocks)
+    tokens, (rows, columns) = encode(model, imgs, blocks), (side // model.patch_size for side in imgs.shape[-2:])
+    if isinstance(model, PretrainModel):
+        raster = torch.arange(rows * columns, device=imgs.device)[None, :, None]  # (1, M, 1)
+        places = model.to_clusters(raster).flatten().argsort()  # (1, clusters, c * c, 1) -> (M,)
+        return tokens.index_select(1, places)
+    patches, _ = split_middle(tokens)
+    whole = -(-columns // model.pad_patches) * model.pad_patches  # with those that a pyramid adds
+    return patches.unflatten(1, (-1, whole))[:, :rows, :columns].flatten(1, 2)  # (B, rows, columns, C) -> (B, M, C)
 
 
 def pool(model: Model, tokens: Tensor) -> Tensor:

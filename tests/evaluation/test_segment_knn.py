@@ -28,13 +28,19 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def models():
     torch.manual_seed(1)
     pretrain = models_arm.ARMPretrain(**SIZES, cluster_size=2, dec_embed_dim=64, dec_depth=1, order="column")
-    return {"pretrain": pretrain.eval(), "classifier": models_arm.ARMClassifier(**SIZES).eval()}
+    pyramid = models_arm.ARMPyramid(**SIZES, out_chans=8)
+    return {
+        "pretrain": pretrain.eval(),
+        "classifier": models_arm.ARMClassifier(**SIZES).eval(),
+        "pyramid": pyramid.eval(),
+    }
 
 
 @pytest.fixture(scope="module")
 def checkpoints(models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
-    for name, model in models.items():
+    for name in ("pretrain", "classifier"):
+        model = models[name]
         saved = argparse.Namespace(input_size=[32, 32], cluster_size=2, order="column", global_pool=True)
         torch.save({"model": model.state_dict(), "args": saved}, folder / f"{name}.pth")
     return folder
@@ -88,7 +94,7 @@ def test_patches_of_a_mask():
     assert torch.equal(from_patches(patches, (2, 3)), mask)
 
 
-@pytest.mark.parametrize("kind", ["pretrain", "classifier"])
+@pytest.mark.parametrize("kind", ["pretrain", "classifier", "pyramid"])
 def test_tokens_are_in_raster_order(models, kind):
     """They are those of `encode` without class token, in the order in which the pixels lie."""
     model, imgs = models[kind], torch.randn(2, 3, 32, 32)
@@ -100,6 +106,15 @@ def test_tokens_are_in_raster_order(models, kind):
     else:
         assert torch.equal(patches, torch.cat([tokens[:, :8], tokens[:, 9:]], dim=1))
     assert patches.dtype == torch.float32
+
+
+def test_patches_that_a_pyramid_adds_are_left_out(models):
+    """It pads 3 x 5 patches to 4 x 6."""
+    imgs = torch.randn(1, 3, 24, 40)
+    with torch.no_grad():
+        patches = features.encode_patches(models["pyramid"], imgs, range(3, 4))
+        padded = features.encode_patches(models["pyramid"], F.pad(imgs, (0, 8, 0, 8)), range(3, 4))
+    assert torch.equal(patches.view(3, 5, 32), padded.view(4, 6, 32)[:3, :5])
 
 
 def test_votes_equal_a_loop(monkeypatch):
