@@ -23,6 +23,8 @@ from Finetuning import main_finetune
 from tools import plot_log, predict, visualize
 from util import cli
 from util.checkpoints import checkpoint_file
+from util.data.sources.coco import open_coco
+from util.data.sources.mask_folder import IGNORED, open_masks
 from util.errors import RunError
 
 
@@ -235,6 +237,8 @@ def test_trees(tmp_path, monkeypatch, run_script, capsys):
             got = [row["bbox"] for row in found["annotations"] if row["image_id"] in (images[0]["id"], images[1]["id"])]
             assert got == ([[0, 10, 80, 30]] if name == next(iter(places)) else [[200, 10, 50, 30], [0, 10, 50, 30]])
         assert all(row["area"] == row["bbox"][2] * row["bbox"][3] for row in found["annotations"])
+    source = open_coco(f"coco:{tmp_path}/trees", "val")
+    assert (source.classes, [len(source.objects(i).boxes) for i in range(4)]) == (["tree"], [1, 1, 1, 1])
 
 
 def test_cut_outs(tmp_path, monkeypatch, run_script, capsys):
@@ -281,7 +285,10 @@ def test_cut_outs(tmp_path, monkeypatch, run_script, capsys):
                 assert (np.median(blue) > 128) == is_blue
                 shown.add(int(label))
     assert shown == {*range(1, 8)}
-    assert (tmp_path / "first" / "classes.txt").read_text().split() == ["photograph", *cutouts.CLASSES]
+    for split, count in cutouts.COUNTS.items():
+        source = open_masks(str(tmp_path / "first"), split)
+        assert (source.classes, len(source.paths)) == (["photograph", *cutouts.CLASSES], count)
+        assert {*source.read_mask(0).flat} <= {IGNORED, *range(8)}
 
 
 def test_cut_outs_without_clip_art(tmp_path, monkeypatch, run_script, capsys):
