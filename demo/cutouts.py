@@ -7,8 +7,8 @@
 writes cutouts/images/{train,val}/*.jpg, cutouts/annotations/{train,val}/*.png and cutouts/classes.txt. A mask has the
 line of the class in classes.txt, from 0, in every pixel, and 255 where the edge of a cut-out is half transparent. The
 cut-outs are Open Clip Art (public domain) with transparency, by the folder that they lie in; the photographs come with
-scikit-image. Training and evaluation have different cut-outs on different photographs. cutouts/images/train is also a
-folder of images to pretrain on. Debian and Ubuntu have the clip art; without root:
+scikit-image. Training and evaluation have different cut-outs, and different halves of the photographs.
+cutouts/images/train is also a folder of images to pretrain on. Debian and Ubuntu have the clip art; without root:
 
     apt-get download openclipart-png && dpkg -x openclipart-png_*.deb clipart
     python demo/cutouts.py cutouts --clipart clipart/usr/share/openclipart/png
@@ -43,10 +43,10 @@ OTHERS = re.compile(
 FILLED = 0.25, 0.92  # share of a picture that is opaque: less are line drawings, more have a background
 COLOURED = 12  # least mean difference of the largest and the smallest of red, green, blue: less are silhouettes
 ALIKE = 8  # mean difference of small copies, of 255: below it, a picture is a variant of another one, and left out
-PHOTOGRAPHS = {
-    "train": ("astronaut.png", "brick.png", "coffee.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png"),
-    "val": ("grass.png", "moon.png", "retina.jpg", "rocket.jpg"),
-}
+PHOTOGRAPHS = (
+    "astronaut.png", "brick.png", "coffee.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png",
+    "moon.png", "retina.jpg", "rocket.jpg",
+)  # fmt: skip
 COUNTS = {"train": 600, "val": 150}  # images
 SIDE = 160  # pixels of an image
 SIZES = 0.25, 0.7  # of the longer side of a cut-out, as a part of SIDE
@@ -89,6 +89,13 @@ def distinct(paths: list[Path]) -> list[Image.Image]:
     return found
 
 
+def half(path: Path, right: bool) -> Image.Image:
+    """Return the left or the right half of a photograph, RGB."""
+    with Image.open(path) as opened:
+        middle = opened.width // 2
+        return opened.convert("RGB").crop((middle if right else 0, 0, opened.width if right else middle, opened.height))
+
+
 def compose(
     photographs: list[Image.Image], cut_outs: list[list[Image.Image]], rng: np.random.Generator
 ) -> tuple[Image.Image, Image.Image]:
@@ -129,9 +136,7 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         UserError: a package is not installed, or the folder exists or cannot be written.
     """
-    photographs = {
-        split: [in_package("skimage", f"data/{name}") for name in names] for split, names in PHOTOGRAPHS.items()
-    }
+    photographs = [in_package("skimage", f"data/{name}") for name in PHOTOGRAPHS]
     folder, clipart = Path(args.folder), Path(args.clipart)
     pictures = [distinct(sorted((clipart / where).rglob("*.png"))) for where in CLASSES.values()]
     if not all(len(found) > 1 for found in pictures):
@@ -139,15 +144,15 @@ def main(args: argparse.Namespace) -> None:
     with as_user_error(OSError, prefix=f"{printable(folder)}: "):
         folder.mkdir(parents=True)
         write_text(folder / "classes.txt", "\n".join(("photograph", *CLASSES)) + "\n")
-        for number, (split, paths) in enumerate(photographs.items()):
-            opened = [Image.open(path).convert("RGB") for path in paths]
-            held_out = split == "val"  # every fourth cut-out, and the first
+        for number, split in enumerate(COUNTS):
+            held_out = split == "val"  # the right half of photographs; every fourth cut-out, and the first
+            halves = [half(path, right=held_out) for path in photographs]
             cut_outs = [[p for i, p in enumerate(found) if (i % 4 == 0) == held_out] for found in pictures]
             rng = np.random.default_rng(number)
             for kind in ("images", "annotations"):
                 (folder / kind / split).mkdir(parents=True)
             for i in range(COUNTS[split]):
-                image, mask = compose(opened, cut_outs, rng)
+                image, mask = compose(halves, cut_outs, rng)
                 image.save(folder / "images" / split / f"{i:04d}.jpg", quality=95)
                 mask.save(folder / "annotations" / split / f"{i:04d}.png")
             counts = ", ".join(f"{len(found)} of {name}" for name, found in zip(CLASSES, cut_outs, strict=True))

@@ -256,10 +256,11 @@ def test_cut_outs(tmp_path, monkeypatch, run_script, capsys):
         lines = Image.new("RGBA", (99, 99))
         ImageDraw.Draw(lines).line((5, 5, 90, 90), (200, 9, 9, 255), 3)
         lines.save(tmp_path / "clipart" / folder / "lines.png")
-    names = [name for listed in cutouts.PHOTOGRAPHS.values() for name in listed]
-    as_package(tmp_path, "skimage", dict.fromkeys((f"data/{name}" for name in names), (200, 300)))
-    for name in names:
-        Image.new("RGB", (200, 300)).save(tmp_path / "skimage" / "data" / name)
+    as_package(tmp_path, "skimage", dict.fromkeys((f"data/{name}" for name in cutouts.PHOTOGRAPHS), (400, 200)))
+    for name in cutouts.PHOTOGRAPHS:  # black at the left, grey at the right
+        photograph = Image.new("L", (400, 200))
+        photograph.paste(90, (200, 0, 400, 200))
+        photograph.save(tmp_path / "skimage" / "data" / name)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "skimage", raising=False)
     monkeypatch.setattr(cutouts, "COUNTS", {"train": 12, "val": 8})
@@ -268,7 +269,7 @@ def test_cut_outs(tmp_path, monkeypatch, run_script, capsys):
     printed = capsys.readouterr().out
     assert printed.count("4 of mammal, 4 of bird") == printed.count("2 of mammal, 2 of bird") == 2
     shown = set()
-    for split, is_blue in (("train", False), ("val", True)):
+    for split, held_out in (("train", False), ("val", True)):
         files = sorted((tmp_path / "first" / "images" / split).iterdir())
         assert len(files) == cutouts.COUNTS[split]
         for file in files:
@@ -277,12 +278,12 @@ def test_cut_outs(tmp_path, monkeypatch, run_script, capsys):
             image = np.asarray(Image.open(file)).astype(int)
             mask = np.asarray(Image.open(tmp_path / "first" / "annotations" / split / f"{file.stem}.png"))
             assert image.shape == (cutouts.SIDE, cutouts.SIDE, 3)
-            assert np.median(image[mask == 0]) < 5
+            assert abs(np.median(image[mask == 0]) - 90 * held_out) < 5
             for label in {*mask.flat} - {0, cutouts.IGNORED}:
                 red, green, blue = image[mask == label].T
                 assert np.median(green) > 230
                 assert abs(np.median(red) - 30 * (label - 1) - 40) < 12
-                assert (np.median(blue) > 128) == is_blue
+                assert (np.median(blue) > 128) == held_out
                 shown.add(int(label))
     assert shown == {*range(1, 8)}
     for split, count in cutouts.COUNTS.items():
@@ -292,7 +293,7 @@ def test_cut_outs(tmp_path, monkeypatch, run_script, capsys):
 
 
 def test_cut_outs_without_clip_art(tmp_path, monkeypatch, run_script, capsys):
-    as_package(tmp_path, "skimage", {f"data/{n}": (8, 8) for names in cutouts.PHOTOGRAPHS.values() for n in names})
+    as_package(tmp_path, "skimage", {f"data/{name}": (8, 8) for name in cutouts.PHOTOGRAPHS})
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "skimage", raising=False)
     with pytest.raises(SystemExit, match=r"^2$"):
