@@ -55,6 +55,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     arguments.add_shared_arguments(parser, SIZES, classified=False)
     add = arguments.add_finetune_arguments(parser).add_argument
     add("--boxes_only", action="store_true", help="Faster R-CNN: no masks (default: Mask R-CNN)")
+    channels = "channels of the feature maps and heads (default: 256, or the checkpoint's)"
+    add("--head_channels", type=arguments.side, metavar="N", help=channels)
     add(
         "--vis_freq",
         type=arguments.natural,
@@ -100,9 +102,11 @@ def build_detector(args: argparse.Namespace, found: Checkpoint | None, classes: 
         UserError: see `engine_finetune.encoder_sizes`; sizes do not fit together, there are fewer blocks than --freeze
             names, or the checkpoint to resume from detects masks and this run does not, or the other way round.
     """
-    from Detection.models_detect import Detector
+    from Detection.models_detect import Detector, channels_of
     from models_arm import create_pyramid
 
+    if args.head_channels is None:
+        args.head_channels = channels_of(found.state_dict) if found is not None and found.task == "detection" else 256
     sizes = {"img_size": DEFAULT_SIZE} | engine_finetune.encoder_sizes(args, found, "detection")
     if found is not None and (args.eval or args.resume):
         with_masks = any(name.startswith("roi_heads.mask_") for name in found.state_dict)
@@ -112,7 +116,11 @@ def build_detector(args: argparse.Namespace, found: Checkpoint | None, classes: 
             raise UserError(f"{found.name} detects {what}")
     with as_user_error(ValueError, BackendUnavailable):
         encoder = create_pyramid(
-            args.model or "arm_base_pz16", drop_path_rate=args.drop_path, scan_backend=args.scan_backend, **sizes
+            args.model or "arm_base_pz16",
+            out_chans=args.head_channels,
+            drop_path_rate=args.drop_path,
+            scan_backend=args.scan_backend,
+            **sizes,
         )
     model = Detector(encoder, classes, masks=not args.boxes_only)
     args.input_size, args.directions, args.in_chans = list(encoder.image_size), len(encoder.order), encoder.in_chans

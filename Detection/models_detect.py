@@ -28,8 +28,8 @@ from models_classifier import ARMPyramid
 
 ANCHORS = (32, 64, 128, 256, 512)  # pixels, one size for each map
 RATIOS = (0.5, 1.0, 2.0)  # height / width
-BOX_HEAD, MASK_HEAD = [256] * 4, [256] * 4  # channels of the convolutions
-LINEAR = [1024]  # channels of the box head's linear layer
+BOX_CONVS, MASK_CONVS = 4, 4  # convolutions of the heads
+LINEAR, MASKED = 1024, 256  # channels that torchvision's predictors of boxes and of masks take
 PROPOSALS = 1000  # of an image, at most
 SAMPLED_ANCHORS, SAMPLED_REGIONS = 256, 512  # of an image, in training
 PASTED = 2**26  # pixels of masks that are pasted at a time: 256 MB in float32
@@ -92,8 +92,8 @@ class Detector(nn.Module):
     """Mask R-CNN or Faster R-CNN: region proposals, boxes and masks from the feature maps of an ARM encoder.
 
     As in ViTDet, the proposals have two convolutions, the box head four and a linear layer, the mask head four, with
-    LayerNorm over channels. No batch norm: an image does not depend on the others of its batch. All other settings are
-    torchvision's.
+    LayerNorm over channels; all have the channels of the maps. There is no batch norm: an image does not depend on the
+    others of its batch. All other settings are torchvision's.
 
     Args:
         backbone: the encoder with its pyramid.
@@ -113,9 +113,10 @@ class Detector(nn.Module):
         channels = backbone.out_chans
         strides = [backbone.patch_size * 2**level // 4 for level in range(5)]
         norm: dict[str, Any] = {"norm_layer": LayerNorm2d}
-        heads: dict[str, Any] = {"box_head": FastRCNNConvFCHead((channels, 7, 7), BOX_HEAD, LINEAR, **norm)}
+        convolutions = [channels] * BOX_CONVS
+        heads: dict[str, Any] = {"box_head": FastRCNNConvFCHead((channels, 7, 7), convolutions, [LINEAR], **norm)}
         if masks:
-            heads["mask_head"] = MaskRCNNHeads(channels, MASK_HEAD, 1, **norm)
+            heads["mask_head"] = MaskRCNNHeads(channels, [*[channels] * (MASK_CONVS - 1), MASKED], 1, **norm)
         parts = (MaskRCNN if masks else FasterRCNN)(
             SimpleNamespace(out_channels=channels),
             num_classes + 1,
@@ -237,6 +238,11 @@ def _in_float32(_: nn.Module, __: object, outputs: Any) -> Any:
     return type(outputs)(_in_float32(_, __, part) for part in outputs)
 
 
+def channels_of(state_dict: dict[str, Tensor]) -> int:
+    """Return the channels of a detector's maps and heads."""
+    return state_dict["rpn.head.cls_logits.weight"].shape[1]
+
+
 def build(state_dict: dict[str, Tensor], sizes: dict[str, Any], _: dict[str, Any]) -> Detector:
     """Return the detector that a state dict describes, with random weights.
 
@@ -246,6 +252,5 @@ def build(state_dict: dict[str, Tensor], sizes: dict[str, Any], _: dict[str, Any
         _: arguments of its run: none is needed.
     """
     classes = len(state_dict["roi_heads.box_predictor.cls_score.weight"]) - 1
-    channels = state_dict["rpn.head.cls_logits.weight"].shape[1]
     masks = any(name.startswith("roi_heads.mask_") for name in state_dict)
-    return Detector(create_pyramid("arm_base_pz16", **{"out_chans": channels, **sizes}), classes, masks)
+    return Detector(create_pyramid("arm_base_pz16", **{"out_chans": channels_of(state_dict), **sizes}), classes, masks)

@@ -32,7 +32,7 @@ from mamba import SIZES
 from ops import BackendUnavailable
 from util import arguments, cli
 from util.data.class_names import differing
-from util.data.sources.mask_folder import VALUES, MaskFolder, open_masks
+from util.data.sources.mask_folder import MaskFolder, open_masks
 from util.errors import UserError, as_user_error
 from util.files import printable, some
 from util.tracking.run_log import Log
@@ -66,13 +66,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--vis_freq", type=arguments.natural, default=10, metavar="N",
         help="epochs between pictures of 4 images of val in TensorBoard; 0: none (default: %(default)s)")
 
-    add = parser.add_argument_group("images and masks").add_argument
-    add("--data_path", type=arguments.nonempty, required=True, metavar="PATH",
-        help="folder with images/ and annotations/ (or masks/), in each of them training/ and validation/")
-    add("--classes", type=arguments.nonempty, metavar="FILE",
-        help="names of the classes, a line each (default: classes.txt or objectInfo150.txt in the folder)")
-    add("--ignore_label", type=arguments.number(int, 0, VALUES - 1), nargs="+", metavar="N",
-        help="values of masks without a class (default: 255, or 0 with objectInfo150.txt)")
+    group = parser.add_argument_group("images and masks")
+    arguments.add_mask_arguments(group)
+    add = group.add_argument
     add("--scale", type=arguments.number(float, 0, 100), nargs=2, metavar=("LEAST", "MOST"),
         help="size of a training image, as a factor of the input (default: 0.5 2)")
     add("--max_share", type=arguments.number(float, 0, 1, above=True), default=0.75, metavar="X",

@@ -26,6 +26,7 @@ import engine_pretrain
 import main_pretrain
 from Detection import main_detect
 from Finetuning import engine_finetune, main_finetune
+from Segmentation import main_segment
 from util import cli
 from util.checkpoints import checkpoint_file, inspection
 from util.distributed.processes import init_device
@@ -62,6 +63,9 @@ def build(content: dict) -> tuple[Model, Callable[..., Tensor]]:
     elif found.task == "detection":
         detector = main_detect.build_detector(args, found, len(found.class_names))
         model, compute_loss = cast("Model", detector), lambda *batch: torch.stack([*detector(*batch).values()]).sum()
+    elif found.task == "segmentation":
+        segmenter = main_segment.build_segmenter(args, found, len(found.class_names))
+        model, compute_loss = cast("Model", segmenter), segmenter
     else:
         # the sizes that the run took from --finetune are those of these weights
         model = main_finetune.build_classifier(args, found)
@@ -109,19 +113,16 @@ def read_update(path: Path, image: tuple[int, int, int], classes: int | None) ->
 def is_batch(batch: object, image: tuple[int, int, int], classes: int | None) -> bool:
     """Return whether a saved batch is a list of images (B, *image) and labels (B,) int64, for a model as above.
 
-    Of a detector the labels are a dict for each image.
+    Of a detector the labels are a dict for each image, of a segmenter the classes of the pixels (B, H, W) int64.
     """
     if not isinstance(batch, list) or len(batch) != 2 or not isinstance(batch[0], Tensor):
         return False
     imgs, labels = batch
     if isinstance(labels, list) and classes is None:
         return imgs.shape == (len(labels), *image) and all(isinstance(target, dict) for target in labels)
-    if (
-        not isinstance(labels, Tensor)
-        or not imgs.is_floating_point()
-        or labels.dtype != torch.int64
-        or labels.ndim != 1
-    ):
+    if not isinstance(labels, Tensor) or not imgs.is_floating_point() or labels.dtype != torch.int64:
+        return False
+    if labels.shape not in ((len(imgs),), (len(imgs), *image[1:]) if classes is None else ()):
         return False
     known = classes is None or (len(labels) > 0 and labels.min() >= 0 and labels.max() < classes)
     return bool(known) and imgs.shape == (len(labels), *image)

@@ -15,10 +15,11 @@ sys.path.insert(0, str(REPOSITORY))
 from Detection import models_detect  # noqa: E402
 from models_arm import create_pyramid  # noqa: E402
 
-FEW = {"PROPOSALS": 30, "SAMPLED_ANCHORS": 64, "SAMPLED_REGIONS": 32, "BOX_HEAD": [8], "MASK_HEAD": [8, 256]}
+FEW = {"PROPOSALS": 30, "SAMPLED_ANCHORS": 64, "SAMPLED_REGIONS": 32, "BOX_CONVS": 1, "MASK_CONVS": 2}
 SIZES = {"embed_dim": 32, "depth": 2, "patch_size": 8}
 WORDS = [word for name, value in SIZES.items() for word in (f"--{name}", value)]
-WORDS += "--device cpu --num_workers 0 --input_size 64 --drop_path 0 --warmup_epochs 0 --lr 1e-3".split()
+WORDS += "--device cpu --num_workers 0 --input_size 64 --head_channels 16".split()
+WORDS += "--drop_path 0 --warmup_epochs 0 --lr 1e-3".split()
 COLOURS = {"red": (230, 20, 20), "blue": (20, 20, 230)}
 IDS = {"red": 3, "blue": 90}
 

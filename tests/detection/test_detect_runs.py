@@ -30,9 +30,9 @@ def checkpoint(rectangles, tmp_path_factory):
     """A detector that has learned nothing, with the arguments of a run."""
     path = tmp_path_factory.mktemp("detector") / "c.pth"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models_detect, "BOX_HEAD", [8])
-        patch.setattr(models_detect, "MASK_HEAD", [8, 256])
-        content = {"model": detector(out_chans=256).eval().state_dict()}
+        patch.setattr(models_detect, "BOX_CONVS", 1)
+        patch.setattr(models_detect, "MASK_CONVS", 2)
+        content = {"model": detector().eval().state_dict()}
     saved = {"input_size": [64], "mean": [0.5] * 3, "std": [0.25] * 3, "category_ids": [*IDS.values()]}
     args = main_detect.get_args_parser().parse_args(["--data_path", "x"])
     vars(args).update(saved)

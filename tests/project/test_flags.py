@@ -63,7 +63,7 @@ ROBUSTNESS = EXAMINE + "eval_bad data"
 PREDICT = EXAMINE + "topk score features block average_last"
 DETECT = SHARED.replace(" loader ", " ") + (
     """
-    finetune model_key ignore_keys directions drop_path layer_decay ema_decay freeze boxes_only vis_freq
+    finetune model_key ignore_keys directions drop_path layer_decay ema_decay freeze boxes_only head_channels vis_freq
     eval output eval_bad
 """
 )

@@ -125,8 +125,8 @@ def test_images_without_a_result_are_listed(checkpoint, photos, tmp_path, monkey
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--output {out} --topk 2", "--topk is not for the label maps of a segmenter"),
-        ("--output {out} --block 1", "--block is not for the label maps of a segmenter"),
+        ("--output {out} --topk 2", "--topk is only for classification, not for segmentation"),
+        ("--output {out} --block 1", "--block is only for --features, not for segmentation"),
         ("--output {photos}/a.jpg", "a.jpg cannot be written: File exists"),
         ("--output {full}", "holds files that are no earlier result: a.png; give another folder"),
         ("--output {other}", "holds maps.csv, which is no list of label maps"),
