@@ -178,7 +178,11 @@ LONG = "x" * 300
         (plot_log, [LONG], "File name too long"),
         (plot_log, ["{root}", "--output", ""], "--output: .* has an empty name"),
         (predict, ["{root}/fine.pth", LONG, "--output", "x.csv", "--device", "cpu"], "File name too long"),
-        (predict, ["{root}/fine.pth", "x", "--output", f"{LONG}.csv", "--device", "cpu"], "File name too long"),
+        (
+            predict,
+            ["{root}/fine.pth", "{root}/pre.pth", "--output", f"{LONG}.csv", "--device", "cpu"],
+            "File name too long",
+        ),
         (visualize, ["{root}/pre.pth", LONG, "--device", "cpu"], "File name too long"),
     ],
 )

@@ -40,7 +40,7 @@ FREE = {
     "num_workers", "worker_timeout", "pin_mem", "max_bad_samples", "max_nonfinite", "dist_timeout", "device", "compile",
     "cuda_graph", "fused_ops", "deterministic", "fsdp", "scan_backend", "dtype", "eval", "dist_eval", "eval_bad",
     "output", "tracker", "vis_freq", "grad_checkpointing", "print_freq", "val_freq", "probe_freq", "probe_images",
-    "category_ids",
+    "category_ids", "classes", "multi_scale",
 }  # fmt: skip
 
 
