@@ -15,6 +15,7 @@ import main_pretrain
 import pretrained
 from Segmentation import main_segment, segment_evaluation
 from Segmentation.segment_inference import Inference
+from tools import replay_nonfinite
 from util.checkpoints import checkpoint_file
 from util.data.sources.mask_folder import IGNORED, open_masks
 
@@ -250,3 +251,19 @@ def test_mistakes(data, tmp_path, run_script, capsys, words, message):
             main_segment, *TINY, "--data_path", data, "--output_dir", tmp_path, "--batch_size", 4, *words.split()
         )
     assert_one_line(capsys, exit_info, message)
+
+
+def test_an_update_with_nonfinite_gradients_is_replayed(random_run, runs, run_script, capsys):
+    """The run ends and keeps weights and batches, of which the tool names the first module that breaks."""
+    content = checkpoint_file.read(runs.folder / "random" / "checkpoint-last.pth")
+    content["model"]["backbone.layers.1.mixer.out_proj.weight"].fill_(3e38)
+    torch.save(content, runs.folder / "broken.pth")
+    words = runs.words("broken", "--batch_size", 4, "--finetune", runs.folder / "broken.pth", "--max_nonfinite", 1)
+    with pytest.raises(SystemExit):
+        run_script(main_segment, *words, "--model_key", "model")
+    assert "the gradient was not finite in 1 updates in a row" in capsys.readouterr().err
+    (folder,) = (runs.folder / "broken").glob("nonfinite-*")
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(replay_nonfinite, folder, "--device", "cpu")
+    assert exit_info.value.code == 1
+    assert "outputs of modules are not finite, first: backbone.layers.1" in capsys.readouterr().out
