@@ -118,9 +118,9 @@ def _resized(objects: Objects, original: tuple[int, int], size: tuple[int, int])
     resized = objects | {"boxes": objects["boxes"] * scale}
     if "masks" in objects:
         masks = objects["masks"][:, None].float()  # (n, 1, h, w)
-        resized["masks"] = (
-            F.interpolate(masks, size)[:, 0] > 0 if len(masks) else torch.zeros((0, *size), dtype=torch.bool)
-        )
+        if len(masks):
+            masks = F.interpolate(masks, size, mode="nearest-exact")
+        resized["masks"] = masks[:, 0] > 0 if len(masks) else torch.zeros((0, *size), dtype=torch.bool)
     return resized
 
 

@@ -164,7 +164,7 @@ def main(args: argparse.Namespace) -> None:
     found = None if content is None else Checkpoint(args.resume or args.finetune, content, args.model_key)
     if found is not None:
         found.say_guesses(arguments.given(args, "input_size").keys())
-        if args.eval and (others := differing(found.class_names, val.classes)):
+        if args.eval and found.task == "segmentation" and (others := differing(found.class_names, val.classes)):
             raise UserError(f"{val.root} has other classes than {printable(found.name)}: {some(others)}")
     model = build_segmenter(args, found, len(val.classes))
     pixels = Pixels.of(args, {} if found is None else found.saved_pixels)

@@ -87,6 +87,8 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, dict]:
     found.say_guesses()
     if found.is_pretraining and not args.encoder:
         raise UserError(f"{args.checkpoint} comes from pretraining and has no head: export its --encoder")
+    if found.task == "segmentation" and not args.encoder:
+        raise UserError(f"{args.checkpoint} is of a segmenter, which is not exported: take its --encoder")
     about = describe(found, args.encoder)
     if found.task == "detection" and not args.encoder:
         from Detection.detection_export import ExportedDetector

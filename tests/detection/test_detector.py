@@ -14,7 +14,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import box_iou
 
 import pretrained
-from Detection import models_detect
+from Detection import detection_pictures, models_detect
 from Detection.detection_data import DetectionDataset, Fit
 from Detection.models_detect import SeededSampler, paste
 from util.data.pixels import Pixels
@@ -216,3 +216,15 @@ def test_the_methods_of_the_encoder():
         layer.compile = lambda **how: options.seen.append(how)
     model.compile(mode="default")
     assert options.seen == [{"mode": "default"}] * 2
+
+
+def test_masks_are_drawn_where_their_boxes_are():
+    """Enlarged by a factor that is no whole number, a square ends within half a pixel of its box."""
+    masks = torch.zeros(1, 61, 61, dtype=torch.uint8)
+    masks[:, 12:28, 12:28] = 1
+    objects = {"boxes": torch.tensor([[12.0, 12, 28, 28]]), "masks": masks}
+    drawn = detection_pictures._resized(objects, (61, 61), (64, 64))
+    rows = drawn["masks"][0].any(dim=1).nonzero()
+    left, _, right, _ = drawn["boxes"][0].tolist()
+    assert abs(rows[0].item() - left) <= 0.5
+    assert abs(rows[-1].item() + 1 - right) <= 0.5

@@ -13,9 +13,10 @@ from training_helpers import assert_same_run, final_weights
 
 import main_pretrain
 import pretrained
+from models_arm import create_classifier
 from Segmentation import main_segment, segment_evaluation
 from Segmentation.segment_inference import Inference
-from tools import replay_nonfinite
+from tools import export, replay_nonfinite
 from util.checkpoints import checkpoint_file
 from util.data.sources.mask_folder import IGNORED, open_masks
 
@@ -236,7 +237,7 @@ MISTAKES = {
     "--scale 2 0.5": "--scale: the smaller value comes first",
     "--ignore_label 70000": "argument --ignore_label: 70000 is not at least 0 and at most 65535",
     "--classes none": r"none: \[Errno 2\] No such file",
-    "--data_path none": "--data_path none: it needs a folder images",
+    "--data_path none": "--data_path none: no such folder",
     "--batch_size 9": "8 training images do not fill one update",
     "--freeze all": "--freeze all keeps weights as they are: --finetune says which",
     "--eval": "--eval needs a checkpoint: --resume FILE",
@@ -267,3 +268,22 @@ def test_an_update_with_nonfinite_gradients_is_replayed(random_run, runs, run_sc
         run_script(replay_nonfinite, folder, "--device", "cpu")
     assert exit_info.value.code == 1
     assert "outputs of modules are not finite, first: backbone.layers.1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["onnx", "pt2", "safetensors"])
+def test_a_segmenter_is_not_exported_as_something_else(random_run, runs, run_script, tmp_path, capsys, form):
+    checkpoint = runs.folder / "random" / "checkpoint-best.pth"
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(export, checkpoint, "--to", form, "--output", tmp_path / f"x.{form}")
+    assert exit_info.value.code == 2
+    (line,) = [row for row in capsys.readouterr().err.splitlines() if "error:" in row]
+    assert "is of a segmenter, which is not exported: take its --encoder" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_task_of_a_file_comes_before_its_classes(data, tmp_path, run_script, capsys):
+    model = create_classifier("arm_tiny_pz16", embed_dim=16, depth=2, patch_size=8, img_size=32, num_classes=2)
+    torch.save({"model": model.state_dict(), "class_names": ["a", "b"]}, tmp_path / "c.pth")
+    with pytest.raises(SystemExit):
+        run_script(main_segment, "--eval", "--resume", tmp_path / "c.pth", "--data_path", data, *QUIET)
+    assert "comes from classification: --finetune it first" in capsys.readouterr().err

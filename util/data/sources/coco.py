@@ -256,7 +256,7 @@ class CocoSource(ImageFiles):
             image = self.image_ids[self.rows["image"][without.argmax()]]
             raise self._fault(
                 f"{without.sum()} of {len(without)} objects have no segmentation, the first in the image with the id "
-                f"{image}: masks cannot be learned, boxes can"
+                f"{image}: masks cannot be learned; --boxes_only learns boxes"
             )
 
     def objects(self, index: int) -> Objects:

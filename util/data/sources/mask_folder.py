@@ -63,6 +63,8 @@ class MaskFolder(ImageFiles):
             kinds = [kind for kind in KINDS if is_folder(root / kind)]
             if not is_folder(root / "images") or len(kinds) != 1:
                 wanted = f"a folder images and one of {', '.join(KINDS)}"
+                if not root.is_dir():
+                    raise UserError(f"{about}: no such folder")
                 raise UserError(f"{about}: it needs {wanted}, and has {some(kinds) or 'none of these'}")
             found = [name for names in SPLITS.values() for name in names if is_folder(root / "images" / name)]
             name = choose_split(found, split, True, f"{about}/images")
