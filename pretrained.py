@@ -204,7 +204,7 @@ class Checkpoint:
 
         Args:
             model: a classifier or another encoder of any resolution, patch size and number of channels, for weights of
-                any task; a model of the same task; or a detector or segmenter, whose encoder takes weights of any task.
+                any task; a detector or segmenter, whose encoder takes weights of any task; or a pretraining model.
             keep_head: require that all that follows the encoder fits; if False, what does not is not loaded.
             encoder: load only the encoder into a pretraining model, of any resolution and so on.
 
@@ -222,6 +222,11 @@ class Checkpoint:
         elif hasattr(model, "backbone") and not keep_head:
             loaded = convert.load_into_classifier(self.encoder, model.backbone, saved, keep_head)
             loaded.notes.append(convert.load_what_fits(model, self.state_dict, "backbone."))
+        elif hasattr(model, "backbone"):
+            changes: list[str] = []
+            fitted = convert.pretrain_to_classifier(self.encoder, model.backbone, saved, changes)
+            loaded = convert.load(model, self.state_dict | {f"backbone.{name}": fitted[name] for name in fitted})
+            loaded.notes.extend(changes)
         elif encoder:
             loaded = convert.load_encoder(encoder_part(self.state_dict), model, saved)
         else:

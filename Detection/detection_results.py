@@ -60,8 +60,9 @@ def evaluate(
     names = [name for share in gather(bad) for name in share] if loader.sampler.distributed else bad
     for name in names[:SHOWN]:
         LOGGER.warning("feature maps that are not finite, so that nothing is detected: %s", name)
-    if len(names) == len(results.source.labels):
-        raise RunError(f"the feature maps of all {len(names)} images are not finite: these weights detect nothing")
+    if len(names) + results.broken == len(results.source.labels):
+        what = f"the feature maps of all {len(names)} images are not finite: these weights detect nothing"
+        raise RunError(what if names else f"all {results.broken} images are broken")
     return results.summary() | ({"nonfinite": len(names)} if names else {})
 
 

@@ -200,6 +200,7 @@ def finetune(
     from util.data.pixels import Pixels
 
     masks, pixels, size = not args.boxes_only, Pixels.of(args), arguments.image_size(args)
+    Results(val, masks)  # a mistake in the annotations ends the run before it trains
     train = DetectionDataset(source, Jitter(size, tuple(args.scale), args.hflip), pixels, masks)
     shown = DetectionDataset(val, Fit(size), pixels)
     check_same_images(source, val)

@@ -3,7 +3,7 @@
 #
 # Recipe: the field's, not the paper's: that of ViTDet (Li et al. 2022) for a base encoder, with a cosine in place of
 # steps and 36 epochs in place of 100. --epochs 12 is the field's short schedule.
-# Reaches: not measured: it was not run here.
+# Reaches: not measured: it was not run here. The paper has a table of Mask R-CNN on COCO, which could not be read here.
 # Takes: not measured.
 #
 #     recipes/detect_coco.sh coco:/path/to/coco [ARGUMENTS]

@@ -3,7 +3,7 @@
 #
 # Recipe: the field's, not the paper's: UperNet on plain encoders as MAE and BEiT train it, 160,000 steps of 16 images,
 # which are 127 epochs of 20,210. The schedule is a cosine with one epoch of warm-up, not polynomial with 1,500 steps.
-# Reaches: not measured: it was not run here.
+# Reaches: not measured: it was not run here. The paper has a table of UperNet on ADE20K, which could not be read here.
 # Takes: not measured.
 #
 #     recipes/segment_ade20k.sh /path/to/ADEChallengeData2016 [ARGUMENTS]

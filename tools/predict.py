@@ -97,12 +97,11 @@ def check_outputs(args: argparse.Namespace, kind: str) -> None:
         if getattr(args, name) is not None and wanted.removeprefix("--") != kind:
             what = "not for --features" if kind == "features" else f"only for {wanted}, not for {kind}"
             raise UserError(f"--{name} is {what}: leave it out")
+    for name, usual in (("eval_resize", "square"), ("eval_loader", "pil")):
+        if kind in ("detection", "segmentation") and (given := getattr(args, name)) != usual:
+            raise UserError(f"--{name} {given} is not for {kind}, which takes whole images: leave it out")
     if kind == "segmentation":
         return
-    if kind == "detection" and args.eval_resize != "square":
-        raise UserError(
-            f"--eval_resize {args.eval_resize} is not for detection, which takes whole images: leave it out"
-        )
     inputs = [beside(args.checkpoint), *(path for path in args.images if not path_of(path)[0])]
     is_ours = {"features": is_features, "classification": is_answers, "detection": is_detections}[kind]
     output_file(args.output, is_ours, *inputs)

@@ -12,10 +12,12 @@ from helpers import read_log, torchrun
 from PIL import Image
 from small_detector import IDS, WORDS, detector
 
+import pretrained
 from Detection import main_detect, models_detect
 from Detection.detection_predict import joined_lists
 from tools import predict, replay_nonfinite, visualize
 from util.checkpoints import checkpoint_file
+from util.errors import UserError
 from util.training.run_state import Run
 
 SCRIPT = "tests/detection/small_detector.py"
@@ -263,3 +265,48 @@ def test_a_broken_image_stops_an_evaluation_or_counts_as_without_detections(
     assert "1 images broken, and so without detections" in capsys.readouterr().out
     found = json.loads((tmp_path / "report" / "detections-model.json").read_text())
     assert {one["image_id"] for one in found} == {10, 12}
+
+
+def test_objects_of_val_without_masks_end_a_run_before_it_trains(rectangles, tmp_path, run_script, capsys):
+    root = shutil.copytree(rectangles, tmp_path / "data")
+    file = root / "annotations" / "instances_val.json"
+    content = json.loads(file.read_text())
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(main_detect, *RUN, "--data_path", f"coco:{root}", "--output_dir", tmp_path / "out")
+    assert exit_info.value.code == 2
+    out, err = capsys.readouterr()
+    assert "masks cannot be learned; --boxes_only learns boxes" in err
+    assert "epoch 0" not in out
+
+
+def test_a_detector_takes_images_of_another_size(checkpoint, rectangles, tmp_path, run_script):
+    """The position embedding is interpolated, as a classifier's is; everything else is as in the file."""
+    model, found = pretrained.load(checkpoint, img_size=96)
+    assert model.backbone.image_size == (96, 96)
+    for name, value in found.state_dict.items():
+        assert torch.equal(model.state_dict()[name], value) == (name != "backbone.pos_embed"), name
+    words = ["--eval", "--resume", checkpoint, "--data_path", f"coco:{rectangles}", "--input_size", 96, *QUIET]
+    run_script(main_detect, *words, "--output", tmp_path / "report")
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["args"]["input_size"] == [96, 96]
+
+
+def test_names_of_another_number_of_classes(checkpoint, tmp_path):
+    content = checkpoint_file.read(checkpoint)
+    torch.save(content | {"class_names": ["a", "b", "c"]}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match="it has 3 class_names and another number of outputs"):
+        _ = pretrained.read(tmp_path / "c.pth").class_names
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_bfloat16(rectangles, tmp_path, run_script):
+    """Boxes are decoded in float32 under autocast, and losses stay near those of float32."""
+    words = [*RUN, "--epochs", 1, "--batch_size", 2, "--data_path", f"coco:{rectangles}"]
+    losses = []
+    for dtype in ("fp32", "bf16"):
+        run_script(main_detect, *words, "--dtype", dtype, "--output_dir", tmp_path / dtype)
+        losses.append(read_log(tmp_path / dtype)[0]["train_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert losses[1] != losses[0]

@@ -287,3 +287,21 @@ def test_the_task_of_a_file_comes_before_its_classes(data, tmp_path, run_script,
     with pytest.raises(SystemExit):
         run_script(main_segment, "--eval", "--resume", tmp_path / "c.pth", "--data_path", data, *QUIET)
     assert "comes from classification: --finetune it first" in capsys.readouterr().err
+
+
+def test_a_segmenter_takes_images_of_another_size(random_run, runs, data, tmp_path, run_script):
+    checkpoint = runs.folder / "random" / "checkpoint-best.pth"
+    model, found = pretrained.load(checkpoint, img_size=48)
+    assert model.backbone.image_size == (48, 48)
+    for name, value in found.state_dict.items():
+        assert torch.equal(model.state_dict()[name], value) == (name != "backbone.pos_embed"), name
+    words = ["--eval", "--resume", checkpoint, "--data_path", data, "--input_size", 48, *QUIET]
+    run_script(main_segment, *words, "--output", tmp_path / "report")
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["args"]["input_size"] == [48, 48]
+
+
+def test_bfloat16(runs):
+    """The loss stays near that of float32."""
+    losses = [runs(dtype, "--batch_size", 4, "--dtype", dtype)[1][0]["train_loss"] for dtype in ("fp32", "bf16")]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert losses[1] != losses[0]

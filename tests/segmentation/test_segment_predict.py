@@ -126,6 +126,8 @@ def test_images_without_a_result_are_listed(checkpoint, photos, tmp_path, monkey
     ("words", "message"),
     [
         ("--output {out} --topk 2", "--topk is only for classification, not for segmentation"),
+        ("--output {out} --eval_resize shorter", "--eval_resize shorter is not for segmentation"),
+        ("--output {out} --eval_loader fast", "--eval_loader fast is not for segmentation"),
         ("--output {out} --block 1", "--block is only for --features, not for segmentation"),
         ("--output {photos}/a.jpg", "a.jpg cannot be written: File exists"),
         ("--output {full}", "holds files that are no earlier result: a.png; give another folder"),

@@ -34,6 +34,8 @@ PUBLISHED: dict[str, Any] = {
 }
 
 _ENCODER = "backbone."  # before the names of a detector's or segmenter's encoder
+# The biases of the classes in a detector, a segmenter and a classifier, and how many of them are the background.
+_OUTPUTS = {r"roi_heads\.box_predictor\.cls_score\.bias": 1, r"head\.classifier\.(\d+\.)?bias": 0, r"head\.bias": 0}
 _NOT_ARM = "the checkpoint is not one of ARM"
 _MAX_DEPTH = 1000  # blocks
 _MAX_SIDE = 2**15  # pixels
@@ -222,13 +224,21 @@ def class_names(content: dict) -> list[str]:
     names = content.get("class_names") or getattr(content.get("args"), "class_names", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError("the checkpoint is damaged: its class_names are no list of names")
-    state_dict = weights(content) if names else {}
-    if task_of(state_dict) == "classification" and len(names) != len(state_dict["head.weight"]):
+    if names and len(names) != outputs_of(weights(content)):
         raise UserError(f"the checkpoint is damaged: it has {len(names)} class_names and another number of outputs")
     names = [printable(name) for name in names]
     if twice := {name for name, times in Counter(names).items() if name and times > 1}:
         raise UserError(f"the checkpoint is damaged: its class_names hold {some(sorted(twice))} more than once")
     return names
+
+
+def outputs_of(state_dict: StateDict) -> int:
+    """Return the number of classes that a classifier, detector or segmenter tells apart; 0 if it has no such layer."""
+    for pattern, background in _OUTPUTS.items():
+        for name, value in state_dict.items():
+            if re.fullmatch(pattern, name):
+                return len(value) - background
+    return 0
 
 
 def saved_size(content: dict) -> tuple[int, int] | None:
