@@ -201,7 +201,7 @@ def test_a_missing_split(folder):
     os.rename(folder / "images/val", folder / "images/rest")
     with pytest.raises(NoSplit, match="no folder 'val' in images"):
         open_masks(str(folder), "val")
-    with pytest.raises(UserError, match="needs a folder images"):
+    with pytest.raises(UserError, match="nowhere: no such folder"):
         open_masks(str(folder / "nowhere"), "val")
 
 
