@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class Task(NamedTuple):
-    """What a run finetunes.
+    """Hold what a run finetunes: a model, its images, a loss and a metric.
 
     Attributes:
         model: the bare model, with the weights to start from. It has `compile`, and the blocks of its encoder lie in a

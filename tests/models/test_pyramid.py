@@ -181,7 +181,7 @@ def test_every_size_is_registered(name):
     ],
 )
 def test_features_only(indices, taps, kept, blocks):
-    """What no chosen map needs is gone, so that every parameter gets a gradient."""
+    """Remove what no chosen map needs, so that every parameter gets a gradient."""
     chosen = {} if indices is None else {"out_indices": indices}
     whole, model = small(taps=taps), in_timm(taps=taps, features_only=True, **chosen)
     model.model.load_state_dict(whole.state_dict(), strict=False)
@@ -389,7 +389,7 @@ def test_upernet_of_transformers():
 
 
 class Maps(nn.Module):
-    """What torchvision's detectors call: names of maps, and their channels."""
+    """Name maps, and give their channels, as torchvision's detectors ask for."""
 
     def __init__(self, pyramid):
         super().__init__()

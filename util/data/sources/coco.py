@@ -346,7 +346,7 @@ def _twice(values: Sequence | np.ndarray) -> str:
 
 
 class _Row(int):
-    """What the parser puts in the place of an annotation: its number."""
+    """Stand in for an annotation in what the parser returns, with its number."""
 
 
 class _Parser:
