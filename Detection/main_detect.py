@@ -20,7 +20,7 @@ import argparse
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -32,10 +32,9 @@ from Finetuning.engine_finetune import Task
 from mamba import SIZES
 from ops import BackendUnavailable
 from util import arguments, cli
-from util.data.class_names import differing
+from util.checkpoints.inspection import outputs_of
 from util.data.sources.coco import CocoSource, open_coco
 from util.errors import UserError, as_user_error
-from util.files import printable, some
 from util.tracking.run_log import Log
 from util.training.run_state import check_same_images, record_images
 
@@ -123,11 +122,7 @@ def build_detector(args: argparse.Namespace, found: Checkpoint | None, classes: 
             **sizes,
         )
     model = Detector(encoder, classes, masks=not args.boxes_only)
-    args.input_size, args.directions, args.in_chans = list(encoder.image_size), len(encoder.order), encoder.in_chans
-    model.set_grad_checkpointing(args.grad_checkpointing)
-    for blocks in arguments.given(args, "freeze").values():
-        with as_user_error(ValueError, prefix=f"--freeze {blocks}: "):
-            model.freeze(blocks)
+    engine_finetune.set_up(args, model)
     return model
 
 
@@ -142,7 +137,6 @@ def main(args: argparse.Namespace) -> None:
     train = None if args.eval else open_coco(args.data_path, "train")
 
     from pretrained import Checkpoint
-    from util.data.pixels import IMAGENET, Pixels
 
     found = None if content is None else Checkpoint(args.resume or args.finetune, content, args.model_key)
     if found is not None:
@@ -151,10 +145,7 @@ def main(args: argparse.Namespace) -> None:
     val.match(names, train.root if train is not None else args.resume or args.finetune)
     if not len(val.rows):
         raise UserError(f"{val.root}: there are no objects to evaluate with")
-    pixels = Pixels.of(args, {} if found is None else found.saved_pixels)
-    vars(args).update(pixels.arguments())
-    if pixels != IMAGENET:
-        LOGGER.info("%s%s", pixels, "" if found is None else f"; what no flag says is as in {printable(found.name)}")
+    engine_finetune.choose_pixels(args, found)
     model = build_detector(args, found, len(names))
     kernels.choose(args, device, model.backbone.embed_dim, {"augment": "detection has its own transforms"})
     if train is not None:
@@ -172,7 +163,7 @@ def classes_of(found: Checkpoint | None, val: CocoSource) -> list[str]:
     """
     if found is None or found.task != "detection":
         return val.classes  # `build_detector` will refuse it
-    outputs = len(found.state_dict["roi_heads.box_predictor.cls_score.bias"]) - 1
+    outputs = outputs_of(found.state_dict)
     if not any(found.class_names) and outputs != len(val.classes):
         raise UserError(f"{found.name} detects {outputs} classes, which it does not name; {val.root} has others")
     return found.class_names or val.classes
@@ -208,7 +199,7 @@ def finetune(
     args.category_ids = source.category_ids.tolist()
     loader, val_loader = train_loader(train, args, device), eval_loader(shown, args, device)
     if found is not None and not args.resume:
-        start_from(found, model, source.classes, log)
+        engine_finetune.start_from(found, model, "detection", model.OUTPUTS, source.classes, log)
     if args.freeze is not None:
         log.say(engine_finetune.describe_frozen(model, f"--freeze {args.freeze}", bool(found and found.is_pretraining)))
     task = Task(
@@ -222,21 +213,6 @@ def finetune(
         draw=FixedPictures(shown, device),
     )
     engine_finetune.finetune(task, args, device, log, found.content if found and args.resume else None)
-
-
-def start_from(found: Checkpoint, model: Detector, names: list[str], log: Log) -> None:
-    """Load the weights of `--finetune`, and of a detector all parts that fit; say which classes are new.
-
-    `names` are the classes of this run. Raises UserError if the checkpoint does not fit the model.
-    """
-    new = {name: value.clone() for name, value in model.state_dict().items() if name.startswith(model.OUTPUTS)}
-    found.load_into(cast(Any, model), keep_head=False)
-    if found.task != "detection":
-        return
-    others = differing(found.class_names, names)
-    if others:
-        model.load_state_dict(new, strict=False)
-        log.say(f"the outputs are new: the classes of {printable(found.name)} are others: {some(others)}")
 
 
 if __name__ == "__main__":

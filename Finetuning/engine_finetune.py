@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import time
 from collections.abc import Callable
 from functools import partial
@@ -16,11 +17,14 @@ from torch import Tensor, nn
 import kernels
 from util import arguments
 from util.checkpoints import checkpoint_file
+from util.data.class_names import differing
 from util.data.device_loader import DeviceLoader
+from util.data.pixels import IMAGENET, Pixels
 from util.distributed.parallel import distribute, unsharded
 from util.distributed.processes import init_device, is_main
 from util.distributed.signals import StopRequest
-from util.errors import UserError
+from util.errors import UserError, as_user_error
+from util.files import printable, some
 from util.lr_decay import param_groups_layer_decay
 from util.seeding import seed_everything
 from util.tracking.run_log import Log, clock, open_log
@@ -33,6 +37,9 @@ if TYPE_CHECKING:
     from timm.utils import ModelEmaV3
 
     from pretrained import Checkpoint
+
+
+LOGGER = logging.getLogger("arm")
 
 
 class Task(NamedTuple):
@@ -123,6 +130,50 @@ def encoder_sizes(args: argparse.Namespace, found: Checkpoint | None, task: str)
     if args.input_size is not None:
         sizes["img_size"] = arguments.image_size(args)
     return sizes
+
+
+def set_up(args: argparse.Namespace, model: Any) -> None:
+    """Set `args` to the sizes of the encoder; checkpoint activations and freeze blocks as `args` say.
+
+    `model` is a classifier, or a model with the encoder as `backbone`. Raises UserError if it has fewer blocks than
+    --freeze names.
+    """
+    encoder = getattr(model, "backbone", model)
+    args.input_size, args.directions, args.in_chans = list(encoder.image_size), len(encoder.order), encoder.in_chans
+    model.set_grad_checkpointing(getattr(args, "grad_checkpointing", False))
+    for blocks in arguments.given(args, "freeze").values():
+        with as_user_error(ValueError, prefix=f"--freeze {blocks}: "):
+            model.freeze(blocks)
+
+
+def choose_pixels(args: argparse.Namespace, found: Checkpoint | None) -> Pixels:
+    """Return the pixels that the command line and the checkpoint describe; set `args` to them, and log unusual ones."""
+    pixels = Pixels.of(args, {} if found is None else found.saved_pixels)
+    vars(args).update(pixels.arguments())
+    if pixels != IMAGENET:
+        LOGGER.info("%s%s", pixels, "" if found is None else f"; what no flag says is as in {printable(found.name)}")
+    return pixels
+
+
+def start_from(found: Checkpoint, model: Any, task: str, outputs: tuple[str, ...], names: list[str], log: Log) -> None:
+    """Load the weights of `--finetune`, and of a model of the same task all parts that fit; say which outputs are new.
+
+    Args:
+        found: the checkpoint.
+        model: with the encoder as `backbone`.
+        task: of the model.
+        outputs: how the names of the parameters of each class begin; they stay new where the classes are others.
+        names: classes of this run.
+        log: of this rank.
+
+    Raises:
+        UserError: the checkpoint does not fit the model.
+    """
+    new = {name: value.clone() for name, value in model.state_dict().items() if name.startswith(outputs)}
+    found.load_into(model, keep_head=False)
+    if found.task == task and (others := differing(found.class_names, names)):
+        model.load_state_dict(new, strict=False)
+        log.say(f"the outputs are new: the classes of {printable(found.name)} are others: {some(others)}")
 
 
 def describe_frozen(model: nn.Module, flag: str, is_new: bool) -> str:

@@ -40,7 +40,7 @@ from util.data.class_names import differing, match_classes, names_by_output
 from util.data.sources.readers import open_source
 from util.data.sources.source import Source
 from util.errors import UserError, as_user_error
-from util.files import printable, some
+from util.files import some
 from util.tracking.run_log import Log
 from util.training.evaluation import describe_result, evaluate
 from util.training.run_state import check_same_images, record_images
@@ -136,12 +136,8 @@ def build_classifier(args: argparse.Namespace, found: Checkpoint | None) -> ARMC
             scan_backend=args.scan_backend,
             **sizes,
         )
-    args.input_size = list(model.image_size)
-    args.nb_classes, args.directions, args.in_chans = model.num_classes, len(model.order), model.in_chans
-    model.set_grad_checkpointing(getattr(args, "grad_checkpointing", False))
-    for blocks in arguments.given(args, "freeze").values():
-        with as_user_error(ValueError, prefix=f"--freeze {blocks}: "):
-            model.freeze(blocks)
+    args.nb_classes = model.num_classes
+    engine_finetune.set_up(args, model)
     return model
 
 
@@ -178,16 +174,12 @@ def prepare(
         UserError: see `build_classifier`; or the kernels are not there.
     """
     from Evaluation.features import eval_images
-    from util.data.pixels import IMAGENET, Pixels
 
     if found is not None:
         new = set() if args.resume or args.eval else {"global_pool"}
         found.say_guesses(new | arguments.given(args, "global_pool", "input_size").keys())
     model = build_classifier(args, found)
-    pixels = Pixels.of(args, {} if found is None else found.saved_pixels)
-    vars(args).update(pixels.arguments())
-    if pixels != IMAGENET:
-        LOGGER.info("%s%s", pixels, "" if found is None else f"; what no flag says is as in {printable(found.name)}")
+    pixels = engine_finetune.choose_pixels(args, found)
     val = eval_images(args, source)
     idle = {"augment": "it carries out RandAugment on the training device: --aa rand..., --loader fast"}
     augments = not args.eval and args.loader != "pil" and (args.aa or "").startswith("rand")

@@ -134,13 +134,8 @@ def build_segmenter(args: argparse.Namespace, found: Checkpoint | None, classes:
             **head,
             **sizes,
         )
-    encoder = model.backbone
-    args.input_size, args.directions, args.in_chans = list(encoder.image_size), len(encoder.order), encoder.in_chans
     args.head, args.head_channels = head.get("head", "upernet"), getattr(model.head, "channels", None)
-    model.set_grad_checkpointing(args.grad_checkpointing)
-    for blocks in arguments.given(args, "freeze").values():
-        with as_user_error(ValueError, prefix=f"--freeze {blocks}: "):
-            model.freeze(blocks)
+    engine_finetune.set_up(args, model)
     return model
 
 
@@ -159,7 +154,6 @@ def main(args: argparse.Namespace) -> None:
     from pretrained import Checkpoint
     from Segmentation.segmentation_data import SegmentationDataset, WholeImage
     from util.data.loaders import eval_loader
-    from util.data.pixels import IMAGENET, Pixels
 
     found = None if content is None else Checkpoint(args.resume or args.finetune, content, args.model_key)
     if found is not None:
@@ -167,10 +161,7 @@ def main(args: argparse.Namespace) -> None:
         if args.eval and found.task == "segmentation" and (others := differing(found.class_names, val.classes)):
             raise UserError(f"{val.root} has other classes than {printable(found.name)}: {some(others)}")
     model = build_segmenter(args, found, len(val.classes))
-    pixels = Pixels.of(args, {} if found is None else found.saved_pixels)
-    vars(args).update(pixels.arguments())
-    if pixels != IMAGENET:
-        LOGGER.info("%s%s", pixels, "" if found is None else f"; what no flag says is as in {printable(found.name)}")
+    pixels = engine_finetune.choose_pixels(args, found)
     images = SegmentationDataset(val, WholeImage(arguments.image_size(args), pixels))
     kernels.choose(args, device, model.backbone.embed_dim, {"augment": "it is for the images of classification"})
     if train is not None:
@@ -209,7 +200,7 @@ def finetune(
     record_images(args, source)
     args.mask_values = source.values
     if found is not None and not args.resume:
-        start_from(found, model, source.classes, log)
+        engine_finetune.start_from(found, model, "segmentation", model.head.OUTPUTS, source.classes, log)
     if args.freeze is not None:
         log.say(engine_finetune.describe_frozen(model, f"--freeze {args.freeze}", bool(found and found.is_pretraining)))
     evaluated = partial(evaluate, loader=val_loader, inference=inference, names=source.classes, device=device, log=log)
@@ -224,18 +215,6 @@ def finetune(
         draw=FixedPictures(val, source.classes, inference, device),
     )
     engine_finetune.finetune(task, args, device, log, found.content if found and args.resume else None)
-
-
-def start_from(found: Checkpoint, model: Any, names: list[str], log: Log) -> None:
-    """Load the weights of `--finetune`, and of a segmenter all parts that fit; say which outputs are new.
-
-    `names` are the classes of this run. Raises UserError if the checkpoint does not fit the model.
-    """
-    new = {name: value.clone() for name, value in model.state_dict().items() if name.startswith(model.head.OUTPUTS)}
-    found.load_into(model, keep_head=False)
-    if found.task == "segmentation" and (others := differing(found.class_names, names)):
-        model.load_state_dict(new, strict=False)
-        log.say(f"the outputs are new: the classes of {printable(found.name)} are others: {some(others)}")
 
 
 if __name__ == "__main__":
