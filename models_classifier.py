@@ -388,3 +388,26 @@ def check_strides(*sides: int) -> None:
     for side in sides:
         if side % 4:
             raise ValueError(f"patches of {side} pixels: the finest stride is a quarter, choose a multiple of 4")
+
+
+class WithEncoder(nn.Module):
+    """Base of models that are built around an encoder, their `backbone`, which these methods act on."""
+
+    backbone: ARMClassifier
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The encoder's blocks."""
+        return self.backbone.layers
+
+    def compile(self, **options: Any) -> None:
+        """Compile the encoder in place, block by block; what follows it runs eagerly."""
+        self.backbone.compile(**options)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block of the encoder in the backward pass instead of keeping its activations."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    def freeze(self, blocks: int | Literal["all"]) -> None:
+        """Freeze the encoder's embeddings and its first `blocks`, or all of them; see `ARMClassifier.freeze`."""
+        self.backbone.freeze(blocks)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops.poolers import initLevelMapper
 
 from models_arm import create_pyramid
-from models_classifier import ARMPyramid
+from models_classifier import ARMPyramid, WithEncoder
 
 ANCHORS = (32, 64, 128, 256, 512)  # pixels, one size for each map
 RATIOS = (0.5, 1.0, 2.0)  # height / width
@@ -88,7 +88,7 @@ class SeededSampler:
         return [chosen[0]], [chosen[1]]
 
 
-class Detector(nn.Module):
+class Detector(WithEncoder):
     """Mask R-CNN or Faster R-CNN: region proposals, boxes and masks from the feature maps of an ARM encoder.
 
     As in ViTDet, the proposals have two convolutions, the box head four and a linear layer, the mask head four, with
@@ -137,23 +137,6 @@ class Detector(nn.Module):
         for pool in pools:  # torchvision would infer the scales once, from the first images
             pool.scales = [1 / stride for stride in strides[:4]]
             pool.map_levels = initLevelMapper(levels[0], levels[3])
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        """The encoder's blocks."""
-        return self.backbone.layers
-
-    def compile(self, **options: Any) -> None:
-        """Compile the encoder in place, block by block."""
-        self.backbone.compile(**options)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block of the encoder in the backward pass instead of keeping its activations."""
-        self.backbone.set_grad_checkpointing(enable)
-
-    def freeze(self, blocks: int | Literal["all"]) -> None:
-        """Freeze the encoder's embeddings and its first `blocks`, or all of them; see `ARMClassifier.freeze`."""
-        self.backbone.freeze(blocks)
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
         """Return the maps by torchvision's names, float32: (B, C, H, W) -> (B, out_chans, h, w).

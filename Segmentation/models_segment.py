@@ -6,7 +6,7 @@ loss = model(imgs, masks)
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from models_arm import create_classifier, create_pyramid
-from models_classifier import ARMClassifier
+from models_classifier import ARMClassifier, WithEncoder
 
 HEADS = "upernet", "linear"
 IGNORED = -1  # class of the pixels that neither the loss nor a metric counts
@@ -22,7 +22,7 @@ BINS = 1, 2, 3, 6  # regions a side of the pyramid pooling
 AUXILIARY = 0.4  # weight of the loss of UperNet's second classifier
 
 
-class Segmenter(nn.Module):
+class Segmenter(WithEncoder):
     """Classify every pixel of an image.
 
     Args:
@@ -33,23 +33,6 @@ class Segmenter(nn.Module):
     def __init__(self, backbone: ARMClassifier, head: "UperNet | LinearHead") -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        """Blocks of the encoder."""
-        return self.backbone.layers
-
-    def compile(self, **options: Any) -> None:
-        """Compile the encoder in place, block by block; the convolutions of the head run eagerly."""
-        self.backbone.compile(**options)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block of the encoder in the backward pass instead of keeping its activations."""
-        self.backbone.set_grad_checkpointing(enable)
-
-    def freeze(self, blocks: int | Literal["all"]) -> None:
-        """Freeze the embeddings and the first blocks of the encoder, or all of them; see `ARMClassifier.freeze`."""
-        self.backbone.freeze(blocks)
 
     def forward(self, imgs: Tensor, masks: Tensor | None = None) -> Tensor:
         """Return logits at the size of the images, or the training loss if `masks` are given.
