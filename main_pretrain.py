@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-import kernels
 from decoder import TAPS
 from engine_pretrain import train_one_epoch
 from mamba import ORDERS, SIZES
 from objectives import OBJECTIVES
-from ops import BackendUnavailable
+from ops import BackendUnavailable, kernel_choice
 from util import arguments, cli
 from util.data.pixels import IMAGENET, Pixels
 from util.data.sources.readers import open_source
@@ -90,7 +89,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"number of images for --probe_freq (default: {PROBE_IMAGES})",
     )
-    kernels.add_arguments(parser.add_argument_group("kernels"))
+    kernel_choice.add_arguments(parser.add_argument_group("kernels"))
     parser.set_defaults(
         model="arm_base_pz16",
         in_chans=3,
@@ -165,7 +164,7 @@ def main(args: argparse.Namespace) -> None:
     watch = online.Watch(args, source, device, log.say)
     seed_everything(args.seed)
     model = build_model(args).to(device)
-    kernels.choose(args, device, model.embed_dim, {"augment": "pretraining only crops and flips"})
+    kernel_choice.choose(args, device, model.embed_dim, {"augment": "pretraining only crops and flips"})
     loader = train_loader(dataset, args, device)
     if args.vis_freq and is_main():
         shown = prediction_figures.fixed_images(args.data_path, size, source, pixels)
@@ -174,10 +173,10 @@ def main(args: argparse.Namespace) -> None:
     wrapped = distribute(model, device, args.fsdp)
     groups = param_groups_weight_decay(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
-    kernels.compile_models(args, device, model)
+    kernel_choice.compile_models(args, device, model)
     run = Run(
         args, model, optimizer, content=content, images=len(dataset), folder=folders[0], say=log.say,
-        graphs=kernels.block_graphs(args, model),
+        graphs=kernel_choice.block_graphs(args, model),
     )  # fmt: skip
 
     log.say(run.describe(len(dataset), device))

@@ -26,11 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-import kernels
 from Finetuning import engine_finetune
 from Finetuning.engine_finetune import Task
 from mamba import SIZES
-from ops import BackendUnavailable
+from ops import BackendUnavailable, kernel_choice
 from util import arguments, cli
 from util.checkpoints.inspection import outputs_of
 from util.data.sources.coco import CocoSource, open_coco
@@ -79,7 +78,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="large-scale jitter: size of a training image, as a factor of the input",
     )
 
-    kernels.add_arguments(parser.add_argument_group("kernels"))
+    kernel_choice.add_arguments(parser.add_argument_group("kernels"))
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval", action="store_true", help="only evaluate --resume (or --finetune)")
     add("--output", type=arguments.nonempty, metavar="DIR", help="report of --eval (default: CKPT.eval next to CKPT)")
@@ -147,7 +146,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"{val.root}: there are no objects to evaluate with")
     engine_finetune.choose_pixels(args, found)
     model = build_detector(args, found, len(names))
-    kernels.choose(args, device, model.backbone.embed_dim, {"augment": "detection has its own transforms"})
+    kernel_choice.choose(args, device, model.backbone.embed_dim, {"augment": "detection has its own transforms"})
     if train is not None:
         finetune(args, found, model, train, val, device, log)
     elif found is not None:

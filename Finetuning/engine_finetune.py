@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import kernels
+from ops import kernel_choice
 from util import arguments
 from util.checkpoints import checkpoint_file
 from util.data.class_names import differing
@@ -206,10 +206,10 @@ def finetune(task: Task, args: argparse.Namespace, device: torch.device, log: Lo
         distribute(ema.module, device, sharded=True)
     groups = param_groups_layer_decay(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
-    kernels.compile_models(args, device, model, *([] if ema is None else [ema.module]))
+    kernel_choice.compile_models(args, device, model, *([] if ema is None else [ema.module]))
     run = Run(
         args, model, optimizer, ema, task.class_names, content=content, images=images, folder=Path(args.output_dir),
-        say=log.say, graphs=kernels.block_graphs(args, model),
+        say=log.say, graphs=kernel_choice.block_graphs(args, model),
     )  # fmt: skip
 
     compute_loss = task.loss_of(wrapped)

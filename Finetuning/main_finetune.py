@@ -30,11 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import nn
 
-import kernels
 from Finetuning import engine_finetune
 from Finetuning.engine_finetune import Task
 from mamba import SIZES
-from ops import BackendUnavailable
+from ops import BackendUnavailable, kernel_choice
 from util import arguments, cli
 from util.data.class_names import differing, match_classes, names_by_output
 from util.data.sources.readers import open_source
@@ -91,7 +90,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--mixup_switch_prob", type=arguments.rate, default=0.5, help="rate of cutmix among them")
     add("--mixup_mode", choices=("batch", "pair", "elem"), default="batch", help="images that share one lambda")
 
-    kernels.add_arguments(parser.add_argument_group("kernels"))
+    kernel_choice.add_arguments(parser.add_argument_group("kernels"))
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval", action="store_true", help="only evaluate --resume (or --finetune)")
     add("--dist_eval", action="store_true", help="each process evaluates a share; the result is the same")
@@ -185,7 +184,7 @@ def prepare(
     augments = not args.eval and args.loader != "pil" and (args.aa or "").startswith("rand")
     if augments:
         idle = {} if pixels.channels == 3 else {"augment": "its kernels are for images of 3 channels"}
-    kernels.choose(args, device, model.embed_dim, idle)
+    kernel_choice.choose(args, device, model.embed_dim, idle)
     return model, val
 
 
@@ -210,7 +209,7 @@ def finetune(
     with as_user_error(AssertionError, ValueError, KeyError, prefix=f"--aa {args.aa}: "):
         transform = finetune_transform(arguments.image_size(args), args)
     train, classes = ImageDataset(source, pixels_by(args.loader, transform)), source.classes
-    kernels.fuse_augmentation(train.transform)
+    kernel_choice.fuse_augmentation(train.transform)
     check_same_images(source, val.source)
     if len(classes) > args.nb_classes:
         raise UserError(f"{source.root} has {len(classes)} classes, the classifier {args.nb_classes}: --nb_classes")

@@ -26,10 +26,9 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import kernels
 from Finetuning import engine_finetune
 from mamba import SIZES
-from ops import BackendUnavailable
+from ops import BackendUnavailable, kernel_choice
 from util import arguments, cli
 from util.data.class_names import differing
 from util.data.sources.mask_folder import MaskFolder, open_masks
@@ -76,7 +75,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--distort", type=arguments.rate, default=0.5,
         help="rate of changes of brightness, contrast, saturation and hue (default: %(default)s)")
 
-    kernels.add_arguments(parser.add_argument_group("kernels"))
+    kernel_choice.add_arguments(parser.add_argument_group("kernels"))
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval", action="store_true", help="only evaluate --resume (or --finetune)")
     add("--inference", choices=("slide", "whole"), default="slide",
@@ -163,7 +162,7 @@ def main(args: argparse.Namespace) -> None:
     model = build_segmenter(args, found, len(val.classes))
     pixels = engine_finetune.choose_pixels(args, found)
     images = SegmentationDataset(val, WholeImage(arguments.image_size(args), pixels))
-    kernels.choose(args, device, model.backbone.embed_dim, {"augment": "it is for the images of classification"})
+    kernel_choice.choose(args, device, model.backbone.embed_dim, {"augment": "it is for the images of classification"})
     if train is not None:
         finetune(args, found, model, train, images, device, log)
     elif found is not None:

@@ -22,9 +22,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import kernels
 from benchmarks.command_line import make_parser
-from ops import BackendUnavailable, fused
+from ops import BackendUnavailable, fused, kernel_choice
 from util import arguments, cli, hardware
 from util.data.transforms import finetune_transform
 from util.data.uint8_transform import Uint8Transform
@@ -68,7 +67,7 @@ def forms_of(device: torch.device) -> list[str]:
 def finish(form: str, transform: Uint8Transform, pixels: Tensor, todo: Tensor, device: torch.device) -> Tensor:
     """Augment a batch on the device by one of `FORMS`: (B, H, W, 3) uint8 -> (B, 3, H, W) float32."""
     fused.use([FORMS[form]], device)
-    kernels.fuse_augmentation(transform)
+    kernel_choice.fuse_augmentation(transform)
     return transform.finish(pixels, todo, device)
 
 

@@ -43,7 +43,7 @@ from benchmarks.bench_train import RandomBatches
 from benchmarks.command_line import make_parser
 from engine_pretrain import train_one_epoch
 from Finetuning import main_finetune
-from kernels import should_compile
+from ops.kernel_choice import should_compile
 from tools import pack_images
 from util import arguments, cli, hardware
 from util.data import datasets, decode, loaders, transforms

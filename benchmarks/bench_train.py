@@ -46,7 +46,6 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import engine_pretrain
-import kernels
 import models_arm
 import ops
 from benchmarks import bench_ops, released
@@ -54,7 +53,7 @@ from benchmarks.command_line import fitting, make_parser
 from Finetuning import engine_finetune
 from models_classifier import ARMClassifier
 from models_pretrain import PretrainModel
-from ops import BackendUnavailable, fused
+from ops import BackendUnavailable, fused, kernel_choice
 from ops.cuda_graph import captures
 from util import cli, hardware
 from util.data.device_loader import DeviceLoader
@@ -189,7 +188,7 @@ def epoch_runner(
         return lambda: released.train_steps(model, loader, compute_loss, optimizer, args.clip_grad, ema)
     if how.compiled:
         model.compile(**fused.compile_options())
-    graphs = kernels.block_graphs(args, model)
+    graphs = kernel_choice.block_graphs(args, model)
     run = Run(args, model, optimizer, ema, graphs=graphs)
 
     def epoch() -> None:
@@ -386,7 +385,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=fitting(CASES), help="default: %(default)s")
     parser.add_argument("--backend", choices=ops.BACKENDS, help="train with this scan backend alone")
     parser.add_argument("--no_compile", action="store_true", help="run the blocks eagerly")
-    kernels.add_arguments(parser)
+    kernel_choice.add_arguments(parser)
     text = "compare these, each alone: none, all, released, or a kernel"
     parser.add_argument("--switches", nargs="+", choices=SWITCHES, help=text)
     add_without(parser)

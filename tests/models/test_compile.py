@@ -8,11 +8,11 @@ from helpers import TINY_FINETUNE, TINY_PRETRAIN, read_log, relative_error
 from torch._dynamo.utils import counters
 from torch.autograd import forward_ad
 
-import kernels
 import main_pretrain
 import models_arm
 from Finetuning import main_finetune
 from mamba import FOUR_DIRECTIONS, ONE_DIRECTION, Block, drop_path_factors, scan_orders
+from ops import kernel_choice
 from util.checkpoints import checkpoint_file
 from util.distributed.parallel import distribute
 
@@ -132,12 +132,12 @@ def test_compiled_run_equals_the_eager_one(script, tiny, more, image_folder, tmp
 def test_whether_to_compile(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     for works in (True, False):
-        monkeypatch.setattr(kernels, "unavailable", lambda name, works=works: None if works else "no compiler")
-        assert kernels.should_compile(None, gpu) == works
-        assert not kernels.should_compile(None, cpu)
+        monkeypatch.setattr(kernel_choice, "unavailable", lambda name, works=works: None if works else "no compiler")
+        assert kernel_choice.should_compile(None, gpu) == works
+        assert not kernel_choice.should_compile(None, cpu)
         for device in (cpu, gpu):
-            assert kernels.should_compile(True, device)
-            assert not kernels.should_compile(False, device)
+            assert kernel_choice.should_compile(True, device)
+            assert not kernel_choice.should_compile(False, device)
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])

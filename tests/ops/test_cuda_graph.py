@@ -16,12 +16,11 @@ from torch._dynamo.utils import counters
 from torch.autograd import forward_ad
 
 import decoder
-import kernels
 import main_pretrain
 import models_arm
 import models_pretrain
 from Finetuning import main_finetune
-from ops import cuda_graph, measured
+from ops import cuda_graph, kernel_choice, measured
 from util import arguments
 from util.training import precision
 
@@ -291,7 +290,7 @@ def test_two_processes(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("script", "tiny"), [(main_pretrain, TINY_PRETRAIN), (main_finetune, TINY_FINETUNE)])
 def test_a_run_that_resumes(script, tiny, image_folder, tmp_path, run_script, monkeypatch, caplog):
     """Run the scripts with evaluations, EMA or figures: the losses equal those without graphs."""
-    monkeypatch.setattr(kernels, "captures", lambda asked, device: asked)
+    monkeypatch.setattr(kernel_choice, "captures", lambda asked, device: asked)
     caplog.set_level(logging.INFO)
     common = [*tiny, "--data_path", image_folder, "--batch_size", 4, "--warmup_epochs", 0, "--lr", 1e-3, "--epochs", 2]
     common += ["--vis_freq", 1] if script is main_pretrain else ["--drop_path", 0.3, "--reprob", 0, "--ema_decay", 0.9]

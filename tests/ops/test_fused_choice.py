@@ -6,11 +6,10 @@ import pytest
 import torch
 from helpers import TINY_FINETUNE, TINY_PRETRAIN
 
-import kernels
 import main_pretrain
 import ops
 from Finetuning import main_finetune
-from ops import fused, measured
+from ops import fused, kernel_choice, measured
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 DEVICE = GPU if torch.cuda.is_available() else CPU  # without a GPU Triton interprets the kernels
@@ -76,7 +75,7 @@ def test_operators_that_have_nothing_to_do(script, words, message, image_folder,
 def test_a_run_logs_its_operators(caplog):
     args = argparse.Namespace(scan_backend="torch", fused_ops=["all"], cuda_graph=False, compile=False)
     with caplog.at_level("INFO", "arm"):
-        kernels.choose(args, DEVICE, 32, {"augment": "no images"})  # nor casts without a compiler
+        kernel_choice.choose(args, DEVICE, 32, {"augment": "no images"})  # nor casts without a compiler
     assert args.fused_ops == ["swiglu", "norm", "conv", "projections"]
     assert not fused.uses("casts")
     assert "fused operators: swiglu, norm, conv, projections" in caplog.messages

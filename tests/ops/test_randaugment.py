@@ -23,8 +23,7 @@ from randaugment_helpers import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import kernels
-from ops import fused
+from ops import fused, kernel_choice
 from ops.fused import triton_randaugment
 from util import seeding
 from util.data import randaugment
@@ -40,7 +39,7 @@ pytestmark = [pytest.mark.gpu] if ON_GPU else []
 def form(request, monkeypatch):
     fused.use(["augment" if request.param == "triton" else "none"], DEVICE)
     if request.param == "triton":
-        monkeypatch.setattr(Uint8Transform, "carry_out", staticmethod(kernels.carry_out_fused))
+        monkeypatch.setattr(Uint8Transform, "carry_out", staticmethod(kernel_choice.carry_out_fused))
     torch.use_deterministic_algorithms(True, warn_only=ON_GPU)  # torch.empty is filled with 255: what is left so shows
     yield request.param
     torch.use_deterministic_algorithms(False)

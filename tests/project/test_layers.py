@@ -17,7 +17,7 @@ FLOORS = """
     tools
     main_pretrain Finetuning Detection Segmentation
     Evaluation Segmentation/segmentation_data
-    engine_pretrain pretrained kernels
+    engine_pretrain pretrained ops/kernel_choice
     models_mae
     models_arm Detection/models_detect Segmentation/models_segment
     models_classifier models_pretrain objectives
