@@ -19,7 +19,7 @@ import models_arm
 from Finetuning import main_finetune
 from ops import causal_conv1d as convolution
 from ops import naive, selective_scan
-from tools import export
+from tools import export, export_formats
 from util import cli
 from util.checkpoints import checkpoint_file, inspection
 from util.files import sha256_of
@@ -247,17 +247,17 @@ OLD = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize(
-    "direct", [pytest.param(True, id="torch.onnx.export"), pytest.param(False, id="export.program", marks=OLD)]
+    "direct", [pytest.param(True, id="torch.onnx.export"), pytest.param(False, id="export_formats.program", marks=OLD)]
 )
 def test_with_gradients_enabled(tmp_path, imgs, direct):
-    """The model that timm builds for exporters, and `export.program`, need no `torch.no_grad`."""
+    """The model that timm builds for exporters, and `export_formats.program`, need no `torch.no_grad`."""
     assert torch.is_grad_enabled()
     sizes = {"embed_dim": 32, "depth": 1, "patch_size": 8, "img_size": (48, 32), "num_classes": 3}
     model = timm.create_model("arm_tiny_pz16", exportable=True, **sizes).eval()
     assert model.layers[0].mixer.scan_backend == "export"
     want = model(imgs)
-    module, args = (model, (imgs[:2],)) if direct else (export.program(model, imgs[:2]), ())
-    exported = torch.onnx.export(module, args, dynamo=True, verbose=False, dynamic_shapes=export.any_batch())
+    module, args = (model, (imgs[:2],)) if direct else (export_formats.program(model, imgs[:2]), ())
+    exported = torch.onnx.export(module, args, dynamo=True, verbose=False, dynamic_shapes=export_formats.any_batch())
     assert relative_error(onnx_outputs(exported, tmp_path / "model.onnx", imgs), want.detach()) < 1e-5
 
 
