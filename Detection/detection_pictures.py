@@ -15,8 +15,8 @@ from Detection.models_detect import Detector, paste
 from util.data.decode import BrokenImage
 from util.data.pixels import Pixels
 from util.data.sources.coco import CocoSource
+from util.tracking.prediction_figures import evenly_spaced, title_of_input, visible
 from util.tracking.prediction_figures import pixels as as_pixels
-from util.tracking.prediction_figures import title_of_input
 from util.training.precision import autocast
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class FixedPictures:
 
     def __init__(self, dataset: DetectionDataset, device: torch.device, count: int = PICTURES) -> None:
         self.dataset, self.device = dataset, device
-        self.indices = range(0, len(dataset), -(-len(dataset) // count))
+        self.indices = evenly_spaced(len(dataset), count)
 
     def __call__(self, model: nn.Module) -> dict[str, np.ndarray]:
         """Return figures (h, w, 3) uint8 by name."""
@@ -91,12 +91,10 @@ def draw_detections(
     """
     with torch.compiler.set_stance("force_eager"), autocast(images.device):
         found = model(images, [{**target, "original": target["size"]} for target in targets])
-    mean, std = (torch.tensor(values)[:, None, None] for values in (pixels.mean, pixels.std))
-    colours = [0, 1, 2] if pixels.channels >= 3 else [0, 0, 0]
     figures = []
     for image, target, detections, truth in zip(images, targets, found, truths, strict=True):
         height, width = target["size"]
-        shown = (image[:, :height, :width].cpu() * std + mean)[colours].clamp(0, 1)  # (3, h, w)
+        shown = visible(image[:, :height, :width], pixels)
         taken = detections["scores"] >= score
         drawn = {name: values[taken].cpu() for name, values in detections.items() if name != "finite"}
         if "masks" in drawn:
@@ -124,13 +122,13 @@ def _resized(objects: Objects, original: tuple[int, int], size: tuple[int, int])
     return resized
 
 
-def _figure(image: Tensor, panels: Sequence[tuple[str, Objects]], names: Sequence[str]) -> Figure:
-    """Draw objects on an image (3, h, w), from 0 to 1, once for each panel: its title, and the objects."""
+def _figure(image: np.ndarray, panels: Sequence[tuple[str, Objects]], names: Sequence[str]) -> Figure:
+    """Draw objects on an image (h, w, 3), from 0 to 1, once for each panel: its title, and the objects."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    height, width = image.shape[-2:]
+    height, width = image.shape[:2]
     inch = SIDE / max(height, width)
     panel = max(width * inch, 3.4)  # no narrower than a title
     figure = Figure(figsize=(len(panels) * (panel + 0.1), height * inch + 0.4), dpi=100, layout="constrained")
@@ -138,11 +136,11 @@ def _figure(image: Tensor, panels: Sequence[tuple[str, Objects]], names: Sequenc
     for axis, (title, objects) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
         labels = objects["labels"].tolist()
         colours = [palette((label - 1) % palette.N) for label in labels]
-        shown = image.clone()
+        shown = image.copy()
         for place in reversed(range(len(objects.get("masks", ())))):  # where masks overlap, the best one is seen
-            mask, colour = objects["masks"][place], image.new_tensor(colours[place][:3])
-            shown[:, mask] = (1 - OPACITY) * image[:, mask] + OPACITY * colour[:, None]
-        axis.imshow(shown.permute(1, 2, 0).numpy(), interpolation="nearest", extent=(0, width, height, 0))
+            mask, colour = objects["masks"][place].numpy(), np.array(colours[place][:3])
+            shown[mask] = (1 - OPACITY) * image[mask] + OPACITY * colour
+        axis.imshow(shown, interpolation="nearest", extent=(0, width, height, 0))
         boxes = objects["boxes"]
         sides = boxes[:, 2:] - boxes[:, :2]
         named = {*sides.prod(dim=1).argsort(descending=True)[:NAMED].tolist()}

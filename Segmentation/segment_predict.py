@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from Evaluation.prediction_files import all_errors, errors_of, writing
 from Evaluation.tables import csv_text
 from pretrained import Checkpoint
 from Segmentation.models_segment import LinearHead, UperNet
 from Segmentation.segment_inference import Inference
 from Segmentation.segmentation_data import Sample, SegmentationDataset, WholeImage, normalized
-from Segmentation.segmentation_pictures import draw_overlays, visible
+from Segmentation.segmentation_pictures import draw_overlays
 from util.data import arrays, decode
 from util.data.datasets import named_if_broken
 from util.data.decode import BrokenImage, as_broken_image
@@ -26,9 +27,10 @@ from util.data.loaders import eval_loader
 from util.data.pixels import Pixels
 from util.data.sources.mask_folder import CLASSES, IGNORED, MaskFolder
 from util.data.sources.source import Source
-from util.distributed.processes import gather_late, on_main
-from util.errors import RunError, UserError, as_user_error
+from util.distributed.processes import on_main
+from util.errors import UserError, as_user_error
 from util.files import open_regular, printable, replacing, some, write_text
+from util.tracking.prediction_figures import visible
 from util.tracking.run_log import Log
 from util.training.evaluation import batches_of
 from util.training.precision import autocast
@@ -150,32 +152,25 @@ def write_maps(
     errors: dict[int, str] = {}
     for images, masks in batches_of(model, loader, log, "images"):
         for index, image, mask in zip(loader.sampler.indices[seen:], images, masks, strict=False):
-            if index in loader.broken:
-                errors[index] = loader.broken[index].removeprefix(f"{source.name(index)}: ")
-                continue
             with torch.no_grad(), autocast(device):
                 answer, finite = inference(model, image[None], (mask.shape[0], mask.shape[1]))
-            if not finite.item():
-                errors[index] = "logits are not finite"
+            if found_errors := errors_of(loader, source, [index], finite.tolist(), "logits"):
+                errors |= found_errors
                 continue
             turn = decode.orientation_of(source.read(index)) if pixels.exif else 1
             write_map(
                 args.output / names[index], decode.turned(values[answer[0].cpu().numpy()], INVERSE.get(turn, turn))
             )
         seen += len(images)
-    errors = {index: reason for share in gather_late(errors) for index, reason in share.items()}
-    if len(errors) == len(names):
-        raise RunError(f"none of the {len(names)} images has a result: {next(iter(errors.values()))}")
+    errors = all_errors(errors, len(names))
 
     def finish() -> None:
         rows = [["" if i in errors else name, source.name(i), errors.get(i, "")] for i, name in enumerate(names)]
-        try:
+        with writing(args.output):
             write_text(args.output / CLASSES, "\n".join(names_of(found, model.head)) + "\n")
             write_text(args.output / LIST, csv_text([COLUMNS, *rows]))
             for name in earlier - {CLASSES, *(row[0] for row in rows)}:
                 (args.output / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise RunError(f"--output {printable(args.output)} cannot be written: {error.strerror}") from error
 
     on_main(finish)
     return errors
@@ -183,11 +178,8 @@ def write_maps(
 
 def write_map(path: Path, labels: np.ndarray) -> None:
     """Write a label map (H, W) uint8 or uint16 as a PNG of one channel; raise RunError."""
-    try:
-        with replacing(path) as temporary:
-            Image.fromarray(np.ascontiguousarray(labels)).save(temporary, "PNG")
-    except OSError as error:
-        raise RunError(f"--output {printable(path)} cannot be written: {error.strerror or error}") from error
+    with writing(path), replacing(path) as temporary:
+        Image.fromarray(np.ascontiguousarray(labels)).save(temporary, "PNG")
 
 
 def draw_sheets(found: Checkpoint, images: Sequence[tuple[str, bytes]], device: torch.device) -> Iterator[Figure]:

@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from Segmentation.segment_inference import Inference
 from Segmentation.segmentation_data import SegmentationDataset, nearest
 from util.data.decode import BrokenImage
-from util.data.pixels import Pixels
-from util.tracking.prediction_figures import pixels, title_of_input
+from util.tracking.prediction_figures import evenly_spaced, pixels, title_of_input, visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -88,13 +87,6 @@ def draw_overlays(
     return figure
 
 
-def visible(image: Tensor, values: Pixels) -> np.ndarray:
-    """Return a normalised image (C, H, W) as it is drawn, (H, W, 3) from 0 to 1: of more channels, the first three."""
-    mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (values.mean, values.std))
-    colours = [0, 1, 2] if values.channels >= 3 else [0, 0, 0]
-    return (image.float().cpu() * std + mean).clamp(0, 1)[colours].permute(1, 2, 0).numpy()
-
-
 class FixedPictures:
     """Draw the same evenly spaced images of a dataset again and again, on one process; broken ones are left out.
 
@@ -115,7 +107,7 @@ class FixedPictures:
         """Return pictures of input, true and predicted classes, by name: (h, w, 3) uint8."""
         found: dict[str, np.ndarray] = {}
         values = self.dataset.transform.pixels
-        for index in range(0, len(self.dataset), -(-len(self.dataset) // COUNT)):
+        for index in evenly_spaced(len(self.dataset), COUNT):
             try:
                 sample = self.dataset.sample(index)
             except BrokenImage:

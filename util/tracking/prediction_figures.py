@@ -52,12 +52,28 @@ def fixed_images(
     except UserError:  # pretraining needs no val/, so an unusable one must not end the run
         source = train
     images = []
-    for index in range(0, len(source.labels), -(-len(source.labels) // count)):
+    for index in evenly_spaced(len(source.labels), count):
         try:
             images.append(model_input(source.read(index), size, "shorter", pixels))
         except (BrokenImage, OSError):
             continue
     return torch.stack(images) if images else None
+
+
+def evenly_spaced(images: int, count: int) -> range:
+    """Return the numbers of at most `count` of so many images."""
+    return range(0, images, -(-images // count))
+
+
+def visible(images: Tensor, pixels: Pixels) -> np.ndarray:
+    """Return normalised images (..., C, H, W) as they are drawn, (..., H, W, 3) from 0 to 1.
+
+    Of more than three channels the first three are drawn, of two the first one.
+    """
+    mean, std = (torch.tensor(values)[:, None, None] for values in (pixels.mean, pixels.std))
+    colours = [0, 1, 2] if pixels.channels >= 3 else [0, 0, 0]
+    shown = (images.float().cpu() * std + mean).clamp(0, 1)
+    return shown[..., colours, :, :].movedim(-3, -1).numpy()
 
 
 def draw_sheets(model: Predicts, imgs: Tensor, pixels: Pixels = IMAGENET) -> "list[Figure]":
@@ -70,10 +86,7 @@ def draw_sheets(model: Predicts, imgs: Tensor, pixels: Pixels = IMAGENET) -> "li
     """
     with torch.compiler.set_stance("force_eager"):
         predicted, losses, places = model.predicted_images(imgs)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (pixels.mean, pixels.std))
-    colours = [0, 1, 2] if pixels.channels >= 3 else [0, 0, 0]
-    shown = [(batch.float().cpu() * std + mean).clamp(0, 1)[:, colours] for batch in (imgs, predicted)]
-    images, predictions = (batch.permute(0, 2, 3, 1).numpy() for batch in shown)  # (B, H, W, 3)
+    images, predictions = visible(imgs, pixels), visible(predicted, pixels)
     side = model.cluster_size * model.patch_size
     orders = [None] * len(imgs) if places is None else places.tolist()
     panels = zip(images, predictions, losses.float().cpu().numpy(), orders, strict=True)
