@@ -159,7 +159,7 @@ def main(args: argparse.Namespace) -> None:
     if train is not None:
         finetune(args, found, model, train, val, device, log)
     elif found is not None:
-        from Evaluation.classifier_report import evaluate_checkpoint
+        from Evaluation.reports.classifier_report import evaluate_checkpoint
 
         evaluate_checkpoint(args, found, model, val, device, log)
 

@@ -13,8 +13,8 @@ from helpers import TINY_FINETUNE, Batches, torchrun
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score
 
-from Evaluation import classifier_report, report_pictures
-from Evaluation.metrics import calibration, measure
+from Evaluation.reports import classifier_report, report_pictures
+from Evaluation.reports.metrics import calibration, measure
 from Evaluation.tables import escaped, wilson
 from Finetuning import main_finetune
 from util.tracking.run_log import Log

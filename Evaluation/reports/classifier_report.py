@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from Evaluation.features import hash_of
-from Evaluation.metrics import BIN_IMAGES, BINS, measure
-from Evaluation.report_pictures import draw_calibration, draw_classes, draw_confusions, sorted_classes
+from Evaluation.reports.metrics import BIN_IMAGES, BINS, measure
+from Evaluation.reports.report_pictures import draw_calibration, draw_classes, draw_confusions, sorted_classes
 from Evaluation.tables import (
     INTERVALS,
     UNANSWERED,

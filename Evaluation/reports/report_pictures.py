@@ -24,7 +24,7 @@ def draw_confusions(row: dict, names: list[str]) -> "Figure":
     without an answer have a column, too.
 
     Args:
-        row: result of `Evaluation.metrics.measure`.
+        row: result of `Evaluation.reports.metrics.measure`.
         names: of the classes.
     """
     from matplotlib import colormaps
