@@ -12,7 +12,6 @@ import importlib.util
 import itertools
 import os
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from util import arguments, cli, hardware
 from util.data.sources.readers import open_source
 from util.errors import UserError, as_user_error
 from util.files import json_with, output_file, save_figure, write_json, write_text
-from util.launch import ROOT
+from util.launch import ROOT, commit
 
 PARSERS = {"pretrain": main_pretrain.get_args_parser, "finetune": main_finetune.get_args_parser}
 
@@ -194,15 +193,6 @@ def find_data(data_path: str, folder: Path, budget: Budget, labels: tuple[str, .
         write_subset(data_path, val, Path(path), budget.per_class, seed, budget.repeats)
         few[seed] = val = f"wds:{path}"
     return Data(data_path, few, len(open_source(data_path, "train").classes))
-
-
-def commit() -> str | None:
-    """Return the commit of this repository, with "-dirty" if files differ from it; None if git fails."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--match="]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def main(args: argparse.Namespace) -> None:

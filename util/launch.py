@@ -20,6 +20,15 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
+def commit() -> str | None:
+    """Return the commit of this repository, with "-dirty" if files differ from it; None if git fails."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--match="]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def command_line(script: str, arguments: str, processes: int) -> str:
     """The command that runs a script in the repository with some processes; one needs no torchrun."""
     launcher = f"torchrun --standalone --nproc_per_node {processes}" if processes > 1 else "python"
