@@ -20,21 +20,23 @@ import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor, nn
 
+from tools import model_card
 from tools.export_formats import DETECTORS, WRITERS, Encoder, build, describe
 from util import arguments, cli
 from util.checkpoints.hub import beside, locate
+from util.data.sources.readers import open_source
+from util.distributed.processes import init_device
 from util.errors import RunError, UserError, as_user_error
-from util.files import json_with, output_file, printable, read_json, sha256_of, write_json
-
-if TYPE_CHECKING:
-    pass
+from util.files import json_with, output_file, printable, read_json, sha256_of, write_json, write_text
+from util.tracking.run_log import open_log
+from util.training import precision
 
 # timm, torchvision and the models are imported after the checks, so that --help and mistakes take half of the time.
 TOLERANCE = 1e-4  # relative to the largest output; summing in another order changes it by about 1e-6
@@ -51,6 +53,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model_key", choices=("model", "model_ema"), help="which weights (default: model)")
     arguments.add_ignore_keys(parser)
     parser.add_argument("--encoder", action="store_true", help="leave out the head and return tokens")
+    arguments.add_machine_arguments(parser)
+    add = parser.add_argument_group("model card").add_argument
+    add("--data_path", type=arguments.nonempty, metavar="PATH", help="state the accuracy on val/ of these images")
+    add("--no_measure", action="store_false", dest="measure", help="do not measure time and memory")
+    parser.set_defaults(dist_eval=False, eval_bad="wrong")
     return parser
 
 
@@ -79,11 +86,12 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, dict]:
             raise UserError(f"--to {args.to} is not for a detector: take {' or '.join(DETECTORS)}, or its --encoder")
         detector = ExportedDetector(cast(Any, found.load_model(scan_backend="torch")))
         named = {"task": found.task, "num_classes": detector.model.num_classes, "outputs": detector.outputs}
-        return detector, about | named
+        return detector, about | named | model_card.facts(found, detector)
     with as_user_error(ValueError):
         model = build(about)
     found.load_into(model, encoder=found.is_pretraining)
-    return Encoder(model) if args.encoder else model, about
+    module = Encoder(model) if args.encoder else model
+    return module, about | model_card.facts(found, module)
 
 
 def compare(module: Any, found: Tensor | tuple[Tensor, ...], want: Tensor | tuple[Tensor, ...]) -> tuple[float, float]:
@@ -126,11 +134,20 @@ def main(args: argparse.Namespace) -> None:
     description = output_file(output.with_suffix(".json"), DESCRIPTION, source)
     earlier = cast(dict, read_json(description)).get("files") if description.is_file() else None
     known = earlier if isinstance(earlier, dict) else {}  # SHA-256 by name, of files that this JSON file describes
-    for file in (output, *[output.with_name(f"{output.name}.data")] * (args.to == "onnx")):
+    more = ["md", *["data"] * (args.to == "onnx")]
+    for file in (output, *(output.with_name(f"{output.name}.{suffix}") for suffix in more)):
         output_file(file, lambda path: path.name in known and known[path.name] == sha256_of(path), source)
+    device, images = init_device(args.device, args.dist_timeout), None
+    precision.choose(args, device)
+    if args.data_path is not None:
+        if args.encoder:
+            raise UserError("--data_path is for the accuracy of a classifier, and --encoder leaves out the head")
+        images = open_source(args.data_path, "val")
     start = time.monotonic()
     module: Any
     module, about = load(args)
+    if images is not None and about.get("task"):
+        raise UserError(f"--data_path is for the accuracy of a classifier: {args.checkpoint} is of {about['task']}")
     imgs = torch.randn(3, *about["pretrained_cfg"]["input_size"], generator=torch.Generator().manual_seed(0))
     examples = module.examples(imgs) if hasattr(module, "examples") else [(imgs,), (imgs[:1],)]
     wanted = [module(*inputs) for inputs in examples]
@@ -142,7 +159,12 @@ def main(args: argparse.Namespace) -> None:
             difference, largest = max(pairs, key=lambda pair: pair[0] / max(pair[1], 1e-30))
             if not difference <= TOLERANCE * largest:
                 raise RunError(f"the exported model differs by {difference:.3g}, where outputs reach {largest:.3g}")
-            written = list(Path(folder).iterdir())
+            seconds = time.monotonic() - start
+            write_json(path.with_suffix(".json"), about)
+            measured = model_card.measured(args, path, about, images, device, open_log())
+            text = model_card.card(about | {"file": output.name, "format": args.to}, measured)
+            write_text(path.with_name(f"{path.name}.md"), text)
+            written = [file for file in Path(folder).iterdir() if file.suffix != ".json"]
             about["files"] = known | {file.name: sha256_of(file) for file in written}
             write_json(path.with_suffix(".json"), about)
             for file in (*written, path.with_suffix(".json")):
@@ -151,7 +173,7 @@ def main(args: argparse.Namespace) -> None:
                 file.replace(output.parent / file.name)
     except OSError as error:
         raise RunError(f"{printable(output)} cannot be written: {error.strerror}") from error
-    megabytes, seconds = output.stat().st_size / 1e6, time.monotonic() - start
+    megabytes = output.stat().st_size / 1e6
     print(
         f"{printable(output)}: {megabytes:.1f} MB after {seconds:.0f} s; read again it differs by at most "
         f"{difference:.2g} where outputs reach {largest:.2g}"

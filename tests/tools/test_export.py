@@ -84,12 +84,12 @@ def compute(path, imgs):
 )
 def test_a_classifier(runs, run_script, tmp_path, imgs, kind, key, capsys):
     output = tmp_path / f"out.{kind}"
-    run_script(export, runs[1], "--to", kind, "--output", output, "--model_key", key)
+    run_script(export, "--no_measure", runs[1], "--to", kind, "--output", output, "--model_key", key)
     want = classifier(runs[1], key)(imgs).detach()
     assert relative_error(classifier(runs[1], "model")(imgs), classifier(runs[1], "model_ema")(imgs)) > 1e-2
     assert relative_error(compute(output, imgs), want) < 1e-5
     assert "read again it differs by at most" in capsys.readouterr().out
-    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["out.json", f"out.{kind}"])
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["out.json", f"out.{kind}", f"out.{kind}.md"])
     about = json.loads((tmp_path / "out.json").read_text())
     assert (about["num_classes"], about["model_args"]["global_pool"]) == (3, "token")
     if kind == "onnx":
@@ -105,7 +105,7 @@ def test_a_classifier(runs, run_script, tmp_path, imgs, kind, key, capsys):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_the_encoder_of_a_classifier(runs, run_script, tmp_path, imgs, kind):
     output = tmp_path / f"out.{kind}"
-    run_script(export, runs[1], "--to", kind, "--output", output, "--encoder")
+    run_script(export, "--no_measure", runs[1], "--to", kind, "--output", output, "--encoder")
     want = classifier(runs[1]).forward_features(imgs).detach()
     if kind == "safetensors":
         assert "head.weight" not in safetensors.torch.load_file(output)
@@ -117,7 +117,7 @@ def test_the_encoder_of_a_classifier(runs, run_script, tmp_path, imgs, kind):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_the_encoder_of_pretraining(runs, run_script, tmp_path, imgs, kind):
     output = tmp_path / f"out.{kind}"
-    run_script(export, runs[0], "--to", kind, "--output", output, "--encoder")
+    run_script(export, "--no_measure", runs[0], "--to", kind, "--output", output, "--encoder")
     sizes = {"embed_dim": 32, "depth": 2, "patch_size": 8, "img_size": (48, 32), "cluster_size": 2}
     model = models_arm.create_pretrain_model("arm_tiny_pz16", dec_embed_dim=64, dec_depth=1, **sizes)
     model.load_state_dict(torch.load(runs[0], weights_only=False)["model"])
@@ -149,30 +149,35 @@ def test_a_safetensors_file_keeps_the_options(runs, run_script, tmp_path, number
     content = torch.load(runs[number], weights_only=False)
     content["args"].order = "column"
     torch.save(content, tmp_path / "a.pth")
-    run_script(export, tmp_path / "a.pth", "--to", "safetensors", *words)
+    run_script(export, "--no_measure", tmp_path / "a.pth", "--to", "safetensors", *words)
     (again,) = tmp_path.glob("*.safetensors")
     _, about = export.load(Namespace(checkpoint=again, model_key=None, ignore_keys=(), encoder=bool(words)))
     described = json.loads(again.with_suffix(".json").read_text())
-    assert described.pop("files") == {again.name: sha256_of(again)}
+    card = again.with_name(f"{again.name}.md")
+    assert described.pop("files") == {file.name: sha256_of(file) for file in (again, card)}
+    assert described.pop("training")["epochs"] == 1
+    assert about.pop("training") == {}
     assert json.loads(json.dumps(about)) == described
 
 
 def test_names_of_classes(runs, run_script, tmp_path):
     """timm reads them from config.json, the scripts of this repository from the file of the weights."""
     names = ["class_0", "class_1", "class_2"]
-    run_script(export, runs[1], "--to", "safetensors", "--output", tmp_path / "model.safetensors")
+    run_script(export, "--no_measure", runs[1], "--to", "safetensors", "--output", tmp_path / "model.safetensors")
     (tmp_path / "model.json").rename(tmp_path / "config.json")
     model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert model.pretrained_cfg["label_names"] == names
     assert torch.equal(model.head.weight, torch.load(runs[1], weights_only=False)["model"]["head.weight"])
     assert inspection.class_names(checkpoint_file.read(tmp_path / "model.safetensors")) == names
-    run_script(export, runs[1], "--to", "safetensors", "--output", tmp_path / "e.safetensors", "--encoder")
+    run_script(
+        export, "--no_measure", runs[1], "--to", "safetensors", "--output", tmp_path / "e.safetensors", "--encoder"
+    )
     assert "label_names" not in json.loads((tmp_path / "e.json").read_text())
 
 
 def test_the_file_is_named_after_the_checkpoint(runs, run_script):
-    run_script(export, runs[1], "--to", "safetensors")
-    run_script(export, runs[1], "--to", "safetensors", "--encoder")
+    run_script(export, "--no_measure", runs[1], "--to", "safetensors")
+    run_script(export, "--no_measure", runs[1], "--to", "safetensors", "--encoder")
     for name in ("checkpoint-last", "checkpoint-last-encoder"):
         assert (runs[1].parent / f"{name}.safetensors").is_file()
         assert (runs[1].parent / f"{name}.json").is_file()
@@ -183,7 +188,7 @@ def test_a_released_file(run_script, tmp_path, imgs, caplog):
     model = models_arm.create_classifier("arm_tiny_pz16", img_size=32, num_classes=3)
     torch.save(model.state_dict(), tmp_path / "bare.pth")
     with caplog.at_level(logging.INFO):
-        run_script(export, tmp_path / "bare.pth", "--to", "safetensors")
+        run_script(export, "--no_measure", tmp_path / "bare.pth", "--to", "safetensors")
     guessed = "guessed: global_pool (mean of the patches), input_size (a square)"
     assert f"{tmp_path}/bare.pth does not say how it was trained; {guessed}" in caplog.messages
     about = json.loads((tmp_path / "bare.json").read_text())
@@ -195,7 +200,7 @@ def test_a_file_that_computes_something_else(runs, run_script, tmp_path, monkeyp
     right = export.WRITERS["safetensors"]
     monkeypatch.setitem(export.WRITERS, "safetensors", lambda *args: lambda x: right(*args)(x) * 1.001)
     with pytest.raises(SystemExit) as end:
-        run_script(export, runs[1], "--to", "safetensors", "--output", tmp_path / "out.safetensors")
+        run_script(export, "--no_measure", runs[1], "--to", "safetensors", "--output", tmp_path / "out.safetensors")
     assert end.value.code == 1
     assert "the exported model differs by" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -215,7 +220,7 @@ def test_a_file_that_computes_something_else(runs, run_script, tmp_path, monkeyp
 )
 def test_mistakes(runs, run_script, argv, message, capsys):
     with pytest.raises(SystemExit) as end:
-        run_script(export, *argv.format(pretrained=runs[0], finetuned=runs[1]).split())
+        run_script(export, "--no_measure", *argv.format(pretrained=runs[0], finetuned=runs[1]).split())
     assert end.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -223,13 +228,13 @@ def test_mistakes(runs, run_script, argv, message, capsys):
 def test_without_onnx(runs, run_script, monkeypatch, capsys):
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else 1)
     with pytest.raises(SystemExit) as end:
-        run_script(export, runs[1], "--to", "onnx")
+        run_script(export, "--no_measure", runs[1], "--to", "onnx")
     assert end.value.code == 2
     assert "--to onnx needs onnxscript: pip install onnxscript" in capsys.readouterr().err
 
 
 def test_as_a_command(runs, tmp_path):
-    words = [REPOSITORY / "tools" / "export.py", runs[1], "--to", "safetensors", "--output"]
+    words = [REPOSITORY / "tools" / "export.py", "--no_measure", runs[1], "--to", "safetensors", "--output"]
     done = run_forked([*words, tmp_path / "out.safetensors"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out.safetensors").is_file()

@@ -89,7 +89,7 @@ def commands(pretrained, image_folder, tmp_path):
     return {
         "probe": (probe, [pretrained / "pre.pth", *data, "--probe", "knn", "--k", 1, "--cache", tmp_path / "cache"]),
         "robustness": (robustness, [pretrained / "fine.pth", "--data", f"v2={image_folder}", "--device", "cpu"]),
-        "export": (export, [pretrained / "fine.pth", "--to", "safetensors"]),
+        "export": (export, [pretrained / "fine.pth", "--to", "safetensors", "--no_measure"]),
         "plot_log": (plot_log, [tmp_path]),
         "predict": (predict, [pretrained / "fine.pth", photo, "--device", "cpu", "--num_workers", 0]),
     }
