@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -126,8 +127,11 @@ def to_onnx(module: Any, about: dict, imgs: Tensor, path: Path) -> Compute:
     """Write a program of ONNX; above 1.5 GB its weights are in a second file, FILE.data."""
     import onnx
     import onnxruntime
+    from onnx_ir.passes import common as passes
+    from onnxscript import optimizer
 
-    logging.getLogger("onnx_ir").setLevel(logging.WARNING)
+    for library in ("onnx_ir", "onnxscript"):
+        logging.getLogger(library).setLevel(logging.WARNING)  # their notes of what they leave as it is
     inputs, outputs = ["imgs"], ["tokens" if isinstance(module, Encoder) else "logits"]
     shapes: Any = any_batch()
     if hasattr(module, "outputs"):
@@ -136,14 +140,18 @@ def to_onnx(module: Any, about: dict, imgs: Tensor, path: Path) -> Compute:
         warnings.simplefilter("ignore", FutureWarning)  # of torchvision's own code
         exported = torch.onnx.export(
             program(module, imgs), dynamo=True, verbose=False, dynamic_shapes=shapes, input_names=inputs,
-            output_names=outputs,
+            output_names=outputs, optimize=False,
         )  # fmt: skip
     assert exported is not None  # with dynamo=True
+    # torch's own optimization tries every rewriting rule at every node, which takes two thirds of the time; runtimes have
+    # such rules themselves. Without limits, because the constants are weights that the model stacks and concatenates.
+    passes.CommonSubexpressionEliminationPass()(exported.model)
+    optimizer.fold_constants(exported.model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize)
+    passes.RemoveUnusedNodesPass()(exported.model)
+    passes.ClearMetadataAndDocStringPass()(exported.model)  # stack traces, with the paths of this machine
     exported.save(path)
     onnx.checker.check_model(path, full_check=True)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def compute(*given: Tensor) -> tuple[Tensor, ...]:
         values = {name: value.numpy() for name, value in zip(inputs, given, strict=True)}

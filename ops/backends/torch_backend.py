@@ -63,7 +63,7 @@ def _to_tokens(x: Tensor, order: Tensor | None) -> Tensor:
 def in_state_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return the tensors in the dtype of the state: float64 if the first one is, else float32."""
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    return tuple(tensor.to(dtype) for tensor in tensors)
+    return tuple(x if x.dtype == dtype else x.to(dtype) for x in tensors)  # programs would record a `to` without effect
 
 
 def dense_channels(x: Tensor) -> Tensor:

@@ -181,7 +181,7 @@ def selective_ssm(
             tensors = (u, x_proj.to(u.dtype), dt_proj.to(u.dtype), A, D, dt_bias)
             trains = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
             return operator(*tensors, order, name, trains)[0]
-    projected = u.flatten(1, 2) @ x_proj.mT  # (K, B * L, R + 2N)
+    projected = torch.bmm(u.flatten(1, 2), x_proj.mT)  # (K, B * L, R + 2N)
     low, b, c = split_projected(projected, dt_proj, u)
-    dt = (low @ dt_proj.mT).view(u.shape)  # (K, B * L, R) -> (K, B * L, C) -> (K, B, L, C)
+    dt = torch.bmm(low, dt_proj.mT).view(u.shape)  # (K, B * L, R) -> (K, B * L, C) -> (K, B, L, C)
     return selective_scan(u, dt, A, b, c, D, dt_bias, order, backend)
