@@ -9,7 +9,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,9 +44,7 @@ def taken(model: "OpenedModel", imgs: Tensor) -> float:
     return time_once(lambda: model.compute(imgs), model.device)[0]
 
 
-def measure_time(
-    models: Sequence["OpenedModel"], batch: int, rounds: int, limit: float, each: Callable[[], None] = lambda: None
-) -> list[dict]:
+def measure_time(models: Sequence["OpenedModel"], batch: int, rounds: int, limit: float) -> list[dict]:
     """Time one image and a batch; in every round all models take turns, so that other work on the machine meets all.
 
     Args:
@@ -55,7 +53,6 @@ def measure_time(
             models alike.
         rounds: that count.
         limit: seconds for a model; of a single image, rounds are left out instead, down to one.
-        each: is called after each round.
 
     Returns:
         For each model `latency_ms` of one image and `images_per_second` of a batch, see `spread`; `batch`, and of each
@@ -79,7 +76,6 @@ def measure_time(
                     value = taken(model, imgs[size])
                     if number >= WARM_UP:
                         found[size].append(value)
-        each()
     rows = []
     for found in times:
         row: dict = {"latency_ms": spread([1000 * value for value in found[1]]), "batch": batch, "rounds": rounds}
@@ -152,15 +148,12 @@ def resident(name: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def measure(
-    models: Sequence["OpenedModel"], batch: int, rounds: int, limit: float, settings: dict,
-    each: Callable[[], None] = lambda: None,
-) -> list[dict]:  # fmt: skip
+def measure(models: Sequence["OpenedModel"], batch: int, rounds: int, limit: float, settings: dict) -> list[dict]:
     """Return for each model what `measure_time` and `measure_memory` return together.
 
     The memory of a model is not measured where `limit` seconds do not suffice for its images.
     """
-    rows = measure_time(models, batch, rounds, limit, each)
+    rows = measure_time(models, batch, rounds, limit)
     for model, row in zip(models, rows, strict=True):
         expected = row["latency_ms"]["median"] / 1000 * (3 + row["batch"])
         if expected > limit:

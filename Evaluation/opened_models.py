@@ -347,7 +347,7 @@ def answer(models: Sequence[OpenedModel], source: Source, args: argparse.Namespa
         UserError: the classes of the images do not fit those of a model.
         RunError: a model answers no image.
     """
-    matched = [_match(model, source, log.say) for model in models]
+    matched = [match(m.class_names, m.num_classes, source, printable(m.name), log.say) for m in models]
     scores = [Answers() for _ in models]
     groups: dict[tuple, list[int]] = {}
     for number, model in enumerate(models):
@@ -371,13 +371,27 @@ def answer(models: Sequence[OpenedModel], source: Source, args: argparse.Namespa
     return found
 
 
-def _match(model: OpenedModel, source: Source, say: Callable[[str], None]) -> tuple[np.ndarray, list[str]]:
-    """Return the labels (images,) as outputs of the model, and a printable name of each output."""
-    own, owner = copy.copy(source), printable(model.name)
-    names, assumed = known_names(model.class_names, model.num_classes, own.classes, owner)
+def match(
+    class_names: list[str], outputs: int, source: Source, owner: str, say: Callable[[str], None]
+) -> tuple[np.ndarray, list[str]]:
+    """Match the classes of images with the outputs of a model, as all scripts do.
+
+    Args:
+        class_names: of the outputs; empty if they are not known.
+        outputs: their number.
+        source: the images.
+        owner: printable name of the model.
+        say: shows a line of how they were matched.
+
+    Returns:
+        The labels (images,) as outputs of the model, and a printable name of each output.
+
+    Raises:
+        UserError: they do not fit together.
+    """
+    own = copy.copy(source)
+    names, assumed = known_names(class_names, outputs, own.classes, owner)
     for line in [assumed] * bool(assumed) + match_classes(own, names, owner):
         say(line)
-    if own.labels.max() >= model.num_classes:
-        raise UserError(f"{source.root} has class {own.labels.max()}, and {owner} only {model.num_classes} outputs")
     known = [*map(printable, own.classes), *[""] * len(names)]
     return own.labels, [printable(name or known[place] or str(place)) for place, name in enumerate(names)]

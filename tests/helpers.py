@@ -22,7 +22,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPTS_BY_PATH = [
     "main_pretrain.py", "Finetuning/main_finetune.py", "Detection/main_detect.py", "Segmentation/main_segment.py",
     "Evaluation/probe.py", "Evaluation/robustness.py", "Evaluation/segment_knn.py",
-    *(f"tools/{name}.py" for name in ("export", "visualize", "replay_nonfinite", "pack_images", "plot_log", "predict")),
+    *(f"tools/{name}.py" for name in ("export", "compare", "visualize", "replay_nonfinite", "pack_images", "plot_log")),
+    "tools/predict.py",
 ]  # fmt: skip
 
 

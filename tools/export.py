@@ -146,8 +146,12 @@ def main(args: argparse.Namespace) -> None:
     start = time.monotonic()
     module: Any
     module, about = load(args)
-    if images is not None and about.get("task"):
-        raise UserError(f"--data_path is for the accuracy of a classifier: {args.checkpoint} is of {about['task']}")
+    if images is not None:
+        from Evaluation.opened_models import match
+
+        if about.get("task"):
+            raise UserError(f"--data_path is for the accuracy of a classifier: {args.checkpoint} is of {about['task']}")
+        match(about.get("label_names", []), about["num_classes"], images, printable(args.checkpoint), lambda line: None)
     imgs = torch.randn(3, *about["pretrained_cfg"]["input_size"], generator=torch.Generator().manual_seed(0))
     examples = module.examples(imgs) if hasattr(module, "examples") else [(imgs,), (imgs[:1],)]
     wanted = [module(*inputs) for inputs in examples]

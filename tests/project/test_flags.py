@@ -17,7 +17,7 @@ from Evaluation import probe, robustness, segment_knn
 from Finetuning import main_finetune
 from mamba import SIZES
 from Segmentation import main_segment
-from tools import export, pack_images, plot_log, predict, replay_nonfinite, visualize
+from tools import compare, export, pack_images, plot_log, predict, replay_nonfinite, visualize
 from util import arguments
 from util.errors import UserError
 
@@ -61,6 +61,11 @@ SEGMENT_KNN = (
 )
 ROBUSTNESS = EXAMINE + "eval_bad data"
 PREDICT = EXAMINE + "topk score features block average_last"
+MACHINE = """
+    device dtype batch_size scan_backend num_workers worker_timeout pin_mem no_pin_mem dist_timeout
+"""
+EXPORT = MACHINE + "to output model_key ignore_keys encoder data_path no_measure"
+COMPARE = MACHINE + "model_key data_path eval_resize output rounds no_measure"
 DETECT = SHARED.replace(" loader ", " ") + (
     """
     finetune model_key ignore_keys directions drop_path layer_decay ema_decay freeze boxes_only head_channels vis_freq
@@ -87,6 +92,8 @@ SEGMENT = SHARED.replace(" loader ", " ") + (
         (robustness, ROBUSTNESS),
         (segment_knn, SEGMENT_KNN),
         (predict, PREDICT),
+        (export, EXPORT),
+        (compare, COMPARE),
     ],
 )
 def test_flags_are_frozen(script, flags):
@@ -186,7 +193,17 @@ def numeric_arguments() -> list:
     """Every argument of every script that takes a number, as (id, parser, action)."""
     found = []
     scripts = [main_pretrain, main_finetune, main_detect, main_segment, probe, robustness, segment_knn, studies.run]
-    scripts += [compare_loaders, export, pack_images, plot_log, predict, replay_nonfinite, visualize, watch_cost]
+    scripts += [
+        compare,
+        compare_loaders,
+        export,
+        pack_images,
+        plot_log,
+        predict,
+        replay_nonfinite,
+        visualize,
+        watch_cost,
+    ]
     scripts += [importlib.import_module(f"benchmarks.{name}") for name in BENCHMARKS]
     for parser in [script.get_args_parser() for script in scripts]:
         for action in parser._actions:
@@ -226,7 +243,8 @@ def test_help_names_every_flag_and_model(script, capsys):
 
 
 @pytest.mark.parametrize(
-    "script", [main_pretrain, main_finetune, main_detect, main_segment, probe, robustness, segment_knn, predict]
+    "script",
+    [main_pretrain, main_finetune, main_detect, main_segment, probe, robustness, segment_knn, predict, compare],
 )
 def test_help_is_true_of_each_script(script):
     """Only finetuning takes values of a checkpoint; and every flag stands under a heading of its own."""

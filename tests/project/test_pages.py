@@ -21,7 +21,7 @@ from Detection import main_detect
 from Evaluation import features, probe, robustness, segment_knn
 from Finetuning import main_finetune
 from Segmentation import main_segment
-from tools import export, pack_images, plot_log, predict, visualize
+from tools import compare, export, pack_images, plot_log, predict, visualize
 
 SCRIPTS = {
     "main_pretrain.py": main_pretrain,
@@ -37,6 +37,7 @@ SCRIPTS = {
     "demo/trees.py": trees,
     "demo/watch_cost.py": watch_cost,
     "studies.run": studies.run,
+    "tools/compare.py": compare,
     "tools/export.py": export,
     "tools/pack_images.py": pack_images,
     "tools/plot_log.py": plot_log,
