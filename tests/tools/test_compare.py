@@ -121,6 +121,7 @@ def test_the_interval_of_a_difference_covers_it(shares):
     assert total == pytest.approx(1)
     assert 0.94 < covered < 0.985
     assert paired.difference_interval(0, 1, 1)[1] == 100
+    assert paired.difference_interval(3, 9, 40) == pytest.approx((-2.632, 31.204), abs=1e-3)  # 6 / 42 +- 1.96 * 0.08632
 
 
 def test_pairs():
