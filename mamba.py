@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -122,7 +121,8 @@ class PatchEmbed(nn.Module):
             raise ValueError(f"images of {imgs.shape[1]} channels, the model takes {self.proj.in_channels}: in_chans")
         # One matrix product: a step of ARM-base takes 64 ms on an H200, and 67 ms with cuDNN's convolution.
         p = self.proj.kernel_size[0]
-        patches = rearrange(imgs, "b channel (h p) (w q) -> b h w (channel p q)", p=p, q=p)
+        squares = imgs.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, in_chans, h, p, w, p)
+        patches = squares.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, h, w, in_chans p p)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # weight (C, in_chans, p, p)
 
 

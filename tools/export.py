@@ -5,6 +5,8 @@
 writes ./out_finetune_b/checkpoint-best.onnx, and beside it checkpoint-best.json: the architecture and arguments for
 `timm.create_model`, and the input as timm describes it (size, mean, std, crop).
 
+`--to hf` writes a folder for timm, transformers and the Hugging Face hub, with code that needs no clone of this one.
+
 `--to pt2` writes a program of `torch.export`, `--to safetensors` the weights. `--encoder` leaves out the head: a
 classifier then returns its normalised tokens, with the class token in the middle. Of a pretraining model only the
 encoder can be exported: it scans in one direction and returns all patches after the last block, in cluster order. A
@@ -27,8 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
 
-from tools import model_card
-from tools.export_formats import DETECTORS, WRITERS, Encoder, build, describe
+from tools import export_folder, model_card
+from tools.export_formats import DETECTORS, Encoder, build, describe
+from tools.export_formats import WRITERS as FILES
 from util import arguments, cli
 from util.checkpoints.hub import beside, locate
 from util.data.sources.readers import open_source
@@ -41,6 +44,7 @@ from util.training import precision
 # timm, torchvision and the models are imported after the checks, so that --help and mistakes take half of the time.
 TOLERANCE = 1e-4  # relative to the largest output; summing in another order changes it by about 1e-6
 DESCRIPTION = json_with(architecture=str, model_args=dict, pretrained_cfg=dict)  # the JSON beside a file
+WRITERS = FILES | {"hf": export_folder.to_hf}
 ONNX_NEEDS = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -48,8 +52,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = cli.Parser("export.py", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=arguments.nonempty, metavar="CKPT", help="of pretraining or finetuning")
-    parser.add_argument("--to", choices=tuple(WRITERS), required=True, help="format of the file")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="(default: CKPT's name and the format's)")
+    parser.add_argument("--to", choices=tuple(WRITERS), required=True, help="format of the file; hf is a folder")
+    parser.add_argument("--output", type=Path, metavar="PATH", help="(default: CKPT's name and the format's)")
     parser.add_argument("--model_key", choices=("model", "model_ema"), help="which weights (default: model)")
     arguments.add_ignore_keys(parser)
     parser.add_argument("--encoder", action="store_true", help="leave out the head and return tokens")
@@ -76,6 +80,8 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, dict]:
     found.say_guesses()
     if found.is_pretraining and not args.encoder:
         raise UserError(f"{args.checkpoint} comes from pretraining and has no head: export its --encoder")
+    if found.is_pretraining and args.to == "hf":
+        raise UserError(f"--to hf is for encoders of finetuning: take --to safetensors for {args.checkpoint}")
     if found.task == "segmentation" and not args.encoder:
         raise UserError(f"{args.checkpoint} is of a segmenter, which is not exported: take its --encoder")
     about = describe(found, args.encoder)
@@ -111,6 +117,47 @@ def compare(module: Any, found: Tensor | tuple[Tensor, ...], want: Tensor | tupl
     return max(distances, key=lambda pair: pair[0] / max(pair[1], 1e-30), default=(0.0, 0.0))
 
 
+def check_output(kind: str, output: Path, source: Path) -> dict[str, str]:
+    """Check that an export of the checkpoint `source` can be written to `output` and replaces nothing of value.
+
+    Returns:
+        SHA-256 by name, of the files that the JSON file beside `output` describes.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if kind != "hf" and output.suffix != f".{kind}":
+        raise UserError(f"--output {printable(output)}: a file of --to {kind} ends in .{kind}")
+    with as_user_error(OSError, prefix=f"--output {printable(output)}: "):
+        if not output.parent.is_dir():
+            raise OSError(f"{printable(output.parent)} is no folder")
+    with as_user_error(UnicodeEncodeError, prefix=f"--output {printable(output)}: the name is not UTF-8: "):
+        str(output.resolve()).encode()  # the libraries that write and read the file accept no other
+    if kind == "hf":
+        with as_user_error(OSError, prefix=f"--output {printable(output)}: "):
+            tempfile.TemporaryFile(dir=output.parent).close()
+            export_folder.check_folder(output, source)
+        return {}
+    description = output_file(output.with_suffix(".json"), DESCRIPTION, source)
+    earlier = cast(dict, read_json(description)).get("files") if description.is_file() else None
+    known = earlier if isinstance(earlier, dict) else {}
+    more = ["md", *["data"] * (kind == "onnx")]
+    for file in (output, *(output.with_name(f"{output.name}.{suffix}") for suffix in more)):
+        output_file(file, lambda path: path.name in known and known[path.name] == sha256_of(path), source)
+    return known
+
+
+def put_files(path: Path, output: Path, about: dict) -> None:
+    """Move the files beside `path` to the folder of `output`, and write the description with their SHA-256 there."""
+    written = [file for file in path.parent.iterdir() if file.suffix != ".json"]
+    about["files"] |= {file.name: sha256_of(file) for file in written}
+    write_json(path.with_suffix(".json"), about)
+    for file in (*written, path.with_suffix(".json")):
+        with file.open("rb") as content:
+            os.fsync(content.fileno())
+        file.replace(output.parent / file.name)
+
+
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     """Write the file, read it, compare its outputs with the model's.
@@ -123,20 +170,9 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--to onnx needs {', '.join(missing)}: pip install {' '.join(missing)}")
     source = beside(args.checkpoint)
     with as_user_error(ValueError, prefix=f"{printable(args.checkpoint)} names no file: "):
-        output = args.output or source.with_name(f"{source.stem}{'-encoder' if args.encoder else ''}.{args.to}")
-    if output.suffix != f".{args.to}":
-        raise UserError(f"--output {printable(output)}: a file of --to {args.to} ends in .{args.to}")
-    with as_user_error(OSError, prefix=f"--output {printable(output)}: "):
-        if not output.parent.is_dir():
-            raise OSError(f"{printable(output.parent)} is no folder")
-    with as_user_error(UnicodeEncodeError, prefix=f"--output {printable(output)}: the name is not UTF-8: "):
-        str(output.resolve()).encode()  # the libraries that write and read the file accept no other
-    description = output_file(output.with_suffix(".json"), DESCRIPTION, source)
-    earlier = cast(dict, read_json(description)).get("files") if description.is_file() else None
-    known = earlier if isinstance(earlier, dict) else {}  # SHA-256 by name, of files that this JSON file describes
-    more = ["md", *["data"] * (args.to == "onnx")]
-    for file in (output, *(output.with_name(f"{output.name}.{suffix}") for suffix in more)):
-        output_file(file, lambda path: path.name in known and known[path.name] == sha256_of(path), source)
+        ending = f"{'-encoder' if args.encoder else ''}{'-' if args.to == 'hf' else '.'}{args.to}"
+        output = args.output or source.with_name(f"{source.stem}{ending}")
+    known = check_output(args.to, output, source)
     device, images = init_device(args.device, args.dist_timeout), None
     precision.choose(args, device)
     if args.data_path is not None:
@@ -164,20 +200,21 @@ def main(args: argparse.Namespace) -> None:
             if not difference <= TOLERANCE * largest:
                 raise RunError(f"the exported model differs by {difference:.3g}, where outputs reach {largest:.3g}")
             seconds = time.monotonic() - start
-            write_json(path.with_suffix(".json"), about)
+            if args.to != "hf":
+                write_json(path.with_suffix(".json"), about)
             measured = model_card.measured(args, path, about, images, device, open_log())
             text = model_card.card(about | {"file": output.name, "format": args.to}, measured)
-            write_text(path.with_name(f"{path.name}.md"), text)
-            written = [file for file in Path(folder).iterdir() if file.suffix != ".json"]
-            about["files"] = known | {file.name: sha256_of(file) for file in written}
-            write_json(path.with_suffix(".json"), about)
-            for file in (*written, path.with_suffix(".json")):
-                with file.open("rb") as content:
-                    os.fsync(content.fileno())
-                file.replace(output.parent / file.name)
+            if args.to == "hf":
+                write_text(path / "README.md", export_folder.head(about) + text)
+                export_folder.seal(path)
+                export_folder.put(path, output)
+            else:
+                write_text(path.with_name(f"{path.name}.md"), text)
+                put_files(path, output, about | {"files": known})
     except OSError as error:
         raise RunError(f"{printable(output)} cannot be written: {error.strerror}") from error
-    megabytes = output.stat().st_size / 1e6
+    weights = output / export_folder.WEIGHTS if args.to == "hf" else output
+    megabytes = weights.stat().st_size / 1e6
     print(
         f"{printable(output)}: {megabytes:.1f} MB after {seconds:.0f} s; read again it differs by at most "
         f"{difference:.2g} where outputs reach {largest:.2g}"

@@ -62,8 +62,15 @@ import models_arm  # of the repository: registers the models
 
 model = timm.create_model("local-dir:{file}", pretrained=True).eval()  # or hf-hub:OWNER/NAME
 {outputs} = model(imgs)  # imgs: {shape} float32, a tensor
+
+# or without the repository, by the code in the folder
+from transformers import {auto}
+
+model = {auto}.from_pretrained("{file}", trust_remote_code=True)  # or OWNER/NAME
+{outputs} = model(imgs).{field}
 """,
 }
+AUTO = {True: ("AutoModelForImageClassification", "logits"), False: ("AutoModel", "pooler_output")}  # has it classes?
 UNMEASURED = (
     "Nothing else was measured: neither other images, nor robustness, nor calibration, nor another machine. What the "
     "images of the training contain, and whom the model may fail, is not known here."
@@ -263,5 +270,9 @@ def loading(about: dict) -> str:
     elif kind == "onnx":
         outputs += ","
     code = LOAD["pretraining" if kind == "safetensors" and "switches" in about else kind]
-    names = {"file": file, "json": Path(file).with_suffix(".json").name, "outputs": outputs}
+    auto, field = AUTO[bool(about["num_classes"])]
+    if kind == "hf" and not about["num_classes"]:
+        outputs = "features"  # (B, channels)
+    names = {"file": file, "json": Path(file).with_suffix(".json").name, "outputs": outputs, "auto": auto}
+    names["field"] = field
     return code.strip().format(**names, shape=shape, more=more)

@@ -73,6 +73,7 @@ OPTIONAL = {"triton", "cuda", "mamba_ssm", "causal_conv1d"}  # kernels: a backen
 OPTIONAL |= {"datasets", "onnx", "onnxruntime"}  # see test_without_hugging_face, test_without_onnx
 OPTIONAL |= {"pyarrow"}  # of `datasets`, and imported after it
 OPTIONAL |= {"faster_coco_eval"}  # see test_without_the_library
+OPTIONAL |= {"transformers"}  # tools/modeling_arm.py is for a process that has it
 OPTIONAL |= {"tifffile"}  # see test_a_tiff_of_several_bands_needs_a_library
 MEASURED = {"mambapy", "nvidia", "torchmetrics"}  # other projects' code that benchmarks compare with, if it is there
 

@@ -151,7 +151,9 @@ def test_a_safetensors_file_keeps_the_options(runs, run_script, tmp_path, number
     torch.save(content, tmp_path / "a.pth")
     run_script(export, "--no_measure", tmp_path / "a.pth", "--to", "safetensors", *words)
     (again,) = tmp_path.glob("*.safetensors")
-    _, about = export.load(Namespace(checkpoint=again, model_key=None, ignore_keys=(), encoder=bool(words)))
+    _, about = export.load(
+        Namespace(checkpoint=again, model_key=None, ignore_keys=(), encoder=bool(words), to="safetensors")
+    )
     described = json.loads(again.with_suffix(".json").read_text())
     card = again.with_name(f"{again.name}.md")
     assert described.pop("files") == {file.name: sha256_of(file) for file in (again, card)}
