@@ -5,13 +5,13 @@ Importing this file imports no model.
 
 import re
 from collections.abc import Mapping
-from importlib import import_module
 from typing import Any
 
 from torch import Tensor
 
 from util.errors import UserError
 from util.files import some
+from util.package import imported
 
 # The module and class of each objective, a `models_pretrain.PretrainModel`. Modules are imported when first needed.
 OBJECTIVES = {"arm": "models_arm.ARMPretrain", "mae": "models_mae.MaskedPretrain"}
@@ -25,7 +25,7 @@ def objective_class(name: str) -> type[Any]:
     if name not in OBJECTIVES:
         raise ValueError(f"unknown objective {name!r}; choose from {', '.join(OBJECTIVES)}")
     module, _, model = OBJECTIVES[name].rpartition(".")
-    return getattr(import_module(module), model)
+    return getattr(imported(module), model)
 
 
 def objective_of(state_dict: Mapping[str, Tensor], saved: str = "arm") -> str:

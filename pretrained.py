@@ -9,7 +9,6 @@ import logging
 import os
 from collections.abc import Collection, Sequence
 from functools import cached_property
-from importlib import import_module
 from typing import Any
 
 from timm.layers import to_2tuple
@@ -26,6 +25,7 @@ from util.data.decode import BrokenImage
 from util.data.pixels import Pixels
 from util.errors import UserError, as_user_error
 from util.files import open_regular, printable
+from util.package import imported
 
 LOGGER = logging.getLogger("arm")
 Model = PretrainModel | ARMClassifier  # or that of one of `TASKS`, which is imported by name
@@ -187,7 +187,7 @@ class Checkpoint:
         size = to_2tuple(overrides.get("img_size") or self.input_size)
         found: dict[str, Any] = self.sizes | self.options
         if self.task in TASKS:
-            build = import_module(TASKS[self.task]).build
+            build = imported(TASKS[self.task]).build
             with as_user_error(TypeError, ValueError, BackendUnavailable, prefix=f"{self.name}: "):
                 model = build(self.state_dict, {**found, **overrides, "img_size": size}, self.arguments)
             return model.backbone if encoder else model

@@ -17,6 +17,10 @@ from .backends import backend_module
 Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
 
 
+# Torch replaces an operator by another of its name: each package of which these files are a part has its own names.
+NAMESPACE = __name__.removesuffix("ops.operators").rstrip(".") or "arm"
+
+
 def _refusing_forward_mode(function: Callable) -> Callable:
     """Return the function, raising where inputs may have tangents: torch would silently drop them from its result."""
 
@@ -38,7 +42,7 @@ def _refuse_second(ctx: object, *grads: Tensor) -> NoReturn:
 
 
 def operator(fake: Callable, differentiable: bool = True) -> Callable[[Callable], CustomOpDef]:
-    """Return a decorator that registers a function as the torch operator `arm::NAME`.
+    """Return a decorator that registers a function as the torch operator `NAMESPACE::NAME`.
 
     Args:
         fake: takes the same arguments and returns empty tensors like the results, for tracing.
@@ -46,7 +50,7 @@ def operator(fake: Callable, differentiable: bool = True) -> Callable[[Callable]
     """
 
     def register(function: Callable) -> CustomOpDef:
-        registered = custom_op(f"arm::{function.__name__}", _refusing_forward_mode(function), mutates_args=())
+        registered = custom_op(f"{NAMESPACE}::{function.__name__}", _refusing_forward_mode(function), mutates_args=())
         registered.register_fake(_refusing_forward_mode(fake))
         if not differentiable:
             registered.register_autograd(_refuse_second)

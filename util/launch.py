@@ -23,8 +23,9 @@ os.execv(sys.argv[2], sys.argv[2:])
 def commit() -> str | None:
     """Return the commit of this repository, with "-dirty" if files differ from it; None if git fails."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--match="]
+    within = {**os.environ, "GIT_CEILING_DIRECTORIES": str(ROOT.parent)}  # not of a repository around an installation
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(git, capture_output=True, text=True, check=True, env=within).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -13,7 +13,7 @@ from helpers import REPOSITORY
 # it; files that are imported by name, as models_arm.OBJECTIVES and READERS of util/data/sources do, are not seen here.
 FLOORS = """
     tests
-    benchmarks demo studies
+    benchmarks demo studies hubconf arm_vision
     tools
     main_pretrain Finetuning Detection Segmentation
     Evaluation Segmentation/segmentation_data
@@ -31,7 +31,7 @@ FLOORS = """
     util/distributed
     ops
     util/lock util/hardware util/launch
-    util/errors util/files util/pos_embed util/lr_sched util/lr_decay
+    util/errors util/files util/package util/pos_embed util/lr_sched util/lr_decay
 """.split("\n")[1:-1]
 ROWS = 450  # of a file; kernels may be longer
 FILES = 12  # of Python in a folder

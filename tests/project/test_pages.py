@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fork_server import run_forked
 from helpers import REPOSITORY
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -69,7 +70,8 @@ def commands(pages: list[Path]) -> list[str]:
 
 
 def parsed(words: list[str]) -> argparse.Namespace:
-    """The arguments that the script in a command gets."""
+    """The arguments that the script in a command gets; of the installed package it is the module."""
+    words = [re.sub(r"^arm_vision\.([\w.]+)$", lambda name: f"{name[1].replace('.', '/')}.py", word) for word in words]
     at = next(i for i, word in enumerate(words) if word.endswith(".py") or word in SCRIPTS)
     return SCRIPTS[words[at]].get_args_parser().parse_args(words[at + 1 :])
 
@@ -168,7 +170,26 @@ def test_the_example_of_the_readme_runs(example_files, capsys):
     assert torch.allclose(names["features"], features.pool(names["model"], tokens), atol=1e-5)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks(page, "python")], ids=lambda page: page.name)
+SHARING = REPOSITORY / "docs/sharing.md"
+EXAMPLES = [page for page in PAGES[1:] if page != SHARING and blocks(page, "python")]
+
+
+def test_the_examples_of_sharing_run(tmp_path, run_script):
+    """In a process of their own: they register the models again, and read a folder that `export` has written."""
+    torch.manual_seed(0)
+    model = models_arm.create_classifier("arm_tiny_pz16", embed_dim=32, depth=1, img_size=32, num_classes=10)
+    args = argparse.Namespace(input_size=[32, 32], global_pool=True)
+    torch.save({"model": model.state_dict(), "args": args}, tmp_path / "checkpoint-best.pth")
+    run_script(export, tmp_path / "checkpoint-best.pth", "--to", "hf", "--no_measure")
+    Image.fromarray(load_sample_images().images[0]).save(tmp_path / "photo.jpg")
+    code = "\n".join(blocks(SHARING, "python")).replace("/path/to/this/checkout", str(REPOSITORY))
+    code += "\nassert (logits.shape, len(answers), image.shape) == ((1, 10), 5, (3, 32, 32))"
+    offline = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    done = run_forked(["-c", code], cwd=tmp_path, env=offline)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", EXAMPLES, ids=lambda page: page.name)
 def test_the_examples_of_a_page_run(example_files, page):
     names = run_examples(page)
     if page.name == "using.md":

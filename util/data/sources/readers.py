@@ -4,7 +4,6 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from importlib import import_module
 from itertools import combinations
 
 from util.data.sources.image_files import ImageFiles
@@ -12,6 +11,7 @@ from util.data.sources.mixture import Mixture
 from util.data.sources.source import NoSplit, Source
 from util.errors import UserError
 from util.files import printable
+from util.package import imported
 
 LOGGER = logging.getLogger("arm")
 
@@ -57,7 +57,7 @@ def open_source(data_path: str | Sequence[str], split: str, labels: bool = True)
     if not path:
         raise UserError(f"--data_path {data_path}: nothing follows the colon")
     module, _, reader = READERS[kind][0].rpartition(".")
-    return getattr(import_module(module), reader)(path, split, labels)
+    return getattr(imported(module), reader)(path, split, labels)
 
 
 def open_mixture(roots: Sequence[str], split: str, labels: bool) -> Source:
