@@ -46,7 +46,8 @@ async function described(graph, bytes, description) {
   if (crypto.subtle && !Object.values(about.files).includes(await sha256(bytes))) {
     throw new Mistake(`${name} describes ${names.join(", ")}, and ${graph.name} has another content.`);
   }
-  if (about.task === "detection" || !about.num_classes) {
+  if (about.task === "detection") throw new Mistake(`${graph.name} finds objects: this page is for classifiers.`);
+  if (!about.num_classes) {
     throw new Mistake(`${graph.name} has no classes: export a classifier, without --encoder.`);
   }
   const [channels] = input.input_size;

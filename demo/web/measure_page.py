@@ -39,7 +39,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from util import arguments, cli, hardware
 from util.data.pixels import Pixels
-from util.errors import RunError, UserError, as_user_error
+from util.errors import RunError, UserError
 from util.files import figure_of, output_file, printable, read_json, replacing
 
 FOLDER = Path(__file__).resolve().parent
@@ -78,9 +78,10 @@ def find_chromium() -> str:
 class Tab:
     """A page in Chromium: calls of the DevTools Protocol, and what it has reported meanwhile (`events`)."""
 
-    def __init__(self, to: int, answers: int) -> None:
-        self.to, self.answers = to, answers
-        self.received, self.sent, self.session = b"", 0, {}
+    def __init__(self, to: int, answers: int, log: Path) -> None:
+        self.to, self.answers, self.log = to, answers, log
+        self.received, self.sent = b"", 0
+        self.session: dict[str, str] = {}
         self.events: list[dict] = []
         pages = [of for of in self.call("Target.getTargets")["targetInfos"] if of["type"] == "page"]
         attached = self.call("Target.attachToTarget", targetId=pages[0]["targetId"], flatten=True)
@@ -102,7 +103,8 @@ class Tab:
             ready = select.select([self.answers], [], [], SECONDS)[0]
             block = os.read(self.answers, 1 << 16) if ready else b""
             if not block:
-                raise RunError("Chromium has ended" if ready else f"Chromium has not answered for {SECONDS} s")
+                last = self.log.read_text(errors="replace").strip().rpartition("\n")[2]
+                raise RunError(f"Chromium has {'ended' if ready else f'not answered for {SECONDS} s'}: {last}")
             self.received += block
         message, _, self.received = self.received.partition(b"\0")
         return json.loads(message)
@@ -147,6 +149,14 @@ class Tab:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         return base64.b64decode(self.call("Page.captureScreenshot")["data"])
 
+    def close(self) -> None:
+        """Let Chromium end."""
+        self.session = {}
+        with suppress(RunError):
+            self.call("Browser.close")
+            while True:
+                self._receive()
+
 
 @contextmanager
 def chromium(program: str) -> Iterator[Tab]:
@@ -168,17 +178,17 @@ def chromium(program: str) -> Iterator[Tab]:
         flags = ["--headless", "--no-sandbox", "--remote-debugging-pipe", f"--user-data-dir={home}/profile"]
         flags += ["--no-first-run", "--disable-breakpad", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
         opened: list[Any] = [(os.POSIX_SPAWN_DUP2, theirs, 3), (os.POSIX_SPAWN_DUP2, theirs_too, 4)]
-        opened += [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in (0, 1, 2)]
+        opened += [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in (0, 1)]
+        log = Path(home, "stderr")
+        opened.append((os.POSIX_SPAWN_OPEN, 2, str(log), os.O_WRONLY | os.O_CREAT, 0o600))
         variables = {**os.environ, "HOME": home, "TMPDIR": home}
         pid = os.posix_spawn(program, [program, *flags, "about:blank"], variables, file_actions=opened, setpgroup=0)
         try:
             for end in (theirs, theirs_too):
                 os.close(end)
-            tab = Tab(to, answers)
+            tab = Tab(to, answers, log)
             yield tab
-            tab.session = {}
-            with suppress(RunError, OSError):
-                tab.call("Browser.close")
+            tab.close()
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
@@ -218,8 +228,10 @@ def site(*files: Path) -> Iterator[Path]:
         for file in (*(FOLDER / name for name in (*PAGE, "node_modules")), *files):
             if not file.exists():
                 raise UserError(f"no file {printable(file)}")
-            with as_user_error(FileExistsError, prefix=f"two files have the name {printable(file.name)}: "):
+            try:
                 Path(folder, file.name).symlink_to(file.resolve())
+            except FileExistsError as error:
+                raise UserError(f"two files have the name {printable(file.name)}") from error
         yield Path(folder)
 
 

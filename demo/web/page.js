@@ -79,7 +79,7 @@ async function show(file) {
     const row = rows.insertRow();
     const head = row.appendChild(document.createElement("th"));
     head.scope = "row";
-    head.textContent = model.about.label_names?.[label] ?? `class ${label}`;
+    head.textContent = model.about.label_names?.[label] || `class ${label}`;
     row.insertCell().textContent = `${(100 * share).toFixed(1)} %`;
     row.style.setProperty("--share", share);
   }
@@ -103,5 +103,9 @@ addEventListener("drop", (event) => {
   take(event.dataTransfer.files);
 });
 const path = new URLSearchParams(location.search).get("model");
-if (path) later(async () => load([await fetched(path), await fetched(path.replace(/onnx$/, "json"))]));
-else later(() => {});
+later(async () => {
+  if (!path) return;
+  if (!path.endsWith(".onnx")) throw new Mistake(`?model=${path} names no .onnx file.`);
+  say(`Loading ${path}…`);
+  await load([await fetched(path), await fetched(path.replace(/onnx$/, "json"))]);
+});
