@@ -47,6 +47,7 @@ PAGE = "index.html", "page.js", "classifier.js"
 RUNTIME = "node_modules/onnxruntime-web/dist/ort.wasm.min.mjs"
 TITLE = "ARM in a browser"  # of the picture
 NAMES = "chromium", "chromium-browser", "google-chrome", "chrome"
+WIDTH = 860  # of the picture in pixels
 SECONDS = 60  # to wait for an answer of Chromium
 IDLE = 'document.querySelector("[aria-busy]")?.ariaBusy === "false"'
 # Functions that stay in the page: each takes the name of a file of its server.
@@ -142,11 +143,11 @@ class Tab:
         self.evaluate("changed.then(() => 0)")
         self.until(IDLE)
 
-    def screenshot(self, width: int) -> bytes:
+    def screenshot(self) -> bytes:
         """Return the whole page as PNG."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=1, deviceScaleFactor=1, mobile=False)
-        height = self.evaluate("document.documentElement.scrollHeight")
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        for height in ("1", "document.documentElement.scrollHeight"):
+            size = {"width": WIDTH, "height": self.evaluate(height)}
+            self.call("Emulation.setDeviceMetricsOverride", **size, deviceScaleFactor=1, mobile=False)
         return base64.b64decode(self.call("Page.captureScreenshot")["data"])
 
     def close(self) -> None:
@@ -273,7 +274,8 @@ def measure(tab: Tab, model: Path, pictures: list[Path], rounds: int) -> dict:
         furthest = max(furthest, float(abs(want[0] - found["logits"]).max()))
         largest = max(largest, float(abs(want).max()))
     spread = {name: {"median": statistics.median(of), "min": min(of), "max": max(of)} for name, of in times.items()}
-    return {"loaded": loaded, **spread, "logits": {"largest": largest, "largest_difference": furthest}}
+    logits = {"largest": largest, "largest_difference": furthest}
+    return {"input_size": about["pretrained_cfg"]["input_size"], "loaded": loaded, **spread, "logits": logits}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -285,7 +287,7 @@ def main(args: argparse.Namespace) -> None:
     """
     if find_spec("onnxruntime") is None:
         raise UserError("onnxruntime is missing: pip install onnxruntime")
-    program, model = find_chromium(), args.model
+    program, model = find_chromium(), args.onnx
     torch.set_num_threads(1)
     machine = hardware.describe(torch.device("cpu"))
     output = hardware.result_file("web", machine, args.output)
@@ -299,7 +301,7 @@ def main(args: argparse.Namespace) -> None:
         if args.screenshot:
             tab.open(f"{address}/index.html?model={quote(model.name)}")
             tab.choose("#pictures", *args.pictures)
-            save_png(tab.screenshot(args.width), args.screenshot)
+            save_png(tab.screenshot(), args.screenshot)
         versions = {"browser": tab.call("Browser.getVersion")["product"], "onnxruntime_web": runtime_version()}
     about = {"model": model.name, "model_bytes": model.stat().st_size, "rounds": args.rounds}
     hardware.write(output, {**machine, **versions, **about, **found})
@@ -325,7 +327,7 @@ def save_png(content: bytes, path: Path) -> None:
     title.add_text("Title", TITLE)
     try:
         with replacing(path) as temporary:
-            Image.open(BytesIO(content)).convert("RGB").save(temporary, "PNG", pnginfo=title, optimize=True)
+            Image.open(BytesIO(content)).convert("RGB").quantize().save(temporary, "PNG", pnginfo=title, optimize=True)
     except OSError as error:
         raise RunError(f"--screenshot {printable(path)} cannot be written: {error.strerror}") from error
 
@@ -333,16 +335,10 @@ def save_png(content: bytes, path: Path) -> None:
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = cli.Parser("measure_page.py", description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path, metavar="ONNX", help="of tools/export.py, with its JSON file beside it")
+    parser.add_argument("onnx", type=Path, metavar="ONNX", help="of tools/export.py, with its JSON file beside it")
     parser.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE", help="to classify")
     parser.add_argument("--rounds", type=arguments.positive, default=20, help="of all pictures (default: %(default)s)")
     parser.add_argument("--screenshot", type=Path, metavar="PNG", help="draw the page with the pictures")
-    parser.add_argument(
-        "--width",
-        type=arguments.number(int, 320, 4096),
-        default=860,
-        help="of the page in pixels (default: %(default)s)",
-    )
     parser.add_argument("--output", type=Path, help="JSON file (default: in benchmarks/results/)")
     return parser
 

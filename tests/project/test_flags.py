@@ -12,6 +12,7 @@ from helpers import REPOSITORY, SCRIPTS_BY_PATH, TINY_PRETRAIN
 import main_pretrain
 import studies.run
 from demo import compare_loaders, watch_cost
+from demo.web import measure_page
 from Detection import main_detect
 from Evaluation import probe, robustness, segment_knn
 from Finetuning import main_finetune
@@ -204,6 +205,8 @@ def numeric_arguments() -> list:
         visualize,
         watch_cost,
     ]
+    scripts += [compare_loaders, export, pack_images, plot_log, predict, replay_nonfinite, visualize, watch_cost]
+    scripts.append(measure_page)
     scripts += [importlib.import_module(f"benchmarks.{name}") for name in BENCHMARKS]
     for parser in [script.get_args_parser() for script in scripts]:
         for action in parser._actions:

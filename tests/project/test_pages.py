@@ -18,6 +18,7 @@ import main_pretrain
 import models_arm
 import studies.run
 from demo import compare_loaders, cutouts, photographs, trees, watch_cost
+from demo.web import measure_page
 from Detection import main_detect
 from Evaluation import features, probe, robustness, segment_knn
 from Finetuning import main_finetune
@@ -37,6 +38,7 @@ SCRIPTS = {
     "demo/photographs.py": photographs,
     "demo/trees.py": trees,
     "demo/watch_cost.py": watch_cost,
+    "demo/web/measure_page.py": measure_page,
     "studies.run": studies.run,
     "tools/compare.py": compare,
     "tools/export.py": export,
