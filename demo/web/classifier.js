@@ -55,7 +55,8 @@ async function described(graph, bytes, description) {
     throw new Mistake(`${graph.name} is for images of ${channels} channels; a browser's pictures have one or three.`);
   }
   if (input.interpolation !== "bicubic" || input.crop_mode !== "squash") {
-    throw new Mistake(`${name} asks for another resize than this page has: ${input.interpolation}, ${input.crop_mode}.`);
+    const asked = `${input.interpolation}, ${input.crop_mode}`;
+    throw new Mistake(`${name} asks for another resize than this page has: ${asked}.`);
   }
   return about;
 }
@@ -101,11 +102,13 @@ export function softmax(logits) {
  *   transparent: canvases lose their colours, which Pillow reads.
  */
 export async function readPixels(file, { input_size: [channels, height, width], crop_pct: share }, exif) {
-  const stored = exif ? file : await withoutExif(file);
-  const bitmap = await createImageBitmap(stored, { colorSpaceConversion: "none", premultiplyAlpha: "none" }).catch(() => {
+  const as = { colorSpaceConversion: "none", premultiplyAlpha: "none" };
+  const decoded = async () => createImageBitmap(exif ? file : await withoutExif(file), as);
+  const bitmap = await decoded().catch(() => {
     throw new Mistake(`${file.name ?? "This"} is no picture that the browser can decode.`);
   });
   try {
+    if (bitmap.width > WIDEST) throw new Mistake(`${file.name ?? "This"} is wider than ${WIDEST} pixels.`);
     const across = filter(bitmap.width, Math.trunc(width / share), width);
     const down = filter(bitmap.height, Math.trunc(height / share), height);
     const top = down[0].first;
@@ -142,7 +145,7 @@ async function withoutExif(file) {
   const reads = (at, text) => text === String.fromCharCode(...bytes.subarray(at, at + text.length));
   if (reads(0, "\xff\xd8")) {
     for (let at = 2; at + 10 < bytes.length && bytes[at] === 0xff && bytes[at + 1] !== 0xda; ) {
-      if (bytes[at + 1] === 0xe1 && reads(at + 4, "Exif")) bytes[at + 4] = 0; // decoders pass over what they do not know
+      if (bytes[at + 1] === 0xe1 && reads(at + 4, "Exif")) bytes[at + 4] = 0; // decoders skip what they do not know
       at += bytes[at + 1] === 0xff ? 1 : 2 + view.getUint16(at + 2); // a marker may be padded
     }
   } else if (reads(0, "\x89PNG")) {
@@ -155,6 +158,7 @@ async function withoutExif(file) {
 }
 
 const STRIP = 256; // rows that are read at a time, so that a large picture is in memory once
+const WIDEST = 32767; // pixels that a canvas has in every browser
 const BITS = 22; // of a weight's fraction, as in Pillow
 
 /** Return the bicubic filter (a = -0.5) at x. */

@@ -42,23 +42,24 @@ function take(files) {
 }
 
 async function fetched(path) {
-  const answer = await fetch(path).catch(() => ({ status: "nothing" })); // of another server: the page reads only its own
+  const answer = await fetch(path).catch(() => ({ status: "nothing" })); // the page may read only its own server
   if (!answer.ok) throw new Mistake(`${path} cannot be read from this server: it answers ${answer.status}.`);
   return new File([await answer.blob()], path.split("/").at(-1));
 }
 
 async function load(files) {
-  const [graph, description] = [".onnx", ".json"].map((end) => files.find(({ name }) => name.toLowerCase().endsWith(end)));
+  const [graph, description] = [/\.onnx$/i, /\.json$/i].map((end) => files.find(({ name }) => end.test(name)));
   if (files.length !== 2 || !graph || !description) {
     throw new Mistake("A model is two files: choose or drop its .onnx file and its .json file together.");
   }
   say(`Loading ${graph.name}…`);
   const start = performance.now();
   const opened = await open(graph, description);
-  const { input_size: [, height, width] } = opened.input;
-  const number = opened.about.num_classes.toLocaleString("en");
+  const [, height, width] = opened.input.input_size;
+  const classes = `${opened.about.num_classes.toLocaleString("en")} classes`;
   const [megabytes, seconds] = [graph.size / 1e6, (performance.now() - start) / 1000].map((value) => value.toFixed(1));
-  opened.title = `${graph.name}: ${width} × ${height} pixels, ${number} classes, ${megabytes} MB, loaded in ${seconds} s`;
+  const size = `${width} × ${height} pixels, ${classes}, ${megabytes} MB`;
+  opened.title = `${graph.name}: ${size}, loaded in ${seconds} s`;
   await model?.session.release();
   model = opened;
   results.replaceChildren();

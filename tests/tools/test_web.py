@@ -288,12 +288,14 @@ def test_a_damaged_model(opened, tmp_path, model):
     assert problem(opened).startswith("model.onnx cannot be opened as a model: ")
 
 
-def test_files_that_are_no_pictures(opened, tmp_path, photographs):
+def test_files_that_cannot_be_classified(opened, tmp_path, photographs):
     """Those beside them are classified; the next choice removes the message."""
     (tmp_path / "text.png").write_text("no picture")
+    noise(1, 32768).save(tmp_path / "wide.png")
     (tmp_path / "one.png").write_bytes(content_of("PNG", photographs[0]))
-    opened.tab.choose("#pictures", tmp_path / "text.png", tmp_path / "one.png")
-    assert problem(opened) == "text.png is no picture that the browser can decode."
+    opened.tab.choose("#pictures", *(tmp_path / f"{name}.png" for name in ("text", "wide", "one")))
+    wrong = "text.png is no picture that the browser can decode.", "wide.png is wider than 32767 pixels."
+    assert problem(opened) == "".join(wrong)
     assert [name for name, *_ in opened.tab.evaluate(CARDS)] == ["one.png"]
     opened.tab.choose("#pictures", tmp_path / "one.png")
     assert problem(opened) == ""
