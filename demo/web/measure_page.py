@@ -25,7 +25,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
@@ -38,8 +37,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from util import arguments, cli, hardware
-from util.data.pixels import Pixels
-from util.errors import RunError, UserError
+from util.data.decode import BrokenImage, with_pillow
+from util.errors import RunError, UserError, as_user_error
 from util.files import figure_of, output_file, printable, read_json, replacing
 
 FOLDER = Path(__file__).resolve().parent
@@ -114,7 +113,8 @@ class Tab:
         """Return the value of JavaScript, of a promise what it is kept with; raise RunError with its exception."""
         got = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
         if "exceptionDetails" in got:
-            raise RunError(got["exceptionDetails"].get("exception", {}).get("description", "JavaScript has failed"))
+            thrown = got["exceptionDetails"].get("exception", {}).get("description", "JavaScript has failed")
+            raise RunError(thrown.partition("\n")[0])
         return got["result"].get("value")
 
     def until(self, condition: str) -> None:
@@ -236,46 +236,35 @@ def site(*files: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def python_session(path: Path) -> Any:
-    """Return the model in onnxruntime, on one thread."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-
-def python_input(path: Path, about: dict) -> Any:
-    """Return a picture as Python's evaluation gives it to the model of a JSON file, (1, C, H, W) float32."""
-    from util.data.datasets import model_input  # imported here, as it imports torchvision and timm
-
-    config = about["pretrained_cfg"]
-    channels, *size = config["input_size"]
-    pixels = Pixels(tuple(config["mean"]), tuple(config["std"]), channels, about["exif"])
-    return model_input(path.read_bytes(), (size[0], size[1]), "square", pixels)[None].numpy()
-
-
 def measure(tab: Tab, model: Path, pictures: list[Path], rounds: int) -> dict:
-    """Return milliseconds of the page and of Python, in turns, and how far their logits are apart."""
-    about = cast(dict, read_json(model.with_suffix(".json")))
+    """Return milliseconds of the page and of Python, in turns, and how far their logits are apart.
+
+    Raises:
+        UserError: the model or a picture cannot be read.
+        RunError: the page does not work.
+    """
+    from Evaluation.opened_models import open_model  # imported here, as it imports torchvision and timm
+
+    opened = open_model(str(model), torch.device("cpu"))
+    prepared = opened.preparation
     tab.evaluate(OPEN)
     loaded = tab.evaluate(f"openModel({json.dumps(model.name)})")
-    session = python_session(model)
     times: dict[str, list[float]] = {"prepared": [], "classified": [], "classified_in_python": []}
     furthest, largest = 0.0, 0.0
     for picture in [picture for _ in range(rounds) for picture in pictures]:
-        imgs = python_input(picture, about)
+        with as_user_error(BrokenImage, OSError, prefix=f"{printable(picture)}: "):
+            imgs = prepared.recipe()(with_pillow(picture.read_bytes(), prepared.pixels))[None]
         start = time.perf_counter()
-        (want,) = session.run(None, {"imgs": imgs})
+        (want,) = opened.compute(imgs).tolist()
         times["classified_in_python"].append(1000 * (time.perf_counter() - start))
         found = tab.evaluate(f"classifyPicture({json.dumps(picture.name)})")
         times["prepared"].append(found["prepared"])
         times["classified"].append(found["computed"])
-        furthest = max(furthest, float(abs(want[0] - found["logits"]).max()))
-        largest = max(largest, float(abs(want).max()))
+        furthest = max(furthest, *(abs(a - b) for a, b in zip(want, found["logits"], strict=True)))
+        largest = max(largest, *map(abs, want))
     spread = {name: {"median": statistics.median(of), "min": min(of), "max": max(of)} for name, of in times.items()}
     logits = {"largest": largest, "largest_difference": furthest}
-    return {"input_size": about["pretrained_cfg"]["input_size"], "loaded": loaded, **spread, "logits": logits}
+    return {"input_size": [prepared.pixels.channels, *prepared.size], "loaded": loaded, **spread, "logits": logits}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -285,8 +274,6 @@ def main(args: argparse.Namespace) -> None:
         UserError: Chromium, a package or a file is missing, or an output cannot be written.
         RunError: the page does not work, or an output cannot be written.
     """
-    if find_spec("onnxruntime") is None:
-        raise UserError("onnxruntime is missing: pip install onnxruntime")
     program, model = find_chromium(), args.onnx
     torch.set_num_threads(1)
     machine = hardware.describe(torch.device("cpu"))

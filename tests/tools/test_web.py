@@ -365,6 +365,7 @@ def test_measuring(browser, model, photographs, run_script, tmp_path, monkeypatc
     [
         (["none.onnx", "one.png"], "no file none.onnx"),
         (["model.onnx", "none.png"], "no file none.png"),
+        (["model.onnx", "one.png"], "one.png: no image of a known format"),
         (["model.onnx", "one.png", "one.png"], "two files have the name one.png"),
         (
             ["model.onnx", "one.png", "--screenshot", "one.png"],
