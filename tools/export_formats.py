@@ -143,8 +143,8 @@ def to_onnx(module: Any, about: dict, imgs: Tensor, path: Path) -> Compute:
             output_names=outputs, optimize=False,
         )  # fmt: skip
     assert exported is not None  # with dynamo=True
-    # torch's own optimization tries every rewriting rule at every node, which takes two thirds of the time; runtimes have
-    # such rules themselves. Without limits, because the constants are weights that the model stacks and concatenates.
+    # torch's own optimization tries every rewriting rule at every node, which takes two thirds of the time; runtimes
+    # have such rules. There are no limits of size, because the constants are weights that the model concatenates.
     passes.CommonSubexpressionEliminationPass()(exported.model)
     optimizer.fold_constants(exported.model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize)
     passes.RemoveUnusedNodesPass()(exported.model)

@@ -77,6 +77,9 @@ UNMEASURED = (
 )
 
 
+SUBJECTS = {"accuracy": "Accuracy was", "cost": "Time and memory were"}
+
+
 def facts(found: Checkpoint, module: Any) -> dict:
     """Return what a description adds for the card: `parameters`, `sha256` of the weights, and `training`.
 
@@ -121,12 +124,12 @@ def measured(
 
     reasons = {}
     if source is None:
-        reasons["accuracy"] = "no images were given (`--data_path`)"
+        reasons["accuracy"] = "no images were given (--data_path)"
     if about.get("task") or not about["num_classes"]:
         reasons["accuracy"] = "the model returns no classes"
     result: dict = {"machine": machine(device), "reasons": reasons}
     if not args.measure:
-        reasons["cost"] = "it was switched off (`--no_measure`)"
+        reasons["cost"] = "it was switched off (--no_measure)"
     elif path.suffix == ".safetensors" and not about["num_classes"]:
         reasons["cost"] = "the weights of an encoder are computed by whatever loads them"
     if "cost" in reasons and source is None:
@@ -168,7 +171,7 @@ def card(about: dict, measured: dict | None) -> str:
     """
     found = measured or {"reasons": {"accuracy": "nobody did it", "cost": "nobody did it"}}
     parts = [f"# {escaped(printable(about['file']))}", table(["what", "value"], *rows(about, found))]
-    parts += ["## Measured", *accuracy_of(found), *cost_of(found)]
+    parts += ["## Measured", *((accuracy_of(found) + cost_of(found)) or ["Nothing was measured."])]
     if "machine" in found and found.keys() & {"accuracy", "cost"}:
         parts.append("On this machine, whose cores other programs may have used at the same time:")
         where = found["machine"] | {"computed on": found["runs on"]}
@@ -211,7 +214,7 @@ def rows(about: dict, found: dict) -> list[list[str]]:
 def accuracy_of(found: dict) -> list[str]:
     """Return what is said of the accuracy."""
     if (row := found.get("accuracy")) is None:
-        return [f"Accuracy was not measured: {found['reasons']['accuracy']}."]
+        return []
     data = found["data"]
     images = f"{data['images']} images of {escaped(data['root'])}"
     missing = f" {row['unanswered']} of them have no answer and count as wrong." if row["unanswered"] else ""
@@ -224,7 +227,7 @@ def accuracy_of(found: dict) -> list[str]:
 def cost_of(found: dict) -> list[str]:
     """Return what is said of time and memory."""
     if (row := found.get("cost")) is None:
-        return [f"Time and memory were not measured: {found['reasons']['cost']}."]
+        return []
     batch, memory = row["batch"], row.get("memory_mb", {})
     lines = [["latency of one image", f"{spread(row['latency_ms'], 'ms')}"]]
     if "images_per_second" in row:
@@ -250,7 +253,7 @@ def counted(images: int) -> str:
 
 def unmeasured(found: dict) -> list[str]:
     """Return a line for all that was not measured."""
-    lines = [f"{name.capitalize()}: {reason}." for name, reason in found["reasons"].items()]
+    lines = [f"{SUBJECTS[name]} not measured: {reason}." for name, reason in found["reasons"].items()]
     row = found.get("cost", {})
     if row and "images_per_second" not in row:
         lines.append("Throughput of a batch: the file takes one image at a time.")

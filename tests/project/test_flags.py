@@ -187,26 +187,15 @@ def test_a_warm_up_is_shorter_than_the_run(script, words, warmup, said, caplog):
 
 
 BENCHMARKS = "augment coco data losses ops resilience scan tokens train".split()
-BENCHMARKS = [f"bench_{name}" for name in BENCHMARKS] + ["gpu_check"]
+BENCHMARKS = [f"bench_{name}" for name in BENCHMARKS] + ["export.bench_export", "gpu_check"]
 
 
 def numeric_arguments() -> list:
     """Every argument of every script that takes a number, as (id, parser, action)."""
     found = []
     scripts = [main_pretrain, main_finetune, main_detect, main_segment, probe, robustness, segment_knn, studies.run]
-    scripts += [
-        compare,
-        compare_loaders,
-        export,
-        pack_images,
-        plot_log,
-        predict,
-        replay_nonfinite,
-        visualize,
-        watch_cost,
-    ]
-    scripts += [compare_loaders, export, pack_images, plot_log, predict, replay_nonfinite, visualize, watch_cost]
-    scripts.append(measure_page)
+    scripts += [compare, compare_loaders, export, measure_page, pack_images, plot_log, predict]
+    scripts += [replay_nonfinite, visualize, watch_cost]
     scripts += [importlib.import_module(f"benchmarks.{name}") for name in BENCHMARKS]
     for parser in [script.get_args_parser() for script in scripts]:
         for action in parser._actions:

@@ -70,7 +70,8 @@ def test_studies_without_scipy(run_script, tmp_path, monkeypatch, capsys):
 
 PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub"}  # by the module's name
 OPTIONAL = {"triton", "cuda", "mamba_ssm", "causal_conv1d"}  # kernels: a backend that lacks them says so
-OPTIONAL |= {"datasets", "onnx", "onnxruntime"}  # see test_without_hugging_face, test_without_onnx
+OPTIONAL |= {"datasets"}  # see test_without_hugging_face
+OPTIONAL |= {"onnx", "onnx_ir", "onnxruntime", "onnxscript"}  # see test_without_onnx
 OPTIONAL |= {"pyarrow"}  # of `datasets`, and imported after it
 OPTIONAL |= {"faster_coco_eval"}  # see test_without_the_library
 OPTIONAL |= {"transformers"}  # tools/modeling_arm.py is for a process that has it

@@ -366,7 +366,7 @@ def test_a_card(models, images, run_script, tmp_path, forked, capsys):
     text = output.with_name(f"{output.name}.md").read_text()
     assert "Accuracy was not measured: no images were given" in text
     assert "Time and memory were not measured: it was switched off" in text
-    assert "- Accuracy: no images" in text
+    assert "- Accuracy was not measured: no images" in text
     output.with_name(f"{output.name}.md").write_text(f"{text}\nA remark of mine.\n")
     with pytest.raises(SystemExit):
         run_script(export, *words, "--no_measure")
