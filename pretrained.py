@@ -60,7 +60,7 @@ class Checkpoint:
 
     @cached_property
     def task(self) -> str:
-        """Return what the model is for: pretraining, classification, detection or segmentation."""
+        """Return the task of the model, such as pretraining or classification; see `task_of`."""
         return inspection.task_of(self.state_dict)
 
     @property
@@ -75,8 +75,9 @@ class Checkpoint:
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """Return the sizes of the encoder, and of a classifier `num_classes`; see `classifier_sizes`."""
-        return inspection.classifier_sizes(self.encoder)
+        """Return the sizes of the encoder, and of a classifier `num_classes`, or 0; see `classifier_sizes`."""
+        headless = {"num_classes": 0} if self.task == "image-text training" else {}
+        return headless | inspection.classifier_sizes(self.encoder)
 
     @cached_property
     def options(self) -> dict[str, Any]:

@@ -45,8 +45,8 @@ DIGEST = hashlib.sha256().digest_size  # bytes: the end of a cache file
 BLOCK = 2**24  # bytes that are hashed at a time
 
 
-def read_checkpoint(args: argparse.Namespace, device: torch.device) -> Checkpoint:
-    """Read the checkpoint of a command line, and prepare to compute with its model.
+def read_checkpoint(args: argparse.Namespace, device: torch.device, found: Checkpoint | None = None) -> Checkpoint:
+    """Read the checkpoint of a command line, unless it is `found`, and prepare to compute with its model.
 
     `args.model_key` and `args.input_size` are set to those of the model, `args.class_names` to its outputs, the
     arguments of `Pixels` to those that it was trained with, and `args.dtype` to the dtype of activations.
@@ -54,7 +54,7 @@ def read_checkpoint(args: argparse.Namespace, device: torch.device) -> Checkpoin
     Raises:
         UserError: the file is no checkpoint of ARM, or the input size or backend does not fit.
     """
-    found = pretrained.read(args.checkpoint, args.model_key, args.ignore_keys)
+    found = found or pretrained.read(args.checkpoint, args.model_key, args.ignore_keys)
     args.model_key, args.class_names = found.key, found.class_names
     vars(args).update(found.pixels.arguments())
     precision.choose(args, device)

@@ -6,9 +6,12 @@ prints a table and writes it as JSON beside the checkpoint. Features are compute
 torchrun each process takes a share of the images, queries and seeds; the results are those of one process.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -21,12 +24,16 @@ from util import arguments, cli, hardware
 from util.checkpoints.hub import beside, locate
 from util.data.class_names import match_classes
 from util.data.sources.readers import open_source
+from util.data.sources.source import Source
 from util.distributed.processes import check_one_machine, init_device
 from util.errors import UserError
 from util.files import printable
 from util.seeding import seed_everything
-from util.tracking.run_log import open_log
+from util.tracking.run_log import Log, open_log
 from util.training.run_state import fingerprint
+
+if TYPE_CHECKING:
+    from pretrained import Model
 
 # timm, torchvision and the models are imported after the checks, so that --help and mistakes take half of the time.
 
@@ -75,9 +82,35 @@ def main(args: argparse.Namespace) -> None:
     locate(args.checkpoint)
     sources = {name: open_source(args.data_path, name) for name in ("train", "val")}
 
-    from Evaluation.features import chosen_blocks, eval_images, features, hash_of, load_model
+    from Evaluation.features import load_model
 
-    model = load_model(args, device)
+    content = measure(args, load_model(args, device), sources, device, log)
+    head = ["probe", "top-1 (95 % over images)", "deviation over seeds", "top-5", "images", "learning rate"]
+    log.say(table(head, *map(cells, content["results"])))
+    write_result(output, vars(args), content)
+
+
+def measure(
+    args: argparse.Namespace, model: Model, sources: dict[str, Source], device: torch.device, log: Log
+) -> dict[str, Any]:
+    """Compute features, train and evaluate the probes of `args.probe`.
+
+    Args:
+        args: of this script, as `load_model` has left them.
+        model: frozen.
+        sources: images of `train` and `val`; the labels of `val` become those of `train`.
+        device: of the model.
+        log: of this rank.
+
+    Returns:
+        Content of the JSON file, with rows of "results".
+
+    Raises:
+        UserError: arguments and data do not fit.
+        RunError: images are broken, or features or weights of a probe are not finite.
+    """
+    from Evaluation.features import chosen_blocks, eval_images, features, hash_of
+
     torch.set_float32_matmul_precision("highest")  # TF32 would choose other neighbours than a CPU
     args.cache = args.cache or beside(args.checkpoint).parent / "features"
     blocks = chosen_blocks(args, len(model.layers))
@@ -104,14 +137,12 @@ def main(args: argparse.Namespace) -> None:
         rows += probe.evaluate(Task(train, val, len(names), args, device, log))
 
     log.say(f"{type(model).__name__}, block {', '.join(map(str, blocks))} of {len(model.layers)}")
-    head = ["probe", "top-1 (95 % over images)", "deviation over seeds", "top-5", "images", "learning rate"]
-    log.say(table(head, *map(cells, rows)))
     about = {
         name: {"root": printable(source.root), "images": len(source.labels), "fingerprint": fingerprint(source)}
         for name, source in sources.items()
     }
     content = {"weights": hash_of(model), "blocks": list(blocks), "data": about, "class_names": names, "broken": broken}
-    write_result(output, vars(args), {**content, "machine": hardware.describe(device), "results": rows})
+    return {**content, "machine": hardware.describe(device), "results": rows}
 
 
 def check_images(args: argparse.Namespace, dim: int, labels: dict[str, Tensor], names: list[str]) -> list[str]:

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -42,7 +42,7 @@ from util.data.sources.folders import Folder
 from util.distributed.processes import init_device
 from util.errors import UserError, as_user_error
 from util.files import printable, some
-from util.tracking.run_log import open_log
+from util.tracking.run_log import Log, open_log
 from util.training.evaluation import evaluate, score_labels
 
 if TYPE_CHECKING:
@@ -273,37 +273,16 @@ def main(args: argparse.Namespace) -> None:
     output = result_file(args, ".robustness.json", dict)
     locate(args.checkpoint)
 
-    from Evaluation.features import eval_images, hash_of, load_model
+    from Evaluation.features import hash_of, load_model
     from models_arm import ARMClassifier
-    from util.data.loaders import eval_loader
 
     model = load_model(args, device)
     weights, synsets = hash_of(model), timm_list("imagenet_synsets.txt")
     if not isinstance(model, ARMClassifier) or not model.num_classes:
         raise UserError(f"{args.checkpoint} has no classifier's head: a checkpoint of Finetuning/ is needed")
-    args.class_names, assumed = known_names(args.class_names, model.num_classes, (), args.checkpoint)
-    if assumed:
-        log.say(assumed)
-    imagenet = set(args.class_names) == set(synsets)
-    names = synsets if imagenet else args.class_names
-    check_sets(args, model, imagenet, synsets)
-    if imagenet:
-        sort_outputs(model, args.class_names, synsets)
-    sets = {name: parts_of(name, path, names, imagenet) for name, path in args.data}
-    for name, path in args.data:
-        if imagenet and name not in (*OF_IMAGENET, *CLEAN, "c"):
-            log.say(f"{name}: no published set; its images are classified among all {len(names)} classes")
-        for line in left_out(name, path, sets[name], len(names), imagenet):
-            log.say(f"{name}: {line}")
-    rows: dict[str, dict] = {}
-    for name, parts in sets.items():
-        ratio = 1.0 if name == "c" and imagenet else None  # images of ImageNet-C are stored cropped
-        results = {}
-        for title, part in parts.items():
-            loader = eval_loader(eval_images(args, part.source, ratio), args, device)
-            results[title] = evaluate(model, loader, device, log, title, score=part.score)
-            results[title]["classes"] = len(part.source.classes)
-        rows[name] = result_of(parts, results, imagenet)
+    names, imagenet = sorted_classes(args, model, synsets, log)
+    sets = open_sets(args.data, names, imagenet, log)
+    rows = {name: measure(args, model, name, parts, imagenet, device, log) for name, parts in sets.items()}
     head = ["data", "top-1 (95 % over images)", "top-5", "images", "mCE"]
     log.say(table(head, *([escaped(name), *cells(row)] for name, row in rows.items())))
     if "c" in rows:
@@ -315,6 +294,66 @@ def main(args: argparse.Namespace) -> None:
     settings = vars(args) | {"data": {name: printable(path) for name, path in args.data}}
     content = {"weights": weights, "class_names": names, "machine": hardware.describe(device), "results": rows}
     write_result(output, settings, content)
+
+
+def sorted_classes(
+    args: argparse.Namespace, model: ARMClassifier, synsets: list[str], log: Log
+) -> tuple[list[str], bool]:
+    """Return the names of a classifier's outputs, and whether they are ImageNet's; these are sorted as the `synsets`.
+
+    `args.class_names`, from the checkpoint, get ImageNet's names where they are assumed.
+
+    Raises:
+        UserError: the classes are not those that a set of `args.data` needs.
+    """
+    args.class_names, assumed = known_names(args.class_names, model.num_classes, (), args.checkpoint)
+    if assumed:
+        log.say(assumed)
+    imagenet = set(args.class_names) == set(synsets)
+    names = synsets if imagenet else args.class_names
+    check_sets(args, model, imagenet, synsets)
+    if imagenet:
+        sort_outputs(model, args.class_names, synsets)
+    return names, imagenet
+
+
+def open_sets(
+    data: list[tuple[str, Path]], names: list[str], imagenet: bool, log: Log
+) -> dict[str, dict[str, Part]]:
+    """Return the parts of each set, (name, folder), for classes of these names; say what is left out.
+
+    Raises:
+        UserError: a set is missing, or does not fit the classes.
+    """
+    sets = {name: parts_of(name, path, names, imagenet) for name, path in data}
+    for name, path in data:
+        if imagenet and name not in (*OF_IMAGENET, *CLEAN, "c"):
+            log.say(f"{name}: no published set; its images are classified among all {len(names)} classes")
+        for line in left_out(name, path, sets[name], len(names), imagenet):
+            log.say(f"{name}: {line}")
+    return sets
+
+
+def measure(
+    args: argparse.Namespace,
+    model: ARMClassifier,
+    name: str,
+    parts: dict[str, Part],
+    imagenet: bool,
+    device: torch.device,
+    log: Log,
+) -> dict:
+    """Evaluate on a set and return its result; see `result_of`, `open_sets` and `sorted_classes`."""
+    from Evaluation.features import eval_images
+    from util.data.loaders import eval_loader
+
+    ratio = 1.0 if name == "c" and imagenet else None  # images of ImageNet-C are stored cropped
+    results: dict[str, Any] = {}
+    for title, part in parts.items():
+        loader = eval_loader(eval_images(args, part.source, ratio), args, device)
+        results[title] = evaluate(model, loader, device, log, title, score=part.score)
+        results[title]["classes"] = len(part.source.classes)
+    return result_of(parts, results, imagenet)
 
 
 def check_sets(args: argparse.Namespace, model: ARMClassifier, imagenet: bool, synsets: list[str]) -> None:

@@ -62,7 +62,7 @@ class Handler(BaseHTTPRequestHandler):
         if name not in self.server.repositories:
             return self.answer(401, {"X-Error-Code": "RepoNotFound"})
         revisions = self.server.repositories[name]
-        revision = revision or "main"
+        revision = next((name for name, (commit, _) in revisions.items() if commit == revision), revision or "main")
         if revision not in revisions:
             return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
         commit, files = revisions[revision]
@@ -70,7 +70,10 @@ class Handler(BaseHTTPRequestHandler):
             entries = [{"type": "file", "path": file, "size": len(files[file]), "oid": commit} for file in files]
             return self.answer(200, {"Content-Type": "application/json"}, json.dumps(entries).encode())
         if file is None:
-            siblings = [{"rfilename": file} for file in files]
+            siblings = [  # as of files in Git LFS, whose ETag is the hash of their content
+                {"rfilename": f, "size": len(c), "lfs": {"sha256": sha256(c), "size": len(c), "pointerSize": 134}}
+                for f, c in files.items()
+            ]
             body = json.dumps({"id": name, "sha": commit, "siblings": siblings}).encode()
             return self.answer(200, {"Content-Type": "application/json"}, body)
         if file not in files:

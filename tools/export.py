@@ -78,8 +78,8 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, dict]:
 
     found = pretrained.read(args.checkpoint, args.model_key, args.ignore_keys)
     found.say_guesses()
-    if found.is_pretraining and not args.encoder:
-        raise UserError(f"{args.checkpoint} comes from pretraining and has no head: export its --encoder")
+    if found.task in ("pretraining", "image-text training") and not args.encoder:
+        raise UserError(f"{args.checkpoint} comes from {found.task} and has no head: export its --encoder")
     if found.is_pretraining and args.to == "hf":
         raise UserError(f"--to hf is for encoders of finetuning: take --to safetensors for {args.checkpoint}")
     if found.task == "segmentation" and not args.encoder:

@@ -16,6 +16,7 @@ from util.hardware import available_cores
 
 LOGGER = logging.getLogger("arm")
 LOG_EVERY = 20  # steps between two log points
+RESIZES = "square", "shorter"  # of evaluated images
 
 
 def number(kind: type, low: float, high: float, above: bool = False) -> Callable[[str], float]:
@@ -181,12 +182,17 @@ def add_finetune_arguments(parser: argparse.ArgumentParser) -> argparse._Argumen
 def add_eval_arguments(parser: argparse.ArgumentParser, scored: bool = True) -> None:
     """Add the arguments of how images are evaluated; broken ones have a choice only if images are `scored`."""
     add = parser.add_argument_group("evaluated images").add_argument
-    add("--eval_resize", choices=("square", "shorter"), default="square",
+    add("--eval_resize", choices=RESIZES, default="square",
         help="resize images to a square as the released code does, or their shorter side and crop the center")
-    add("--eval_loader", choices=("fast", "pil"), default="pil",
-        help="decode and resize images with libjpeg-turbo and torch (fast), or with Pillow")
+    add_eval_loader(add)
     if scored:
         add_eval_bad(add)
+
+
+def add_eval_loader(add: Callable[..., argparse.Action]) -> None:
+    """Add how evaluated images are decoded."""
+    add("--eval_loader", choices=("fast", "pil"), default="pil",
+        help="decode and resize images with libjpeg-turbo and torch (fast), or with Pillow")
 
 
 def add_eval_bad(add: Callable[..., argparse.Action]) -> None:

@@ -36,6 +36,8 @@ _SUM = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 _MAX_SUMS = 2**24  # bytes: some 100,000 files
 _IS_FOLDER = 0x10  # attribute of a zip record, of which torch would return uninitialised memory
 _LOCAL_HEADER = 30  # bytes before the name of a zip record
+# read as what is named first: Lightning's hyperparameters are a dict
+_SAFE = [Namespace, (dict, "lightning.fabric.utilities.data.AttributeDict")]
 _NOT_TORCH = (pickle.UnpicklingError, LookupError, TypeError, AttributeError, AssertionError, struct.error)
 
 
@@ -177,7 +179,7 @@ def _load_torch(file: Path) -> object:
             raise ValueError("its tensors are larger than the file")
         return storage[:]  # shares the memory, and cannot be resized
 
-    with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
+    with torch.serialization.safe_globals(_SAFE), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about pickle protocols, for example; the checks below find what is wrong
         content = torch.load(file, map_location=within, weights_only=True)  # type: ignore[arg-type]  # older class
     pending: list[tuple[str, object]] = [("", content)]

@@ -14,6 +14,7 @@ import re
 import socket
 import sys
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
@@ -66,6 +67,43 @@ def beside(name: str | os.PathLike) -> Path:
     """
     source = os.fspath(name).partition("#sha256=")[0]
     return Path(PurePosixPath(urlsplit(source).path).name if re.match("(https?|hf)://", source) else source)
+
+
+class HubFile(NamedTuple):
+    """A file of a repository: its path in it, its bytes, and the SHA-256 of one in Git LFS, else ""."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+def files(name: str) -> tuple[str, list[HubFile]]:
+    """Return the commit and the files of a repository of the hub, hf://OWNER/REPO or hf://OWNER/REPO@REVISION.
+
+    Raises:
+        UserError: the name has another form, or the hub does not list the files.
+    """
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    parts = HUB_NAME.fullmatch(name.removeprefix("hf://"))
+    if not parts or parts[3]:
+        raise UserError(f"{name}: the form is hf://OWNER/REPO or hf://OWNER/REPO@REVISION")
+    repo, revision = parts[1], unquote(parts[2] or "main")
+    try:
+        return _listed(repo, revision)
+    except RevisionNotFoundError as error:
+        raise UserError(f"{name}: {repo} has no revision {revision}") from error
+    except Exception as error:  # those of httpx and the system have no common base class
+        raise UserError(f"{name} cannot be listed: {_hub_reason(error)}") from error
+
+
+def _listed(repo: str, revision: str) -> tuple[str, list[HubFile]]:
+    """Do as `files`, and raise what huggingface_hub raises."""
+    from huggingface_hub import HfApi
+
+    info = HfApi().model_info(repo, revision=revision, timeout=TIMEOUT, files_metadata=True)
+    siblings = [(file.rfilename, file.size or 0, file.lfs) for file in info.siblings or []]
+    return info.sha or revision, [HubFile(file, size, lfs.sha256 if lfs else "") for file, size, lfs in siblings]
 
 
 def _check(name: str, sha256: str, path: Path, *bad: Path) -> None:
@@ -122,12 +160,9 @@ def _hub_file(name: str, sha256: str) -> tuple[Path, bool]:
 
 def _offers(repo: str, revision: str) -> str:
     """Return a message that lists the weight files of a repository."""
-    from huggingface_hub import HfApi
-
-    siblings = HfApi().model_info(repo, revision=revision, timeout=TIMEOUT).siblings or []
-    files = [file.rfilename for file in siblings]
-    weights = [file for file in files if file.endswith(WEIGHT_FILES)]
-    return f"{repo} has " + (", ".join(weights) or f"no weights among its {len(files)} files")
+    _, found = _listed(repo, revision)
+    weights = [file.name for file in found if file.name.endswith(WEIGHT_FILES)]
+    return f"{repo} has " + (", ".join(weights) or f"no weights among its {len(found)} files")
 
 
 def _hub_reason(error: Exception) -> str:

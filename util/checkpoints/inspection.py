@@ -37,6 +37,12 @@ _ENCODER = "backbone."  # before the names of a detector's or segmenter's encode
 # The biases of the classes in a detector, a segmenter and a classifier, and how many of them are the background.
 _OUTPUTS = {r"roi_heads\.box_predictor\.cls_score\.bias": 1, r"head\.classifier\.(\d+\.)?bias": 0, r"head\.bias": 0}
 _NOT_ARM = "the checkpoint is not one of ARM"
+# Files of methods that build on ARM, by their published code. RoMA's pretraining adds a vector to the tokens of rotated
+# windows, which nothing here rotates. MambaXray-VL of CXPMRG-Bench saves the encoder beside a language model's parts.
+_ROTATED = "angle_embed"
+_VISUAL = "visual_encoder."
+_BESIDE_VISUAL = ("text_encoder.", "vision_proj.", "text_proj.", "logit_scale", "llama_model.", "llama_proj.",
+    "layer_norm.", "embed_tokens.")  # fmt: skip
 _MAX_DEPTH = 1000  # blocks
 _MAX_SIDE = 2**15  # pixels
 
@@ -47,6 +53,9 @@ def weights(content: dict, key: str | None = None) -> StateDict:
     Args:
         content: as `read` returns it.
         key: `model` or `model_ema`, to take only that one.
+
+    Returns:
+        Its tensors by name, without wrappers' prefixes; of RoMA and MambaXray-VL those that ARM has, with a line.
 
     Raises:
         UserError: `key` is missing, or its value is no state dict of ARM.
@@ -63,7 +72,10 @@ def weights(content: dict, key: str | None = None) -> StateDict:
     if len(state_dict) < len(saved):
         raise UserError("the checkpoint has two tensors of one name, with and without a wrapper's prefix")
     needed = ["patch_embed.proj.weight", "pos_embed", "layers.0.mixer.A_log"]
-    needed += ["head.weight", "head.bias"] if task_of(state_dict) == "classification" else []
+    if any(name.startswith(_VISUAL) for name in state_dict):
+        state_dict = _visual_encoder(state_dict)
+    elif task_of(state_dict) in ("classification", "image-text training"):
+        needed += ["head.weight", "head.bias"]
     encoder = encoder_of(state_dict)
     for name in needed:
         if name not in encoder:
@@ -76,7 +88,24 @@ def weights(content: dict, key: str | None = None) -> StateDict:
         and rows >= (1 if is_pretrained(encoder) else 2)
     ):
         raise UserError(f"{_NOT_ARM}: patch or position embedding have other dimensions")
+    if is_pretrained(state_dict) and getattr(state_dict.get(_ROTATED), "shape", ()) == (1, 1, len(patch)):
+        say_once(logging.INFO, f"{_ROTATED} of RoMA is left out: it marks rotated windows, which no image here has")
+        del state_dict[_ROTATED]
     return state_dict
+
+
+def _visual_encoder(state_dict: StateDict) -> StateDict:
+    """Return the encoder, without a head, of MambaXray-VL's model of images and text, and say what is left out.
+
+    Raises UserError if there are parameters that its code does not have.
+    """
+    others = [name for name in state_dict if not name.startswith(_VISUAL)]
+    if unknown := [name for name in others if not name.startswith(_BESIDE_VISUAL)]:
+        raise UserError(f"{_NOT_ARM}: beside its {_VISUAL[:-1]} are unexpected {some(unknown)}")
+    parts = list(dict.fromkeys(name.split(".")[0] for name in others))
+    left_out = f"; {len(others)} tensors are left out: {some(parts)}" if others else ""
+    say_once(logging.INFO, f"{_VISUAL[:-1]} of a model of images and text is taken{left_out}")
+    return {name.removeprefix(_VISUAL): value for name, value in state_dict.items() if name.startswith(_VISUAL)}
 
 
 def encoder_of(state_dict: StateDict) -> StateDict:
@@ -86,9 +115,13 @@ def encoder_of(state_dict: StateDict) -> StateDict:
 
 
 def task_of(state_dict: StateDict) -> str:
-    """Return what a state dict's model is for: pretraining, classification, detection or segmentation."""
+    """Return the task of a state dict's model.
+
+    It is pretraining, classification, image-text training (a classifier without a head), detection or segmentation.
+    """
     if encoder_of(state_dict) is state_dict:
-        return "pretraining" if is_pretrained(state_dict) else "classification"
+        named = "classification" if "head.weight" in state_dict else "image-text training"
+        return "pretraining" if is_pretrained(state_dict) else named
     return "detection" if any(name.startswith("rpn.") for name in state_dict) else "segmentation"
 
 
