@@ -317,9 +317,7 @@ def sorted_classes(
     return names, imagenet
 
 
-def open_sets(
-    data: list[tuple[str, Path]], names: list[str], imagenet: bool, log: Log
-) -> dict[str, dict[str, Part]]:
+def open_sets(data: list[tuple[str, Path]], names: list[str], imagenet: bool, log: Log) -> dict[str, dict[str, Part]]:
     """Return the parts of each set, (name, folder), for classes of these names; say what is left out.
 
     Raises:

@@ -1,6 +1,6 @@
 """Compare measured weights with the paper's figures, in words, as a page in Markdown and as CSV."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from Evaluation.tables import csv_text, escaped, table, with_interval
 from util.files import some
@@ -17,9 +17,10 @@ COLUMNS = ("file", "sha256", "kind", "measure", "weights", "input", "resize", "t
 NO_FIGURE = "no published figure"
 
 
-def paper_figure(file: dict, size: Sequence[int]) -> float | None:
-    """Return the paper's top-1 of a classifier of ImageNet at an input size, its own; None if there is none."""
-    if not file.get("imagenet") or [*size] != file["input_size"] or len({*size}) > 1:
+def paper_figure(file: dict, row: dict) -> float | None:
+    """Return the paper's top-1 for a measurement: of ImageNet's classes, at the file's own size; None without one."""
+    size = row["size"]
+    if row["measure"] != "accuracy" or not row["result"]["imagenet"] or size != file["input_size"] or len({*size}) > 1:
         return None
     return PAPER.get((file["embed_dim"], file["depth"], size[0]))
 
@@ -44,6 +45,17 @@ def best(rows: list[dict]) -> dict:
     return max(rows, key=lambda row: row["result"]["acc1"])
 
 
+def best_at_own_size(file: dict, rows: list[dict]) -> dict | None:
+    """Return the best of the measured accuracies at the file's own input size, or None."""
+    own = [row for row in accuracies(rows) if row["size"] == file["input_size"]]
+    return best(own) if own else None
+
+
+def accuracies(rows: list[dict]) -> list[dict]:
+    """Return the rows of accuracies that were measured."""
+    return [row for row in rows if row["measure"] == "accuracy" and "result" in row]
+
+
 def sentence(file: dict, rows: list[dict]) -> str:
     """Return the verdict on a file in one sentence.
 
@@ -61,12 +73,12 @@ def sentence(file: dict, rows: list[dict]) -> str:
             if row["measure"].startswith("probe") and "result" in row
         ]
         return f"{name} comes from {file['kind']}: {'; '.join(done) or 'nothing was measured of it'}."
-    measured = [row for row in rows if row["measure"] == "accuracy" and "result" in row]
+    measured = accuracies(rows)
     if not measured:
         return f"{name} is a classifier whose accuracy is not measured."
-    paper = paper_figure(file, file["input_size"])
     own = [row for row in measured if row["size"] == file["input_size"]]
-    if paper is None or not own:
+    paper = paper_figure(file, own[0]) if own else None
+    if paper is None:
         top = best(measured)
         return f"{name} has {NO_FIGURE} to compare with: at best {with_interval(top['result'])}, with {how(top)}."
     agreeing = [row for row in own if judge(row["result"], paper).startswith("agrees")]
@@ -99,7 +111,7 @@ def lines_of(content: dict) -> Iterator[dict]:
         if "result" not in row:
             continue
         file = files[row["file"]]
-        paper = paper_figure(file, row["size"]) if row["measure"] == "accuracy" else None
+        paper = paper_figure(file, row)
         for title, result in results_of(row):
             low, high = result.get("interval", (None, None))
             yield {
@@ -132,10 +144,9 @@ def cells(line: dict, with_paper: bool) -> list:
 def page(content: dict) -> str:
     """Return the page: the verdict in sentences, tables, what was not measured, and the facts."""
     files, rows, data = content["files"], content["measurements"], content["data"]
-    done = sum("result" in row for row in rows)
     lines = [f"# Verdict on {escaped(content['weights'])}"]
-    if done < len(rows):
-        lines.append(f"**{done} of {len(rows)} measurements are there.** The same command makes those that are missing.")
+    if content["waiting"]:
+        lines.append("**This run is not finished**: the same command continues it.")
     own = {file["file"]: [row for row in rows if row["file"] == file["file"]] for file in files}
     lines.append("\n".join(f"- {sentence(file, own[file['file']])}" for file in files) or "There are no weights.")
     if data["classes"] == 1000 and data["images"] != IMAGES:
@@ -155,9 +166,9 @@ def page(content: dict) -> str:
     if found := [cells(line, False) for line in numbers if line["measure"] != "accuracy"]:
         lines += ["## Robustness and probes", table(["file", "measured", *named], *found)]
         lines.append(
-            "Robustness is measured with the weights and the resize that are best at the file's own size, chosen on "
-            "the images above. The paper has figures for robustness; they could not be checked here and are not in "
-            "this table. Probes have no published figure."
+            "Robustness is measured at the file's own size with the weights and the resize that are best on the images "
+            "above. Probes have the defaults of probe.py. The paper has figures for robustness; they could not be "
+            "checked and are not in this table. Probes have no published figure."
         )
     lines += ["## Not measured", "\n".join(f"- {line}" for line in not_measured(content)) or "Nothing was left out."]
     head = ["file", "what it is", "bytes", "SHA-256"]
@@ -193,4 +204,5 @@ def not_measured(content: dict) -> list[str]:
         if "result" not in row:
             why = f"it failed: {row['failed']}" if "failed" in row else "not yet"
             lines.append(f"{escaped(row['file'])}: {row['measure']} with {how(row)}: {escaped(why)}")
-    return lines + [escaped(line) for line in content["left_out"]]
+    waiting = f"not yet or not completely: {', '.join(content['waiting'])}"
+    return [escaped(line) for line in [waiting] * bool(content["waiting"]) + content["left_out"]] + lines

@@ -40,7 +40,7 @@ _NOT_ARM = "the checkpoint is not one of ARM"
 # Files of methods that build on ARM, by their published code. RoMA's pretraining adds a vector to the tokens of rotated
 # windows, which nothing here rotates. MambaXray-VL of CXPMRG-Bench saves the encoder beside a language model's parts.
 _ROTATED = "angle_embed"
-_VISUAL = "visual_encoder."
+VISUAL = "visual_encoder."
 _BESIDE_VISUAL = ("text_encoder.", "vision_proj.", "text_proj.", "logit_scale", "llama_model.", "llama_proj.",
     "layer_norm.", "embed_tokens.")  # fmt: skip
 _MAX_DEPTH = 1000  # blocks
@@ -72,7 +72,7 @@ def weights(content: dict, key: str | None = None) -> StateDict:
     if len(state_dict) < len(saved):
         raise UserError("the checkpoint has two tensors of one name, with and without a wrapper's prefix")
     needed = ["patch_embed.proj.weight", "pos_embed", "layers.0.mixer.A_log"]
-    if any(name.startswith(_VISUAL) for name in state_dict):
+    if any(name.startswith(VISUAL) for name in state_dict):
         state_dict = _visual_encoder(state_dict)
     elif task_of(state_dict) in ("classification", "image-text training"):
         needed += ["head.weight", "head.bias"]
@@ -99,13 +99,13 @@ def _visual_encoder(state_dict: StateDict) -> StateDict:
 
     Raises UserError if there are parameters that its code does not have.
     """
-    others = [name for name in state_dict if not name.startswith(_VISUAL)]
+    others = [name for name in state_dict if not name.startswith(VISUAL)]
     if unknown := [name for name in others if not name.startswith(_BESIDE_VISUAL)]:
-        raise UserError(f"{_NOT_ARM}: beside its {_VISUAL[:-1]} are unexpected {some(unknown)}")
+        raise UserError(f"{_NOT_ARM}: beside its {VISUAL[:-1]} are unexpected {some(unknown)}")
     parts = list(dict.fromkeys(name.split(".")[0] for name in others))
     left_out = f"; {len(others)} tensors are left out: {some(parts)}" if others else ""
-    say_once(logging.INFO, f"{_VISUAL[:-1]} of a model of images and text is taken{left_out}")
-    return {name.removeprefix(_VISUAL): value for name, value in state_dict.items() if name.startswith(_VISUAL)}
+    say_once(logging.INFO, f"{VISUAL[:-1]} of a model of images and text is taken{left_out}")
+    return {name.removeprefix(VISUAL): value for name, value in state_dict.items() if name.startswith(VISUAL)}
 
 
 def encoder_of(state_dict: StateDict) -> StateDict:
