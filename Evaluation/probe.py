@@ -160,7 +160,7 @@ def check_images(args: argparse.Namespace, dim: int, labels: dict[str, Tensor], 
     Raises:
         UserError: a probe is not possible, or `train` lacks a class that `val` has.
     """
-    train, val = labels.values()
+    train, val = labels["train"], labels["val"]
     images = int((train >= 0).sum())
     lines = dict.fromkeys(line for name in args.probe for line in PROBES[name].check(args, images, dim))
     if lacking := sorted(set(val[val >= 0].tolist()) - set(train.tolist())):

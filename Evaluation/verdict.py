@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -239,7 +240,7 @@ class Plan:
         # the paper's figures are of ImageNet's classes, all of them
         imagenet = len(names) == 1000 and {*names} == {*source.classes} and len({*source.labels.tolist()}) == 1000
         imagenet = imagenet and {*names} == {*robustness.timm_list("imagenet_synsets.txt")}
-        return result | accuracy(correct, correct5, result["images"]) | {"imagenet": imagenet}
+        return result | accuracy(correct, correct5, int(result["images"])) | {"imagenet": imagenet}
 
     def robustness(self, name: str, path: Path) -> Callable[[argparse.Namespace, Checkpoint], dict]:
         """Return what measures on a set of robustness.py."""
@@ -267,7 +268,7 @@ class Plan:
             args.cache = str(Path(args.output_dir) / "features")
             seed_everything(args.seed)
             model = load_model(args, self.device, read_checkpoint(args, self.device, checkpoint))
-            sources = {split: copy.copy(source) for split, source in self.sources.items()}
+            sources = {split: copy.copy(self.sources[split]) for split in ("train", "val")}
             return probe.measure(args, model, sources, self.device, self.log)
 
         return run
@@ -371,7 +372,7 @@ def measure_file(plan: Plan, content: dict, name: str, opened: str) -> None:
     for row, key, run in plan.of(file, found):
         content["measurements"].append(row)
         path, words = folder / MEASUREMENTS / f"{key}.json", f"{file['file']}: {row['measure']} with {how(row)}"
-        if earlier := on_main(lambda path=path: stored(path)):
+        if earlier := on_main(partial(stored, path)):
             row.update({name: earlier[name] for name in ("result", "machine")})
             log.say(f"{words}: measured before")
             continue
@@ -383,7 +384,7 @@ def measure_file(plan: Plan, content: dict, name: str, opened: str) -> None:
             log.say(f"failed: {row['failed']}")
             continue
         row.update(result=result, machine=hardware.describe(plan.device))
-        on_main(lambda path=path, row=row: write_json(path, row))
+        on_main(partial(write_json, path, row))
         on_main(lambda: write(folder, content))
     on_main(lambda: write(folder, content))
 

@@ -22,6 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPTS_BY_PATH = [
     "main_pretrain.py", "Finetuning/main_finetune.py", "Detection/main_detect.py", "Segmentation/main_segment.py",
     "Evaluation/probe.py", "Evaluation/robustness.py", "Evaluation/segment_knn.py",
+    "Evaluation/verdict.py",
     *(f"tools/{name}.py" for name in ("export", "compare", "visualize", "replay_nonfinite", "pack_images", "plot_log")),
     "tools/predict.py",
 ]  # fmt: skip
@@ -54,7 +55,7 @@ SLOW = set(
     test_two_processes test_two_processes_equal_one test_two_processes_have_one_order
     test_under_torchrun_one_process_speaks test_whole_model test_detection_export test_it_learns_two_images
     test_predictions_are_those_of_the_evaluation test_a_resumed_run_equals_the_uninterrupted_one
-    test_main_segment test_a_comparison test_the_code_of_a_card_runs test_web
+    test_main_segment test_a_comparison test_the_code_of_a_card_runs test_web test_a_killed_run_continues
 """.split()
 )
 

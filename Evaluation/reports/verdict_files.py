@@ -50,6 +50,7 @@ def describe(name: str, opened: str) -> tuple[dict, dict[str | None, Checkpoint]
     file: dict[str, Any] = {"file": printable(name), "sha256": "", "bytes": 0, "problem": "", "what": "",
         "left_out": []}  # fmt: skip
     found: dict[str | None, Checkpoint] = {}
+    keys: list[str | None]
     kind = UNREADABLE
     try:
         path, _ = hub.locate(opened)
@@ -57,7 +58,8 @@ def describe(name: str, opened: str) -> tuple[dict, dict[str | None, Checkpoint]
             file |= {"sha256": sha256_of(path), "bytes": path.stat().st_size}
         content = checkpoint_file.read(opened)
         kind = FOREIGN
-        for key in checkpoint_file.weight_keys(content) or [None]:
+        keys = [*checkpoint_file.weight_keys(content)] or [None]
+        for key in keys:
             found[key] = pretrained.Checkpoint(opened, content, key)
         first = next(iter(found.values()))
         kind, size = first.task, first.input_size

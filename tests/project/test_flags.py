@@ -14,7 +14,7 @@ import studies.run
 from demo import compare_loaders, watch_cost
 from demo.web import measure_page
 from Detection import main_detect
-from Evaluation import probe, robustness, segment_knn
+from Evaluation import probe, robustness, segment_knn, verdict
 from Finetuning import main_finetune
 from mamba import SIZES
 from Segmentation import main_segment
@@ -61,6 +61,10 @@ SEGMENT_KNN = (
     + "data_path classes ignore_label block average_last k temperature max_tokens seed"
 )
 ROBUSTNESS = EXAMINE + "eval_bad data"
+VERDICT = """
+    data_path robustness sizes resizes probe output_dir device batch_size dtype scan_backend num_workers worker_timeout
+    pin_mem no_pin_mem dist_timeout eval_loader eval_bad
+"""
 PREDICT = EXAMINE + "topk score features block average_last"
 MACHINE = """
     device dtype batch_size scan_backend num_workers worker_timeout pin_mem no_pin_mem dist_timeout
@@ -92,6 +96,7 @@ SEGMENT = SHARED.replace(" loader ", " ") + (
         (probe, PROBE),
         (robustness, ROBUSTNESS),
         (segment_knn, SEGMENT_KNN),
+        (verdict, VERDICT),
         (predict, PREDICT),
         (export, EXPORT),
         (compare, COMPARE),
@@ -195,7 +200,7 @@ def numeric_arguments() -> list:
     found = []
     scripts = [main_pretrain, main_finetune, main_detect, main_segment, probe, robustness, segment_knn, studies.run]
     scripts += [compare, compare_loaders, export, measure_page, pack_images, plot_log, predict]
-    scripts += [replay_nonfinite, visualize, watch_cost]
+    scripts += [replay_nonfinite, verdict, visualize, watch_cost]
     scripts += [importlib.import_module(f"benchmarks.{name}") for name in BENCHMARKS]
     for parser in [script.get_args_parser() for script in scripts]:
         for action in parser._actions:
@@ -236,7 +241,7 @@ def test_help_names_every_flag_and_model(script, capsys):
 
 @pytest.mark.parametrize(
     "script",
-    [main_pretrain, main_finetune, main_detect, main_segment, probe, robustness, segment_knn, predict, compare],
+    [main_pretrain, main_finetune, main_detect, main_segment, probe, robustness, segment_knn, verdict, predict, compare],
 )
 def test_help_is_true_of_each_script(script):
     """Only finetuning takes values of a checkpoint; and every flag stands under a heading of its own."""

@@ -20,7 +20,7 @@ import studies.run
 from demo import compare_loaders, cutouts, photographs, trees, watch_cost
 from demo.web import measure_page
 from Detection import main_detect
-from Evaluation import features, probe, robustness, segment_knn
+from Evaluation import features, probe, robustness, segment_knn, verdict
 from Finetuning import main_finetune
 from Segmentation import main_segment
 from tools import compare, export, pack_images, plot_log, predict, visualize
@@ -33,6 +33,7 @@ SCRIPTS = {
     "Evaluation/probe.py": probe,
     "Evaluation/robustness.py": robustness,
     "Evaluation/segment_knn.py": segment_knn,
+    "Evaluation/verdict.py": verdict,
     "demo/compare_loaders.py": compare_loaders,
     "demo/cutouts.py": cutouts,
     "demo/photographs.py": photographs,
@@ -97,6 +98,7 @@ def test_benchmarks_of_the_pages_exist(command):
 
 EVERY = sorted((REPOSITORY / "recipes").glob("*_*.sh"))  # those of one command
 RECIPES = [path for path in EVERY if path.stem.startswith(("pretrain_", "finetune_"))]
+OF_TASKS = [path for path in EVERY if path.stem.startswith(("detect_", "segment_"))]
 
 
 def parsed_recipe(path: Path, *more: str) -> argparse.Namespace:
@@ -119,13 +121,26 @@ def test_recipes(path):
     assert f"recipes/{path.name} " in header
 
 
-@pytest.mark.parametrize("path", [path for path in EVERY if path not in RECIPES], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", OF_TASKS, ids=lambda path: path.name)
 def test_recipes_of_tasks(path):
     """They parse, say where they come from and that they were not run, and resume the run that they have begun."""
     args = parsed_recipe(path, "--seed", "7")
     assert (args.model, args.data_path, args.resume, args.seed) == ("arm_base_pz16", "/data", "auto", 7)
     header = path.read_text().partition("\nset ")[0]
     for word in ("Recipe: the field's", "Reaches: not measured", "Takes: not measured", f"    recipes/{path.name} "):
+        assert f"\n# {word}" in header
+
+
+def test_the_recipe_that_measures():
+    """It names its place on the hub unless it is given one, and says that it was not run."""
+    path = REPOSITORY / "recipes" / "verify_released.sh"
+    assert {*EVERY} == {*RECIPES, *OF_TASKS, path}
+    args = parsed_recipe(path)
+    assert (args.weights, args.data_path, args.sizes) == ("hf://OliverRen/ARM", "/data", [224, 384])
+    args = parsed_recipe(path, "hf://me/mine", "--probe", "none")
+    assert (args.weights, args.data_path, args.probe) == ("hf://me/mine", "/data", ["none"])
+    header = path.read_text().partition("\nset ")[0]
+    for word in ("Reaches: not measured", "Takes: not measured", f"    recipes/{path.name} "):
         assert f"\n# {word}" in header
 
 

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -37,7 +38,7 @@ _MAX_SUMS = 2**24  # bytes: some 100,000 files
 _IS_FOLDER = 0x10  # attribute of a zip record, of which torch would return uninitialised memory
 _LOCAL_HEADER = 30  # bytes before the name of a zip record
 # read as what is named first: Lightning's hyperparameters are a dict
-_SAFE = [Namespace, (dict, "lightning.fabric.utilities.data.AttributeDict")]
+_SAFE: list[Any] = [Namespace, (dict, "lightning.fabric.utilities.data.AttributeDict")]
 _NOT_TORCH = (pickle.UnpicklingError, LookupError, TypeError, AttributeError, AssertionError, struct.error)
 
 
