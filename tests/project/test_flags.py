@@ -242,16 +242,8 @@ def test_help_names_every_flag_and_model(script, capsys):
 @pytest.mark.parametrize(
     "script",
     [
-        main_pretrain,
-        main_finetune,
-        main_detect,
-        main_segment,
-        probe,
-        robustness,
-        segment_knn,
-        verdict,
-        predict,
-        compare,
+        *(main_pretrain, main_finetune, main_detect, main_segment, probe, robustness),
+        *(segment_knn, verdict, predict, compare),
     ],
 )
 def test_help_is_true_of_each_script(script):
