@@ -12,4 +12,4 @@
 
 set -eu
 read -ra launch <<<"${LAUNCH:-python}"
-exec "${launch[@]}" Evaluation/verdict.py --data_path "${1:?recipes/verify_released.sh IMAGENET [WEIGHTS] [ARGUMENTS]}" "${@:2}"
+exec "${launch[@]}" Evaluation/verdict.py --data_path "$@"

@@ -24,6 +24,7 @@ from Evaluation import features, probe, robustness, segment_knn, verdict
 from Finetuning import main_finetune
 from Segmentation import main_segment
 from tools import compare, export, pack_images, plot_log, predict, visualize
+from util.errors import UserError
 
 SCRIPTS = {
     "main_pretrain.py": main_pretrain,
@@ -139,6 +140,10 @@ def test_the_recipe_that_measures():
     assert (args.weights, args.data_path, args.sizes) == ("hf://OliverRen/ARM", "/data", [224, 384])
     args = parsed_recipe(path, "hf://me/mine", "--probe", "none")
     assert (args.weights, args.data_path, args.probe) == ("hf://me/mine", "/data", ["none"])
+    environment = {**os.environ, "LAUNCH": r"printf %s\n"}
+    alone = subprocess.run(["bash", path], env=environment, capture_output=True, text=True, check=True)
+    with pytest.raises(UserError, match="--data_path: expected one argument"):  # as of all recipes: exit status 2
+        parsed(alone.stdout.splitlines())
     header = path.read_text().partition("\nset ")[0]
     for word in ("Reaches: not measured", "Takes: not measured", f"    recipes/{path.name} "):
         assert f"\n# {word}" in header
