@@ -1,6 +1,7 @@
 """Studies and the demo start scripts; here these are forked."""
 
 import os
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -16,4 +17,4 @@ def _forked_scripts(monkeypatch):
     def popen(words: list[str], **options: object) -> ForkedScript:
         return ForkedScript(words[words.index(str(os.getpid())) + 1 :], **options)
 
-    monkeypatch.setattr(launch, "subprocess", SimpleNamespace(Popen=popen))
+    monkeypatch.setattr(launch, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": popen}))
