@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 WARM_UP = 3  # rounds that do not count
+LEAST = 5  # rounds that do
+CALLS = 20  # at most, by which the time of an image is first estimated
 NO_PEAK = "this system does not tell the peak memory of a part of a process"
 
 
@@ -52,7 +54,7 @@ def measure_time(models: Sequence["OpenedModel"], batch: int, rounds: int, limit
         batch: images of a batch. It is halved until all rounds of a model take less than `limit` seconds, for all
             models alike.
         rounds: that count.
-        limit: seconds for a model; of a single image, rounds are left out instead, down to one.
+        limit: seconds for a model; of a single image, rounds are left out instead, down to `LEAST`.
 
     Returns:
         For each model `latency_ms` of one image and `images_per_second` of a batch, see `spread`; `batch`, and of each
@@ -61,8 +63,11 @@ def measure_time(models: Sequence["OpenedModel"], batch: int, rounds: int, limit
     ones, seconds = [noise(model, 1) for model in models], []
     for model, one in zip(models, ones, strict=True):
         model.compute(one)  # compiles, and allocates memory
-        seconds.append(min(taken(model, one) for _ in range(WARM_UP)))
-    rounds = max(1, min(rounds, int(limit / 4 / max(seconds)) - WARM_UP))
+        calls: list[float] = []
+        while len(calls) < WARM_UP or (sum(calls) < limit / 10 and len(calls) < CALLS):  # the machine may be busy
+            calls.append(taken(model, one))
+        seconds.append(min(calls))
+    rounds = max(min(rounds, LEAST), min(rounds, int(limit / 4 / max(seconds)) - WARM_UP))
     while batch > 1 and batch * max(seconds) * (rounds + WARM_UP) > limit:
         batch //= 2
     times: list[dict[int, list[float]]] = [{1: [], batch: []} for _ in models]

@@ -18,13 +18,15 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import timm
 import torch
+from huggingface_hub import try_to_load_from_cache
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from torchvision import transforms
 
 import pretrained
 from Evaluation.tables import accuracy, wilson
-from util.checkpoints.hub import locate
+from util.checkpoints.hub import files, locate
 from util.data.class_names import known_names, match_classes
 from util.data.datasets import ImageDataset, pixels_by
 from util.data.loaders import eval_loader
@@ -38,6 +40,7 @@ from util.training.evaluation import Answers, batches_of
 from util.training.precision import activation_dtype, autocast
 
 LOGGER = logging.getLogger("arm")
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of timm's models on the hub
 TIMM = "timm:"  # before the name of a model that timm opens
 RESIZES = {"squash": "square", "shorter": "shorter"}  # crop modes that `eval_transform` carries out, and its names
 MODES = {name: mode for mode, name in RESIZES.items()}
@@ -172,9 +175,25 @@ def count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def check_hub(known_as: str) -> None:
+    """Raise UserError if the hub does not have a model's weights, or does not answer.
+
+    huggingface_hub itself would try again for a minute. Weights in its cache need no answer.
+    """
+    if known_as.startswith("local-dir:"):
+        return
+    kind, _, place = known_as.partition(":")
+    config = None if place else get_pretrained_cfg(known_as)
+    place = place.partition("@")[0] if kind.replace("_", "-") == "hf-hub" else getattr(config, "hf_hub_id", None) or ""
+    cached = [try_to_load_from_cache(place, file) for file in WEIGHTS] if place else []
+    if place and not any(isinstance(path, str) for path in cached):
+        files(f"hf://{place}")
+
+
 def _of_timm(name: str, known_as: str, device: torch.device, resize: str) -> OpenedModel:
     logging.getLogger("timm").setLevel(logging.WARNING)
     with _as_mistake(name, "timm cannot open it"):
+        check_hub(known_as)
         model: Any = timm.create_model(known_as, pretrained=True)
     module, config = model.to(device).eval().requires_grad_(False), resolve_model_data_config(model)
     own, size = model.pretrained_cfg, tuple(config["input_size"][1:])

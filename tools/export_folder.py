@@ -8,7 +8,6 @@ import hashlib
 import logging
 import os
 import runpy
-import shutil
 import textwrap
 from pathlib import Path
 from typing import cast
@@ -80,7 +79,6 @@ def to_hf(module: nn.Module, about: dict, imgs: Tensor, path: Path) -> Compute:
     logging.getLogger("timm").setLevel(logging.WARNING)
     config, processor = settings(about)
     write_json(path / CONFIG, config)
-    shutil.copymode(path / CONFIG, path / WEIGHTS)  # the library lets only the owner read it
     if "AutoImageProcessor" in config["auto_map"]:
         write_json(path / "preprocessor_config.json", processor)
     for name, text in code().items():

@@ -82,7 +82,7 @@ Compute = Callable[..., Tensor | tuple[Tensor, ...]]
 
 def to_safetensors(module: nn.Module, about: dict, imgs: Tensor, path: Path) -> Compute:
     """Write the weights, with the options that `checkpoint_file.read` needs in the file's metadata."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
 
     sizes, switches = about["model_args"], about.get("switches", {})
     known = {"input_size": sizes["img_size"], "global_pool": sizes.get("global_pool") == "avg", **switches}
@@ -92,7 +92,8 @@ def to_safetensors(module: nn.Module, about: dict, imgs: Tensor, path: Path) -> 
     state_dict = (module.model if isinstance(module, Encoder) else module).state_dict()
     if "switches" in about:
         state_dict = encoder_part(state_dict)
-    save_file(state_dict, path, {"format": "pt", checkpoint_file.METADATA: json.dumps(known)})
+    # `save_file` would let only the owner read it
+    path.write_bytes(save(state_dict, {"format": "pt", checkpoint_file.METADATA: json.dumps(known)}))
     again = build(about)
     convert.load(again, load_file(path), set(again.state_dict()) - state_dict.keys())
     return Encoder(again) if isinstance(module, Encoder) else again

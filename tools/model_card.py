@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from Evaluation.tables import escaped, table, with_interval
+from mamba import SIZES
 from util import hardware
 from util.files import printable, some
 from util.launch import commit
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "timm", "onnxruntime")  # whose versions a card states
 SECONDS = 5.0  # that the measurement of time may take
+BUSY = 3  # times as long as the shortest round may the longest one take
 ROUNDS = 20
 LISTED = 20  # classes that a card names
 # arguments of a run that a card repeats, and what it calls them
@@ -189,6 +191,8 @@ def rows(about: dict, found: dict) -> list[list[str]]:
     sizes, config = about["model_args"], about["pretrained_cfg"]
     channels, height, width = config["input_size"]
     directions = sizes.get("directions", 1)
+    usual = all(SIZES[about["architecture"]][name] == sizes[name] for name in ("embed_dim", "depth"))
+    called = about["architecture"] if usual else f"{about['architecture']} with other sizes"
     body = f"{sizes['depth']} blocks of {sizes['embed_dim']} channels, patches of {sizes['patch_size']} pixels"
     resized = [int(side / config["crop_pct"]) for side in (height, width)]
     cut = f", {height} x {width} of the centre" if config["crop_pct"] != 1 else ""
@@ -198,7 +202,7 @@ def rows(about: dict, found: dict) -> list[list[str]]:
     classes += f": {some(names, LISTED)}" if any(names) else ", which the checkpoint does not name"
     task = about.get("task", "classification" if about["num_classes"] else "encoder")
     return [
-        ["model", escaped(f"{about['architecture']}: {body}, {directions} scan directions")],
+        ["model", escaped(f"{called}: {body}, {directions} scan directions")],
         ["task", task],
         ["parameters", f"{about['parameters']:,}" if "parameters" in about else "not counted"],
         ["input", f"{channels} x {height} x {width}, float32"],
@@ -229,11 +233,14 @@ def cost_of(found: dict) -> list[str]:
     if (row := found.get("cost")) is None:
         return []
     batch, memory = row["batch"], row.get("memory_mb", {})
-    lines = [["latency of one image", f"{spread(row['latency_ms'], 'ms')}"]]
+    lines, times = [["latency of one image", f"{spread(row['latency_ms'], 'ms')}"]], [row["latency_ms"]]
     if "images_per_second" in row:
         lines.append([f"throughput of a batch of {batch}", spread(row["images_per_second"], "images/s")])
+        times.append(row["images_per_second"])
     lines += [[f"peak memory of {counted(int(n))}", f"{value:.0f} MB"] for n, value in memory.items()]
     said = f"Median of {row['rounds']} rounds, least and most in brackets; decoding and resizing are not in it."
+    if any(values["most"] > BUSY * values["least"] for values in times):
+        said += " The rounds differ widely, because other programs ran: measure again on a quiet machine."
     if memory:
         said += " Memory is what a new process needs for the model beyond Python and its libraries."
     return [table(["cost", "value"], *lines), said]

@@ -21,6 +21,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 
 from models_classifier import ARMClassifier
 
+CLAIMS = ("weights", "sha256", "parameters", "training", "files")  # of the export, of weights that training changes
+
 
 class ARMConfig(PretrainedConfig):
     """The content of config.json, which timm and TimmWrapper of transformers read too.
@@ -50,7 +52,9 @@ class ARMConfig(PretrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return the content of config.json with timm's names."""
         content = super().to_dict() | {"num_classes": self.num_labels, "label_names": [*(self.id2label or {}).values()]}
-        return {name: value for name, value in content.items() if name not in ("id2label", "label2id")}
+        if "pretrained_cfg" in content:
+            content["pretrained_cfg"] = content["pretrained_cfg"] | {"num_classes": self.num_labels}
+        return {name: value for name, value in content.items() if name not in ("id2label", "label2id", *CLAIMS)}
 
 
 class ARMImageProcessor(BaseImageProcessor):

@@ -78,7 +78,7 @@ def evaluate_checkpoint(
     pooling = "mean of the patches" if args.global_pool else "class token"
     classes, size = len(set(source.labels.tolist())), " x ".join(map(str, arguments.image_size(args)))
     about = (
-        f"{len(val)} images of {classes} classes, resized to {size} ({args.eval_resize}); {args.nb_classes} outputs, "
+        f"{len(val)} images of {classes} classes, an input of {size} ({args.eval_resize}); {args.nb_classes} outputs, "
         f"{args.directions} directions, {pooling}"
     )
     log.say(about)

@@ -35,6 +35,8 @@ def listed(weights: str) -> tuple[str | None, dict[str, str], list[str]]:
             found = sorted(path for path in folder.rglob("*") if path.is_file())
         names = {str(path.relative_to(folder)): str(path) for path in found}
     opened = {name: full for name, full in sorted(names.items()) if name.endswith(hub.WEIGHT_FILES)}
+    if not opened:
+        raise UserError(f"{printable(weights)} has no weights among its {len(names)} files")
     return revision, opened, sorted(set(names) - set(opened))
 
 
@@ -51,7 +53,7 @@ def describe(name: str, opened: str) -> tuple[dict, dict[str | None, Checkpoint]
         "left_out": []}  # fmt: skip
     found: dict[str | None, Checkpoint] = {}
     keys: list[str | None]
-    kind = UNREADABLE
+    kind, path = UNREADABLE, Path(opened)
     try:
         path, _ = hub.locate(opened)
         with as_user_error(OSError):
@@ -65,7 +67,7 @@ def describe(name: str, opened: str) -> tuple[dict, dict[str | None, Checkpoint]
         kind, size = first.task, first.input_size
         file |= {"input_size": [*size], **first.sizes, "guesses": first.guesses()}
     except UserError as error:
-        reason = str(error).replace(opened, printable(name))
+        reason = str(error).replace(opened, printable(name)).replace(str(path), printable(name))
         return file | {"kind": kind if kind in (UNREADABLE, FOREIGN) else FOREIGN, "problem": printable(reason)}, {}
     classes = first.sizes.get("num_classes", 0)
     saved = map(checkpoint_file.unwrapped_name, content[first.key] if first.key else content)

@@ -148,7 +148,7 @@ def page(content: dict) -> str:
     if content["waiting"]:
         lines.append("**This run is not finished**: the same command continues it.")
     own = {file["file"]: [row for row in rows if row["file"] == file["file"]] for file in files}
-    lines.append("\n".join(f"- {sentence(file, own[file['file']])}" for file in files) or "There are no weights.")
+    lines.append("\n".join(f"- {sentence(file, own[file['file']])}" for file in files))
     if data["classes"] == 1000 and data["images"] != IMAGES:
         lines.append(
             f"The images are {data['images']}, not the {IMAGES} of ImageNet's validation set, on which the paper's "
@@ -177,7 +177,7 @@ def page(content: dict) -> str:
     ]
     lines += ["## Files", table(head, *about)]
     if content["others"]:
-        lines.append(f"{len(content['others'])} other files are no weights: {escaped(some(content['others'], 10))}.")
+        lines.append(f"Not weights, {len(content['others'])}: {escaped(some(content['others'], 10))}.")
     facts = {
         "weights": content["weights"], "commit of the hub's repository": content["revision"] or "-",
         "images": f"{data['images']} of {data['classes']} classes in {data['root']}",

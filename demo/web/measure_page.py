@@ -275,6 +275,8 @@ def main(args: argparse.Namespace) -> None:
         RunError: the page does not work, or an output cannot be written.
     """
     program, model = find_chromium(), args.onnx
+    if model.suffix != ".onnx":
+        raise UserError(f"{printable(model)} is no .onnx file: tools/export.py --to onnx writes one")
     torch.set_num_threads(1)
     machine = hardware.describe(torch.device("cpu"))
     output = hardware.result_file("web", machine, args.output)

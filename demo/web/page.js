@@ -43,7 +43,7 @@ function take(files) {
 
 async function fetched(path) {
   const answer = await fetch(path).catch(() => ({ status: "nothing" })); // the page may read only its own server
-  if (!answer.ok) throw new Mistake(`${path} cannot be read from this server: it answers ${answer.status}.`);
+  if (!answer.ok) throw new Mistake(`${new URL(path, location).href} cannot be read from this server: it answers ${answer.status}.`);
   return new File([await answer.blob()], path.split("/").at(-1));
 }
 
@@ -108,5 +108,9 @@ later(async () => {
   if (!path) return;
   if (!path.endsWith(".onnx")) throw new Mistake(`?model=${path} names no .onnx file.`);
   say(`Loading ${path}…`);
-  await load([await fetched(path), await fetched(path.replace(/onnx$/, "json"))]);
+  const graph = await fetched(path);
+  const description = await fetched(path.replace(/onnx$/, "json")).catch(({ message }) => {
+    throw new Mistake(`${message} export.py writes it beside the .onnx file.`);
+  });
+  await load([graph, description]);
 });

@@ -227,7 +227,7 @@ def test_a_killed_run_continues(hub, image_folder, tmp_path):
     assert "**vim.pth** is not of ARM: the checkpoint is not one of ARM: it has no layers.0.mixer.A\\_log" in page
     assert re.search(r"\*\*damaged.pth\*\* cannot be read: unreadable checkpoint damaged.pth", page)
     assert "roma.pth: 1 tensors that ARM does not have: angle\\_embed" in page
-    assert "1 other files are no weights: README.md." in page
+    assert "Not weights, 1: README.md." in page
     assert "a/base.pth: robustness: --robustness names no sets" in page
     rows = [*csv.DictReader((tmp_path / "out/verdict.csv").open())]
     assert [row["input"] for row in rows if row["file"] == "large.pth"] == ["32x32", "32x32", "40x40", "40x40"]

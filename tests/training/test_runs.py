@@ -177,7 +177,7 @@ def test_evaluation_pools_as_the_checkpoint_was_finetuned(image_folder, tmp_path
         out = capsys.readouterr().out
         losses.append(float(re.search(r"^model: .* loss ([\d.]+) on 7", out, re.MULTILINE)[1]))
         assert ("mean of the patches" if "--allow_changed_args" in more else "class token") in out
-        assert "7 images of 3 classes, resized to 48 x 32 (square); 3 outputs, 4 directions, " in out
+        assert "7 images of 3 classes, an input of 48 x 32 (square); 3 outputs, 4 directions, " in out
         assert "guessed" not in out
     assert losses[0] == losses[1] == pytest.approx(want["test_loss"], abs=6e-5)
     assert losses[2] != losses[0]
