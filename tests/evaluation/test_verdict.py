@@ -324,6 +324,7 @@ def test_measurements_that_fail(image_folder, tmp_path, run_script, capsys):
     ("words", "message"),
     [
         (["nowhere"], "nowhere is no folder and no hf://OWNER/REPO"),
+        (["taken"], "taken has no weights among its 1 files"),
         (["hf://arm"], "hf://arm: the form is hf://OWNER/REPO or hf://OWNER/REPO@REVISION"),
         (["w", "--robustness", "v2=nowhere"], "--robustness v2=nowhere: no such folder"),
         (["w", "--robustness", "v2=w", "v2=w"], "--robustness names a set twice"),

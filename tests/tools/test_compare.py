@@ -30,6 +30,7 @@ from Evaluation.reports import comparison, paired
 from Evaluation.tables import wilson
 from tools import compare, export, model_card
 from util.data.decode import BrokenImage
+from util.errors import UserError
 from util.files import figure_of
 from util.training import precision
 
@@ -305,6 +306,47 @@ def test_time_is_measured_in_turns(monkeypatch):
     assert calls[-25:] == turn * 5
 
 
+def test_a_busy_machine(monkeypatch):
+    """Slow calls at first do not decide how many rounds there are, and the card says that rounds differ."""
+    clock, calls = [0.0], []
+
+    def compute(imgs):
+        calls.append(len(imgs))
+        clock[0] += 0.5 if len(calls) < 5 or len(calls) == 30 else 0.001
+
+    shape = SimpleNamespace(pixels=SimpleNamespace(channels=1), size=(2, 2))
+    model = SimpleNamespace(compute=compute, device=CPU, only_one=False, preparation=shape)
+    monkeypatch.setattr("util.hardware.time.perf_counter", lambda: clock[0])
+    (row,) = cost.measure_time([model], 64, 20, limit=25)
+    assert (row["rounds"], row["batch"]) == (20, 64)
+    assert "The rounds differ widely" in "".join(model_card.cost_of({"cost": row}))
+    row["latency_ms"], row["images_per_second"] = (cost.spread([1.0, 2.0]) for _ in range(2))
+    assert "The rounds differ widely" not in "".join(model_card.cost_of({"cost": row}))
+    clock[0], calls[:] = 0.0, []
+    monkeypatch.setattr(cost, "taken", lambda model, imgs: 10.0)
+    assert cost.measure_time([model], 64, 20, limit=5)[0]["rounds"] == cost.LEAST
+
+
+def test_a_hub_that_does_not_answer(monkeypatch):
+    """One request decides, unless the weights are in the cache; timm would try again for a minute."""
+    asked, cached = [], [None]
+
+    def files(name):
+        asked.append(name)
+        raise UserError(f"{name} cannot be listed")
+
+    monkeypatch.setattr(opened_models, "files", files)
+    monkeypatch.setattr(opened_models, "try_to_load_from_cache", lambda *_: cached[0])
+    for name in ("timm:hf_hub:none/none@main", "timm:resnet18"):
+        with pytest.raises(UserError, match=r"^hf://.* cannot be listed"):
+            opened_models.open_model(name, CPU)
+    assert (asked[0], asked[1][:18]) == ("hf://none/none", "hf://timm/resnet18")
+    cached[0] = "model.safetensors"
+    opened_models.check_hub("resnet18")
+    opened_models.check_hub("local-dir:none")
+    assert len(asked) == 2
+
+
 def test_memory_that_cannot_be_measured(models, monkeypatch):
     reason = cost.measure_memory("none.pth", 2, {"device": "cpu", "dtype": "fp32"}, timeout=1e-3)["memory_reason"]
     assert "takes longer" in reason
@@ -358,6 +400,8 @@ def test_a_card(models, images, run_script, tmp_path, forked, capsys):
     assert f"SHA-256 {hash_of(pretrained.load(models / 'first.pth')[0])}" in text
     assert "| epochs | 7 |\n| data | noise |\n| epochs done | 7 |" in text
     assert "secret" not in text
+    assert "with other sizes: 1 blocks of 32 channels" in text
+    assert output.stat().st_mode == output.with_suffix(".json").stat().st_mode
     for said in ("| latency of one image | ", "| peak memory of one image | ", "| threads | 1 |", "| commit | "):
         assert said in text
     assert len(forked) == 1

@@ -64,6 +64,7 @@ if trust:
     assert more.timm_model.grad_checkpointing
     found["gradients"] = min(p.grad.abs().max() for p in more.parameters())
     model.save_pretrained(f"{output}-again")
+    more.save_pretrained(f"{output}-seven")
 torch.save(found, output)
 """
 
@@ -125,6 +126,9 @@ def test_without_this_repository(exported, picture, tmp_path):
     again = timm.create_model(f"local-dir:{tmp_path / 'found-again'}", pretrained=True).eval()
     assert relative_error(again(found["pixels"]).detach(), found["logits"]) < 1e-5
     assert again.pretrained_cfg["label_names"] == NAMES
+    seven = json.loads((tmp_path / "found-seven" / "config.json").read_text())
+    assert (seven["num_classes"], seven["pretrained_cfg"]["num_classes"]) == (7, 7)
+    assert not seven.keys() & {"sha256", "files", "parameters", "training"}  # they are of the weights before
 
 
 def test_from_a_hub(exported, picture, tmp_path):
