@@ -34,10 +34,8 @@ from util.errors import UserError
 from util.files import figure_of
 from util.training import precision
 
-CPU, NAMES = (
-    torch.device("cpu"),
-    ["class_2", "class_0", "class_1"],
-)  # of the outputs, in another order than the folder's
+CPU = torch.device("cpu")
+NAMES = ["class_2", "class_0", "class_1"]  # of the outputs, in another order than the folder's
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
