@@ -39,7 +39,7 @@ def names_of(node: Any) -> list[str]:
 
 
 class Needs:
-    """What a statement needs: `names`, and `attributes`, which are names behind a dot; and which lines to `drop`.
+    """The needs of a statement: `names`, and `attributes`, which are names behind a dot; and which lines to `drop`.
 
     Of a class it keeps the methods of these names and those of Python's protocols.
     """

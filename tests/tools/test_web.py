@@ -168,7 +168,7 @@ CARDS = """
 
 
 def rows_of(logits):
-    """What the table of a picture shows."""
+    """The content of a picture's table."""
     shares = logits.softmax(0)
     names = [name or f"class {label}" for label, name in enumerate(NAMES)]
     return [[names[label], f"{100 * shares[label]:.1f} %"] for label in logits.argsort(descending=True).tolist()]
